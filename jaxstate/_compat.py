@@ -1,0 +1,389 @@
+"""The only file that imports ``jax._src`` or looks at a JAX version.
+
+Everything jaxstate needs from JAX beyond the public API has a name here, with one meaning on
+every supported version (0.10.2, 0.11.2, 0.12.0.1). Where versions differ, the difference ends in
+this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import sys
+import types
+from typing import Any
+
+import jax
+from jax._src import ad_checkpoint, api, ad_util, core, custom_derivatives, dtypes, effects, pjit
+from jax._src import source_info_util, traceback_util
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax.control_flow import conditionals, loops, solves
+from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.util import weakref_lru_cache
+
+try:
+    # 0.11 and later: scan describes its operands with trees, and a jaxpr carries its constants.
+    from jax._src import flattree as _flattree
+except ImportError:
+    _flattree = None
+
+__all__ = [
+    "UNSPECIFIED",
+    "BatchTrace",
+    "JVPTrace",
+    "LinearizeTrace",
+    "StagingTrace",
+    "Tracer",
+    "Var",
+    "cond_p",
+    "custom_jvp_call_p",
+    "custom_vjp_call_p",
+    "jit_p",
+    "linear_solve_p",
+    "remat_p",
+    "scan_p",
+    "set_current_trace",
+    "typeof",
+    "weakref_lru_cache",
+    "while_p",
+]
+
+Tracer = core.Tracer
+Trace = core.Trace
+Primitive = core.Primitive
+Var = core.Var
+ShapedArray = core.ShapedArray
+set_current_trace = core.set_current_trace
+typeof = core.typeof
+eval_trace = core.eval_trace
+Effect = effects.Effect
+
+StagingTrace = pe.DynamicJaxprTrace
+JVPTrace = ad.JVPTrace
+JVPTracer = ad.JVPTracer
+LinearizeTrace = ad.LinearizeTrace
+LinearizeTracer = ad.LinearizeTracer
+BatchTrace = batching.BatchTrace
+BatchTracer = batching.BatchTracer
+Zero = ad_util.Zero
+SymbolicZero = custom_derivatives.SymbolicZero
+
+jit_p = pjit.jit_p
+scan_p = loops.scan_p
+while_p = loops.while_p
+cond_p = conditionals.cond_p
+remat_p = ad_checkpoint.remat_p
+custom_jvp_call_p = custom_derivatives.custom_jvp_call_p
+custom_vjp_call_p = custom_derivatives.custom_vjp_call_p
+linear_solve_p = solves.linear_solve_p
+
+traceback_util.register_exclusion(__file__)
+register_exclusion = traceback_util.register_exclusion
+
+
+# -- Traces ----------------------------------------------------------------------------------
+
+
+def current_trace() -> Any:
+    """The trace that is current on this thread, or None inside a rule (jax >= 0.11)."""
+    return core.trace_ctx.trace
+
+
+def parent_of(trace: Any) -> Any:
+    """The next trace of the chain, or None at its end."""
+    return getattr(trace, "parent_trace", None)
+
+
+def chain(trace: Any) -> Iterator[Any]:
+    """The traces from ``trace`` outwards."""
+    while trace is not None:
+        yield trace
+        trace = getattr(trace, "parent_trace", None)
+
+
+def tag_of(trace: Any) -> Any:
+    """The object that a JVP, linearize or batch trace shares with its re-entered copies.
+
+    JAX makes a new trace with the same tag when it re-enters a transformation for a subfunction.
+    All tags compare equal, so look at identity.
+    """
+    return trace.tag
+
+
+def owns(trace: Any, value: Any) -> bool:
+    """Whether ``value`` is a tracer of ``trace`` (or of a re-entered copy of it)."""
+    return isinstance(value, Tracer) and getattr(value._trace, "tag", None) is trace.tag
+
+
+def lane_tracer(trace: Any, value: Any, batch_dim: int | None) -> Any:
+    """What one lane of the vmap of ``trace`` sees of an array over all lanes."""
+    return value if batch_dim is None else BatchTracer(trace, value, batch_dim)
+
+
+def lane_value(trace: Any, value: Any) -> tuple[Any, int | None]:
+    """The array over all lanes that ``value`` stands for, and its batch dimension."""
+    return trace.to_batch_info(value)
+
+
+def lane_count(trace: Any) -> int:
+    return trace.axis_data.size
+
+
+def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Adds one equation to the jaxpr that ``trace`` is building."""
+    source_info = source_info_util.current()
+    operands = [trace.to_jaxpr_tracer(x, source_info) for x in operands]
+    return trace.default_process_primitive(primitive, operands, params, source_info)
+
+
+def new_const(trace: Any, value: Any) -> Any:
+    """The tracer of ``value`` as a constant of the jaxpr that ``trace`` is building."""
+    return trace.new_const(value, source_info_util.current())
+
+
+class _Constants(dict):
+    """``constvar_to_val`` of a jaxpr under construction, with room for jaxstate's own notes."""
+
+    __slots__ = ("notes",)
+
+
+def notes_of(trace: Any, make: Callable[[], Any]) -> Any:
+    """The notes that jaxstate keeps for a jaxpr under construction; made on first use.
+
+    They have to die with the construction: a note holds tracers, tracers hold their trace, and
+    the leak checker counts every tracer that is alive after its trace. ``invalidate`` of the
+    staging trace replaces ``constvar_to_val``, so that dict is where the notes live.
+    """
+    constants = trace.frame.constvar_to_val
+    if type(constants) is not _Constants:
+        constants = trace.frame.constvar_to_val = _Constants(constants)
+        constants.notes = make()
+    return constants.notes
+
+
+# -- Configuration: what shapes a trace is part of JAX's cache keys ---------------------------
+
+_context_signature = core.config_ext.Config(
+    "jaxstate_context", None, include_in_jit_key=True, include_in_trace_context=True
+)
+
+
+def set_context_signature(signature: Any) -> None:
+    """Makes ``signature`` part of the keys of JAX's tracing and compilation caches; None ends it."""
+    _context_signature.set_local(core.config_ext.unset if signature is None else signature)
+
+
+# -- Jaxprs ----------------------------------------------------------------------------------
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The part of a closed jaxpr that has equations (itself on jax >= 0.11)."""
+    return jaxpr.jaxpr
+
+
+def is_closed(jaxpr: Any) -> bool:
+    """Whether ``jaxpr`` is of the kind that carries its constants."""
+    return _flattree is not None or isinstance(jaxpr, core.ClosedJaxpr)
+
+
+def make_jaxpr_like(
+    jaxpr: Any, *, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any], effs: Any
+) -> Any:
+    """A jaxpr of the same kind and with the same constants, and other contents."""
+    inner = open_jaxpr(jaxpr) if is_closed(jaxpr) else jaxpr
+    debug_info = inner.debug_info.with_unknown_names()._replace(
+        arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
+    )
+    if _flattree is not None:
+        return core.Jaxpr(
+            list(jaxpr.constvars), list(invars), list(outvars), list(eqns), effs, debug_info,
+            jaxpr.is_high, list(jaxpr.consts),
+        )  # fmt: skip
+    new = core.Jaxpr(
+        inner.constvars, list(invars), list(outvars), list(eqns), effs, debug_info, inner.is_high
+    )
+    return core.ClosedJaxpr(new, jaxpr.consts) if is_closed(jaxpr) else new
+
+
+def eval_closed_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
+    """Evaluates a closed jaxpr under the current trace."""
+    return core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
+
+
+def jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
+    return core.jaxprs_in_params(params)
+
+
+def drop_var(aval: Any) -> Any:
+    return core.DropVar(aval)
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and of carried values of a scan equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[str, Any]:
+    """``params`` for ``consts`` more constants and ``carry`` more carried values in front."""
+    if "num_consts" in params:
+        return dict(
+            params, num_consts=params["num_consts"] + consts, num_carry=params["num_carry"] + carry
+        )
+    assert _flattree is not None
+    pack, nones = _flattree.pack, _flattree.nones
+    old_consts, old_carry, xs = params["ft_in"].unpack()
+    carry_out, ys = params["ft_out"].unpack()
+    return dict(
+        params,
+        ft_in=pack((pack((nones(consts), old_consts)), pack((nones(carry), old_carry)), xs)),
+        ft_out=pack((pack((nones(carry), carry_out)), ys)),
+    )
+
+
+# -- Primitives and effects ------------------------------------------------------------------
+
+
+def allow_effect_everywhere_but_in_compiled_code(effect_type: type) -> None:
+    """Lets jaxprs with the effect be built inside every transformation, and none be lowered."""
+    effects.control_flow_allowed_effects.add_type(effect_type)
+    effects.custom_derivatives_allowed_effects.add_type(effect_type)
+    effects.remat_allowed_effects.add_type(effect_type)
+
+
+def register_lowering(primitive: Any, rule: Callable[..., Any]) -> None:
+    mlir.register_lowering(primitive, rule)
+
+
+def wrap_bind(primitive: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces ``primitive.bind_with_trace`` by ``wrap`` of it."""
+    primitive.def_bind_with_trace(wrap(primitive.bind_with_trace))
+
+
+def wrap_top_level_jit(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces what a jitted call runs at top level, where ``jit_p.bind`` is not on the path.
+
+    The function takes the flat operands and the parameters of ``jit_p`` and returns
+    ``(outputs, executable, profiler, const_args)``; without an executable JAX does not store the
+    call on its C++ fast path.
+    """
+    pjit._pjit_call_impl_python = wrap(pjit._pjit_call_impl_python)
+
+
+def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Runs one jit equation on concrete operands, compiled once per jaxpr."""
+    return jit_p.impl(*args, **params)
+
+
+def register_tracer_type(tracer_type: type, resolve: Callable[[Any], Any]) -> None:
+    """Makes every ``bind`` call ``resolve`` on operands of ``tracer_type``."""
+    dtypes.register_canonicalize_value_handler(tracer_type, resolve)
+    core.pytype_aval_mappings[tracer_type] = lambda tracer: tracer.aval
+
+
+# `jax.closure_convert` asks whether a constant may carry a tangent by looking at what its tracer
+# contains; a JVP tracer says yes.
+PERTURBED = object.__new__(JVPTracer)
+PERTURBED.primal = PERTURBED.tangent = None
+
+
+# -- Functions of custom rules ---------------------------------------------------------------
+
+
+def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:
+    """The ``WrappedFun`` that runs ``replace`` and can be called like ``fun``."""
+    from jax._src import linear_util as lu
+
+    return lu.wrap_init(replace, debug_info=fun.debug_info.with_unknown_names())
+
+
+# -- User frames -----------------------------------------------------------------------------
+
+
+def user_location() -> str:
+    """``file:line`` of the innermost frame that is neither JAX's nor jaxstate's."""
+    return source_info_util.summarize(source_info_util.current())
+
+
+def same_type(value: Any, aval: Any) -> bool:
+    """Whether a value can stand where a jaxpr expects ``aval``."""
+    found = typeof(value)
+    if isinstance(found, ShapedArray) and isinstance(aval, ShapedArray):
+        return found.shape == aval.shape and found.dtype == aval.dtype
+    return found == aval
+
+
+def is_typed_key(x: Any) -> bool:
+    return dtypes.issubdtype(x.dtype, dtypes.prng_key)
+
+
+def canonicalize(x: Any) -> Any:
+    return dtypes.canonicalize_value(x)
+
+
+def concrete(x: Any) -> Any:
+    return core.to_concrete_value(x)
+
+
+def at_top_level() -> bool:
+    return core.trace_state_clean()
+
+
+def has_tangent(aval: Any) -> bool:
+    return getattr(aval.to_tangent_aval(), "dtype", dtypes.float0) != dtypes.float0
+
+
+def equations(jaxpr: Any) -> Sequence[Any]:
+    return jaxpr.eqns
+
+
+def invars(jaxpr: Any) -> Sequence[Any]:
+    """The inputs that have no constant attached (all inputs of an open jaxpr but constvars)."""
+    return jaxpr.jaxpr.invars if is_closed(jaxpr) else jaxpr.invars
+
+
+def outvars(jaxpr: Any) -> Sequence[Any]:
+    return jaxpr.jaxpr.outvars if is_closed(jaxpr) else jaxpr.outvars
+
+
+def in_avals(jaxpr: Any) -> Sequence[Any]:
+    return [v.aval for v in invars(jaxpr)]
+
+
+def out_avals(jaxpr: Any) -> Sequence[Any]:
+    return [v.aval for v in outvars(jaxpr)]
+
+
+def trace_flat(fun: Callable[..., Any], avals: Sequence[Any]) -> Any:
+    """The closed jaxpr of a function of flat arguments; it must not close over tracers."""
+    return jax.make_jaxpr(fun)(*avals)
+
+
+def is_array_like(x: Any) -> bool:
+    """Whether JAX takes ``x`` as one array."""
+    try:
+        typeof(x)
+    except TypeError:
+        return False
+    return True
+
+
+def lanes_are_directions() -> bool:
+    """Whether the program is inside `jax.jacfwd`, whose vmap runs over directions.
+
+    Nothing in the traces tells this vmap from one around `jax.jvp`, so look for its frame.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _jacfwd_code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_jacfwd_code = {
+    c for c in api.jacfwd.__code__.co_consts if isinstance(c, types.CodeType)
+}

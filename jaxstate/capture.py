@@ -1,0 +1,73 @@
+"""Capture: how a jaxpr says that it reads a slot.
+
+While a jaxpr is built, a slot that nobody writes is a *constant* of that jaxpr whose value is a
+`StateTracer`. It stands for the slot, not for a value. JAX itself hoists the constants of an inner
+function into explicit operands: of jit, scan, while, cond, checkpoint, custom rules, linear
+solves, closure conversion. When such an operand is bound, JAX canonicalizes it, and for a
+`StateTracer` that means: the value that the slot has where the bind happens (`trace.resolve`).
+
+So state that is only read goes through every transformation by JAX's own handling of closures, a
+cached jaxpr is right for other values, and gradients through implicit functions come out right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.slots import Address
+
+__all__ = ["CapturedOperand", "StateTracer"]
+
+
+class _Nowhere(_compat.Trace):
+    """The trace of every `StateTracer`: always valid, never current."""
+
+    parent_trace = None
+
+    def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
+        raise AssertionError("a StateTracer is resolved before it reaches a trace")
+
+
+_nowhere = _Nowhere()
+
+
+class StateTracer(_compat.Tracer):
+    """A constant of a jaxpr that stands for a slot."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: Address, aval: Any) -> None:
+        super().__init__(_nowhere, aval)
+        self.address = address
+
+    def __repr__(self) -> str:
+        return f"StateTracer({self.address}, {self.aval.str_short()})"
+
+    def dimension_as_value(self) -> Any:
+        """The current value. A jaxpr builder asks for it before it makes a constant."""
+        return _compat.canonicalize(self)
+
+    def full_lower(self) -> Any:
+        """Itself; in a jitted call at top level, an operand that passes for a value.
+
+        JAX lowers the operands of such a call and refuses tracers. The wrapper of the call
+        (`rules.calls`) puts in the value.
+        """
+        return CapturedOperand(self) if _compat.at_top_level() else self
+
+    def to_concrete_value(self) -> Any:
+        return _compat.concrete(_compat.canonicalize(self))
+
+    def _contents(self) -> list[tuple[str, Any]]:
+        """What it contains may carry a tangent, says the JVP tracer: see `jax.closure_convert`."""
+        return [("value", _compat.PERTURBED)] if _compat.has_tangent(self.aval) else []
+
+
+class CapturedOperand:
+    """A `StateTracer` among the operands of a jitted call at top level."""
+
+    __slots__ = ("tracer",)
+
+    def __init__(self, tracer: StateTracer) -> None:
+        self.tracer = tracer

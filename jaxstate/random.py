@@ -1,0 +1,308 @@
+"""Random streams: keys that nobody has to split or pass.
+
+    with jaxstate.rng_stream(jax.random.key(0)):
+        k = jaxstate.next_key()                 # anywhere: eager, jit, scan, while, cond, vmap ...
+        x = jaxstate.random.normal((3,))        # the samplers of jax.random, keyed from the stream
+
+A stream is two slots: a key, which is only read, and a count, which every draw increases. Draw
+number n is ``jax.random.fold_in(key, n)``, in program order, so a Python loop, a ``scan`` and a
+``while_loop`` that draw as often give the same keys.
+
+Under ``vmap`` a ``"split"`` stream (the default) gives every lane a stream of its own: the stream
+outside draws one key for the whole vmap region, and lane i starts at ``fold_in(that key, i)`` with
+count 0. In a ``"share"`` stream all lanes see the same keys.
+
+This module also offers the samplers of `jax.random` without their ``key`` argument; ``stream=``
+names the stream to draw from.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.errors import (
+    ClosedStateError,
+    LaneWriteError,
+    MissingStreamError,
+    SplitStreamError,
+    StateError,
+    message,
+    nearest,
+)
+from jaxstate.slots import Address, Cell, Holder, Lane, holders, only_holders_outside, open_holder
+from jaxstate.trace import lanes_of, read, write
+
+__all__ = ["Stream", "next_key", "rng_stream"]
+
+
+class StreamAddress(Address):
+    """The key or the count of the innermost stream of a name, or of one particular stream."""
+
+    __slots__ = ("identity", "name", "part")
+
+    def __init__(self, name: str, part: Literal["key", "count"], identity: Any = None) -> None:
+        self.name = name
+        self.part = part
+        self.identity = identity
+
+    @property
+    def threaded(self) -> bool:  # type: ignore[override]
+        return self.part == "count"
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.name, self.part, self.identity
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StreamAddress) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
+
+    def __repr__(self) -> str:
+        return f"the {self.part} of random stream {self.name!r}"
+
+    def missing(self) -> Exception:
+        if self.identity is not None:
+            return ClosedStateError(
+                message(
+                    f"A key was drawn from a handle of random stream {self.name!r} after its"
+                    " 'with' block ended.",
+                    fix="""
+                    with jaxstate.rng_stream(stream.key, count=stream.count) as stream:
+                        k = stream.next_key()
+                    """,
+                    used=_compat.user_location(),
+                )
+            )
+        names = {h.name for h in holders() if isinstance(h, _StreamHolder)}
+        shown = "none" if not names else ", ".join(sorted(map(repr, names)))
+        close = nearest(self.name, names)
+        argument = "" if self.name == "default" else f", {self.name!r}"
+        return MissingStreamError(
+            message(
+                f"A key was drawn from random stream {self.name!r}, and no stream of that name is"
+                f" open.{f' Did you mean {close!r}?' if close else ''}",
+                fix=f"""
+                with jaxstate.rng_stream(jax.random.key(0){argument}):
+                    ...    # the code that draws
+                """,
+                used=_compat.user_location(),
+                open_streams=shown,
+            )
+        )
+
+
+class _StreamHolder(Holder):
+    """An open stream."""
+
+    def __init__(self, key: Any, name: str, vmap: str, count: Any, made: str) -> None:
+        self.name = name
+        self.vmap = vmap
+        self.made = made
+        self.identity = object()
+        self.cells = {"key": Cell(key), "count": Cell(count)}
+        aval = _compat.typeof(key)
+        self._signature = ("stream", name, aval, _compat.typeof(_compat.canonicalize(count)))
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, StreamAddress) or address.name != self.name:
+            return False
+        return address.identity is None or address.identity is self.identity
+
+    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
+        return self.cells[address.part]
+
+    def lane(self, address: StreamAddress, trace: Any) -> Lane | None:  # type: ignore[override]
+        if self.vmap == "share":
+            return None
+        table = lanes_of(trace)
+        lanes = table.get(self)
+        if lanes is None:
+            lanes = table[self] = self._split(trace)
+        return lanes[address.part]
+
+    def _split(self, trace: Any) -> dict[str, Lane]:
+        """One draw outside, and from it a key per lane."""
+        if _compat.lanes_are_directions():
+            raise SplitStreamError(
+                message(
+                    f"Random stream {self.name!r} has vmap='split', and was drawn from under"
+                    " jax.jacfwd or jax.hessian. Their lanes are directions of one derivative and"
+                    " have to see the same numbers.",
+                    fix=f"""
+                    with jaxstate.rng_stream(key, {self.name!r}, vmap="share"):
+                        jax.jacfwd(f)(x)
+                    """,
+                    made=self.made,
+                    used=_compat.user_location(),
+                )
+            )
+        with _compat.set_current_trace(_compat.parent_of(trace)):
+            key = _draw(self.name, self.identity)
+            lanes = jnp.arange(_compat.lane_count(trace), dtype=jnp.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes)
+        return {"key": Lane(keys, 0), "count": Lane(np.int32(0), None)}
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return LaneWriteError(
+            message(
+                f"Lanes of a vmap drew from random stream {self.name!r} a different number of"
+                " times, and with vmap='share' they have one count.",
+                fix=f"""
+                with jaxstate.rng_stream(key, {self.name!r}, vmap="split"):
+                    ...
+                """,
+                made=self.made,
+                used=_compat.user_location(),
+                under=f"vmap over {_compat.lane_count(trace)} lanes",
+            )
+        )
+
+    def signature(self) -> Hashable:
+        return self._signature
+
+
+class Stream:
+    """A handle of an open stream: what ``with rng_stream(...) as stream`` gives.
+
+    ``stream.key`` and ``stream.count`` are enough to go on later, in another process too:
+    ``rng_stream(key, count=count)``.
+    """
+
+    def __init__(self, holder: _StreamHolder) -> None:
+        self._holder = holder
+
+    def next_key(self) -> jax.Array:
+        """Draws the next key of this very stream, also where another of its name is open.
+
+        Returns:
+          A key of the kind the stream was opened with.
+
+        Raises:
+          ClosedStateError: if the ``with`` block of the stream has ended.
+        """
+        return _draw(self._holder.name, self._holder.identity)
+
+    @property
+    def name(self) -> str:
+        return self._holder.name
+
+    @property
+    def key(self) -> jax.Array:
+        """The key the stream was opened with."""
+        return self._get("key")
+
+    @property
+    def count(self) -> Any:
+        """The number of keys drawn so far, an int32 scalar."""
+        return self._get("count")
+
+    def _get(self, part: Literal["key", "count"]) -> Any:
+        if self._holder.anchor is None:
+            return self._holder.cells[part].value
+        return read(StreamAddress(self._holder.name, part, self._holder.identity))
+
+    def __repr__(self) -> str:
+        return f"Stream({self.name!r}, count={self.count})"
+
+
+@contextmanager
+def rng_stream(
+    key: jax.Array,
+    name: str = "default",
+    *,
+    vmap: Literal["split", "share"] = "split",
+    count: Any = 0,
+) -> Iterator[Stream]:
+    """Opens a random stream for the code inside the ``with`` block, and all it calls.
+
+    Args:
+      key: a typed key (`jax.random.key`) or a raw ``uint32`` key (`jax.random.PRNGKey`); the
+        stream gives out keys of the same kind.
+      name: the stream's name. The innermost open stream of a name is the one drawn from.
+      vmap: ``"split"`` gives every lane of a ``vmap`` its own keys, ``"share"`` the same keys.
+      count: the number of keys already drawn, to go on with a saved stream.
+
+    Yields:
+      A `Stream` handle.
+
+    Raises:
+      TypeError: if ``key`` is not one key.
+      ValueError: if ``vmap`` or ``count`` is not valid.
+
+    >>> import jax, jaxstate
+    >>> with jaxstate.rng_stream(jax.random.key(0)) as stream:
+    ...     k = jaxstate.next_key()
+    >>> bool(k == jax.random.fold_in(jax.random.key(0), 0)), int(stream.count)
+    (True, 1)
+    """
+    holder = _StreamHolder(
+        check_key(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
+        _compat.user_location(),
+    )  # fmt: skip
+    with open_holder(holder):
+        yield Stream(holder)
+
+
+def next_key(name: str = "default") -> jax.Array:
+    """Draws the next key from the innermost open stream called ``name``.
+
+    Draw number n (from 0) is ``jax.random.fold_in(key, n)``.
+
+    Returns:
+      A key of the kind the stream was opened with.
+
+    Raises:
+      MissingStreamError: if no stream of that name is open.
+    """
+    return _draw(name, None)
+
+
+def _draw(name: str, identity: Any) -> jax.Array:
+    count_address = StreamAddress(name, "count", identity)
+    key = read(StreamAddress(name, "key", identity))
+    count = read(count_address)
+    write(count_address, count + 1)
+    return jax.random.fold_in(key, count)
+
+
+def check_key(key: Any, where: str) -> Any:
+    """``key`` as an array, if it is one key; a TypeError that says what it is otherwise."""
+    aval = _compat.typeof(key) if _compat.is_array_like(key) else None
+    if aval is not None:
+        if _compat.is_typed_key(aval):
+            if aval.shape == ():
+                return key
+        elif aval.dtype == jnp.uint32 and aval.shape == _raw_key_shape():
+            return _compat.canonicalize(key)
+    found = repr(key) if aval is None else aval.str_short()
+    raise TypeError(
+        f"{where} wants one random key, and was given {found}.\n"
+        "To mend it:\n    key = jax.random.key(0)"
+    )
+
+
+def _raw_key_shape() -> tuple[int, ...]:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+
+
+def _check_vmap(vmap: str) -> str:
+    if vmap not in ("split", "share"):
+        raise ValueError(f"rng_stream: vmap is 'split' or 'share', not {vmap!r}.")
+    return vmap
+
+
+def _check_count(count: Any) -> Any:
+    if isinstance(count, _compat.Tracer):
+        return count
+    return np.int32(operator.index(count))

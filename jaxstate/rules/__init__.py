@@ -1,0 +1,10 @@
+"""Rules that make JAX's higher-order primitives stateful, one file per family.
+
+A rule reads the slots that the jaxprs of an equation use, binds the same primitive with the slots
+as further inputs and outputs, and writes the results back. Importing this package registers all
+of them.
+"""
+
+from jaxstate.rules import branches, calls, derivatives, loops, solves
+
+__all__ = ["branches", "calls", "derivatives", "loops", "solves"]

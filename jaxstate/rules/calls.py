@@ -1,0 +1,74 @@
+"""jit and checkpoint: the operands of the equation are the inputs of its jaxpr.
+
+    y = jit[f] x      -->      s = read;  s', y = jit[f threaded] s x;  write s'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.capture import CapturedOperand
+from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all
+from jaxstate.trace import resolve
+
+
+@register_rule(_compat.jit_p)
+def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
+    return _threaded_jit(args, params, lambda a, p: _compat.jit_p.bind(*a, **p))
+
+
+def _threaded_jit(
+    args: Any, params: dict[str, Any], run: Callable[[Any, dict[str, Any]], list[Any]]
+) -> list[Any]:
+    reads, writes = state_of(params["jaxpr"])
+    slots = read_all(reads + writes)
+    avals = [_compat.typeof(s) for s in slots]
+    more_in, more_out = len(slots), len(writes)
+    threaded = dict(
+        params,
+        jaxpr=thread(params["jaxpr"], Thread(reads, writes), avals),
+        in_shardings=(_compat.UNSPECIFIED,) * more_in + params["in_shardings"],
+        in_layouts=(None,) * more_in + params["in_layouts"],
+        donated_invars=(False,) * more_in + params["donated_invars"],
+        out_shardings=params["out_shardings"] + (_compat.UNSPECIFIED,) * more_out,
+        out_layouts=params["out_layouts"] + (None,) * more_out,
+    )
+    outs = run([*slots, *args], threaded)
+    results, written = outs[: len(outs) - more_out], outs[len(outs) - more_out :]
+    write_all(writes, written)
+    return results
+
+
+@_compat.wrap_top_level_jit
+def _top_level_jit(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted call at top level does not bind ``jit_p``. This is the bind wrapper of that path.
+
+    A call that uses state runs its threaded jaxpr, compiled once, and gives JAX no executable: the
+    C++ fast path would store the call with the state of this time as a constant.
+    """
+
+    def wrapped(*args: Any, **params: Any) -> Any:
+        captured = any(type(x) is CapturedOperand for x in args)
+        state = state_of(params["jaxpr"])
+        if not captured and not state:
+            return call(*args, **params)
+        if captured:
+            args = tuple(resolve(x.tracer) if type(x) is CapturedOperand else x for x in args)
+        run = _compat.run_jit_primitive
+        outs = _threaded_jit(args, params, run) if state else run(args, params)
+        return outs, None, None, []
+
+    return wrapped
+
+
+@register_rule(_compat.remat_p)
+def _remat(args: Any, params: dict[str, Any]) -> list[Any]:
+    reads, writes = state_of(params["jaxpr"])
+    slots = read_all(reads + writes)
+    jaxpr = thread(params["jaxpr"], Thread(reads, writes), [_compat.typeof(s) for s in slots])
+    outs = _compat.remat_p.bind(*slots, *args, **dict(params, jaxpr=jaxpr))
+    results, written = outs[: len(outs) - len(writes)], outs[len(outs) - len(writes) :]
+    write_all(writes, written)
+    return results

@@ -1,0 +1,109 @@
+"""scan and while: slots that a body writes are carried, slots that it only reads are constants."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.thread import (
+    Thread,
+    read_all,
+    register_rule,
+    state_of,
+    state_of_all,
+    thread,
+    write_all,
+)
+
+
+@register_rule(_compat.scan_p)
+def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
+    """(consts, carry, xs) -> (reads + consts, writes + carry, xs)."""
+    reads, writes = state_of(params["jaxpr"])
+    n_consts, _ = _compat.scan_arity(params)
+    slots = read_all(reads + writes)
+    avals = [_compat.typeof(s) for s in slots]
+    how = Thread(reads, writes, at=n_consts, out_at=0)
+    threaded = _compat.scan_params_with(params, len(reads), len(writes))
+    threaded["jaxpr"] = thread(params["jaxpr"], how, avals)
+    constants, carried = slots[: len(reads)], slots[len(reads) :]
+    outs = _compat.scan_p.bind(
+        *constants, *args[:n_consts], *carried, *args[n_consts:], **threaded
+    )
+    write_all(writes, outs[: len(writes)])
+    return outs[len(writes) :]
+
+
+@register_rule(_compat.while_p)
+def _while(args: Any, params: dict[str, Any]) -> list[Any]:
+    """(cond_consts, body_consts, carry) -> (reads + cond_consts, reads + body_consts, writes + carry).
+
+    A condition that only reads takes the carried slots as they are. A condition that writes is run
+    once before the loop and again at the end of the body, and its verdict is carried too: the
+    loop's own condition cannot hand anything on.
+    """
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
+    carry = args[n_cond + n_body :]
+    reads, writes = state_of_all((cond, body))
+    slots = read_all(reads + writes)
+    avals = [_compat.typeof(s) for s in slots]
+    constants, carried = slots[: len(reads)], slots[len(reads) :]
+    cond_writes = bool(state_of(cond).writes)
+
+    body = thread(body, Thread(reads, writes, at=n_body, out_at=0), avals)
+    cond = thread(
+        cond, Thread(reads, writes, at=n_cond, out_at=0 if cond_writes else None, out=cond_writes),
+        avals,
+    )  # fmt: skip
+    if not cond_writes:
+        outs = _compat.while_p.bind(
+            *constants, *cond_consts, *constants, *body_consts, *carried, *carry,
+            cond_nconsts=len(reads) + n_cond, cond_jaxpr=cond,
+            body_nconsts=len(reads) + n_body, body_jaxpr=body,
+        )  # fmt: skip
+        write_all(writes, outs[: len(writes)])
+        return outs[len(writes) :]
+
+    *carried, verdict = _compat.eval_closed_jaxpr(cond, *constants, *cond_consts, *carried, *carry)
+    body = _body_then_condition(body, cond, len(reads) + n_body, len(reads) + n_cond, len(writes))
+    n_consts = 2 * len(reads) + n_body + n_cond
+    outs = _compat.while_p.bind(
+        *constants, *body_consts, *constants, *cond_consts, verdict, *carried, *carry,
+        cond_nconsts=0, cond_jaxpr=_first_of(tuple(_compat.in_avals(body)[n_consts:])),
+        body_nconsts=n_consts, body_jaxpr=body,
+    )  # fmt: skip
+    write_all(writes, outs[1 : 1 + len(writes)])
+    return outs[1 + len(writes) :]
+
+
+@_compat.weakref_lru_cache
+def _body_then_condition(
+    body: Any, cond: Any, n_body_consts: int, n_cond_consts: int, n_writes: int
+) -> Any:
+    """(body_consts, cond_consts, verdict, carry) -> (verdict, carry): a turn and the next verdict."""
+    body_avals, cond_avals = _compat.in_avals(body), _compat.in_avals(cond)
+    verdict_aval = _compat.out_avals(cond)[-1]
+
+    def turn(*args: Any) -> list[Any]:
+        body_consts, args = args[:n_body_consts], args[n_body_consts:]
+        cond_consts, args = args[:n_cond_consts], args[n_cond_consts:]
+        carry = _compat.eval_closed_jaxpr(body, *body_consts, *args[1:])
+        *written, verdict = _compat.eval_closed_jaxpr(cond, *cond_consts, *carry)
+        return [verdict, *written, *carry[n_writes:]]
+
+    avals = [
+        *body_avals[:n_body_consts],
+        *cond_avals[:n_cond_consts],
+        verdict_aval,
+        *body_avals[n_body_consts:],
+    ]
+    return _compat.trace_flat(turn, avals)
+
+
+@lru_cache
+def _first_of(avals: tuple[Any, ...]) -> Any:
+    """The jaxpr that returns the first of its inputs."""
+    return _compat.trace_flat(lambda *args: args[0], avals)

@@ -1,0 +1,204 @@
+"""What state is: addresses, cells, and the holders that are open on a thread.
+
+* An *address* is what a program, or a jaxpr, says about a slot: "the count of the stream
+  'dropout'", "the parameter 'w' of the module I was just called in". It is static and hashable, so
+  it can stand in a jaxpr that is cached and used again under other state.
+* A *cell* is where the value of a slot lives right now.
+* A *holder* answers for cells: an open random stream, the parameters of an ``apply``, the operands
+  of a custom derivative rule. Holders are kept in a stack per thread; the innermost that knows an
+  address wins. The trace that was current when a holder was opened is its *anchor*: code that runs
+  under the anchor sees the cells directly, code under traces further in sees them through those
+  traces (`jaxstate.trace`).
+
+Whatever shapes a trace (which holders are open, and the types of what they hold) is part of JAX's
+cache keys through `_compat.set_context_signature`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+from jaxstate import _compat
+from jaxstate.errors import SlotTypeError, message
+
+__all__ = ["Address", "Cell", "Holder", "any_open", "holders", "open_holder"]
+
+
+class Address:
+    """How a program refers to a slot. Subclasses are immutable, hashable and hold no arrays."""
+
+    __slots__ = ()
+
+    # Slots that nobody writes are captured as constants of a jaxpr; the others are threaded
+    # through it.
+    threaded = False
+
+    def holder(self) -> Holder:
+        """The innermost open holder that knows the address; a named error if there is none."""
+        for holder in holders():
+            if holder.knows(self):
+                return holder
+        raise self.missing()
+
+    def missing(self) -> Exception:
+        """The error that says that nothing open knows the address."""
+        raise NotImplementedError
+
+    def aval(self) -> Any:
+        """The type of the value, without making it."""
+        return _compat.typeof(self.holder().cell(self).value)
+
+    def seen_from(self, boundary: Any) -> Address:
+        """The address as it stands in the jaxpr, or the holder, ``boundary``.
+
+        What it leaves out is completed at the place where that jaxpr is bound.
+        """
+        return self
+
+    def changed(self, wanted: Any, value: Any) -> Exception:
+        """The error for a cached jaxpr that was traced for another type of this slot."""
+        return SlotTypeError(
+            message(
+                f"{self} has type {_compat.typeof(value).str_short()} here, and a function that was"
+                f" traced before uses it as {wanted.str_short()}.",
+                fix="""
+                jax.clear_caches()      # after the type of a slot has changed for good
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+    def renewed(self) -> Address:
+        """The address for one more use of the jaxpr in which it stands."""
+        return self
+
+
+class Cell:
+    """The value of one slot: an array, or a tracer of the holder's anchor or of a trace outside."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Holder:
+    """Something open that answers for cells."""
+
+    anchor: Any = None
+
+    def knows(self, address: Address) -> bool:
+        """Whether the address is one of this holder's."""
+        raise NotImplementedError
+
+    def cell(self, address: Address) -> Cell:
+        """The cell of an address that the holder knows; made now if the holder makes cells."""
+        raise NotImplementedError
+
+    def lane(self, address: Address, trace: Any) -> Lane | None:
+        """The lanes' own cell of the address in the vmap of ``trace``; None if lanes share it."""
+        return None
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        """The error for a value per lane written to a slot that the lanes share."""
+        raise NotImplementedError
+
+    def signature(self) -> Hashable:
+        """What of the holder can shape a trace; None for nothing."""
+        return None
+
+
+class Lane:
+    """The value that one slot has in each lane of a vmap.
+
+    Kept as the array over all lanes and its batch dimension, not as a tracer: it has to outlive no
+    trace, and the leak checker counts tracers.
+    """
+
+    __slots__ = ("batch_dim", "value")
+
+    def __init__(self, value: Any, batch_dim: int | None) -> None:
+        self.value = value
+        self.batch_dim = batch_dim
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Holder] = []
+
+
+_thread = _ThreadState()
+
+
+def holders() -> Iterator[Holder]:
+    """The open holders of this thread, innermost first."""
+    return reversed(_thread.stack)
+
+
+def any_open() -> bool:
+    return bool(_thread.stack)
+
+
+@contextmanager
+def open_holder(holder: Holder) -> Iterator[None]:
+    """Opens ``holder`` on this thread, anchored at the trace that is current.
+
+    Closing removes this very holder: a generator may close it when others were opened since.
+    """
+    stack = _thread.stack
+    holder.anchor = _compat.current_trace()
+    stack.append(holder)
+    try:
+        _publish_signature(stack)
+        yield
+    finally:
+        _remove(stack, holder)
+        _publish_signature(stack)
+        holder.anchor = None
+
+
+@contextmanager
+def only_holders_outside(holder: Holder) -> Iterator[None]:
+    """Hides ``holder`` and whatever was opened after it."""
+    stack = _thread.stack
+    at = next(i for i, h in enumerate(stack) if h is holder)
+    hidden = stack[at:]
+    del stack[at:]
+    try:
+        yield
+    finally:
+        stack[at:] = hidden
+
+
+def _remove(stack: list[Holder], holder: Holder) -> None:
+    for i in range(len(stack) - 1, -1, -1):
+        if stack[i] is holder:
+            del stack[i]
+            return
+
+
+class _Signature:
+    """One interned signature: JAX's caches compare it on every jitted call, by identity."""
+
+    __slots__ = ("__weakref__", "holders")
+
+    def __init__(self, signatures: tuple[Hashable, ...]) -> None:
+        self.holders = signatures
+
+
+_signatures: WeakValueDictionary[tuple[Hashable, ...], _Signature] = WeakValueDictionary()
+_signatures_lock = threading.Lock()
+
+
+def _publish_signature(stack: list[Holder]) -> None:
+    signatures = tuple(s for holder in stack if (s := holder.signature()) is not None)
+    if not signatures:
+        _compat.set_context_signature(None)
+        return
+    with _signatures_lock:
+        token = _signatures.setdefault(signatures, _Signature(signatures))
+    _compat.set_context_signature(token)

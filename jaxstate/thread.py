@@ -1,0 +1,170 @@
+"""Threading: a jaxpr whose state is written becomes one with slots as inputs and outputs.
+
+    { lambda ; x. let n = state_read[count]          { lambda ; n x. let
+                  k = fold_in key n           -->                k = fold_in key n
+                  m = add n 1                                    m = add n 1
+                  state_write[count] m                       in (y, m) }
+              in (y,) }
+
+Nothing is traced again: the results of ``state_read`` become inputs and the operand of the last
+``state_write`` of each slot becomes an output. `state_of` says which slots a jaxpr uses, `thread`
+makes the pure jaxpr; both are cached per jaxpr, so that a jaxpr used a thousand times is compiled
+once.
+
+A higher-order primitive becomes stateful with a rule: a function that is called instead of the
+bind when a jaxpr among the parameters has state. It reads the slots where it is called, binds the
+same primitive with pure jaxprs, and writes the results back. This happens at the first contact,
+under whatever trace is current: no transformation of JAX ever sees a jaxpr with state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jaxstate import _compat
+from jaxstate.slots import Address
+from jaxstate.trace import read, read_p, state_effect, write, write_p
+
+__all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all"]
+
+Addresses = tuple[Address, ...]
+
+
+class State(NamedTuple):
+    """The slots that a jaxpr uses and does not thread."""
+
+    reads: Addresses  # read, never written
+    writes: Addresses  # written, and perhaps read
+
+    def __bool__(self) -> bool:
+        return bool(self.reads or self.writes)
+
+
+stateless = State((), ())
+
+
+def state_of(jaxpr: Any) -> State:
+    """The slots that a (closed or open) jaxpr uses."""
+    return _state_of(jaxpr) if state_effect in jaxpr.effects else stateless
+
+
+def state_of_all(jaxprs: Iterable[Any]) -> State:
+    """The slots that several jaxprs use, as one state."""
+    states = [state_of(jaxpr) for jaxpr in jaxprs]
+    writes = tuple(dict.fromkeys(a for s in states for a in s.writes))
+    reads = tuple(dict.fromkeys(a for s in states for a in s.reads if a not in writes))
+    return State(reads, writes)
+
+
+@_compat.weakref_lru_cache
+def _state_of(jaxpr: Any) -> State:
+    reads: dict[Address, None] = {}
+    writes: dict[Address, None] = {}
+    for eqn in _compat.equations(jaxpr):
+        if eqn.primitive is read_p:
+            reads[eqn.params["address"]] = None
+        elif eqn.primitive is write_p:
+            writes[eqn.params["address"]] = None
+    return State(tuple(a for a in reads if a not in writes), tuple(writes))
+
+
+class Thread(NamedTuple):
+    """How to thread slots through a jaxpr.
+
+    Attributes:
+      reads: slots to come in, in front of the other inputs.
+      writes: slots to come in and go out.
+      at: the number of other inputs in front of the incoming ``writes``.
+      out_at: the number of other outputs in front of the outgoing ``writes``; None for all.
+      out: whether the writes go out at all.
+    """
+
+    reads: Addresses
+    writes: Addresses
+    at: int = 0
+    out_at: int | None = None
+    out: bool = True
+
+
+def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
+    """The jaxpr with slots as inputs and outputs, and without state equations.
+
+    ``avals`` are the types of ``how.reads + how.writes``.
+    """
+    return _thread(jaxpr, how, tuple(avals))
+
+
+@_compat.weakref_lru_cache
+def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
+    addresses = how.reads + how.writes
+    incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
+    current: dict[Address, Any] = dict(incoming)
+    renamed: dict[Any, Any] = {}
+    eqns = []
+
+    def rename(atom: Any) -> Any:
+        return renamed.get(atom, atom) if isinstance(atom, _compat.Var) else atom
+
+    for eqn in _compat.equations(jaxpr):
+        if eqn.primitive is read_p:
+            renamed[eqn.outvars[0]] = current[eqn.params["address"]]
+        elif eqn.primitive is write_p:
+            current[eqn.params["address"]] = rename(eqn.invars[0])
+        elif renamed:
+            eqns.append(eqn.replace(invars=[rename(v) for v in eqn.invars]))
+        else:
+            eqns.append(eqn)
+    reads = [incoming[a] for a in how.reads]
+    writes = [incoming[a] for a in how.writes]
+    invars, outvars = list(_compat.invars(jaxpr)), [rename(v) for v in _compat.outvars(jaxpr)]
+    invars = [*reads, *invars[: how.at], *writes, *invars[how.at :]]
+    if how.out:
+        out_at = len(outvars) if how.out_at is None else how.out_at
+        outvars[out_at:out_at] = [current[a] for a in how.writes]
+    return _compat.make_jaxpr_like(
+        jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
+    )
+
+
+def read_all(addresses: Iterable[Address]) -> list[Any]:
+    """The current values of the slots, typed as a jaxpr takes them."""
+    return [_compat.canonicalize(read(address)) for address in addresses]
+
+
+def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
+    for address, value in zip(addresses, values, strict=True):
+        write(address, value)
+
+
+# -- Rules -----------------------------------------------------------------------------------
+
+Rule = Callable[..., Any]
+
+_rules: dict[Any, Rule] = {}
+
+
+def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
+    """Makes a higher-order primitive stateful.
+
+    The rule is called as ``rule(args, params)`` instead of the bind, with the trace of the bind
+    current, when a jaxpr among ``params`` uses state. It returns what the bind would.
+    """
+
+    def register(rule: Rule) -> Rule:
+        if primitive not in _rules:
+            _compat.wrap_bind(primitive, lambda bind: _stateful_bind(primitive, bind))
+        _rules[primitive] = rule
+        return rule
+
+    return register
+
+
+def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., Any]:
+    def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+        if not any(state_effect in j.effects for j in _compat.jaxprs_in(params)):
+            return bind(trace, args, avals, params)
+        with _compat.set_current_trace(trace):
+            return _rules[primitive](args, params)
+
+    return bind_with_trace

@@ -1,0 +1,263 @@
+"""Reading and writing a slot from wherever the program is.
+
+In today's JAX there is no stack of levels: one trace is current, it knows its parent, and so on to
+the trace that evaluates. `read` and `write` walk that chain from the current trace to the anchor
+of the holder that answers for the slot. What they meet on the way decides:
+
+* nothing: the cell holds the value;
+* a trace that builds a jaxpr (jit, a loop body, a branch ...): inside it the slot is a *capture*
+  (if nobody writes the slot) or a pair of ``state_read`` / ``state_write`` equations, which
+  `jaxstate.thread` turns into inputs and outputs of that jaxpr when it is bound;
+* a trace that differentiates: a written value keeps its tangent for reads further in, and its
+  primal goes on outwards;
+* a trace that maps over lanes: the holder decides whether lanes share the slot or have their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.capture import StateTracer
+from jaxstate.errors import StateError, UnsupportedPrimitiveError, message
+from jaxstate.slots import Address, Holder, Lane
+
+__all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
+
+
+# -- The two primitives ----------------------------------------------------------------------
+
+
+class StateEffect(_compat.Effect):
+    """What a jaxpr has whose state is not threaded yet. No such jaxpr is ever compiled."""
+
+    def __repr__(self) -> str:
+        return (
+            "a use of jaxstate state inside a higher-order primitive for which jaxstate has no"
+            " rule (jaxstate.UnsupportedPrimitiveError; see jaxstate.extend.register_rule)"
+        )
+
+    def __hash__(self) -> int:
+        return hash(StateEffect)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StateEffect)
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+state_effect = StateEffect()
+_compat.allow_effect_everywhere_but_in_compiled_code(StateEffect)
+
+read_p = _compat.Primitive("state_read")
+write_p = _compat.Primitive("state_write")
+write_p.multiple_results = True
+
+read_p.def_effectful_abstract_eval(lambda *, address, aval: (aval, {state_effect}))
+write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect}))
+
+
+@read_p.def_bind_with_trace
+def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+    """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
+    with _compat.set_current_trace(trace):
+        return read(params["address"])
+
+
+@write_p.def_bind_with_trace
+def _write_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+    with _compat.set_current_trace(trace):
+        write(params["address"], *args)
+    return []
+
+
+def _refuse_to_compile(ctx: Any, *args: Any, address: Address, **params: Any) -> Any:
+    raise UnsupportedPrimitiveError(
+        message(
+            f"{address} is used inside a higher-order primitive for which jaxstate has no rule,"
+            " and cannot be compiled.",
+            fix="""
+            jaxstate.extend.register_rule(primitive)(rule)    # makes the primitive stateful
+            k = jaxstate.next_key()                           # or: take it out, pass it in
+            """,
+        )
+    )
+
+
+_compat.register_lowering(read_p, _refuse_to_compile)
+_compat.register_lowering(write_p, _refuse_to_compile)
+
+
+# -- Notes that live as long as a trace ------------------------------------------------------
+
+
+class Notes:
+    """What jaxstate knows of one jaxpr under construction.
+
+    Attributes:
+      values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: dict[Address, Any] = {}
+
+
+def notes_of(trace: Any) -> Notes:
+    return _compat.notes_of(trace, Notes)
+
+
+def _side_table(trace: Any) -> dict[Any, Any]:
+    """Notes of a trace that differentiates or maps, shared with its re-entered copies."""
+    return _compat.tag_of(trace).__dict__.setdefault("_jaxstate", {})
+
+
+# -- Read and write --------------------------------------------------------------------------
+
+
+def read(address: Address) -> Any:
+    """The current value of the slot."""
+    holder = address.holder()
+    levels, base = _way_to(holder)
+    return _read_at(address, holder, levels, 0, base)
+
+
+def write(address: Address, value: Any) -> None:
+    """Makes ``value`` the current value of the slot."""
+    holder = address.holder()
+    levels, base = _way_to(holder)
+    _write_at(address, holder, levels, 0, base, value)
+
+
+def same_trace(a: Any, b: Any) -> bool:
+    """Whether two traces are one, or one is a re-entered copy of the other."""
+    if a is b:
+        return True
+    tag = getattr(a, "tag", None)
+    return tag is not None and tag is getattr(b, "tag", None)
+
+
+def _way_to(holder: Holder) -> tuple[list[Any], Any]:
+    """The traces between here and the holder's anchor, and the jaxpr builder they end at.
+
+    The builder is None if the anchor comes first, or is not in the chain at all: then the holder's
+    value is what a Python closure would see.
+    """
+    levels: list[Any] = []
+    for trace in _compat.chain(_compat.current_trace()):
+        if same_trace(trace, holder.anchor):
+            return levels, None
+        if isinstance(trace, _compat.StagingTrace):
+            return levels, trace
+        levels.append(trace)
+    return levels, None
+
+
+def _read_at(address: Address, holder: Holder, levels: list[Any], i: int, base: Any) -> Any:
+    """The value as ``levels[i]`` sees it."""
+    if i == len(levels):
+        return holder.cell(address).value if base is None else _read_staged(address, base)
+    trace = levels[i]
+    if isinstance(trace, _compat.BatchTrace):
+        lane = _lane(address, holder, trace)
+        if lane is not None:
+            return _compat.lane_tracer(trace, lane.value, lane.batch_dim)
+    outer = _read_at(address, holder, levels, i + 1, base)
+    view = _side_table(trace).get(_key(address, holder, base)) if hasattr(trace, "tag") else None
+    if view is not None and view.lowered is outer:
+        return view.tracer(trace)
+    return outer
+
+
+def _write_at(
+    address: Address, holder: Holder, levels: list[Any], i: int, base: Any, value: Any
+) -> None:
+    """Writes a value that ``levels[i]`` holds, and lowers it for the traces outside."""
+    if i == len(levels):
+        if base is None:
+            holder.cell(address).value = value
+        else:
+            _write_staged(address, base, value)
+        return
+    trace = levels[i]
+    if isinstance(trace, _compat.BatchTrace):
+        lane = _lane(address, holder, trace)
+        value, batch_dim = _compat.lane_value(trace, value)
+        if lane is not None:
+            lane.value, lane.batch_dim = value, batch_dim
+            return
+        if batch_dim is not None:
+            raise holder.refuse_lanes(address, trace)
+    elif isinstance(trace, (_compat.JVPTrace, _compat.LinearizeTrace)):
+        if _compat.owns(trace, value):
+            view = _View(value.primal, value.tangent)
+            _side_table(trace)[_key(address, holder, base)] = view
+            value = view.lowered
+    elif isinstance(value, _compat.Tracer) and value._trace is trace:
+        raise StateError(f"{address}: a {type(trace).__name__} value cannot leave its trace.")
+    _write_at(address, holder, levels, i + 1, base, value)
+
+
+def _key(address: Address, holder: Holder, base: Any) -> Any:
+    return address.seen_from(holder if base is None else base)
+
+
+class _View:
+    """A written value as a differentiating trace sees it, kept in parts (see `Lane`)."""
+
+    __slots__ = ("lowered", "tangent")
+
+    def __init__(self, primal: Any, tangent: Any) -> None:
+        self.lowered = primal
+        self.tangent = tangent
+
+    def tracer(self, trace: Any) -> Any:
+        kind = _compat.JVPTracer if isinstance(trace, _compat.JVPTrace) else _compat.LinearizeTracer
+        return kind(trace, self.lowered, self.tangent)
+
+
+def _lane(address: Address, holder: Holder, trace: Any) -> Lane | None:
+    return holder.lane(address, trace)
+
+
+def lanes_of(trace: Any) -> dict[Any, Any]:
+    """The lanes' own cells in the vmap of ``trace``, by whatever key a holder chooses."""
+    return _side_table(trace)
+
+
+# -- Inside a jaxpr under construction -------------------------------------------------------
+
+# A capture is resolved by the `bind` that takes it as an operand, or by the jaxpr that closes over
+# it: from the trace that is current there.
+_compat.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
+
+
+def resolve(tracer: StateTracer) -> Any:
+    """The value that a capture stands for, here and now."""
+    address = tracer.address.renewed()
+    value = read(address)
+    if not _compat.same_type(value, tracer.aval):
+        raise address.changed(tracer.aval, value)
+    return value
+
+
+def _read_staged(address: Address, trace: Any) -> Any:
+    notes = notes_of(trace)
+    key = address.seen_from(trace)
+    value = notes.values.get(key)
+    if value is None:
+        if address.threaded:
+            params = dict(address=key, aval=address.aval())
+            value = _compat.stage(trace, read_p, (), params)
+        else:
+            value = _compat.new_const(trace, StateTracer(key, address.aval()))
+        notes.values[key] = value
+    return value
+
+
+def _write_staged(address: Address, trace: Any, value: Any) -> None:
+    key = address.seen_from(trace)
+    _compat.stage(trace, write_p, (value,), dict(address=key))
+    notes_of(trace).values[key] = value
