@@ -258,9 +258,13 @@ def register_lowering(primitive: Any, rule: Callable[..., Any]) -> None:
     mlir.register_lowering(primitive, rule)
 
 
-def wrap_bind(primitive: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replaces ``primitive.bind_with_trace`` by ``wrap`` of it."""
-    primitive.def_bind_with_trace(wrap(primitive.bind_with_trace))
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def wrap_bind(primitive: Any, bind: Wrap, bind_with_trace: Wrap) -> None:
+    """Wraps what a primitive does with its operands as given, and under the trace it meets."""
+    primitive.bind = bind(primitive.bind)
+    primitive.def_bind_with_trace(bind_with_trace(primitive.bind_with_trace))
 
 
 def wrap_top_level_jit(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -387,3 +391,56 @@ def lanes_are_directions() -> bool:
 _jacfwd_code = {
     c for c in api.jacfwd.__code__.co_consts if isinstance(c, types.CodeType)
 }
+
+
+def hoist_tracers(jaxpr: Any) -> Any:
+    """The closed jaxpr with the constants that are tracers as leading inputs, in their order."""
+    inner = open_jaxpr(jaxpr)
+    pairs = list(zip(inner.constvars, jaxpr.consts, strict=True))
+    hoisted = [v for v, c in pairs if isinstance(c, Tracer)]
+    kept = [(v, c) for v, c in pairs if not isinstance(c, Tracer)]
+    outvars, eqns, effs = inner.outvars, inner.eqns, inner.effects
+    invars = [*hoisted, *inner.invars]
+    debug_info = inner.debug_info.with_unknown_names()._replace(
+        arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
+    )
+    constvars, consts = [v for v, _ in kept], [c for _, c in kept]
+    if _flattree is not None:
+        return core.Jaxpr(
+            constvars, invars, outvars, eqns, effs, debug_info, inner.is_high, consts
+        )
+    new = core.Jaxpr(constvars, invars, outvars, eqns, effs, debug_info, inner.is_high)
+    return core.ClosedJaxpr(new, consts)
+
+
+def close(jaxpr: Any) -> Any:
+    """A closed jaxpr of an open one without constants."""
+    return jaxpr if is_closed(jaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def is_standard_initializer(init: Any) -> bool:
+    """Whether ``init(key, shape, ...)`` is one of `jax.nn.initializers`: its first argument is the
+    shape of what it makes."""
+    return getattr(init, "__module__", None) == "jax._src.nn.initializers"
+
+
+def aval_of(x: Any) -> Any:
+    """The type of an array, or of anything with a shape and a dtype."""
+    return core.shaped_abstractify(x) if not isinstance(x, Tracer) else x.aval
+
+
+def as_array(x: Any) -> Any:
+    """``x`` as a JAX array or tracer."""
+    return x if isinstance(x, (jax.Array, Tracer)) else jax.numpy.asarray(x)
+
+
+def sliced_jaxpr(jaxpr: Any, slice_equations: Callable[..., Any]) -> tuple[Any, list[int]]:
+    """The closed jaxpr without what its outputs do not need, and which inputs it still takes."""
+    inner = open_jaxpr(jaxpr)
+    eqns, needed = slice_equations(inner.eqns, inner.outvars)
+    used = [i for i, v in enumerate(inner.invars) if v in needed]
+    sliced = make_jaxpr_like(
+        jaxpr, invars=[inner.invars[i] for i in used], outvars=inner.outvars, eqns=eqns,
+        effs=frozenset(),
+    )  # fmt: skip
+    return sliced, used

@@ -72,8 +72,12 @@ class Address:
             )
         )
 
-    def renewed(self) -> Address:
-        """The address for one more use of the jaxpr in which it stands."""
+    def renewed(self, use: dict[Any, Any] | None) -> Address:
+        """The address for one use of the jaxpr in which it stands.
+
+        ``use`` maps what was made inside that jaxpr to what this use makes; None if the jaxpr is
+        not bound as a whole, but evaluated equation by equation.
+        """
         return self
 
 
@@ -90,6 +94,11 @@ class Holder:
     """Something open that answers for cells."""
 
     anchor: Any = None
+
+    # A custom rule that is given its state as operands answers for every address, and what stands
+    # outside of it is seen from the trace `outside`.
+    is_boundary = False
+    outside: Any = None
 
     def knows(self, address: Address) -> bool:
         """Whether the address is one of this holder's."""

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
-from jaxstate.slots import Address
-from jaxstate.trace import read, read_p, state_effect, write, write_p
+from jaxstate.births import addresses_of, birth_p
+from jaxstate.slots import Address, any_open
+from jaxstate.trace import current_use, one_use, read, read_p, state_effect, write, write_p
 
 __all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all"]
 
@@ -62,8 +63,8 @@ def _state_of(jaxpr: Any) -> State:
     reads: dict[Address, None] = {}
     writes: dict[Address, None] = {}
     for eqn in _compat.equations(jaxpr):
-        if eqn.primitive is read_p:
-            reads[eqn.params["address"]] = None
+        if eqn.primitive is read_p or eqn.primitive is birth_p:
+            reads.update(dict.fromkeys(addresses_of(eqn)))
         elif eqn.primitive is write_p:
             writes[eqn.params["address"]] = None
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
@@ -107,8 +108,9 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
         return renamed.get(atom, atom) if isinstance(atom, _compat.Var) else atom
 
     for eqn in _compat.equations(jaxpr):
-        if eqn.primitive is read_p:
-            renamed[eqn.outvars[0]] = current[eqn.params["address"]]
+        if eqn.primitive is read_p or eqn.primitive is birth_p:
+            values = [current[a] for a in addresses_of(eqn)]
+            renamed.update(zip(eqn.outvars, values, strict=True))
         elif eqn.primitive is write_p:
             current[eqn.params["address"]] = rename(eqn.invars[0])
         elif renamed:
@@ -129,12 +131,14 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
 
 def read_all(addresses: Iterable[Address]) -> list[Any]:
     """The current values of the slots, typed as a jaxpr takes them."""
-    return [_compat.canonicalize(read(address)) for address in addresses]
+    use = current_use()
+    return [_compat.canonicalize(read(address.renewed(use))) for address in addresses]
 
 
 def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
+    use = current_use()
     for address, value in zip(addresses, values, strict=True):
-        write(address, value)
+        write(address.renewed(use), value)
 
 
 # -- Rules -----------------------------------------------------------------------------------
@@ -153,11 +157,23 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         if primitive not in _rules:
-            _compat.wrap_bind(primitive, lambda bind: _stateful_bind(primitive, bind))
+            _compat.wrap_bind(
+                primitive, _one_use_per_bind, lambda bind: _stateful_bind(primitive, bind)
+            )
         _rules[primitive] = rule
         return rule
 
     return register
+
+
+def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
+    def one_bind(*args: Any, **params: Any) -> Any:
+        if not any_open():
+            return bind(*args, **params)
+        with one_use():
+            return bind(*args, **params)
+
+    return one_bind
 
 
 def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,12 +15,15 @@ of the holder that answers for the slot. What they meet on the way decides:
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
 from jaxstate.errors import StateError, UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Holder, Lane
+from jaxstate.slots import Address, Holder, Lane, holders
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 
@@ -97,12 +100,14 @@ class Notes:
 
     Attributes:
       values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
+      extra: what clients note, by their own keys.
     """
 
-    __slots__ = ("values",)
+    __slots__ = ("extra", "values")
 
     def __init__(self) -> None:
         self.values: dict[Address, Any] = {}
+        self.extra: dict[Any, Any] = {}
 
 
 def notes_of(trace: Any) -> Notes:
@@ -129,6 +134,34 @@ def write(address: Address, value: Any) -> None:
     holder = address.holder()
     levels, base = _way_to(holder)
     _write_at(address, holder, levels, 0, base, value)
+
+
+def boundaries(holder: Holder) -> list[Any]:
+    """What stands between here and the holder, innermost first.
+
+    A boundary is a jaxpr under construction, or a custom rule that is given its state as operands
+    (`rules.derivatives`): names and addresses inside are relative to it.
+    """
+    found: list[Any] = []
+    trace = _compat.current_trace()
+    for inner in holders():
+        if inner is not holder and not inner.is_boundary:
+            continue
+        for t in _compat.chain(trace):
+            if same_trace(t, inner.anchor):
+                break
+            if isinstance(t, _compat.StagingTrace):
+                found.append(t)
+        if inner is holder:
+            break
+        found.append(inner)
+        trace = inner.outside
+    return found
+
+
+def boundary_of(holder: Holder) -> Any:
+    """The innermost boundary between here and the holder, or None."""
+    return next(iter(boundaries(holder)), None)
 
 
 def same_trace(a: Any, b: Any) -> bool:
@@ -227,6 +260,32 @@ def lanes_of(trace: Any) -> dict[Any, Any]:
     return _side_table(trace)
 
 
+# -- Uses of a jaxpr -------------------------------------------------------------------------
+
+
+class _Uses(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[dict[Any, Any]] = []
+
+
+_uses = _Uses()
+
+
+def current_use() -> dict[Any, Any] | None:
+    """What the use of a jaxpr that is being bound makes of what was made inside that jaxpr."""
+    return _uses.stack[-1] if _uses.stack else None
+
+
+@contextmanager
+def one_use() -> Iterator[None]:
+    """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
+    _uses.stack.append({})
+    try:
+        yield
+    finally:
+        _uses.stack.pop()
+
+
 # -- Inside a jaxpr under construction -------------------------------------------------------
 
 # A capture is resolved by the `bind` that takes it as an operand, or by the jaxpr that closes over
@@ -236,7 +295,7 @@ _compat.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
 
 def resolve(tracer: StateTracer) -> Any:
     """The value that a capture stands for, here and now."""
-    address = tracer.address.renewed()
+    address = tracer.address.renewed(current_use())
     value = read(address)
     if not _compat.same_type(value, tracer.aval):
         raise address.changed(tracer.aval, value)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxstate import _compat
+from jaxstate.births import bear
 from jaxstate.capture import CapturedOperand
 from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all
-from jaxstate.trace import resolve
+from jaxstate.trace import one_use, resolve
 
 
 @register_rule(_compat.jit_p)
@@ -23,6 +24,7 @@ def _threaded_jit(
     args: Any, params: dict[str, Any], run: Callable[[Any, dict[str, Any]], list[Any]]
 ) -> list[Any]:
     reads, writes = state_of(params["jaxpr"])
+    bear(params["jaxpr"], args)
     slots = read_all(reads + writes)
     avals = [_compat.typeof(s) for s in slots]
     more_in, more_out = len(slots), len(writes)
@@ -54,10 +56,10 @@ def _top_level_jit(call: Callable[..., Any]) -> Callable[..., Any]:
         state = state_of(params["jaxpr"])
         if not captured and not state:
             return call(*args, **params)
-        if captured:
+        with one_use():
             args = tuple(resolve(x.tracer) if type(x) is CapturedOperand else x for x in args)
-        run = _compat.run_jit_primitive
-        outs = _threaded_jit(args, params, run) if state else run(args, params)
+            run = _compat.run_jit_primitive
+            outs = _threaded_jit(args, params, run) if state else run(args, params)
         return outs, None, None, []
 
     return wrapped
@@ -66,6 +68,7 @@ def _top_level_jit(call: Callable[..., Any]) -> Callable[..., Any]:
 @register_rule(_compat.remat_p)
 def _remat(args: Any, params: dict[str, Any]) -> list[Any]:
     reads, writes = state_of(params["jaxpr"])
+    bear(params["jaxpr"], args)
     slots = read_all(reads + writes)
     jaxpr = thread(params["jaxpr"], Thread(reads, writes), [_compat.typeof(s) for s in slots])
     outs = _compat.remat_p.bind(*slots, *args, **dict(params, jaxpr=jaxpr))

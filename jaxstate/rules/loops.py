@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxstate import _compat
+from jaxstate.births import bear
 from jaxstate.thread import (
     Thread,
     read_all,
@@ -22,6 +23,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     """(consts, carry, xs) -> (reads + consts, writes + carry, xs)."""
     reads, writes = state_of(params["jaxpr"])
     n_consts, _ = _compat.scan_arity(params)
+    bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], writes)
     slots = read_all(reads + writes)
     avals = [_compat.typeof(s) for s in slots]
     how = Thread(reads, writes, at=n_consts, out_at=0)
@@ -48,6 +50,8 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
     carry = args[n_cond + n_body :]
     reads, writes = state_of_all((cond, body))
+    bear(cond, [*cond_consts, *[None] * len(carry)], writes)
+    bear(body, [*body_consts, *[None] * len(carry)], writes)
     slots = read_all(reads + writes)
     avals = [_compat.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]

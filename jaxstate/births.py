@@ -1,0 +1,197 @@
+"""How a parameter gets its initial value: ``init(key, *init_args)``, as a jaxpr.
+
+An initializer may be called anywhere: in a loop body, a branch, under vmap, in a solver. It is
+traced there (so that everything it closes over is at hand), and runs where the store is. What it
+closes over decides how it gets there:
+
+* nothing but arrays: the jaxpr is part of the parameter's address, and runs when the address is
+  resolved;
+* values of the jaxpr under construction ("data"): a ``state_birth`` equation marks the place. When
+  that jaxpr is bound, the rule for its primitive computes the data from the operands of the bind
+  (`bear`), if they are known there. Data that comes out of a loop is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxstate import _compat
+from jaxstate.errors import InitializerDataError, message
+from jaxstate.slots import Address
+from jaxstate.trace import read, read_p, state_effect, write_p
+
+__all__ = ["Birth", "bear", "birth_p", "trace_initializer"]
+
+
+class Form(NamedTuple):
+    """What a parameter looks like.
+
+    Attributes:
+      tree: structure of the value.
+      leaves: for each leaf, its path inside the value (empty if the value is one array).
+      avals: for each leaf, its type.
+    """
+
+    tree: Any
+    leaves: tuple[tuple[str, ...], ...]
+    avals: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        if self.leaves == ((),):
+            return self.avals[0].str_short()
+        pairs = zip(self.leaves, self.avals, strict=True)
+        return "{" + ", ".join(f"{'/'.join(p)}: {a.str_short()}" for p, a in pairs) + "}"
+
+    def same_shapes(self, other: Form) -> bool:
+        shapes = [[a.shape for a in form.avals] for form in (self, other)]
+        return self.tree == other.tree and shapes[0] == shapes[1]
+
+
+def form_of(value: Any) -> Form:
+    """The form of a value, or of a tree of anything with shape and dtype."""
+    pairs, tree = jax.tree_util.tree_flatten_with_path(value)
+    leaves = tuple(tuple(map(_key_name, path)) for path, _ in pairs)
+    return Form(tree, leaves, tuple(_compat.aval_of(x) for _, x in pairs))
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+class Birth:
+    """An initializer as a jaxpr of ``(*data, key)``.
+
+    Attributes:
+      jaxpr: closed, and closed over arrays only.
+      form: structure and types of the value.
+    """
+
+    __slots__ = ("form", "jaxpr")
+
+    def __init__(self, jaxpr: Any, form: Form) -> None:
+        self.jaxpr = jaxpr
+        self.form = form
+
+    def run(self, key: Any, data: Sequence[Any]) -> list[Any]:
+        return _compat.eval_closed_jaxpr(self.jaxpr, *data, key)
+
+
+def trace_initializer(
+    init: Callable[..., Any], init_args: tuple[Any, ...], key_aval: Any
+) -> tuple[Birth, list[Any]]:
+    """The initializer as a `Birth`, and the tracers that it looks at."""
+    closed, shape = jax.make_jaxpr(lambda key: init(key, *init_args), return_shape=True)(key_aval)
+    data = [c for c in closed.consts if isinstance(c, _compat.Tracer)]
+    if data:
+        closed = _compat.hoist_tracers(closed)
+    return Birth(closed, form_of(shape)), data
+
+
+# -- Births that look at data, inside a jaxpr ------------------------------------------------
+
+birth_p = _compat.Primitive("state_birth")
+birth_p.multiple_results = True
+birth_p.def_effectful_abstract_eval(
+    lambda *data, addresses, birth: (list(birth.form.avals), {state_effect})
+)
+
+
+@birth_p.def_bind_with_trace
+def _bear_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+    """An interpreter evaluates a jaxpr whose births are not delivered yet."""
+    with _compat.set_current_trace(trace):
+        return bear_at(params["addresses"], params["birth"], args)
+
+
+def bear_at(addresses: Sequence[Address], birth: Birth, data: Sequence[Any]) -> list[Any]:
+    """Makes the slots of one parameter, unless they exist, from data that is known here."""
+    return addresses[0].bear(addresses, birth, data)  # type: ignore[attr-defined]
+
+
+class _Needs(NamedTuple):
+    """What a birth in a jaxpr needs, and the equations that compute its data from that."""
+
+    inputs: tuple[int, ...]
+    reads: tuple[Address, ...]
+    jaxpr: Any
+
+
+def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = ()) -> None:
+    """Delivers the births in ``jaxpr`` in the place where it is about to be bound.
+
+    ``operands`` are its inputs, None for what is not known before (the carried values of a loop);
+    ``loop_writes`` are slots that change while it runs.
+    """
+    if state_effect not in jaxpr.effects:
+        return
+    for eqn in _compat.equations(jaxpr):
+        if eqn.primitive is not birth_p:
+            continue
+        addresses, birth = eqn.params["addresses"], eqn.params["birth"]
+        needs = _needs(jaxpr, addresses[0])
+        values = [operands[i] for i in needs.inputs]
+        if any(v is None for v in values) or any(a in loop_writes for a in needs.reads):
+            raise InitializerDataError(
+                message(
+                    f"The initializer of {addresses[0]} looks at data that comes out of a loop:"
+                    " there is no value before the loop starts, and the parameter has to exist"
+                    " before it.",
+                    fix="""
+                    w = jaxstate.param("w", init, x)      # before the loop, from data outside
+                    jax.lax.scan(body, c, xs)             # the body uses w
+                    """,
+                    made=addresses[0].place,  # type: ignore[attr-defined]
+                )
+            )
+        data = _compat.eval_closed_jaxpr(needs.jaxpr, *values, *map(read, needs.reads))
+        bear_at(addresses, birth, data)
+
+
+@_compat.weakref_lru_cache
+def _needs(jaxpr: Any, address: Address) -> _Needs:
+    """Slices the jaxpr for the data of the birth of ``address``."""
+    eqns = list(_compat.equations(jaxpr))
+    at = next(
+        i for i, e in enumerate(eqns)
+        if e.primitive is birth_p and e.params["addresses"][0] == address
+    )  # fmt: skip
+    outvars = eqns[at].invars
+    sliced, needed = slice_equations(eqns[:at], outvars)
+    pure = [e for e in sliced if e.primitive not in (read_p, birth_p)]
+    given = {
+        v: address
+        for e in sliced
+        if e.primitive in (read_p, birth_p)
+        for v, address in zip(e.outvars, addresses_of(e), strict=True)
+    }
+    inputs = tuple(i for i, v in enumerate(_compat.invars(jaxpr)) if v in needed)
+    made = _compat.make_jaxpr_like(
+        jaxpr,
+        invars=[*(_compat.invars(jaxpr)[i] for i in inputs), *given],
+        outvars=outvars,
+        eqns=pure,
+        effs=frozenset(),
+    )
+    return _Needs(inputs, tuple(given.values()), _compat.close(made))
+
+
+def addresses_of(eqn: Any) -> tuple[Address, ...]:
+    """The slots that a state equation reads or makes, one per output."""
+    return eqn.params["addresses"] if eqn.primitive is birth_p else (eqn.params["address"],)
+
+
+def slice_equations(eqns: Sequence[Any], outvars: Sequence[Any]) -> tuple[list[Any], set[Any]]:
+    """The equations that ``outvars`` depend on, effects aside, and all variables these mention."""
+    needed = {v for v in outvars if isinstance(v, _compat.Var)}
+    kept = []
+    for eqn in reversed(eqns):
+        if eqn.primitive is not write_p and any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if isinstance(v, _compat.Var))
+    return kept[::-1], needed
