@@ -8,6 +8,7 @@ this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+import os
 import sys
 import types
 from typing import Any
@@ -77,8 +78,9 @@ custom_jvp_call_p = custom_derivatives.custom_jvp_call_p
 custom_vjp_call_p = custom_derivatives.custom_vjp_call_p
 linear_solve_p = solves.linear_solve_p
 
-traceback_util.register_exclusion(__file__)
-register_exclusion = traceback_util.register_exclusion
+# Frames of this package are not the user's: neither in tracebacks nor in `user_location`.
+traceback_util.register_exclusion(os.path.dirname(__file__) + os.sep)
+source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 
 
 # -- Traces ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ cache keys through `_compat.set_context_signature`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -142,6 +142,9 @@ class _ThreadState(threading.local):
 
 _thread = _ThreadState()
 
+# Called when a holder is opened: what has to look at packages that were imported since.
+on_open: list[Callable[[], None]] = []
+
 
 def holders() -> Iterator[Holder]:
     """The open holders of this thread, innermost first."""
@@ -158,6 +161,8 @@ def open_holder(holder: Holder) -> Iterator[None]:
 
     Closing removes this very holder: a generator may close it when others were opened since.
     """
+    for notice in on_open:
+        notice()
     stack = _thread.stack
     holder.anchor = _compat.current_trace()
     stack.append(holder)
