@@ -14,8 +14,8 @@ import types
 from typing import Any
 
 import jax
-from jax._src import ad_checkpoint, api, ad_util, core, custom_derivatives, dtypes, effects, pjit
-from jax._src import source_info_util, traceback_util
+from jax._src import ad_checkpoint, ad_util, api, core, custom_derivatives, dtypes, effects, pjit
+from jax._src import linear_util, source_info_util, traceback_util
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import conditionals, loops, solves
@@ -64,6 +64,7 @@ JVPTrace = ad.JVPTrace
 JVPTracer = ad.JVPTracer
 LinearizeTrace = ad.LinearizeTrace
 LinearizeTracer = ad.LinearizeTracer
+DIFFERENTIATING = (JVPTrace, LinearizeTrace)
 BatchTrace = batching.BatchTrace
 BatchTracer = batching.BatchTracer
 Zero = ad_util.Zero
@@ -117,6 +118,15 @@ def owns(trace: Any, value: Any) -> bool:
     return isinstance(value, Tracer) and getattr(value._trace, "tag", None) is trace.tag
 
 
+def without_tangents(value: Any) -> Any:
+    """The primal value of a tracer in the middle of a derivative."""
+    if isinstance(value, (JVPTracer, LinearizeTracer)):
+        return without_tangents(value.primal)
+    if isinstance(value, BatchTracer):
+        return lane_tracer(value._trace, without_tangents(value.val), value.batch_dim)
+    return value
+
+
 def lane_tracer(trace: Any, value: Any, batch_dim: int | None) -> Any:
     """What one lane of the vmap of ``trace`` sees of an array over all lanes."""
     return value if batch_dim is None else BatchTracer(trace, value, batch_dim)
@@ -141,6 +151,19 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
 def new_const(trace: Any, value: Any) -> Any:
     """The tracer of ``value`` as a constant of the jaxpr that ``trace`` is building."""
     return trace.new_const(value, source_info_util.current())
+
+
+def abandon_traces_inside(outside: Any) -> None:
+    """Ends the jaxprs under construction that ``outside`` does not know: nobody will finish them.
+
+    JAX keeps every constant of such a jaxpr alive until its construction is finished.
+    """
+    known = list(chain(outside))
+    for trace in chain(current_trace()):
+        if any(trace is t for t in known):
+            return
+        if isinstance(trace, StagingTrace):
+            trace.invalidate()
 
 
 class _Constants(dict):
@@ -269,6 +292,11 @@ def wrap_bind(primitive: Any, bind: Wrap, bind_with_trace: Wrap) -> None:
     primitive.def_bind_with_trace(bind_with_trace(primitive.bind_with_trace))
 
 
+def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:
+    """Wraps what a primitive does under the trace it meets."""
+    primitive.def_bind_with_trace(wrap(primitive.bind_with_trace))
+
+
 def wrap_top_level_jit(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replaces what a jitted call runs at top level, where ``jit_p.bind`` is not on the path.
 
@@ -301,9 +329,41 @@ PERTURBED.primal = PERTURBED.tangent = None
 
 def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:
     """The ``WrappedFun`` that runs ``replace`` and can be called like ``fun``."""
-    from jax._src import linear_util as lu
+    return linear_util.wrap_init(replace, debug_info=fun.debug_info.with_unknown_names())
 
-    return lu.wrap_init(replace, debug_info=fun.debug_info.with_unknown_names())
+
+def reset_stores(fun: Any) -> None:
+    """Lets a ``WrappedFun`` be called again: its side outputs may be stored once only."""
+    for store in fun.stores:
+        if store:
+            store.reset()
+
+
+def instantiate_symbolic_zero(tangent: Any) -> Any:
+    if isinstance(tangent, SymbolicZero):
+        return ad.instantiate_zeros(Zero(tangent.aval))
+    return tangent
+
+
+def symbolic_zero_like(primal: Any) -> Any:
+    return SymbolicZero(typeof(primal).to_tangent_aval())
+
+
+def zero_cotangent(aval: Any) -> Any:
+    return Zero(aval.to_tangent_aval())
+
+
+def tree_with_leaves(tree: Any, n: int) -> Any:
+    """A tree structure with ``n`` leaves after those of ``tree``."""
+    return jax.tree.structure((tree.unflatten(range(tree.num_leaves)), [0] * n))
+
+
+def prepend_cotangents(cotangents: list[Any], out: Any) -> Any:
+    """What a backward rule returns, with cotangents in front. (jax >= 0.11: with logs.)"""
+    if _flattree is not None:
+        rest, logs = out
+        return [*cotangents, *rest], logs
+    return [*cotangents, *out]
 
 
 # -- User frames -----------------------------------------------------------------------------

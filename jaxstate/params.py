@@ -127,10 +127,6 @@ class ParamAddress(Address):
                 return holder
         raise self.missing()
 
-    def aval(self) -> Any:
-        form = self.store().slot(self).form
-        return form.avals[form.leaves.index(self.leaf)]
-
     def seen_from(self, boundary: Any) -> ParamAddress:
         store = self.store()
         above = store.scopes.inside(None if boundary is store else boundary)
@@ -203,6 +199,7 @@ class _Store(Holder):
     """The parameters of one ``init`` or ``apply``, while it runs."""
 
     def __init__(self, root: Token) -> None:
+        super().__init__()
         self.layer = Layer()
         self.layer.paths[root] = ()
         self.scopes = ScopeStack()
@@ -217,6 +214,13 @@ class _Store(Holder):
     def _layer_of(self, boundary: Any) -> Layer:
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
         return extra.setdefault(self, Layer())
+
+    def aval(self, address: ParamAddress) -> Any:  # type: ignore[override]
+        form = self.slot(address).form
+        return form.avals[form.leaves.index(address.leaf)]
+
+    def without_values(self) -> _RuleStore:
+        return _RuleStore()
 
     def path(self, layers: Layers, address: ParamAddress) -> Path:
         return (*layers.path_of(self.scopes.all() + address.levels), address.name)
@@ -407,6 +411,16 @@ class _ApplyStore(_Store):
                 used=used,
             )
         )
+
+
+class _RuleStore(_Store):
+    """Stands for the parameters in a custom derivative rule, which is given their values."""
+
+    def __init__(self) -> None:
+        super().__init__(Token(None))
+
+    def declare(self, name: str, init: Any, init_args: tuple[Any, ...], used: str) -> Any:
+        return self._value(name, wanted_form(init, init_args), None, used)
 
 
 def _lowered(data: Any, address: ParamAddress) -> Any:

@@ -39,8 +39,8 @@ from jaxstate.errors import (
     message,
     nearest,
 )
-from jaxstate.slots import Address, Cell, Holder, Lane, holders, only_holders_outside, open_holder
-from jaxstate.trace import lanes_of, read, write
+from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
+from jaxstate.trace import read, write
 
 __all__ = ["Stream", "next_key", "rng_stream"]
 
@@ -106,6 +106,7 @@ class _StreamHolder(Holder):
     """An open stream."""
 
     def __init__(self, key: Any, name: str, vmap: str, count: Any, made: str) -> None:
+        super().__init__()
         self.name = name
         self.vmap = vmap
         self.made = made
@@ -122,13 +123,14 @@ class _StreamHolder(Holder):
     def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
         return self.cells[address.part]
 
-    def lane(self, address: StreamAddress, trace: Any) -> Lane | None:  # type: ignore[override]
+    def lane(  # type: ignore[override]
+        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
+    ) -> Lane | None:
         if self.vmap == "share":
             return None
-        table = lanes_of(trace)
-        lanes = table.get(self)
+        lanes = notes.get(self)
         if lanes is None:
-            lanes = table[self] = self._split(trace)
+            lanes = notes[self] = self._split(trace)
         return lanes[address.part]
 
     def _split(self, trace: Any) -> dict[str, Lane]:
@@ -152,6 +154,11 @@ class _StreamHolder(Holder):
             lanes = jnp.arange(_compat.lane_count(trace), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes)
         return {"key": Lane(keys, 0), "count": Lane(np.int32(0), None)}
+
+    def without_values(self) -> _StreamHolder:
+        copy = _StreamHolder.__new__(_StreamHolder)
+        copy.__dict__.update(self.__dict__, cells={}, anchor=None, side_tables={})
+        return copy
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
         return LaneWriteError(

@@ -17,7 +17,7 @@ cache keys through `_compat.set_context_signature`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -50,7 +50,7 @@ class Address:
 
     def aval(self) -> Any:
         """The type of the value, without making it."""
-        return _compat.typeof(self.holder().cell(self).value)
+        return self.holder().aval(self)
 
     def seen_from(self, boundary: Any) -> Address:
         """The address as it stands in the jaxpr, or the holder, ``boundary``.
@@ -100,6 +100,9 @@ class Holder:
     is_boundary = False
     outside: Any = None
 
+    def __init__(self) -> None:
+        self.side_tables: dict[int, Any] = {}  # see `trace._side_table`
+
     def knows(self, address: Address) -> bool:
         """Whether the address is one of this holder's."""
         raise NotImplementedError
@@ -108,8 +111,20 @@ class Holder:
         """The cell of an address that the holder knows; made now if the holder makes cells."""
         raise NotImplementedError
 
-    def lane(self, address: Address, trace: Any) -> Lane | None:
-        """The lanes' own cell of the address in the vmap of ``trace``; None if lanes share it."""
+    def aval(self, address: Address) -> Any:
+        """The type of a slot, without making the slot."""
+        return _compat.typeof(self.cell(address).value)
+
+    def without_values(self) -> Holder:
+        """What is left of the holder for a function that runs when it may be closed: its names
+        and its policy, and no arrays or tracers."""
+        return self
+
+    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | None:
+        """The lanes' own cell of the address in the vmap of ``trace``; None if lanes share it.
+
+        ``notes`` is a place to keep cells in, which ends with that vmap.
+        """
         return None
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
@@ -175,17 +190,21 @@ def open_holder(holder: Holder) -> Iterator[None]:
         holder.anchor = None
 
 
+def stack() -> list[Holder]:
+    """The open holders of this thread, outermost first."""
+    return list(_thread.stack)
+
+
 @contextmanager
-def only_holders_outside(holder: Holder) -> Iterator[None]:
-    """Hides ``holder`` and whatever was opened after it."""
+def only_open(holders: Sequence[Holder]) -> Iterator[None]:
+    """For a while, ``holders`` are the open holders of this thread."""
     stack = _thread.stack
-    at = next(i for i, h in enumerate(stack) if h is holder)
-    hidden = stack[at:]
-    del stack[at:]
+    hidden = list(stack)
+    stack[:] = holders
     try:
         yield
     finally:
-        stack[at:] = hidden
+        stack[:] = hidden
 
 
 def _remove(stack: list[Holder], holder: Holder) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
 from jaxstate.errors import StateError, UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Holder, Lane, holders
+from jaxstate.slots import Address, Holder, holders
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 
@@ -101,11 +101,13 @@ class Notes:
     Attributes:
       values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
       extra: what clients note, by their own keys.
+      side_tables: see `_side_table`.
     """
 
-    __slots__ = ("extra", "values")
+    __slots__ = ("extra", "side_tables", "values")
 
     def __init__(self) -> None:
+        self.side_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.extra: dict[Any, Any] = {}
 
@@ -114,9 +116,30 @@ def notes_of(trace: Any) -> Notes:
     return _compat.notes_of(trace, Notes)
 
 
-def _side_table(trace: Any) -> dict[Any, Any]:
-    """Notes of a trace that differentiates or maps, shared with its re-entered copies."""
-    return _compat.tag_of(trace).__dict__.setdefault("_jaxstate", {})
+def _side_table(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
+    """Notes on a trace that differentiates or maps, shared with its re-entered copies.
+
+    They live where the values they hold live: with the jaxpr under construction around that trace
+    or, if there is none, with the holder. (Not with the trace: JAX's caches may keep it.)
+    """
+    tables = holder.side_tables if base is None else notes_of(base).side_tables
+    tag = _compat.tag_of(trace)
+    known = tables.get(id(tag))
+    if known is not None and known[0] is tag:
+        return known[1]
+    if base is None:
+        _drop_ended(tables)
+    table: dict[Any, Any] = {}
+    tables[id(tag)] = tag, table
+    return table
+
+
+def _drop_ended(tables: dict[int, Any]) -> None:
+    """Forgets the notes on transformations that the program is no longer in."""
+    chain = _compat.chain(_compat.current_trace())
+    active = {id(t.tag) for t in chain if getattr(t, "tag", None) is not None}
+    for key in tables.keys() - active:
+        del tables[key]
 
 
 # -- Read and write --------------------------------------------------------------------------
@@ -194,13 +217,14 @@ def _read_at(address: Address, holder: Holder, levels: list[Any], i: int, base: 
         return holder.cell(address).value if base is None else _read_staged(address, base)
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
-        lane = _lane(address, holder, trace)
+        lane = holder.lane(address, trace, _side_table(trace, holder, base))
         if lane is not None:
             return _compat.lane_tracer(trace, lane.value, lane.batch_dim)
     outer = _read_at(address, holder, levels, i + 1, base)
-    view = _side_table(trace).get(_key(address, holder, base)) if hasattr(trace, "tag") else None
-    if view is not None and view.lowered is outer:
-        return view.tracer(trace)
+    if isinstance(trace, _compat.DIFFERENTIATING):
+        view = _side_table(trace, holder, base).get(_key(address, holder, base))
+        if view is not None and view.lowered is outer:
+            return view.tracer(trace)
     return outer
 
 
@@ -216,17 +240,17 @@ def _write_at(
         return
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
-        lane = _lane(address, holder, trace)
+        lane = holder.lane(address, trace, _side_table(trace, holder, base))
         value, batch_dim = _compat.lane_value(trace, value)
         if lane is not None:
             lane.value, lane.batch_dim = value, batch_dim
             return
         if batch_dim is not None:
             raise holder.refuse_lanes(address, trace)
-    elif isinstance(trace, (_compat.JVPTrace, _compat.LinearizeTrace)):
+    elif isinstance(trace, _compat.DIFFERENTIATING):
         if _compat.owns(trace, value):
             view = _View(value.primal, value.tangent)
-            _side_table(trace)[_key(address, holder, base)] = view
+            _side_table(trace, holder, base)[_key(address, holder, base)] = view
             value = view.lowered
     elif isinstance(value, _compat.Tracer) and value._trace is trace:
         raise StateError(f"{address}: a {type(trace).__name__} value cannot leave its trace.")
@@ -249,15 +273,6 @@ class _View:
     def tracer(self, trace: Any) -> Any:
         kind = _compat.JVPTracer if isinstance(trace, _compat.JVPTrace) else _compat.LinearizeTracer
         return kind(trace, self.lowered, self.tangent)
-
-
-def _lane(address: Address, holder: Holder, trace: Any) -> Lane | None:
-    return holder.lane(address, trace)
-
-
-def lanes_of(trace: Any) -> dict[Any, Any]:
-    """The lanes' own cells in the vmap of ``trace``, by whatever key a holder chooses."""
-    return _side_table(trace)
 
 
 # -- Uses of a jaxpr -------------------------------------------------------------------------

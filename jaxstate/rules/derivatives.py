@@ -1,0 +1,307 @@
+"""custom_jvp and custom_vjp: a function and its rules are given their state as operands.
+
+The function and its derivative rules are Python functions that JAX calls when it likes, perhaps
+much later, when the streams and parameters of this moment are gone. So the state that the function
+uses becomes explicit where it is called:
+
+1. Call the primitive with the function *recording*: every slot it touches is noted. If it touches
+   none (nearly always), that was the call.
+2. Otherwise read those slots here, and call the primitive again with their values as further
+   operands, and what the function writes as further outputs. Function and rules find the state in
+   a holder that answers from the operands they are given.
+
+The user's rule says nothing about the state, so it cannot be differentiated with respect to it:
+JAX refuses the same of values that such a function closes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jaxstate import _compat, slots
+from jaxstate.errors import CustomRuleStateError, message
+from jaxstate.slots import Address, Cell, Holder, Lane
+from jaxstate.thread import read_all, write_all
+from jaxstate.trace import read
+
+
+class _RuleState(Holder):
+    """The state of a function with a custom rule, seen from inside.
+
+    Attributes:
+      outside: the trace under which the function is called.
+      below: the holders that were open there.
+      extra: what clients note about this boundary.
+    """
+
+    is_boundary = True
+
+    def __init__(self, outside: Any, below: Sequence[Holder]) -> None:
+        super().__init__()
+        self.outside = outside
+        self.below = list(below)
+        self.extra: dict[Any, Any] = {}
+        self.cells: dict[Address, Cell] = {}
+
+    def knows(self, address: Address) -> bool:
+        return any(holder.knows(address) for holder in reversed(self.below))
+
+    def aval(self, address: Address) -> Any:
+        return _compat.typeof(self.cell(address).value)
+
+    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | None:
+        return self._policy(address).lane(address, trace, notes)
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return self._policy(address).refuse_lanes(address, trace)
+
+    def without_values(self) -> _RuleState:
+        return _Given(None, without_values(self.below), {})
+
+    def _policy(self, address: Address) -> Holder:
+        return next(holder for holder in reversed(self.below) if holder.knows(address))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with slots.only_open(self.below), slots.open_holder(self):
+            yield
+
+
+class _Touched(Exception):
+    """Ends the recording call of a function that touched state."""
+
+
+class _Recording(_RuleState):
+    """Notes which slots a function touches, and answers with their values outside."""
+
+    def __init__(self, outside: Any) -> None:
+        super().__init__(outside, slots.stack())
+        self.before: dict[Address, Any] = {}
+        self.over = False
+
+    def finish(self) -> None:
+        """From now on the function runs, if it does, as a rule of an equation: keep no values."""
+        self.over = True
+        self.outside = None
+        self.below = without_values(self.below)
+        self.extra = {}
+        self.cells = {}
+        self.before = {}
+
+    def cell(self, address: Address) -> Cell:
+        if self.over:
+            raise _rule_touches_more(address)
+        key = address.seen_from(self)
+        if key not in self.cells:
+            with slots.only_open(self.below), _compat.set_current_trace(self.outside):
+                # A rule runs under a trace further out than the function; it finds primals there.
+                value = _compat.without_tangents(_compat.canonicalize(read(key)))
+            self.before[key] = value
+            self.cells[key] = Cell(value)
+        return self.cells[key]
+
+    def touched(self) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
+        """The slots touched, and those of them that were written."""
+        written = tuple(a for a, c in self.cells.items() if c.value is not self.before[a])
+        return tuple(self.cells), written
+
+    def recording(self, fun: Any) -> Any:
+        def recorded(*args: Any) -> Any:
+            _compat.reset_stores(fun)
+            with self.entered():
+                out = fun.call_wrapped(*args)
+            if self.cells and not self.over:
+                _compat.abandon_traces_inside(self.outside)
+                raise _Touched
+            return out
+
+        return _compat.wrap_rule_function(fun, recorded)
+
+
+class _Given(_RuleState):
+    """Answers from operands."""
+
+    def __init__(
+        self, outside: Any, below: Sequence[Holder], cells: dict[Address, Cell]
+    ) -> None:
+        super().__init__(outside, below)
+        self.cells = cells
+
+    def cell(self, address: Address) -> Cell:
+        cell = self.cells.get(address.seen_from(self))
+        if cell is None:
+            raise _rule_touches_more(address)
+        return cell
+
+
+def without_values(holders: Sequence[Holder]) -> list[Holder]:
+    return [holder.without_values() for holder in holders]
+
+
+def _rule_touches_more(address: Address) -> Exception:
+    return CustomRuleStateError(
+        message(
+            f"A custom derivative rule uses {address}, and the function it belongs to does not:"
+            " the rule may run much later, and its state has to be known when the function is"
+            " called.",
+            fix="""
+            @jax.custom_jvp
+            def f(x, key): ...               # use the state before the call, pass it in
+            f(x, jaxstate.next_key())
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
+class _Explicit:
+    """A function and its rules with their state as leading operands and trailing outputs."""
+
+    def __init__(self, touched: Sequence[Address], written: Sequence[Address]) -> None:
+        self.touched = touched
+        self.written = written
+        self.n = len(touched)
+        # The holders of this moment, for names only: a rule may run after they are closed.
+        self.below = without_values(slots.stack())
+
+    def run(self, fun: Any, values: Sequence[Any], *args: Any) -> tuple[list[Any], list[Any]]:
+        """The outputs of ``fun``, and what it leaves in the written slots."""
+        before = dict(zip(self.touched, values, strict=True))
+        state = _Given(None, self.below, {a: Cell(v) for a, v in before.items()})
+        _compat.reset_stores(fun)
+        with state.entered():
+            out = fun.call_wrapped(*args)
+        for address, cell in state.cells.items():
+            if address not in self.written and cell.value is not before[address]:
+                raise _rule_touches_more(address)
+        return out, [state.cells[a].value for a in self.written]
+
+    def function(self, fun: Any) -> Any:
+        def explicit(*args: Any) -> list[Any]:
+            out, written = self.run(fun, args[: self.n], *args[self.n :])
+            return [*out, *written]
+
+        return _compat.wrap_rule_function(fun, explicit)
+
+    def jvp(self, jvp: Any, symbolic_zeros: bool) -> Any:
+        """``(state, primals, state tangents, tangents)`` to primals and tangents with state."""
+
+        def explicit(*args: Any) -> list[Any]:
+            half = len(args) // 2
+            primals, tangents = args[:half], args[half:]
+            nonzero = [not isinstance(t, _compat.SymbolicZero) for t in tangents[: self.n]]
+            self.refuse_derivatives(primals[: self.n], nonzero)
+            given = tangents[self.n :]
+            if not symbolic_zeros:
+                given = [_compat.instantiate_symbolic_zero(t) for t in given]
+            out, written = self.run(jvp, primals[: self.n], *primals[self.n :], *given)
+            n_out = len(out) // 2
+            zeros = [_compat.symbolic_zero_like(w) for w in written]
+            return [*out[:n_out], *written, *out[n_out:], *zeros]
+
+        return _compat.wrap_rule_function(jvp, explicit)
+
+    def fwd(self, fwd: Any) -> Any:
+        """``fwd`` takes (value, is it differentiated) for every operand, in turns."""
+
+        def explicit(*args: Any) -> list[Any]:
+            state, rest = args[: 2 * self.n], args[2 * self.n :]
+            self.refuse_derivatives(state[::2], state[1::2])
+            out, written = self.run(fwd, state[::2], *rest)
+            return [*out, *written]
+
+        return _compat.wrap_rule_function(fwd, explicit)
+
+    def out_trees(self, out_trees: Callable[[], Any]) -> Callable[[], Any]:
+        """The state goes to ``bwd`` as residuals, which are operands passed on."""
+
+        def explicit() -> Any:
+            out_tree, res_tree, forwarded = out_trees()
+            forwarded = [f if f is None else f + self.n for f in forwarded]
+            return out_tree, _compat.tree_with_leaves(res_tree, self.n), [*forwarded, *range(self.n)]
+
+        return explicit
+
+    def bwd(self, bwd: Any, out_trees: Callable[[], Any]) -> Any:
+        """(residuals, state, cotangents, cotangents of the written) to cotangents."""
+
+        def explicit(*args: Any) -> Any:
+            n_res = out_trees()[1].num_leaves
+            residuals, state, cts = (
+                args[:n_res],
+                args[n_res : n_res + self.n],
+                args[n_res + self.n : len(args) - len(self.written)],
+            )
+            out, _ = self.run(bwd, state, *residuals, *cts)
+            zeros = [_compat.zero_cotangent(_compat.typeof(s)) for s in state]
+            return _compat.prepend_cotangents(zeros, out)
+
+        return _compat.wrap_rule_function(bwd, explicit)
+
+    def refuse_derivatives(self, values: Sequence[Any], nonzero: Sequence[bool]) -> None:
+        for address, value, differentiated in zip(self.touched, values, nonzero, strict=True):
+            if differentiated and _compat.has_tangent(_compat.typeof(value)):
+                raise CustomRuleStateError(
+                    message(
+                        f"A function with a custom derivative rule uses {address}, and is"
+                        " differentiated with respect to it. The rule says nothing about that"
+                        " derivative.",
+                        fix="""
+                        @jax.custom_vjp
+                        def f(x, w): ...                  # make it an argument, extend the rule
+                        f(x, jaxstate.param("w", ...))
+                        """,
+                        used=_compat.user_location(),
+                    )
+                )
+
+
+def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, Any]]) -> Any:
+    """The bind of a primitive with rules: record, and call again with the state as operands."""
+
+    def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
+        def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+            if not slots.any_open() or trace is None or trace is _compat.eval_trace:
+                return bind(trace, args, avals, params)
+            state = _Recording(trace)
+            functions = tuple(state.recording(f) for f in params["subfuns"])
+            try:
+                return bind(trace, args, avals, dict(params, subfuns=functions))
+            except _Touched:
+                touched, written = state.touched()
+            finally:
+                state.finish()
+            with _compat.set_current_trace(trace):
+                values = read_all(touched)
+                explicit = _Explicit(touched, written)
+                operands = [*values, *args]
+                out = bind(
+                    trace, operands, [_compat.typeof(x) for x in operands],
+                    explicit_params(explicit, params),
+                )  # fmt: skip
+                n_out = len(out) - len(written)
+                write_all(written, out[n_out:])
+            return out[:n_out]
+
+        return bind_with_trace
+
+    return wrap
+
+
+def _jvp_params(explicit: _Explicit, params: dict[str, Any]) -> dict[str, Any]:
+    fun, jvp = params["subfuns"]
+    functions = explicit.function(fun), explicit.jvp(jvp, params["symbolic_zeros"])
+    return dict(params, subfuns=functions, symbolic_zeros=True)
+
+
+def _vjp_params(explicit: _Explicit, params: dict[str, Any]) -> dict[str, Any]:
+    fun, fwd, bwd = params["subfuns"]
+    out_trees = params["out_trees"]
+    functions = explicit.function(fun), explicit.fwd(fwd), explicit.bwd(bwd, out_trees)
+    return dict(params, subfuns=functions, out_trees=explicit.out_trees(out_trees))
+
+
+_compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_params))
+_compat.wrap_bind_with_trace(_compat.custom_vjp_call_p, _stateful(_vjp_params))
