@@ -118,6 +118,12 @@ def owns(trace: Any, value: Any) -> bool:
     return isinstance(value, Tracer) and getattr(value._trace, "tag", None) is trace.tag
 
 
+def tangent_tracer(trace: Any, primal: Any, tangent: Any) -> Any:
+    """The tracer of a differentiating trace for a primal value and its tangent."""
+    kind = JVPTracer if isinstance(trace, JVPTrace) else LinearizeTracer
+    return kind(trace, primal, tangent)
+
+
 def without_tangents(value: Any) -> Any:
     """The primal value of a tracer in the middle of a derivative."""
     if isinstance(value, (JVPTracer, LinearizeTracer)):

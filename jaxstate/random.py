@@ -157,7 +157,7 @@ class _StreamHolder(Holder):
 
     def without_values(self) -> _StreamHolder:
         copy = _StreamHolder.__new__(_StreamHolder)
-        copy.__dict__.update(self.__dict__, cells={}, anchor=None, side_tables={})
+        copy.__dict__.update(self.__dict__, cells={}, anchor=None, lane_tables={})
         return copy
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:

@@ -101,7 +101,7 @@ class Holder:
     outside: Any = None
 
     def __init__(self) -> None:
-        self.side_tables: dict[int, Any] = {}  # see `trace._side_table`
+        self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
 
     def knows(self, address: Address) -> bool:
         """Whether the address is one of this holder's."""
@@ -167,6 +167,7 @@ def holders() -> Iterator[Holder]:
 
 
 def any_open() -> bool:
+    """Whether this thread has state that a custom rule or a jaxpr could use."""
     return bool(_thread.stack)
 
 

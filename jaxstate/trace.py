@@ -16,9 +16,10 @@ of the holder that answers for the slot. What they meet on the way decides:
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
@@ -101,13 +102,13 @@ class Notes:
     Attributes:
       values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
       extra: what clients note, by their own keys.
-      side_tables: see `_side_table`.
+      lane_tables: see `_lanes`.
     """
 
-    __slots__ = ("extra", "side_tables", "values")
+    __slots__ = ("extra", "lane_tables", "values")
 
     def __init__(self) -> None:
-        self.side_tables: dict[int, Any] = {}
+        self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.extra: dict[Any, Any] = {}
 
@@ -116,26 +117,41 @@ def notes_of(trace: Any) -> Notes:
     return _compat.notes_of(trace, Notes)
 
 
-def _side_table(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
-    """Notes on a trace that differentiates or maps, shared with its re-entered copies.
+def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
+    """What the lanes of a vmap have of their own, shared by re-entered copies of its trace.
 
-    They live where the values they hold live: with the jaxpr under construction around that trace
-    or, if there is none, with the holder. (Not with the trace: JAX's caches may keep it.)
+    It lives with the jaxpr under construction around the vmap or, if there is none, with the
+    holder, and not longer than the vmap. (Not with the trace: JAX's caches may keep it.)
     """
-    tables = holder.side_tables if base is None else notes_of(base).side_tables
+    tables = holder.lane_tables if base is None else notes_of(base).lane_tables
     tag = _compat.tag_of(trace)
     known = tables.get(id(tag))
-    if known is not None and known[0] is tag:
+    if known is not None and known[0]() is tag:
         return known[1]
     if base is None:
         _drop_ended(tables)
     table: dict[Any, Any] = {}
-    tables[id(tag)] = tag, table
+    tables[id(tag)] = weakref.ref(tag, lambda _, key=id(tag): _drop(tables, key)), table
     return table
 
 
+def _views(trace: Any) -> dict[Any, Any]:
+    """Written values as a differentiating trace sees them, shared by its re-entered copies.
+
+    They live as long as the trace works: a tangent must not outlive it.
+    """
+    if isinstance(trace, _compat.LinearizeTrace):
+        return notes_of(trace.tangent_trace).extra
+    return _compat.tag_of(trace).__dict__.setdefault("_jaxstate", {})
+
+
+def _drop(tables: dict[int, Any], key: int) -> None:
+    if key in tables and tables[key][0]() is None:
+        del tables[key]
+
+
 def _drop_ended(tables: dict[int, Any]) -> None:
-    """Forgets the notes on transformations that the program is no longer in."""
+    """Forgets transformations that the program has left and that a cache of JAX keeps alive."""
     chain = _compat.chain(_compat.current_trace())
     active = {id(t.tag) for t in chain if getattr(t, "tag", None) is not None}
     for key in tables.keys() - active:
@@ -149,7 +165,7 @@ def read(address: Address) -> Any:
     """The current value of the slot."""
     holder = address.holder()
     levels, base = _way_to(holder)
-    return _read_at(address, holder, levels, 0, base)
+    return _read_at(address, holder, levels, 0, base)[0]
 
 
 def write(address: Address, value: Any) -> None:
@@ -211,68 +227,71 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     return levels, None
 
 
-def _read_at(address: Address, holder: Holder, levels: list[Any], i: int, base: Any) -> Any:
-    """The value as ``levels[i]`` sees it."""
+def _read_at(
+    address: Address, holder: Holder, levels: list[Any], i: int, base: Any
+) -> tuple[Any, Any]:
+    """The value as ``levels[i]`` sees it, and what is stored for it at the end of the way."""
     if i == len(levels):
-        return holder.cell(address).value if base is None else _read_staged(address, base)
+        stored = holder.cell(address).value if base is None else _read_staged(address, base)
+        return stored, stored
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
-        lane = holder.lane(address, trace, _side_table(trace, holder, base))
+        lane = holder.lane(address, trace, _lanes(trace, holder, base))
         if lane is not None:
-            return _compat.lane_tracer(trace, lane.value, lane.batch_dim)
-    outer = _read_at(address, holder, levels, i + 1, base)
+            return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
+    value, stored = _read_at(address, holder, levels, i + 1, base)
     if isinstance(trace, _compat.DIFFERENTIATING):
-        view = _side_table(trace, holder, base).get(_key(address, holder, base))
-        if view is not None and view.lowered is outer:
-            return view.tracer(trace)
-    return outer
+        view = _views(trace).get(_key(address, holder, base))
+        if view is not None and view.stored is stored:
+            return _compat.tangent_tracer(trace, value, view.tangent), stored
+    return value, stored
 
 
 def _write_at(
     address: Address, holder: Holder, levels: list[Any], i: int, base: Any, value: Any
-) -> None:
-    """Writes a value that ``levels[i]`` holds, and lowers it for the traces outside."""
+) -> Any:
+    """Writes a value that ``levels[i]`` holds, lowers it for the traces outside, and returns what
+    is stored at the end of the way."""
     if i == len(levels):
         if base is None:
             holder.cell(address).value = value
         else:
             _write_staged(address, base, value)
-        return
+        return value
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
-        lane = holder.lane(address, trace, _side_table(trace, holder, base))
+        lane = holder.lane(address, trace, _lanes(trace, holder, base))
         value, batch_dim = _compat.lane_value(trace, value)
         if lane is not None:
             lane.value, lane.batch_dim = value, batch_dim
-            return
+            return value
         if batch_dim is not None:
             raise holder.refuse_lanes(address, trace)
     elif isinstance(trace, _compat.DIFFERENTIATING):
-        if _compat.owns(trace, value):
-            view = _View(value.primal, value.tangent)
-            _side_table(trace, holder, base)[_key(address, holder, base)] = view
-            value = view.lowered
+        key = _key(address, holder, base)
+        if not _compat.owns(trace, value):
+            _views(trace).pop(key, None)
+        else:
+            stored = _write_at(address, holder, levels, i + 1, base, value.primal)
+            _views(trace)[key] = _View(value.tangent, stored)
+            return stored
     elif isinstance(value, _compat.Tracer) and value._trace is trace:
         raise StateError(f"{address}: a {type(trace).__name__} value cannot leave its trace.")
-    _write_at(address, holder, levels, i + 1, base, value)
+    return _write_at(address, holder, levels, i + 1, base, value)
 
 
 def _key(address: Address, holder: Holder, base: Any) -> Any:
     return address.seen_from(holder if base is None else base)
 
 
-class _View:
-    """A written value as a differentiating trace sees it, kept in parts (see `Lane`)."""
+class _View(NamedTuple):
+    """The tangent of a written value, valid as long as ``stored`` is what is stored.
 
-    __slots__ = ("lowered", "tangent")
+    Kept without its tracer, which would keep the trace.
+    """
 
-    def __init__(self, primal: Any, tangent: Any) -> None:
-        self.lowered = primal
-        self.tangent = tangent
-
-    def tracer(self, trace: Any) -> Any:
-        kind = _compat.JVPTracer if isinstance(trace, _compat.JVPTrace) else _compat.LinearizeTracer
-        return kind(trace, self.lowered, self.tangent)
+    tangent: Any
+    stored: Any
 
 
 # -- Uses of a jaxpr -------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""The extension point: state of your own, and rules for primitives of your own.
+
+A *slot* is one array of state. It lives where it was made, and code further in (inside jit, scan,
+while, cond, grad, vmap, checkpoint ...) reads and writes it as if it were a Python variable:
+
+    steps = jaxstate.extend.new_slot(jnp.int32(0), name="steps")
+
+    @jax.jit
+    def step(x):
+        jaxstate.extend.write(steps, jaxstate.extend.read(steps) + 1)
+        return x * 2
+
+Random streams and parameters are clients of the same engine.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxstate import _compat, trace
+from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
+from jaxstate.slots import Address, Cell, Holder, holders
+from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all
+
+__all__ = [
+    "Slot",
+    "Thread",
+    "new_slot",
+    "read",
+    "read_all",
+    "register_rule",
+    "state_of",
+    "thread",
+    "write",
+    "write_all",
+]
+
+
+class Slot(Holder):
+    """One array of state: see `new_slot`."""
+
+    def __init__(self, value: Any, name: str, made: str) -> None:
+        super().__init__()
+        self.name = name
+        self.made = made
+        self.anchor = _compat.current_trace()
+        self.address = SlotAddress(self)
+        self._cell = Cell(value)
+        self._aval = _compat.typeof(value)
+
+    def knows(self, address: Address) -> bool:
+        return address == self.address
+
+    def cell(self, address: Address) -> Cell:
+        return self._cell
+
+    def aval(self, address: Address) -> Any:
+        return self._aval
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return LaneWriteError(
+            message(
+                f"Lanes of a vmap wrote different values into slot {self.name!r}, which they"
+                " share.",
+                fix="""
+                write(slot, values.mean())          # one value: outside the vmap, from all lanes
+                slot = new_slot(value)              # or a slot per lane: made inside the vmap
+                """,
+                made=self.made,
+                used=_compat.user_location(),
+                under=f"vmap over {_compat.lane_count(trace)} lanes",
+            )
+        )
+
+    def __repr__(self) -> str:
+        return f"Slot({self.name!r}, {self._aval.str_short()})"
+
+
+class SlotAddress(Address):
+    """One particular slot. A cached jaxpr may keep the address, which does not keep the slot."""
+
+    __slots__ = ("_slot", "name")
+
+    threaded = True
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = weakref.ref(slot)
+        self.name = slot.name
+
+    def __repr__(self) -> str:
+        return f"slot {self.name!r}"
+
+    def holder(self) -> Holder:
+        for holder in holders():
+            if holder.is_boundary and holder.knows(self):
+                return holder
+        slot = self._slot()
+        if slot is None:
+            raise self.missing()
+        return slot
+
+    def missing(self) -> Exception:
+        return ClosedStateError(
+            message(
+                f"{self} is gone: a jitted function that was traced with it is called again after"
+                " the slot was dropped.",
+                fix="""
+                slot = jaxstate.extend.new_slot(value)      # keep it as long as its users
+                jax.clear_caches()                          # or trace them again
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+
+def new_slot(value: Any, *, name: str = "slot") -> Slot:
+    """Makes a slot that holds ``value``.
+
+    Args:
+      value: an array or scalar; its shape and dtype are those of the slot from now on.
+      name: for messages.
+
+    Returns:
+      A `Slot`, which lives as long as the object does, under the transformation in which it was
+      made: a slot made inside a vmap has a value per lane.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxstate.extend import new_slot, read, write
+    >>> total = new_slot(0.0)
+    >>> def body(i, _):
+    ...     write(total, read(total) + i)
+    >>> _ = jax.lax.fori_loop(0, 4, body, None)
+    >>> float(read(total))
+    6.0
+    """
+    return Slot(_strong(value), name, _compat.user_location())
+
+
+def read(slot: Slot) -> jax.Array:
+    """The current value of a slot."""
+    return trace.read(slot.address)
+
+
+def write(slot: Slot, value: Any) -> None:
+    """Makes ``value`` the value of a slot.
+
+    Gradients flow through a value written and read inside one differentiated function; what
+    leaves that function is the value.
+
+    Raises:
+      SlotTypeError: if shape or dtype are not those of the slot.
+      LaneWriteError: if lanes of a vmap that share the slot write different values.
+    """
+    value = _strong(value)
+    wanted = slot.aval(slot.address)
+    if not _compat.same_type(value, wanted):
+        raise SlotTypeError(
+            message(
+                f"{slot} was written with {_compat.typeof(value).str_short()}.",
+                fix=f"""
+                write(slot, jnp.asarray(value, {wanted.dtype}).reshape({wanted.shape}))
+                """,
+                made=slot.made,
+                used=_compat.user_location(),
+            )
+        )
+    trace.write(slot.address, value)
+
+
+def _strong(value: Any) -> Any:
+    """The value as an array whose dtype no Python scalar can change."""
+    value = jnp.asarray(value)
+    return jax.lax.convert_element_type(value, value.dtype) if value.weak_type else value
