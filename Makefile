@@ -1,0 +1,82 @@
+# Every target works in a fresh clone: it needs make and Python 3.11 or later, and installs the
+# rest into virtual environments in this folder.
+#
+#   make demo                                   train a classifier, draw what it gets wrong
+#   make test                                   tests and doctests, without the slow ones
+#   make test-with PYTHON=python3.12 JAX=0.11.2 the same on another Python and JAX
+#   make matrix                                 every kind of state under every transformation
+#   make lint format types docs notebooks bench
+#   make clean
+
+PYTHON ?= python3
+JAX ?=
+
+DEMO := .venv-demo
+TEST := .venv-test
+LINT := .venv-lint
+DOCS := .venv-docs
+BENCH := .venv-bench
+
+.PHONY: demo test test-with matrix lint format types docs notebooks bench clean
+.DEFAULT_GOAL := test
+.SECONDARY:
+
+# What .venv-NAME and .venv-NAME-anything install; the extras are those of pyproject.toml. The
+# documentation runs what it shows, so it needs what the examples need.
+EXTRAS_demo := demo
+EXTRAS_test := test
+EXTRAS_lint := lint
+EXTRAS_docs := docs,demo,test
+EXTRAS_bench := bench
+
+# The stamp is written last, so that an installation that was interrupted is taken up again.
+.venv-%/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --editable '.[$(EXTRAS_$(firstword $(subst -, ,$*)))]' $(if $(JAX),'jax==$(JAX)')
+	touch $@
+
+demo: $(DEMO)/installed
+	$(DEMO)/bin/python examples/digits.py
+
+test: $(TEST)/installed
+	$(TEST)/bin/python -m pytest -n auto -m 'not slow' --doctest-modules \
+	    --ignore=jaxstate_tests/bench jaxstate jaxstate_tests
+
+# An environment of its own for each pair, or the next pair would find the wrong versions in it.
+test-with:
+	@test -n '$(JAX)' || { echo 'usage: make test-with PYTHON=python3.12 JAX=0.11.2'; exit 2; }
+	version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+	    $(MAKE) test TEST=.venv-test-python$$version-jax$(JAX)
+
+matrix: $(TEST)/installed
+	$(TEST)/bin/python -m pytest -n auto -m 'slow or not slow' jaxstate_tests/test_matrix.py
+
+lint: $(LINT)/installed
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+
+format: $(LINT)/installed
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
+
+types: $(LINT)/installed
+	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+
+docs: $(DOCS)/installed
+	$(DOCS)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+notebooks: $(DOCS)/installed
+	mkdir -p build/notebooks
+	set -e; for notebook in notebooks/*.md; do \
+	    $(DOCS)/bin/python -m jupytext --execute --to ipynb \
+	        --output build/$${notebook%.md}.ipynb $$notebook; \
+	done
+
+bench: $(BENCH)/installed
+	$(BENCH)/bin/python -m jaxstate_tests.bench
+
+clean:
+	rm -rf .venv-* build dist docs/_build examples/output \
+	    .pytest_cache .ruff_cache .hypothesis
+	find jaxstate jaxstate_tests examples -name __pycache__ -prune -exec rm -rf {} +
