@@ -3,14 +3,18 @@
 Everything jaxstate needs from JAX beyond the public API has a name here, with one meaning on
 every supported version (0.10.2, 0.11.2, 0.12.0.1). Where versions differ, the difference ends in
 this file.
+
+JAX changed most at 0.11: there a jaxpr carries its own constants (before, only a ``ClosedJaxpr``
+did), and scan describes its operands with trees. Both came with the module ``flattree``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
 import os
 import sys
 import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,41 +27,21 @@ from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
 
 try:
-    # 0.11 and later: scan describes its operands with trees, and a jaxpr carries its constants.
     from jax._src import flattree as _flattree
 except ImportError:
     _flattree = None
 
-__all__ = [
-    "UNSPECIFIED",
-    "BatchTrace",
-    "JVPTrace",
-    "LinearizeTrace",
-    "StagingTrace",
-    "Tracer",
-    "Var",
-    "cond_p",
-    "custom_jvp_call_p",
-    "custom_vjp_call_p",
-    "jit_p",
-    "linear_solve_p",
-    "remat_p",
-    "scan_p",
-    "set_current_trace",
-    "typeof",
-    "weakref_lru_cache",
-    "while_p",
-]
+__all__ = ["UNSPECIFIED", "weakref_lru_cache"]
 
 Tracer = core.Tracer
 Trace = core.Trace
 Primitive = core.Primitive
 Var = core.Var
 ShapedArray = core.ShapedArray
-set_current_trace = core.set_current_trace
-typeof = core.typeof
-eval_trace = core.eval_trace
 Effect = effects.Effect
+typeof = core.typeof
+set_current_trace = core.set_current_trace
+eval_trace = core.eval_trace
 
 StagingTrace = pe.DynamicJaxprTrace
 JVPTrace = ad.JVPTrace
@@ -79,9 +63,61 @@ custom_jvp_call_p = custom_derivatives.custom_jvp_call_p
 custom_vjp_call_p = custom_derivatives.custom_vjp_call_p
 linear_solve_p = solves.linear_solve_p
 
-# Frames of this package are not the user's: neither in tracebacks nor in `user_location`.
-traceback_util.register_exclusion(os.path.dirname(__file__) + os.sep)
-source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
+
+# -- Values and types ------------------------------------------------------------------------
+
+
+def canonicalize(x: Any) -> Any:
+    """What JAX makes of an operand before it looks at it: a capture becomes its value."""
+    return dtypes.canonicalize_value(x)
+
+
+def concrete(x: Any) -> Any:
+    """The concrete value behind a tracer, or None."""
+    return core.to_concrete_value(x)
+
+
+def as_array(x: Any) -> Any:
+    """``x`` as a JAX array or tracer."""
+    return x if isinstance(x, (jax.Array, Tracer)) else jax.numpy.asarray(x)
+
+
+def is_array_like(x: Any) -> bool:
+    """Whether JAX takes ``x`` as one array."""
+    try:
+        typeof(x)
+    except TypeError:
+        return False
+    return True
+
+
+def aval_of(x: Any) -> Any:
+    """The type of an array, or of anything with a shape and a dtype."""
+    return x.aval if isinstance(x, Tracer) else core.shaped_abstractify(x)
+
+
+def same_type(value: Any, aval: Any) -> bool:
+    """Whether a value can stand where a jaxpr expects ``aval``."""
+    found = typeof(value)
+    if isinstance(found, ShapedArray) and isinstance(aval, ShapedArray):
+        return found.shape == aval.shape and found.dtype == aval.dtype
+    return found == aval
+
+
+def has_tangent(aval: Any) -> bool:
+    """Whether values of the type have derivatives."""
+    return getattr(aval.to_tangent_aval(), "dtype", dtypes.float0) != dtypes.float0
+
+
+def is_typed_key(x: Any) -> bool:
+    """Whether an array, or a type, is one of `jax.random.key`."""
+    return dtypes.issubdtype(x.dtype, dtypes.prng_key)
+
+
+def is_standard_initializer(init: Any) -> bool:
+    """Whether ``init(key, shape, ...)`` is one of `jax.nn.initializers`: its first argument is the
+    shape of what it makes."""
+    return getattr(init, "__module__", None) == "jax._src.nn.initializers"
 
 
 # -- Traces ----------------------------------------------------------------------------------
@@ -90,6 +126,11 @@ source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 def current_trace() -> Any:
     """The trace that is current on this thread, or None inside a rule (jax >= 0.11)."""
     return core.trace_ctx.trace
+
+
+def at_top_level() -> bool:
+    """Whether no transformation is in progress on this thread."""
+    return core.trace_state_clean()
 
 
 def parent_of(trace: Any) -> Any:
@@ -101,7 +142,7 @@ def chain(trace: Any) -> Iterator[Any]:
     """The traces from ``trace`` outwards."""
     while trace is not None:
         yield trace
-        trace = getattr(trace, "parent_trace", None)
+        trace = parent_of(trace)
 
 
 def tag_of(trace: Any) -> Any:
@@ -144,7 +185,45 @@ def lane_value(trace: Any, value: Any) -> tuple[Any, int | None]:
 
 
 def lane_count(trace: Any) -> int:
+    """The number of lanes of the vmap of ``trace``."""
     return trace.axis_data.size
+
+
+def lanes_are_directions(trace: Any) -> bool:
+    """Whether the vmap of ``trace`` is the one in `jax.jacfwd`, which runs over directions.
+
+    Nothing in the trace tells this vmap from one around `jax.jvp`. So look for the frame that runs
+    it (the one with its tag), and for who called that: jacfwd, or the user.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _vmap_code and frame.f_locals.get("tag") is trace.tag:
+            break
+        frame = frame.f_back
+    while frame is not None and not source_info_util.is_user_filename(frame.f_code.co_filename):
+        if frame.f_code in _jacfwd_code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _code_objects(constant)
+
+
+_jacfwd_code = frozenset(_code_objects(inspect.unwrap(api.jacfwd).__code__))
+_vmap_code = frozenset(
+    code
+    for name, function in vars(batching).items()
+    if name == "_batch_inner"
+    for code in _code_objects(inspect.unwrap(getattr(function, "func", function)).__code__)
+)
+
+
+# -- Jaxprs under construction ---------------------------------------------------------------
 
 
 def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -157,19 +236,6 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
 def new_const(trace: Any, value: Any) -> Any:
     """The tracer of ``value`` as a constant of the jaxpr that ``trace`` is building."""
     return trace.new_const(value, source_info_util.current())
-
-
-def abandon_traces_inside(outside: Any) -> None:
-    """Ends the jaxprs under construction that ``outside`` does not know: nobody will finish them.
-
-    JAX keeps every constant of such a jaxpr alive until its construction is finished.
-    """
-    known = list(chain(outside))
-    for trace in chain(current_trace()):
-        if any(trace is t for t in known):
-            return
-        if isinstance(trace, StagingTrace):
-            trace.invalidate()
 
 
 class _Constants(dict):
@@ -192,24 +258,20 @@ def notes_of(trace: Any, make: Callable[[], Any]) -> Any:
     return constants.notes
 
 
-# -- Configuration: what shapes a trace is part of JAX's cache keys ---------------------------
+def abandon_traces_inside(outside: Any) -> None:
+    """Ends the jaxprs under construction that ``outside`` does not know: nobody will finish them.
 
-_context_signature = core.config_ext.Config(
-    "jaxstate_context", None, include_in_jit_key=True, include_in_trace_context=True
-)
-
-
-def set_context_signature(signature: Any) -> None:
-    """Makes ``signature`` part of the keys of JAX's tracing and compilation caches; None ends it."""
-    _context_signature.set_local(core.config_ext.unset if signature is None else signature)
+    JAX keeps every constant of such a jaxpr alive until its construction is finished.
+    """
+    known = list(chain(outside))
+    for trace in chain(current_trace()):
+        if any(trace is t for t in known):
+            return
+        if isinstance(trace, StagingTrace):
+            trace.invalidate()
 
 
 # -- Jaxprs ----------------------------------------------------------------------------------
-
-
-def open_jaxpr(jaxpr: Any) -> Any:
-    """The part of a closed jaxpr that has equations (itself on jax >= 0.11)."""
-    return jaxpr.jaxpr
 
 
 def is_closed(jaxpr: Any) -> bool:
@@ -217,28 +279,34 @@ def is_closed(jaxpr: Any) -> bool:
     return _flattree is not None or isinstance(jaxpr, core.ClosedJaxpr)
 
 
-def make_jaxpr_like(
-    jaxpr: Any, *, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any], effs: Any
-) -> Any:
-    """A jaxpr of the same kind and with the same constants, and other contents."""
-    inner = open_jaxpr(jaxpr) if is_closed(jaxpr) else jaxpr
-    debug_info = inner.debug_info.with_unknown_names()._replace(
-        arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
-    )
-    if _flattree is not None:
-        return core.Jaxpr(
-            list(jaxpr.constvars), list(invars), list(outvars), list(eqns), effs, debug_info,
-            jaxpr.is_high, list(jaxpr.consts),
-        )  # fmt: skip
-    new = core.Jaxpr(
-        inner.constvars, list(invars), list(outvars), list(eqns), effs, debug_info, inner.is_high
-    )
-    return core.ClosedJaxpr(new, jaxpr.consts) if is_closed(jaxpr) else new
+def close(jaxpr: Any) -> Any:
+    """A closed jaxpr of an open one without constants."""
+    return jaxpr if is_closed(jaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
-def eval_closed_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
-    """Evaluates a closed jaxpr under the current trace."""
-    return core.eval_jaxpr(open_jaxpr(jaxpr), jaxpr.consts, *args)
+def _open(jaxpr: Any) -> Any:
+    return jaxpr.jaxpr if is_closed(jaxpr) else jaxpr
+
+
+def equations(jaxpr: Any) -> Sequence[Any]:
+    return jaxpr.eqns
+
+
+def invars(jaxpr: Any) -> Sequence[Any]:
+    """The inputs, without the variables that have a constant attached."""
+    return _open(jaxpr).invars
+
+
+def outvars(jaxpr: Any) -> Sequence[Any]:
+    return _open(jaxpr).outvars
+
+
+def in_avals(jaxpr: Any) -> list[Any]:
+    return [v.aval for v in invars(jaxpr)]
+
+
+def out_avals(jaxpr: Any) -> list[Any]:
+    return [v.aval for v in outvars(jaxpr)]
 
 
 def jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
@@ -246,8 +314,51 @@ def jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
     return core.jaxprs_in_params(params)
 
 
-def drop_var(aval: Any) -> Any:
-    return core.DropVar(aval)
+def remade(
+    jaxpr: Any, *, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any], effs: Any
+) -> Any:
+    """A jaxpr of the same kind and with the same constants, and other contents."""
+    inner = _open(jaxpr)
+    consts = jaxpr.consts if is_closed(jaxpr) else None
+    return _new_jaxpr(inner, inner.constvars, consts, invars, outvars, eqns, effs)
+
+
+def hoist_tracers(jaxpr: Any) -> Any:
+    """The closed jaxpr with the constants that are tracers as leading inputs, in their order."""
+    inner = _open(jaxpr)
+    pairs = list(zip(inner.constvars, jaxpr.consts, strict=True))
+    hoisted = [v for v, c in pairs if isinstance(c, Tracer)]
+    kept = [(v, c) for v, c in pairs if not isinstance(c, Tracer)]
+    return _new_jaxpr(
+        inner, [v for v, _ in kept], [c for _, c in kept], [*hoisted, *inner.invars],
+        inner.outvars, inner.eqns, inner.effects,
+    )  # fmt: skip
+
+
+def _new_jaxpr(
+    like: Any, constvars: Any, consts: Any, invars: Any, outvars: Any, eqns: Any, effs: Any
+) -> Any:
+    debug_info = like.debug_info.with_unknown_names()._replace(
+        arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
+    )
+    contents = constvars, list(invars), list(outvars), list(eqns), effs, debug_info, like.is_high
+    if _flattree is not None:
+        return core.Jaxpr(*contents, list(consts))
+    jaxpr = core.Jaxpr(*contents)
+    return jaxpr if consts is None else core.ClosedJaxpr(jaxpr, consts)
+
+
+def eval_closed_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
+    """Evaluates a closed jaxpr under the current trace."""
+    return core.eval_jaxpr(_open(jaxpr), jaxpr.consts, *args)
+
+
+def trace_flat(fun: Callable[..., Any], avals: Sequence[Any]) -> Any:
+    """The closed jaxpr of a function of flat arguments; it must not close over tracers."""
+    return jax.make_jaxpr(fun)(*avals)
+
+
+# -- Parameters of higher-order primitives ---------------------------------------------------
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
@@ -275,7 +386,19 @@ def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[st
     )
 
 
-# -- Primitives and effects ------------------------------------------------------------------
+# -- Configuration: what shapes a trace is part of JAX's cache keys ---------------------------
+
+_context_signature = core.config_ext.Config(
+    "jaxstate_context", None, include_in_jit_key=True, include_in_trace_context=True
+)
+
+
+def set_context_signature(signature: Any) -> None:
+    """Makes ``signature`` part of the keys of JAX's tracing and compilation caches; None ends it."""
+    _context_signature.set_local(core.config_ext.unset if signature is None else signature)
+
+
+# -- Primitives, effects, hooks --------------------------------------------------------------
 
 
 def allow_effect_everywhere_but_in_compiled_code(effect_type: type) -> None:
@@ -292,10 +415,9 @@ def register_lowering(primitive: Any, rule: Callable[..., Any]) -> None:
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def wrap_bind(primitive: Any, bind: Wrap, bind_with_trace: Wrap) -> None:
-    """Wraps what a primitive does with its operands as given, and under the trace it meets."""
-    primitive.bind = bind(primitive.bind)
-    primitive.def_bind_with_trace(bind_with_trace(primitive.bind_with_trace))
+def wrap_bind(primitive: Any, wrap: Wrap) -> None:
+    """Wraps what a primitive does with its operands as they are given."""
+    primitive.bind = wrap(primitive.bind)
 
 
 def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:
@@ -303,8 +425,8 @@ def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:
     primitive.def_bind_with_trace(wrap(primitive.bind_with_trace))
 
 
-def wrap_top_level_jit(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replaces what a jitted call runs at top level, where ``jit_p.bind`` is not on the path.
+def wrap_top_level_jit(wrap: Wrap) -> None:
+    """Wraps what a jitted call runs at top level, where ``jit_p.bind`` is not on the path.
 
     The function takes the flat operands and the parameters of ``jit_p`` and returns
     ``(outputs, executable, profiler, const_args)``; without an executable JAX does not store the
@@ -327,10 +449,11 @@ def register_tracer_type(tracer_type: type, resolve: Callable[[Any], Any]) -> No
 # `jax.closure_convert` asks whether a constant may carry a tangent by looking at what its tracer
 # contains; a JVP tracer says yes.
 PERTURBED = object.__new__(JVPTracer)
-PERTURBED.primal = PERTURBED.tangent = None
+PERTURBED.primal = PERTURBED.tangent = PERTURBED._trace = None
+PERTURBED.aval = ShapedArray((), dtypes.float0)
 
 
-# -- Functions of custom rules ---------------------------------------------------------------
+# -- Functions with custom derivative rules --------------------------------------------------
 
 
 def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:
@@ -372,7 +495,12 @@ def prepend_cotangents(cotangents: list[Any], out: Any) -> Any:
     return [*cotangents, *out]
 
 
-# -- User frames -----------------------------------------------------------------------------
+# -- The user's program ----------------------------------------------------------------------
+
+# Frames of this package are not the user's: neither in tracebacks nor in `user_location`.
+_package = os.path.dirname(__file__) + os.sep
+traceback_util.register_exclusion(_package)
+source_info_util.register_exclusion(_package)
 
 
 def user_location() -> str:
@@ -380,135 +508,6 @@ def user_location() -> str:
     return source_info_util.summarize(source_info_util.current())
 
 
-def same_type(value: Any, aval: Any) -> bool:
-    """Whether a value can stand where a jaxpr expects ``aval``."""
-    found = typeof(value)
-    if isinstance(found, ShapedArray) and isinstance(aval, ShapedArray):
-        return found.shape == aval.shape and found.dtype == aval.dtype
-    return found == aval
-
-
-def is_typed_key(x: Any) -> bool:
-    return dtypes.issubdtype(x.dtype, dtypes.prng_key)
-
-
-def canonicalize(x: Any) -> Any:
-    return dtypes.canonicalize_value(x)
-
-
-def concrete(x: Any) -> Any:
-    return core.to_concrete_value(x)
-
-
-def at_top_level() -> bool:
-    return core.trace_state_clean()
-
-
-def has_tangent(aval: Any) -> bool:
-    return getattr(aval.to_tangent_aval(), "dtype", dtypes.float0) != dtypes.float0
-
-
-def equations(jaxpr: Any) -> Sequence[Any]:
-    return jaxpr.eqns
-
-
-def invars(jaxpr: Any) -> Sequence[Any]:
-    """The inputs that have no constant attached (all inputs of an open jaxpr but constvars)."""
-    return jaxpr.jaxpr.invars if is_closed(jaxpr) else jaxpr.invars
-
-
-def outvars(jaxpr: Any) -> Sequence[Any]:
-    return jaxpr.jaxpr.outvars if is_closed(jaxpr) else jaxpr.outvars
-
-
-def in_avals(jaxpr: Any) -> Sequence[Any]:
-    return [v.aval for v in invars(jaxpr)]
-
-
-def out_avals(jaxpr: Any) -> Sequence[Any]:
-    return [v.aval for v in outvars(jaxpr)]
-
-
-def trace_flat(fun: Callable[..., Any], avals: Sequence[Any]) -> Any:
-    """The closed jaxpr of a function of flat arguments; it must not close over tracers."""
-    return jax.make_jaxpr(fun)(*avals)
-
-
-def is_array_like(x: Any) -> bool:
-    """Whether JAX takes ``x`` as one array."""
-    try:
-        typeof(x)
-    except TypeError:
-        return False
-    return True
-
-
-def lanes_are_directions() -> bool:
-    """Whether the program is inside `jax.jacfwd`, whose vmap runs over directions.
-
-    Nothing in the traces tells this vmap from one around `jax.jvp`, so look for its frame.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code in _jacfwd_code:
-            return True
-        frame = frame.f_back
-    return False
-
-
-_jacfwd_code = {
-    c for c in api.jacfwd.__code__.co_consts if isinstance(c, types.CodeType)
-}
-
-
-def hoist_tracers(jaxpr: Any) -> Any:
-    """The closed jaxpr with the constants that are tracers as leading inputs, in their order."""
-    inner = open_jaxpr(jaxpr)
-    pairs = list(zip(inner.constvars, jaxpr.consts, strict=True))
-    hoisted = [v for v, c in pairs if isinstance(c, Tracer)]
-    kept = [(v, c) for v, c in pairs if not isinstance(c, Tracer)]
-    outvars, eqns, effs = inner.outvars, inner.eqns, inner.effects
-    invars = [*hoisted, *inner.invars]
-    debug_info = inner.debug_info.with_unknown_names()._replace(
-        arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
-    )
-    constvars, consts = [v for v, _ in kept], [c for _, c in kept]
-    if _flattree is not None:
-        return core.Jaxpr(
-            constvars, invars, outvars, eqns, effs, debug_info, inner.is_high, consts
-        )
-    new = core.Jaxpr(constvars, invars, outvars, eqns, effs, debug_info, inner.is_high)
-    return core.ClosedJaxpr(new, consts)
-
-
-def close(jaxpr: Any) -> Any:
-    """A closed jaxpr of an open one without constants."""
-    return jaxpr if is_closed(jaxpr) else core.ClosedJaxpr(jaxpr, ())
-
-
-def is_standard_initializer(init: Any) -> bool:
-    """Whether ``init(key, shape, ...)`` is one of `jax.nn.initializers`: its first argument is the
-    shape of what it makes."""
-    return getattr(init, "__module__", None) == "jax._src.nn.initializers"
-
-
-def aval_of(x: Any) -> Any:
-    """The type of an array, or of anything with a shape and a dtype."""
-    return core.shaped_abstractify(x) if not isinstance(x, Tracer) else x.aval
-
-
-def as_array(x: Any) -> Any:
-    """``x`` as a JAX array or tracer."""
-    return x if isinstance(x, (jax.Array, Tracer)) else jax.numpy.asarray(x)
-
-
-def sliced_jaxpr(jaxpr: Any, slice_equations: Callable[..., Any]) -> tuple[Any, list[int]]:
-    """The closed jaxpr without what its outputs do not need, and which inputs it still takes."""
-    inner = open_jaxpr(jaxpr)
-    eqns, needed = slice_equations(inner.eqns, inner.outvars)
-    used = [i for i, v in enumerate(inner.invars) if v in needed]
-    sliced = make_jaxpr_like(
-        jaxpr, invars=[inner.invars[i] for i in used], outvars=inner.outvars, eqns=eqns,
-        effs=frozenset(),
-    )  # fmt: skip
-    return sliced, used
+def location_of(eqn: Any) -> str:
+    """``file:line`` of the user's code that an equation comes from."""
+    return source_info_util.summarize(eqn.source_info)

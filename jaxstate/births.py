@@ -171,7 +171,7 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
         for v, address in zip(e.outvars, addresses_of(e), strict=True)
     }
     inputs = tuple(i for i, v in enumerate(_compat.invars(jaxpr)) if v in needed)
-    made = _compat.make_jaxpr_like(
+    made = _compat.remade(
         jaxpr,
         invars=[*(_compat.invars(jaxpr)[i] for i in inputs), *given],
         outvars=outvars,
@@ -184,6 +184,16 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
 def addresses_of(eqn: Any) -> tuple[Address, ...]:
     """The slots that a state equation reads or makes, one per output."""
     return eqn.params["addresses"] if eqn.primitive is birth_p else (eqn.params["address"],)
+
+
+def sliced(jaxpr: Any) -> tuple[Any, list[int]]:
+    """The closed jaxpr without what its outputs do not need, and which inputs it still takes."""
+    outvars, inputs = _compat.outvars(jaxpr), _compat.invars(jaxpr)
+    eqns, needed = slice_equations(_compat.equations(jaxpr), outvars)
+    used = [i for i, v in enumerate(inputs) if v in needed]
+    invars = [inputs[i] for i in used]
+    pure = _compat.remade(jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=frozenset())
+    return pure, used
 
 
 def slice_equations(eqns: Sequence[Any], outvars: Sequence[Any]) -> tuple[list[Any], set[Any]]:

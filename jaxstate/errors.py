@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 __all__ = [
     "ClosedStateError",
-    "CompileTimeStateError",
     "CustomRuleStateError",
     "InitializerDataError",
     "LaneWriteError",
@@ -79,10 +78,6 @@ class UnsupportedPrimitiveError(StateError):
 
 class CustomRuleStateError(StateError):
     """A custom derivative rule used state in a way that has no answer."""
-
-
-class CompileTimeStateError(StateError):
-    """State was changed while ``jax.ensure_compile_time_eval`` hides the surrounding trace."""
 
 
 class ClosedStateError(StateError):

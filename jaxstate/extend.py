@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxstate import _compat, trace
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
-from jaxstate.slots import Address, Cell, Holder, holders
+from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
 from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all
 
 __all__ = [
@@ -51,6 +51,7 @@ class Slot(Holder):
         self.address = SlotAddress(self)
         self._cell = Cell(value)
         self._aval = _compat.typeof(value)
+        loose_holders.add(self)
 
     def knows(self, address: Address) -> bool:
         return address == self.address
@@ -90,6 +91,10 @@ class SlotAddress(Address):
     def __init__(self, slot: Slot) -> None:
         self._slot = weakref.ref(slot)
         self.name = slot.name
+
+    @property
+    def own_holder(self) -> Any:  # type: ignore[override]
+        return self._slot
 
     def __repr__(self) -> str:
         return f"slot {self.name!r}"

@@ -39,7 +39,7 @@ from jaxstate.births import (
     bear_at,
     birth_p,
     form_of,
-    slice_equations,
+    sliced,
     trace_initializer,
 )
 from jaxstate.errors import (
@@ -788,7 +788,7 @@ def _is_dynamic(x: Any) -> bool:
 
 def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
     """Evaluates of a jaxpr what its outputs depend on; effects of the rest do not happen."""
-    sliced, used = _compat.sliced_jaxpr(made, slice_equations)
+    pure, used = sliced(made)
     inputs = [operands[i] for i in used]
     if abstract and any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
         raise InitializerDataError(
@@ -800,7 +800,7 @@ def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
                 used=_compat.user_location(),
             )
         )
-    return [_compat.as_array(x) for x in _compat.eval_closed_jaxpr(sliced, *inputs)]
+    return [_compat.as_array(x) for x in _compat.eval_closed_jaxpr(pure, *inputs)]
 
 
 def _in_order(shapes: dict[Path, Any], leaves: list[Any]) -> Iterator[Any]:

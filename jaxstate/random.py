@@ -18,7 +18,6 @@ names the stream to draw from.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator
@@ -35,14 +34,27 @@ from jaxstate.errors import (
     LaneWriteError,
     MissingStreamError,
     SplitStreamError,
-    StateError,
     message,
     nearest,
 )
 from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.trace import read, write
 
-__all__ = ["Stream", "next_key", "rng_stream"]
+# The samplers of jax.random: functions whose first argument is a key, and which make no keys.
+_SAMPLERS = [
+    name
+    for name in (
+        "ball", "bernoulli", "beta", "binomial", "bits", "categorical", "cauchy", "chisquare",
+        "choice", "dirichlet", "double_sided_maxwell", "exponential", "f", "gamma",
+        "generalized_normal", "geometric", "gumbel", "laplace", "loggamma", "logistic",
+        "lognormal", "maxwell", "multinomial", "multivariate_normal", "normal", "orthogonal",
+        "pareto", "permutation", "poisson", "rademacher", "randint", "rayleigh", "t",
+        "triangular", "truncated_normal", "uniform", "wald", "weibull_min",
+    )
+    if hasattr(jax.random, name)
+]  # fmt: skip
+
+__all__ = ["Stream", "next_key", "rng_stream", *_SAMPLERS]
 
 
 class StreamAddress(Address):
@@ -135,7 +147,7 @@ class _StreamHolder(Holder):
 
     def _split(self, trace: Any) -> dict[str, Lane]:
         """One draw outside, and from it a key per lane."""
-        if _compat.lanes_are_directions():
+        if _compat.lanes_are_directions(trace):
             raise SplitStreamError(
                 message(
                     f"Random stream {self.name!r} has vmap='split', and was drawn from under"
@@ -313,3 +325,31 @@ def _check_count(count: Any) -> Any:
     if isinstance(count, _compat.Tracer):
         return count
     return np.int32(operator.index(count))
+
+
+# -- Samplers --------------------------------------------------------------------------------
+
+
+def _sampler(name: str) -> Callable[..., jax.Array]:
+    with_key = getattr(jax.random, name)
+    signature = inspect.signature(with_key)
+    stream = inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default="default")
+
+    def sample(*args: Any, stream: str = "default", **kwargs: Any) -> jax.Array:
+        return with_key(next_key(stream), *args, **kwargs)
+
+    sample.__name__ = sample.__qualname__ = name
+    sample.__module__ = __name__
+    sample.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*list(signature.parameters.values())[1:], stream]
+    )
+    sample.__doc__ = (
+        f"`jax.random.{name}` with the next key of the random stream called ``stream``.\n\n"
+        f"All other arguments, the result and the distribution are those of"
+        f" `jax.random.{name}`.\n\n"
+        "Raises:\n  MissingStreamError: if no stream of that name is open.\n"
+    )
+    return sample
+
+
+globals().update({name: _sampler(name) for name in _SAMPLERS})

@@ -16,11 +16,12 @@ cache keys through `_compat.set_context_signature`.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from jaxstate import _compat
 from jaxstate.errors import SlotTypeError, message
@@ -32,6 +33,9 @@ class Address:
     """How a program refers to a slot. Subclasses are immutable, hashable and hold no arrays."""
 
     __slots__ = ()
+
+    # The holder, for an address that means the slot of one particular holder, open or not.
+    own_holder: Callable[[], Holder | None] | None = None
 
     # Slots that nobody writes are captured as constants of a jaxpr; the others are threaded
     # through it.
@@ -90,6 +94,9 @@ class Cell:
         self.value = value
 
 
+_ages = itertools.count()
+
+
 class Holder:
     """Something open that answers for cells."""
 
@@ -102,6 +109,7 @@ class Holder:
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
+        self.age = next(_ages)
 
     def knows(self, address: Address) -> bool:
         """Whether the address is one of this holder's."""
@@ -156,6 +164,9 @@ class _ThreadState(threading.local):
 
 
 _thread = _ThreadState()
+
+# Holders that are not in a stack: their addresses know them (`Address.own_holder`).
+loose_holders: WeakSet[Holder] = WeakSet()
 
 # Called when a holder is opened: what has to look at packages that were imported since.
 on_open: list[Callable[[], None]] = []

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.births import addresses_of, birth_p
+from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, any_open
 from jaxstate.trace import current_use, one_use, read, read_p, state_effect, write, write_p
 
@@ -67,7 +68,26 @@ def _state_of(jaxpr: Any) -> State:
             reads.update(dict.fromkeys(addresses_of(eqn)))
         elif eqn.primitive is write_p:
             writes[eqn.params["address"]] = None
+        elif state_effect in eqn.effects:
+            raise _no_rule(eqn)
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
+
+
+def _no_rule(eqn: Any) -> Exception:
+    """The error for an equation whose jaxprs have state that no rule has threaded."""
+    inner = [a for j in _compat.jaxprs_in(eqn.params) for s in [state_of(j)] for a in s.reads + s.writes]
+    used = ", ".join(sorted({str(a) for a in inner})) or "state"
+    return UnsupportedPrimitiveError(
+        message(
+            f"The higher-order primitive {eqn.primitive.name!r} contains a use of {used}, and"
+            " jaxstate has no rule for it.",
+            fix="""
+            k = jaxstate.next_key()                           # outside, and pass it in
+            jaxstate.extend.register_rule(primitive)(rule)    # or make the primitive stateful
+            """,
+            used=_compat.location_of(eqn),
+        )
+    )
 
 
 class Thread(NamedTuple):
@@ -124,7 +144,7 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
         outvars[out_at:out_at] = [current[a] for a in how.writes]
-    return _compat.make_jaxpr_like(
+    return _compat.remade(
         jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
     )
 
@@ -157,9 +177,8 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         if primitive not in _rules:
-            _compat.wrap_bind(
-                primitive, _one_use_per_bind, lambda bind: _stateful_bind(primitive, bind)
-            )
+            _compat.wrap_bind(primitive, _one_use_per_bind)
+            _compat.wrap_bind_with_trace(primitive, lambda bind: _stateful_bind(primitive, bind))
         _rules[primitive] = rule
         return rule
 

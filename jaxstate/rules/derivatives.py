@@ -46,6 +46,9 @@ class _RuleState(Holder):
         self.cells: dict[Address, Cell] = {}
 
     def knows(self, address: Address) -> bool:
+        if address.own_holder is not None:
+            owner = address.own_holder()
+            return owner is None or owner.age < self.age
         return any(holder.knows(address) for holder in reversed(self.below))
 
     def aval(self, address: Address) -> Any:
@@ -61,6 +64,9 @@ class _RuleState(Holder):
         return _Given(None, without_values(self.below), {})
 
     def _policy(self, address: Address) -> Holder:
+        owner = address.own_holder and address.own_holder()
+        if owner is not None:
+            return owner
         return next(holder for holder in reversed(self.below) if holder.knows(address))
 
     @contextmanager
