@@ -197,7 +197,8 @@ def lanes_are_directions(trace: Any) -> bool:
     """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code in _vmap_code and frame.f_locals.get("tag") is trace.tag:
+        in_vmap = frame.f_code.co_filename == batching.__file__
+        if in_vmap and frame.f_locals.get("tag") is trace.tag:
             break
         frame = frame.f_back
     while frame is not None and not source_info_util.is_user_filename(frame.f_code.co_filename):
@@ -215,12 +216,6 @@ def _code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 _jacfwd_code = frozenset(_code_objects(inspect.unwrap(api.jacfwd).__code__))
-_vmap_code = frozenset(
-    code
-    for name, function in vars(batching).items()
-    if name == "_batch_inner"
-    for code in _code_objects(inspect.unwrap(getattr(function, "func", function)).__code__)
-)
 
 
 # -- Jaxprs under construction ---------------------------------------------------------------

@@ -75,7 +75,9 @@ def _state_of(jaxpr: Any) -> State:
 
 def _no_rule(eqn: Any) -> Exception:
     """The error for an equation whose jaxprs have state that no rule has threaded."""
-    inner = [a for j in _compat.jaxprs_in(eqn.params) for s in [state_of(j)] for a in s.reads + s.writes]
+    inner = [
+        a for j in _compat.jaxprs_in(eqn.params) for s in [state_of(j)] for a in s.reads + s.writes
+    ]
     used = ", ".join(sorted({str(a) for a in inner})) or "state"
     return UnsupportedPrimitiveError(
         message(

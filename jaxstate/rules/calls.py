@@ -1,6 +1,6 @@
 """jit and checkpoint: the operands of the equation are the inputs of its jaxpr.
 
-    y = jit[f] x      -->      s = read;  s', y = jit[f threaded] s x;  write s'
+y = jit[f] x      -->      s = read;  s', y = jit[f threaded] s x;  write s'
 """
 
 from __future__ import annotations

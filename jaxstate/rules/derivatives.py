@@ -129,9 +129,7 @@ class _Recording(_RuleState):
 class _Given(_RuleState):
     """Answers from operands."""
 
-    def __init__(
-        self, outside: Any, below: Sequence[Holder], cells: dict[Address, Cell]
-    ) -> None:
+    def __init__(self, outside: Any, below: Sequence[Holder], cells: dict[Address, Cell]) -> None:
         super().__init__(outside, below)
         self.cells = cells
 
@@ -226,7 +224,11 @@ class _Explicit:
         def explicit() -> Any:
             out_tree, res_tree, forwarded = out_trees()
             forwarded = [f if f is None else f + self.n for f in forwarded]
-            return out_tree, _compat.tree_with_leaves(res_tree, self.n), [*forwarded, *range(self.n)]
+            return (
+                out_tree,
+                _compat.tree_with_leaves(res_tree, self.n),
+                [*forwarded, *range(self.n)],
+            )
 
         return explicit
 

@@ -30,9 +30,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     threaded = _compat.scan_params_with(params, len(reads), len(writes))
     threaded["jaxpr"] = thread(params["jaxpr"], how, avals)
     constants, carried = slots[: len(reads)], slots[len(reads) :]
-    outs = _compat.scan_p.bind(
-        *constants, *args[:n_consts], *carried, *args[n_consts:], **threaded
-    )
+    outs = _compat.scan_p.bind(*constants, *args[:n_consts], *carried, *args[n_consts:], **threaded)
     write_all(writes, outs[: len(writes)])
     return outs[len(writes) :]
 
