@@ -212,7 +212,8 @@ def draw(path, losses, accuracies, images, labels, predictions):
     wrong = np.flatnonzero(predictions != labels)
     shown = wrong[:9]
     columns = max(1, math.ceil(math.sqrt(len(shown))))
-    for i, axes in enumerate(gallery.subplots(columns, columns, squeeze=False).flat):
+    rows = max(1, math.ceil(len(shown) / columns))
+    for i, axes in enumerate(gallery.subplots(rows, columns, squeeze=False).flat):
         if i >= len(shown):
             axes.axis("off")
             continue
