@@ -1,0 +1,37 @@
+"""How Sphinx builds this documentation: `make docs`."""
+
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+here = Path(__file__).parent
+root = here.parent
+sys.path.insert(0, str(root))
+
+# Sphinx reads files below this folder only; the notebooks are kept at the top of the repository.
+shutil.rmtree(here / "notebooks", ignore_errors=True)
+shutil.copytree(root / "notebooks", here / "notebooks", ignore=shutil.ignore_patterns("*.ipynb"))
+
+import jaxstate  # noqa: E402
+
+project = "jaxstate"
+author = "the jaxstate authors"
+version = release = jaxstate.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo" if find_spec("furo") else "alabaster"
+html_title = "jaxstate"
+
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+default_role = "code"
