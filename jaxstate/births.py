@@ -146,7 +146,7 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
                     w = jaxstate.param("w", init, x)      # before the loop, from data outside
                     jax.lax.scan(body, c, xs)             # the body uses w
                     """,
-                    made=addresses[0].place,  # type: ignore[attr-defined]
+                    used=addresses[0].used,  # type: ignore[attr-defined]
                 )
             )
         data = _compat.eval_closed_jaxpr(needs.jaxpr, *values, *map(read, needs.reads))

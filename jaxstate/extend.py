@@ -49,15 +49,34 @@ class Slot(Holder):
         self.made = made
         self.anchor = _compat.current_trace()
         self.address = SlotAddress(self)
-        self._cell = Cell(value)
+        self._cells()[self] = Cell(value)
         self._aval = _compat.typeof(value)
         loose_holders.add(self)
 
     def knows(self, address: Address) -> bool:
         return address == self.address
 
+    def _cells(self) -> dict[Any, Any]:
+        """Where the cell is: with the jaxpr in which the slot was made, so that a slot which a
+        function keeps in its closure keeps no tracer."""
+        if isinstance(self.anchor, _compat.StagingTrace):
+            return trace.notes_of(self.anchor).extra
+        return self.__dict__
+
     def cell(self, address: Address) -> Cell:
-        return self._cell
+        cell = self._cells().get(self)
+        if cell is None:
+            raise ClosedStateError(
+                message(
+                    f"{address} was made inside a transformed function that has ended.",
+                    fix="""
+                    slot = jaxstate.extend.new_slot(value)      # outside of the function
+                    """,
+                    made=self.made,
+                    used=_compat.user_location(),
+                )
+            )
+        return cell
 
     def aval(self, address: Address) -> Any:
         return self._aval
@@ -165,7 +184,8 @@ def write(slot: Slot, value: Any) -> None:
     if not _compat.same_type(value, wanted):
         raise SlotTypeError(
             message(
-                f"{slot} was written with {_compat.typeof(value).str_short()}.",
+                f"{slot.address} has type {wanted.str_short()}, and was written with a value of type"
+                f" {_compat.typeof(value).str_short()}.",
                 fix=f"""
                 write(slot, jnp.asarray(value, {wanted.dtype}).reshape({wanted.shape}))
                 """,

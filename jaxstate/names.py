@@ -165,11 +165,9 @@ class ScopeStack(threading.local):
     def __init__(self) -> None:
         self.entries: list[tuple[Level, Any]] = []
 
-    def inside(self, boundary: Any) -> tuple[Level, ...]:
-        return tuple(level for level, b in self.entries if b is boundary)
-
-    def all(self) -> tuple[Level, ...]:
-        return tuple(level for level, _ in self.entries)
+    def inside(self, *boundaries: Any) -> tuple[Level, ...]:
+        """The levels entered directly inside one of ``boundaries``, outermost first."""
+        return tuple(level for level, b in self.entries if any(b is x for x in boundaries))
 
     @contextmanager
     def entered(self, level: Level, boundary: Any) -> Iterator[None]:

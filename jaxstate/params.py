@@ -223,7 +223,8 @@ class _Store(Holder):
         return _RuleStore()
 
     def path(self, layers: Layers, address: ParamAddress) -> Path:
-        return (*layers.path_of(self.scopes.all() + address.levels), address.name)
+        above = self.scopes.inside(None, *boundaries(self))
+        return (*layers.path_of(above + address.levels), address.name)
 
     def slot(self, address: ParamAddress) -> _Slot:
         """What is known here of the parameter; noted here if it was not known yet."""
@@ -256,6 +257,8 @@ class _InitStore(_Store):
         super().__init__(root)
         self.key = key
         self.key_aval = _compat.typeof(key)
+        # What was declared in jaxprs that JAX may throw away (as `jax.eval_shape` does).
+        self.declared: dict[Path, tuple[Birth, str]] = {}
 
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
@@ -276,7 +279,18 @@ class _InitStore(_Store):
         elif data:
             addresses = [ParamAddress((), name, leaf, birth, used) for leaf in form.leaves]
             return form.tree.unflatten(bear_at(addresses, birth, data))
+        else:
+            self.declared.setdefault(path, (birth, used))
         return self._value(name, form, birth, used)
+
+    def make_declared(self) -> None:
+        """Makes what was declared and not used by any jaxpr that is left."""
+        layers = Layers([self.layer])
+        for path, (birth, used) in self.declared.items():
+            if layers.slot(path) is None:
+                slot = _Slot(birth.form, used)
+                layers.add_slot(path, slot)
+                self._make(path, slot, birth, ())
 
     def cell(self, address: ParamAddress) -> Cell:  # type: ignore[override]
         slot = self.slot(address)
@@ -638,6 +652,7 @@ class Parametrized:
             store = _InitStore(self._token, param_key)
             with open_holder(store), _open_streams(streams):
                 self.fn(*args, **kwargs)
+                store.make_declared()
             return store.values()
 
         made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)

@@ -38,7 +38,7 @@ from jaxstate.errors import (
     nearest,
 )
 from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
-from jaxstate.trace import read, write
+from jaxstate.trace import is_inside, read, write
 
 # The samplers of jax.random: functions whose first argument is a key, and which make no keys.
 _SAMPLERS = [
@@ -70,6 +70,21 @@ class StreamAddress(Address):
     @property
     def threaded(self) -> bool:  # type: ignore[override]
         return self.part == "count"
+
+    def seen_from(self, boundary: Any) -> StreamAddress:
+        """A handle's count goes by its name where that means the same stream.
+
+        One slot must have one address in one jaxpr. (The key keeps the handle's identity, so that a
+        jaxpr that is used again after the handle was closed says so.)
+        """
+        if self.identity is None or self.part == "key" or boundary is self:
+            return self
+        for holder in holders():
+            if isinstance(holder, _StreamHolder) and holder.name == self.name:
+                if not is_inside(holder, boundary):
+                    same = holder.identity is self.identity
+                    return StreamAddress(self.name, self.part) if same else self
+        return self
 
     def _parts(self) -> tuple[Any, ...]:
         return self.name, self.part, self.identity
@@ -142,11 +157,11 @@ class _StreamHolder(Holder):
             return None
         lanes = notes.get(self)
         if lanes is None:
-            lanes = notes[self] = self._split(trace)
+            lanes = notes[self] = self._split(trace, address.identity)
         return lanes[address.part]
 
-    def _split(self, trace: Any) -> dict[str, Lane]:
-        """One draw outside, and from it a key per lane."""
+    def _split(self, trace: Any, identity: Any) -> dict[str, Lane]:
+        """One draw outside, by name or by handle, and from it a key per lane."""
         if _compat.lanes_are_directions(trace):
             raise SplitStreamError(
                 message(
@@ -162,7 +177,7 @@ class _StreamHolder(Holder):
                 )
             )
         with _compat.set_current_trace(_compat.parent_of(trace)):
-            key = _draw(self.name, self.identity)
+            key = _draw(self.name, identity)
             lanes = jnp.arange(_compat.lane_count(trace), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes)
         return {"key": Lane(keys, 0), "count": Lane(np.int32(0), None)}

@@ -203,6 +203,13 @@ def boundary_of(holder: Holder) -> Any:
     return next(iter(boundaries(holder)), None)
 
 
+def is_inside(holder: Holder, boundary: Any) -> bool:
+    """Whether ``holder`` was opened inside a boundary."""
+    if isinstance(boundary, Holder):
+        return holder.age > boundary.age
+    return any(trace is boundary for trace in _compat.chain(holder.anchor))
+
+
 def same_trace(a: Any, b: Any) -> bool:
     """Whether two traces are one, or one is a re-entered copy of the other."""
     if a is b:

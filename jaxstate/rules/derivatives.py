@@ -160,6 +160,21 @@ def _rule_touches_more(address: Address) -> Exception:
     )
 
 
+def _backward_writes(address: Address) -> Exception:
+    return CustomRuleStateError(
+        message(
+            f"The backward rule of a custom_vjp writes {address} (a draw writes the count of its"
+            " stream). It runs when the pullback is called, any number of times, and cannot hand"
+            " on state.",
+            fix="""
+            def fwd(x): return f(x), jaxstate.next_key()      # draw in the forward rule,
+            def bwd(key, ct): ...                             # pass the key as a residual
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
 class _Explicit:
     """A function and its rules with their state as leading operands and trailing outputs."""
 
@@ -242,7 +257,11 @@ class _Explicit:
                 args[n_res : n_res + self.n],
                 args[n_res + self.n : len(args) - len(self.written)],
             )
-            out, _ = self.run(bwd, state, *residuals, *cts)
+            out, after = self.run(bwd, state, *residuals, *cts)
+            before = dict(zip(self.touched, state, strict=True))
+            for address, value in zip(self.written, after, strict=True):
+                if value is not before[address]:
+                    raise _backward_writes(address)
             zeros = [_compat.zero_cotangent(_compat.typeof(s)) for s in state]
             return _compat.prepend_cotangents(zeros, out)
 

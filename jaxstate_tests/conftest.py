@@ -1,0 +1,25 @@
+"""Every test runs under the leak checker, unless it is marked ``leaks_allowed`` with a reason."""
+
+import jax
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not part of `make test`; see the Makefile")
+    config.addinivalue_line(
+        "markers", "leaks_allowed(reason): the leak checker would change what is tested"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _leak_checker(request):
+    if request.node.get_closest_marker("leaks_allowed"):
+        yield
+        return
+    with jax.checking_leaks():
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

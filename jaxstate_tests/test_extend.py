@@ -1,0 +1,168 @@
+"""Slots: state that only some operations touch."""
+
+import jax
+import jax.extend
+import jax.interpreters.mlir
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate import extend
+from jaxstate.extend import new_slot, read, write
+
+
+def bump(slot, by=1.0):
+    write(slot, read(slot) + by)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 8])
+def test_a_counter_counts_the_steps(steps):
+    slot = new_slot(0.0)
+    loops = [
+        lambda n: jax.lax.fori_loop(0, n, lambda i, _: bump(slot), None),
+        lambda n: jax.lax.while_loop(lambda i: i < n, lambda i: (bump(slot), i + 1)[1], 0),
+        lambda n: jax.lax.while_loop(lambda i: (bump(slot), i < n)[1], lambda i: i + 1, 0),
+    ]
+    for loop, extra in zip(loops, (0, 0, 1), strict=True):
+        for run in (loop, jax.jit(loop)):
+            write(slot, 0.0)
+            run(steps)
+            assert read(slot) == steps + extra
+
+
+def test_a_write_two_jits_down_is_seen_after_the_call():
+    slot = new_slot(1.0)
+    jax.jit(lambda: jax.jit(lambda: bump(slot, 4.0))())()
+    assert read(slot) == 5.0
+
+
+def test_a_cond_function_reads_what_the_body_writes():
+    slot = new_slot(0.0)
+
+    def run(limit):
+        return jax.lax.while_loop(
+            lambda c: read(slot) < limit, lambda c: (bump(slot), c + 1)[1], 0
+        )
+
+    assert jax.jit(run)(3.0) == 3
+    assert read(slot) == 3.0
+
+
+def test_tangents_go_through_state():
+    def f(x):
+        slot = new_slot(x)
+
+        def body(c, t):
+            write(slot, jnp.sin(read(slot)) * t)
+            return c, None
+
+        jax.lax.scan(body, None, jnp.arange(1.0, 4.0))
+        return jax.jit(lambda: read(slot) ** 2)()
+
+    def by_hand(x):
+        for t in jnp.arange(1.0, 4.0):
+            x = jnp.sin(x) * t
+        return x**2
+
+    for d in (jax.grad, jax.jacfwd, jax.hessian, lambda f: jax.grad(jax.grad(jax.jit(f)))):
+        np.testing.assert_allclose(d(f)(0.7), d(by_hand)(0.7), rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(d(f))(0.7), d(by_hand)(0.7), rtol=1e-5)
+
+
+def test_what_leaves_a_differentiated_function_is_the_value():
+    slot = new_slot(0.0)
+
+    def f(x):
+        write(slot, x * x)
+        return jax.jit(lambda: read(slot))() * x
+
+    np.testing.assert_allclose(jax.grad(f)(3.0), 27.0)
+    assert read(slot) == 9.0 and not isinstance(read(slot), jax.core.Tracer)
+    np.testing.assert_allclose(jax.hessian(f)(3.0), 18.0)
+
+
+def test_a_value_without_tangent_replaces_one_with():
+    slot = new_slot(0.0)
+
+    def f(x):
+        write(slot, x * 2)
+        write(slot, jax.lax.stop_gradient(read(slot)))
+        return read(slot) * x
+
+    np.testing.assert_allclose(jax.grad(f)(3.0), 6.0)
+    np.testing.assert_allclose(jax.jit(jax.grad(f))(3.0), 6.0)
+
+
+def test_a_slot_made_inside_a_vmap_has_a_value_per_lane():
+    def lane(x):
+        slot = new_slot(x)
+        jax.lax.fori_loop(0, 2, lambda i, _: bump(slot, x), None)
+        return read(slot)
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(lane))(jnp.arange(3.0)), 3 * jnp.arange(3.0))
+
+
+def test_lanes_may_write_one_value_and_not_several():
+    slot = new_slot(0.0)
+
+    def lane(x):
+        bump(slot)
+        return x * read(slot)
+
+    np.testing.assert_allclose(jax.vmap(lane)(jnp.arange(3.0)), jnp.arange(3.0))
+    assert read(slot) == 1.0
+    with pytest.raises(jaxstate.LaneWriteError, match="vmap over 3 lanes"):
+        jax.vmap(lambda x: write(slot, x))(jnp.arange(3.0))
+    assert read(slot) == 1.0
+
+
+@pytest.mark.parametrize("value", [jnp.zeros(2), jnp.int32(1), 1j])
+def test_a_write_of_another_type_is_refused_where_it_happens(value):
+    slot = new_slot(0.0, name="total")
+    with pytest.raises(jaxstate.SlotTypeError, match="'total' has type float32\\[\\], and was written with"):
+        jax.jit(lambda: write(slot, value))()
+    assert read(slot) == 0.0
+
+
+def test_a_rule_makes_a_foreign_primitive_stateful():
+    """A primitive that calls a jaxpr, as another package would define it."""
+    call_p = jax.extend.core.Primitive("foreign_call")
+    call_p.multiple_results = True
+
+    def evaluate(*args, jaxpr):
+        return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+
+    call_p.def_impl(evaluate)
+    call_p.def_effectful_abstract_eval(lambda *_, jaxpr: (list(jaxpr.out_avals), jaxpr.effects))
+    jax.interpreters.mlir.register_lowering(
+        call_p, jax.interpreters.mlir.lower_fun(evaluate, multiple_results=True)
+    )
+
+    def foreign_call(f, x):
+        closed = jax.make_jaxpr(f)(x)
+        return call_p.bind(x, jaxpr=closed)[0]
+
+    slot = new_slot(0.0)
+
+    def f(x):
+        bump(slot, x)
+        return x * 2
+
+    with pytest.raises(jaxstate.UnsupportedPrimitiveError, match="foreign_call"):
+        jax.jit(lambda x: foreign_call(f, x))(1.0)
+
+    @extend.register_rule(call_p)
+    def rule(args, params):
+        reads, writes = extend.state_of(params["jaxpr"])
+        slots = extend.read_all(reads + writes)
+        how = extend.Thread(reads, writes)
+        jaxpr = extend.thread(params["jaxpr"], how, [jax.typeof(s) for s in slots])
+        outs = call_p.bind(*slots, *args, jaxpr=jaxpr)
+        n = len(outs) - len(writes)
+        extend.write_all(writes, outs[n:])
+        return outs[:n]
+
+    assert jax.jit(lambda x: foreign_call(f, x))(1.0) == 2.0
+    assert foreign_call(f, 2.0) == 4.0
+    assert read(slot) == 3.0

@@ -1,0 +1,77 @@
+"""Imports point up one list, and one file alone knows JAX's internals and versions."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxstate
+
+PACKAGE = pathlib.Path(jaxstate.__file__).parent
+ORDER = [
+    "_compat", "errors", "slots", "capture", "trace", "births", "thread",
+    "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
+    "rules.foreign", "rules", "names", "random", "params", "extend", "",
+]  # fmt: skip
+FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
+            "rules.foreign"}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path):
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path):
+    """The modules of jaxstate that a file imports, by name inside the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jaxstate"):
+            base = node.module.removeprefix("jaxstate").removeprefix(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix(".")
+                yield inner if inner in ORDER else base
+        if isinstance(node, ast.Import):
+            assert not any(a.name.startswith("jaxstate") for a in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_up_the_list(path):
+    me = module_name(path)
+    for other in imported_modules(path):
+        assert ORDER.index(other) < ORDER.index(me), f"{me} imports {other}"
+        assert not (me in FAMILIES and other in FAMILIES), f"{me} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_compat_knows_internals_and_versions(path):
+    if module_name(path) == "_compat":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(a.name.startswith("jax._src") for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("jax._src")
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("_src", "__version_info__")
+            assert not (node.attr == "__version__" and getattr(node.value, "id", "") == "jax")
+
+
+def test_public_names_are_what_init_lists():
+    public = {name for name in vars(jaxstate) if not name.startswith("_")}
+    submodules = {"births", "capture", "errors", "names", "params", "slots", "thread", "trace"}
+    assert public - submodules == set(jaxstate.__all__)
+
+
+def test_importing_it_changes_nothing_outside_of_state():
+    program = """
+import jax, jax.numpy as jnp
+def f(x):
+    return jax.lax.scan(lambda c, _: (jax.jit(jnp.sin)(c), None), x, None, length=3)[0]
+before = str(jax.make_jaxpr(jax.grad(f))(1.0))
+import jaxstate
+assert str(jax.make_jaxpr(jax.grad(f))(1.0)) == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

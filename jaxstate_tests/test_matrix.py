@@ -1,0 +1,146 @@
+"""The law, over a matrix held as data: run(T(f)) equals the program with its state passed by hand.
+
+{draws, parameter read, parameter born, slot write, slot read after write} x {every transformation,
+every ordered pair of them} x {eager, under an outer jit} x {init, apply}.
+
+`make test` runs all single transformations and a fixed sample of the pairs; `make matrix` all.
+What cannot work is computed by `expected_error`, so that no cell is skipped.
+"""
+
+import hashlib
+import itertools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate.extend import new_slot, read
+from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, normal
+
+KEY = jax.random.key(7)
+X = jnp.float32(0.6)
+
+
+def in_sample(*names):
+    """One pair in sixteen is part of `make test`, chosen by a hash of its name."""
+    return zlib.crc32("/".join(names).encode()) % 16 == 0
+
+
+def cells():
+    for op in OPERATIONS:
+        # custom_root with state that is written: see test_solvers.py.
+        columns = [t for t in TRANSFORMATIONS if op.has_param or not t.counts_calls]
+        for t in columns:
+            yield pytest.param(op, (t,), id=f"{op.name}-{t.name}")
+        for outer, inner in itertools.product(columns, repeat=2):
+            names = op.name, outer.name, inner.name
+            marks = () if in_sample(*names) else (pytest.mark.slow,)
+            yield pytest.param(op, (outer, inner), id="-".join(names), marks=marks)
+
+
+def expected_error(op, transformations):
+    """The error of a cell that cannot work, or None."""
+    for t in transformations:
+        if t.lanes and op.writes:
+            return jaxstate.LaneWriteError
+        if t.directions and op.draws:
+            return jaxstate.SplitStreamError
+        if t.opaque_solver and (op.draws or op.writes):
+            return jaxstate.UnsupportedPrimitiveError
+        if t.name == "eval_shape":
+            return None  # what is inside is not run
+    return None
+
+
+def initial_parameter(key, path):
+    """The documented derivation: two words of the path's SHA-256 digest, folded into the key."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for i in (0, 4):
+        key = jax.random.fold_in(key, np.uint32(int.from_bytes(digest[i : i + 4], "little")))
+    return normal(key, ())
+
+
+def run_stateful(op, transformations):
+    def run(x, w):
+        slot = new_slot(jnp.float32(0.4))
+        f = op.stateful(slot)
+        for t in reversed(transformations):
+            f = t.stateful(f)
+        with jaxstate.rng_stream(KEY) as stream:
+            y = jaxstate.parametrized(f).apply({"w": w}, x)
+        return y, {"count": jnp.int32(stream.count), "slot": read(slot)}
+
+    return run
+
+
+def run_by_hand(op, transformations):
+    def run(x, w):
+        f = op.by_hand
+        for t in reversed(transformations):
+            f = t.by_hand(f, op.draws)
+        s = {"key": KEY, "count": jnp.int32(0), "slot": jnp.float32(0.4), "w": w}
+        y, s = f(x, s)
+        return y, {"count": s["count"], "slot": s["slot"]}
+
+    return run
+
+
+def outcome(run, *args):
+    """The result of a program, or the type of the error that it raises."""
+    try:
+        return jax.tree.map(np.asarray, run(*args))
+    except Exception as e:
+        return type(e)
+
+
+def assert_same(found, wanted):
+    if isinstance(wanted, type) or isinstance(found, type):
+        assert found == wanted
+        return
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op, transformations", list(cells()))
+def test_equals_the_program_with_its_state_passed_by_hand(op, transformations):
+    stateful, by_hand = run_stateful(op, transformations), run_by_hand(op, transformations)
+    w = initial_parameter(KEY, "w")
+    error = expected_error(op, transformations)
+
+    for mode in (lambda f: f, jax.jit):
+        wanted = error or outcome(mode(by_hand), X, w)
+        # An exception holds tracers in its traceback, and the leak checker reports those instead.
+        with jax.checking_leaks.func(not isinstance(wanted, type)):
+            assert_same(outcome(mode(stateful), X, w), wanted)
+    if op.has_param and not isinstance(wanted, type):
+        check_init(op, transformations, w)
+        check_gradient(stateful, by_hand, transformations, w)
+
+
+def check_gradient(stateful, by_hand, transformations, w):
+    """With respect to the parameter, by reverse mode, eagerly and jitted."""
+    names = [t.name for t in transformations]
+    run = names[: names.index("eval_shape")] if "eval_shape" in names else names
+    refused = "custom_jvp" in run or "custom_vjp" in run
+
+    for mode in (lambda f: f, jax.jit):
+        wanted = outcome(mode(jax.grad(lambda w: by_hand(X, w)[0])), w)
+        if refused:
+            wanted = jaxstate.CustomRuleStateError
+        with jax.checking_leaks.func(not isinstance(wanted, type)):
+            assert_same(outcome(mode(jax.grad(lambda w: stateful(X, w)[0])), w), wanted)
+
+
+def check_init(op, transformations, w):
+    """The parameter is born inside, with the value that its key and path give."""
+    f = op.stateful(None)
+    for t in reversed(transformations):
+        f = t.stateful(f)
+    net = jaxstate.parametrized(f)
+    assert_same(outcome(net.init, KEY, X), {"w": np.asarray(w)})
+    assert_same(outcome(jax.jit(net.init), KEY, X), {"w": np.asarray(w)})

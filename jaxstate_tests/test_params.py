@@ -1,0 +1,557 @@
+"""Parameters: names, sharing, birth, and apply as a pure function."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate_tests.test_matrix import initial_parameter
+
+normal = jax.nn.initializers.normal(1.0)
+lecun = jax.nn.initializers.lecun_normal()
+zeros = jax.nn.initializers.zeros
+
+
+def dense(features):
+    @jaxstate.parametrized
+    def dense(x):
+        w = jaxstate.param("w", lecun, (x.shape[-1], features))
+        b = jaxstate.param("b", zeros, (features,))
+        return x @ w + b
+
+    return dense
+
+
+def dense_by_hand(p, x):
+    return x @ p["w"] + p["b"]
+
+
+def scaled(name="scale"):
+    @jaxstate.parametrized(name=name)
+    def scale(x):
+        return x * jaxstate.param("s", normal, ())
+
+    return scale
+
+
+def shapes(params):
+    return jax.tree.map(jnp.shape, params)
+
+
+def assert_trees_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_trees_close(a, b, rtol=1e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
+
+
+# -- The example of the documentation --------------------------------------------------------
+
+
+@jaxstate.parametrized
+def net(x, layer=dense(8), head=dense(1)):
+    x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(layer(x)), x)
+    return jax.jit(head)(x)
+
+
+def net_by_hand(p, x):
+    for _ in range(3):
+        x = jnp.tanh(dense_by_hand(p["dense"], x))
+    return dense_by_hand(p["dense_1"], x)
+
+
+def test_a_layer_in_a_loop_and_one_in_a_jit(key):
+    x = jax.random.normal(key, (4, 8))
+    params = net.init(key, x)
+    assert shapes(params) == {
+        "dense": {"w": (8, 8), "b": (8,)},
+        "dense_1": {"w": (8, 1), "b": (1,)},
+    }
+    assert type(params) is dict and all(type(v) is dict for v in params.values())
+    assert_trees_close(net.apply(params, x), net_by_hand(params, x))
+    assert_trees_close(jax.jit(net.apply)(params, x), net_by_hand(params, x))
+    loss = lambda f: lambda p: (f(p, x) ** 2).sum()  # noqa: E731
+    for d in (jax.grad, lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))):
+        assert_trees_close(d(loss(net.apply))(params), jax.grad(loss(net_by_hand))(params))
+
+
+def test_the_jaxpr_of_apply_has_the_equations_of_the_hand_written_function(key):
+    x = jnp.ones((4, 8))
+    params = net.init(key, x)
+
+    def by_hand(p, x):
+        x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(dense_by_hand(p["dense"], x)), x)
+        return jax.jit(dense_by_hand)(p["dense_1"], x)
+
+    def equations(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+                yield from equations(sub)
+
+    found, wanted = (jax.make_jaxpr(f)(params, x) for f in (net.apply, by_hand))
+    assert list(equations(found)) == list(equations(wanted))
+    assert found.consts == []
+    gradients = (
+        jax.make_jaxpr(jax.grad(lambda p, f=f: f(p, x).sum()))(params)
+        for f in (net.apply, by_hand)
+    )
+    found, wanted = gradients
+    assert sorted(equations(found)) == sorted(equations(wanted))
+
+
+# -- Names -----------------------------------------------------------------------------------
+
+
+def test_names_follow_first_use_and_stay_when_a_layer_is_added(key):
+    a, b, c = dense(2), dense(3), dense(4)
+    x = jnp.ones(2)
+    two = jaxstate.parametrized(lambda x: b(a(x)))
+    three = jaxstate.parametrized(lambda x: c(b(a(x))))
+    p2, p3 = two.init(key, x), three.init(key, x)
+    assert list(p2) == ["dense", "dense_1"] and list(p3) == ["dense", "dense_1", "dense_2"]
+    assert_trees_equal({k: p3[k] for k in p2}, p2)
+
+
+def test_scopes_by_hand(key):
+    @jaxstate.parametrized
+    def f(x):
+        with jaxstate.scope("encoder"):
+            x = dense(2)(x)
+        with jaxstate.scope("decoder"), jaxstate.scope("inner"):
+            x = x * jaxstate.param("s", normal, ())
+        with jaxstate.scope("encoder"):
+            return x + jaxstate.param("shift", normal, ())
+
+    p = f.init(key, jnp.ones(2))
+    assert shapes(p) == {
+        "encoder": {"dense": {"w": (2, 2), "b": (2,)}, "shift": ()},
+        "decoder": {"inner": {"s": ()}},
+    }
+    np.testing.assert_array_equal(p["decoder"]["inner"]["s"], initial_parameter(key, "decoder/inner/s"))
+    f.apply(p, jnp.ones(2))
+
+
+def test_the_value_depends_on_key_and_path_only(key):
+    def forwards(x):
+        return x * jaxstate.param("a", normal, ()) + jaxstate.param("b", normal, ())
+
+    def backwards(x):
+        b = jaxstate.param("b", normal, ())
+        jaxstate.param("new", normal, (3,))
+        return jax.jit(lambda: x * jaxstate.param("a", normal, ()) + b)()
+
+    p, q = (jaxstate.parametrized(f).init(key, 1.0) for f in (forwards, backwards))
+    assert p["a"] == q["a"] == initial_parameter(key, "a")
+    assert p["b"] == q["b"] == initial_parameter(key, "b")
+
+
+def test_a_python_loop_equals_a_scan(key):
+    cell = scaled()
+
+    def python(x):
+        for _ in range(3):
+            x = jnp.sin(cell(x))
+        return x
+
+    def scan(x):
+        return jax.lax.scan(lambda c, _: (jnp.sin(cell(c)), None), x, None, length=3)[0]
+
+    a, b = jaxstate.parametrized(python), jaxstate.parametrized(scan)
+    p = a.init(key, 1.0)
+    assert_trees_equal(p, b.init(key, 1.0))
+    np.testing.assert_allclose(a.apply(p, 1.0), b.apply(p, 1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["no", "jit", "remat"])
+def test_a_module_made_inside_a_function_that_is_called_twice(key, wrap):
+    @jaxstate.parametrized
+    def f(x):
+        g = wrap(lambda x: scaled()(x))
+        return g(g(x))
+
+    p = f.init(key, 1.0)
+    assert shapes(p) == {"scale": {"s": ()}, "scale_1": {"s": ()}}
+    np.testing.assert_allclose(
+        f.apply(p, 2.0), 2 * p["scale"]["s"] * p["scale_1"]["s"], rtol=1e-6
+    )
+
+
+def test_one_jitted_layer_in_two_scopes(key):
+    @jax.jit
+    def layer(x):
+        return jnp.sin(x * jaxstate.param("s", normal, ()))
+
+    @jaxstate.parametrized
+    def f(x):
+        for name in ("a", "b"):
+            with jaxstate.scope(name):
+                x = layer(x)
+        return x
+
+    p = f.init(key, 1.0)
+    assert shapes(p) == {"a": {"s": ()}, "b": {"s": ()}} and p["a"]["s"] != p["b"]["s"]
+    wanted = np.sin(np.sin(p["a"]["s"]) * p["b"]["s"])
+    np.testing.assert_allclose(f.apply(p, 1.0), wanted, rtol=1e-6)
+
+
+def test_one_object_under_two_parents_plain_and_jitted_is_one_entry(key):
+    shared = scaled("shared")
+    a = jaxstate.parametrized(lambda x: shared(x), name="a")
+    b = jaxstate.parametrized(lambda x: jax.jit(shared)(x), name="b")
+    f = jaxstate.parametrized(lambda x: a(x) + b(x) ** 2 + shared(x))
+    p = f.init(key, 3.0)
+    assert shapes(p) == {"a": {"shared": {"s": ()}}}
+    s = p["a"]["shared"]["s"]
+    np.testing.assert_allclose(f.apply(p, 3.0), 6 * s + 9 * s**2, rtol=1e-6)
+    g = jax.grad(lambda p: f.apply(p, 3.0))(p)
+    np.testing.assert_allclose(g["a"]["shared"]["s"], 6 + 18 * s, rtol=1e-5)
+
+
+def test_every_instance_of_a_class_is_its_own_module(key):
+    @dataclasses.dataclass
+    class LinearMap:
+        features: int
+
+        @jaxstate.parametrized
+        def __call__(self, x):
+            return x @ jaxstate.param("w", lecun, (x.shape[-1], self.features))
+
+        @jaxstate.parametrized
+        def twice(self, x):
+            return self(self(x))
+
+    one, two = LinearMap(2), LinearMap(2)
+    f = jaxstate.parametrized(lambda x: two(one(one(x))))
+    p = f.init(key, jnp.ones(2))
+    assert shapes(p) == {"linear_map": {"w": (2, 2)}, "linear_map_1": {"w": (2, 2)}}
+    x = jnp.arange(2.0)
+    w, v = p["linear_map"]["w"], p["linear_map_1"]["w"]
+    np.testing.assert_allclose(f.apply(p, x), x @ w @ w @ v, rtol=1e-5)
+    assert shapes(one.twice.init(key, x)) == {"linear_map": {"w": (2, 2)}}
+
+
+# -- Birth -----------------------------------------------------------------------------------
+
+
+def births():
+    def while_cond(f, x):
+        return jax.lax.while_loop(lambda c: (c[0] < 3) & (f(c[1]) < 1e9), lambda c: (c[0] + 1, c[1]), (0, x))[1]
+
+    def custom_jvp(f, x):
+        @jax.custom_jvp
+        def g(x):
+            return f(x)
+
+        g.defjvp(lambda p, t: (g(*p), t[0]))
+        return g(x)
+
+    def custom_vjp(f, x):
+        @jax.custom_vjp
+        def g(x):
+            return f(x)
+
+        g.defvjp(lambda x: (g(x), None), lambda _, ct: (ct,))
+        return g(x)
+
+    return {
+        "plain": lambda f, x: f(x),
+        "jit": lambda f, x: jax.jit(f)(x),
+        "scan": lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+        "while_body": lambda f, x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1],
+        "while_cond": while_cond,
+        "branch": lambda f, x: jax.lax.cond(x < -1e9, f, lambda x: x, x),
+        "both_branches": lambda f, x: jax.lax.cond(x < 0, f, lambda x: 2 * f(x), x),
+        "vmap": lambda f, x: jax.vmap(f)(jnp.stack([x, x]))[0],
+        "grad": lambda f, x: jax.grad(f)(x),
+        "checkpoint": lambda f, x: jax.checkpoint(f)(x),
+        "custom_jvp": custom_jvp,
+        "custom_vjp": custom_vjp,
+        "closure_convert": lambda f, x: (lambda g, c: g(x, *c))(*jax.closure_convert(f, x)),
+        "deep": lambda f, x: jax.jit(jax.vmap(lambda x: jax.lax.scan(lambda c, _: (jax.checkpoint(jax.jit(f))(c), None), x, None, length=2)[0]))(jnp.stack([x, x]))[0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("where", births())
+def test_a_parameter_can_be_born_anywhere(key, where):
+    net = jaxstate.parametrized(lambda x: births()[where](scaled(), x))
+    wanted = {"scale": {"s": initial_parameter(key, "scale/s")}}
+    assert_trees_equal(net.init(key, 0.5), wanted)
+    assert_trees_equal(jax.jit(net.init)(key, 0.5), wanted)
+    by_hand = births()[where](lambda x: x * wanted["scale"]["s"], 0.5)
+    np.testing.assert_allclose(net.apply(wanted, 0.5), by_hand, rtol=1e-6)
+
+
+def test_init_does_nothing_of_the_forward_pass(key, capfd):
+    def forward(x):
+        jax.debug.print("forward {x}", x=x)
+        y = jax.pure_callback(lambda x: 1 / 0, jax.ShapeDtypeStruct((), jnp.float32), x)
+        return y * jaxstate.param("s", normal, ())
+
+    net = jaxstate.parametrized(forward)
+    net.init(key, 1.0)
+    jax.effects_barrier()
+    assert capfd.readouterr().out == ""
+    jaxpr = jax.make_jaxpr(net.init)(key, 1.0)
+    assert "callback" not in str(jaxpr) and "debug" not in str(jaxpr)
+
+
+def test_init_from_shapes_and_eval_shape(key):
+    x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    params = net.init(key, x)
+    assert_trees_equal(params, net.init(key, jnp.ones((4, 8))))
+    assert shapes(jax.eval_shape(net.init, key, x)) == shapes(params)
+
+
+def test_vmap_of_init_makes_an_ensemble(key):
+    x, keys = jnp.ones((4, 8)), jax.random.split(key, 3)
+    ensemble = jax.vmap(net.init, (0, None))(keys, x)
+    assert_trees_equal(jax.tree.map(lambda a: a[1], ensemble), net.init(keys[1], x))
+    ys = jax.vmap(net.apply, (0, None))(ensemble, x)
+    wanted = net_by_hand(jax.tree.map(lambda a: a[1], ensemble), x)
+    np.testing.assert_allclose(ys[1], wanted, rtol=1e-5)
+
+
+def test_init_with_out_shardings(key):
+    mesh = jax.make_mesh((1,), ("model",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.jit(net.init, out_shardings=sharding)(key, jnp.ones((4, 8)))
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(params))
+
+
+def test_an_initializer_that_looks_at_data(key):
+    x = jnp.arange(16.0).reshape(2, 8)
+
+    @jaxstate.parametrized
+    def f(x):
+        @jax.jit
+        def whiten(x):
+            x = dense(8)(x)
+            return x - jaxstate.param("mean", lambda key: x.mean(0))
+
+        x = whiten(x)
+
+        def body(c, _):
+            return c / jaxstate.param("std", lambda key, x: x.std(0), x), None
+
+        return jax.lax.scan(body, x, None, length=2)[0]
+
+    p = f.init(key, x)
+    y = dense_by_hand(p["dense"], x)
+    np.testing.assert_allclose(p["mean"], y.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(p["std"], (y - y.mean(0)).std(0), rtol=1e-5)
+    np.testing.assert_allclose(f.apply(p, x), (y - p["mean"]) / p["std"] ** 2, rtol=1e-4)
+    assert_trees_close(jax.jit(f.init)(key, x), p)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_data_out_of_a_loop_or_a_lane_is_a_clear_error(key):
+    def in_scan(x):
+        def body(c, x):
+            return c + x * jaxstate.param("s", lambda key: x), None
+
+        return jax.lax.scan(body, 0.0, x)[0]
+
+    def in_lane(x):
+        return jax.vmap(lambda x: x * jaxstate.param("s", lambda key: x))(x)
+
+    for f, match in ((in_scan, "comes out of a loop"), (in_lane, "differs between the lanes")):
+        with pytest.raises(jaxstate.InitializerDataError, match=match):
+            jaxstate.parametrized(f).init(key, jnp.ones(3))
+    only_shape = jaxstate.parametrized(lambda x: x * jaxstate.param("s", lambda key: x.mean()))
+    with pytest.raises(jaxstate.InitializerDataError, match="only its shape"):
+        only_shape.init(key, jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
+# -- Apply -----------------------------------------------------------------------------------
+
+
+def test_two_applies_through_one_cached_function(key):
+    traces = []
+
+    @jax.jit
+    def layer(x):
+        traces.append(x.shape)
+        return x * jaxstate.param("s", normal, ())
+
+    f = jaxstate.parametrized(layer)
+    p = f.init(key, 2.0)
+    del traces[:]
+    with jax.checking_leaks.func(False):  # the checker turns JAX's caches off
+        for factor in (1.0, 2.0, 3.0):
+            q = jax.tree.map(lambda a, k=factor: a * k, p)
+            np.testing.assert_allclose(f.apply(q, 2.0), 2 * q["s"], rtol=1e-6)
+    assert traces == [()]
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+def test_a_loop_of_calls_of_one_jitted_stateful_function_traces_it_once(key):
+    traces = []
+
+    @jax.jit
+    def step(x):
+        traces.append(1)
+        return x + jaxstate.random.uniform()
+
+    with jaxstate.rng_stream(key) as stream:
+        for _ in range(1000):
+            step(1.0)
+    assert len(traces) == 1 and stream.count == 1000
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+def test_a_cached_function_whose_parameter_changed_shape(key):
+    size = [3]
+
+    @jax.jit
+    def f(x):
+        return x * jaxstate.param("w", normal, (size[0],)).sum()
+
+    net = jaxstate.parametrized(f)
+    p3 = net.init(key, 1.0)
+    np.testing.assert_allclose(net.apply(p3, 1.0), p3["w"].sum(), rtol=1e-6)
+    size[0] = 5
+    p5 = {"w": jnp.arange(5.0)}
+    np.testing.assert_allclose(net.apply(p5, 1.0), 10.0)
+    size[0] = 3
+    np.testing.assert_allclose(net.apply(p3, 1.0), p3["w"].sum(), rtol=1e-6)
+
+
+def test_parameters_of_another_dtype(key):
+    f = jaxstate.parametrized(jax.jit(lambda x: x * jaxstate.param("w", normal, (3,))))
+    p = f.init(key, jnp.ones(3))
+    for dtype in (jnp.bfloat16, jnp.float32, jnp.float16):
+        q = jax.tree.map(lambda a, d=dtype: a.astype(d), p)
+        assert f.apply(q, jnp.ones(3, dtype)).dtype == dtype
+    numpy = jax.tree.map(np.asarray, p)
+    np.testing.assert_array_equal(f.apply(numpy, jnp.ones(3)), p["w"])
+
+
+def test_a_parameter_that_is_a_tree(key):
+    def init(key, n):
+        return {"kernel": normal(key, (n,)), "scales": (jnp.ones(()), jnp.zeros(2))}
+
+    f = jaxstate.parametrized(lambda x: jax.jit(lambda: jaxstate.param("layer", init, 3))())
+    p = f.init(key, 0.0)
+    assert shapes(p) == {"layer": {"kernel": (3,), "scales": {"0": (), "1": (2,)}}}
+    value = f.apply(p, 0.0)
+    assert jax.tree.structure(value) == jax.tree.structure(init(key, 3))
+    np.testing.assert_array_equal(value["kernel"], p["layer"]["kernel"])
+
+
+def test_keys_of_apply_and_init(key):
+    def f(x):
+        return x + jaxstate.random.uniform() + jaxstate.random.uniform(stream="dropout")
+
+    net, other = jaxstate.parametrized(f), jax.random.key(5)
+    assert net.init({"params": key, "default": key, "dropout": other}, 0.0) == {}
+    found = jax.jit(net.apply)({}, 0.0, key={"default": key, "dropout": other})
+    wanted = jax.random.uniform(jax.random.fold_in(key, 0)) + jax.random.uniform(
+        jax.random.fold_in(other, 0)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_explicit_apply_inside_a_body(key):
+    inner = scaled("inner")
+
+    @jaxstate.parametrized
+    def outer(x, p1, p2):
+        s = jaxstate.param("s", normal, ())
+        y = jax.jit(inner.apply)(p1, x) + inner.apply(p2, x) * s
+        with_key = jaxstate.parametrized(lambda: jaxstate.random.uniform()).apply({}, key=key)
+        return y + with_key
+
+    p1, p2 = {"s": jnp.float32(2)}, {"s": jnp.float32(3)}
+    p = outer.init(key, 1.0, p1, p2)
+    assert shapes(p) == {"s": ()}
+    wanted = 2 + 3 * p["s"] + jax.random.uniform(jax.random.fold_in(key, 0))
+    np.testing.assert_allclose(outer.apply(p, 1.0, p1, p2), wanted, rtol=1e-6)
+
+
+def test_explicit_init_inside_a_body(key):
+    inner = scaled("inner")
+
+    @jaxstate.parametrized
+    def outer(x):
+        return jax.jit(inner.init)(key, x)["s"] * inner(x)
+
+    p = outer.init(key, 1.0)
+    wanted = initial_parameter(key, "s") * initial_parameter(key, "inner/s")
+    np.testing.assert_allclose(outer.apply(p, 1.0), wanted, rtol=1e-6)
+
+
+def test_returned_dicts_are_the_users_own(key):
+    x = jnp.ones((4, 8))
+    params = net.init(key, x)
+    before = net.apply(params, x)
+    copy = jax.tree.map(lambda a: a, params)
+    params["dense"]["w"] = params["dense"]["w"] * 0
+    params["unused"] = {"note": "left alone"}
+    assert_trees_equal(net.apply(copy, x), before)
+    np.testing.assert_allclose(net.apply(params, x), net_by_hand(params, x), rtol=1e-6)
+
+
+def test_outside_of_init_and_apply_it_is_plain_python(key):
+    double = jaxstate.parametrized(lambda x: 2 * x)
+    assert double(3) == 6 and jax.jit(double)(3) == 6
+    with jaxstate.scope("anything"):
+        assert double(3) == 6
+
+
+def test_a_pickled_tree_in_a_new_process(tmp_path, key):
+    params = net.init(key, jnp.ones((4, 8)))
+    (tmp_path / "params.pkl").write_bytes(pickle.dumps(jax.tree.map(np.asarray, params)))
+    program = f"""
+import pickle, jax.numpy as jnp
+from jaxstate_tests.test_params import net
+params = pickle.load(open({str(tmp_path / "params.pkl")!r}, "rb"))
+print(float(net.apply(params, jnp.ones((4, 8))).sum()))
+"""
+    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    np.testing.assert_allclose(float(out.stdout), net.apply(params, jnp.ones((4, 8))).sum(), rtol=1e-5)
+
+
+def test_threads_do_not_see_each_other(key):
+    x = jnp.ones((4, 8))
+    params = [net.init(jax.random.key(i), x) for i in range(8)]
+    wanted = [np.asarray(net_by_hand(p, x)) for p in params]
+    found, gate = {}, threading.Barrier(8)
+
+    def work(i):
+        gate.wait()
+        found[i] = [np.asarray(net.apply(params[i], x)) for _ in range(5)]
+
+    with jax.checking_leaks.func(False):  # threads do not share the setting
+        workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        [w.start() for w in workers]
+        [w.join() for w in workers]
+    for i in range(8):
+        for y in found[i]:
+            np.testing.assert_allclose(y, wanted[i], rtol=1e-5)
+
+
+def test_an_exception_inside_leaves_nothing_behind(key):
+    @jaxstate.parametrized
+    def fails(x):
+        with jaxstate.scope("inner"):
+            jax.jit(lambda: jaxstate.param("s", normal, ()) / 0 if x > 1e9 else 1 // 0)()
+
+    for run in (lambda: fails.init(key, 1.0), lambda: fails.apply({}, 1.0)):
+        with pytest.raises(ZeroDivisionError):
+            run()
+    with pytest.raises(jaxstate.MissingStoreError):
+        jaxstate.param("s", normal, ())
+    x = jnp.ones((4, 8))
+    assert_trees_equal(net.init(key, x), net.init(key, x))

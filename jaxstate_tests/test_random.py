@@ -1,0 +1,338 @@
+"""Random streams: draw number n is fold_in(key, n), wherever it is drawn."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+
+
+def fold(key, *counts):
+    for n in counts:
+        key = jax.random.fold_in(key, n)
+    return jax.random.key_data(key)
+
+
+def draw(name="default"):
+    return jax.random.key_data(jaxstate.next_key(name))
+
+
+def all_different(keys):
+    flat = np.asarray(keys).reshape(-1, np.shape(keys)[-1])
+    return len({tuple(k) for k in flat}) == len(flat)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+def test_draws_are_of_the_kind_that_went_in(make):
+    key = make(3)
+    with jaxstate.rng_stream(key) as stream:
+        eager = jaxstate.next_key()
+        jitted = jax.jit(jaxstate.next_key)()
+    assert eager.dtype == jitted.dtype == key.dtype
+    np.testing.assert_array_equal(
+        *(jax.random.key_data(k) for k in (eager, jax.random.fold_in(key, 0)))
+    )
+    np.testing.assert_array_equal(
+        *(jax.random.key_data(k) for k in (jitted, jax.random.fold_in(key, 1)))
+    )
+    assert stream.count == 2
+
+
+def test_one_jitted_function_under_typed_and_raw_keys():
+    f = jax.jit(lambda: jaxstate.random.uniform((2,)))
+    for key in (jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(1)):
+        with jaxstate.rng_stream(key):
+            np.testing.assert_array_equal(f(), jax.random.uniform(jax.random.fold_in(key, 0), (2,)))
+
+
+def test_python_loop_scan_and_while_loop_give_the_same_keys(key):
+    def python(n):
+        return jnp.stack([draw() for _ in range(n)])
+
+    def scan(n):
+        return jax.lax.scan(lambda c, _: (c, draw()), 0, None, length=n)[1]
+
+    def while_loop(n):
+        def body(c):
+            return c[0] + 1, c[1].at[c[0]].set(draw())
+
+        keys = jnp.zeros((n, 2), jnp.uint32)
+        return jax.lax.while_loop(lambda c: c[0] < n, body, (0, keys))[1]
+
+    wanted = np.stack([fold(key, n) for n in range(5)])
+    for loop in (python, scan, while_loop):
+        for run in (loop, jax.jit(loop, static_argnums=0)):
+            with jaxstate.rng_stream(key) as stream:
+                np.testing.assert_array_equal(run(5), wanted)
+            assert stream.count == 5
+
+
+def test_branches_that_draw_different_numbers_of_keys(key):
+    def run(i):
+        def many():
+            return draw() * 0 + draw() * 0 + draw()
+
+        y = jax.lax.switch(i, [draw, many, lambda: jnp.zeros(2, jnp.uint32)])
+        return y, draw()
+
+    for i, last in [(0, 1), (1, 3), (2, 0)]:
+        with jaxstate.rng_stream(key):
+            np.testing.assert_array_equal(jax.jit(run)(i)[1], fold(key, last))
+
+
+def test_zero_trip_loops_leave_the_count(key):
+    with jaxstate.rng_stream(key) as stream:
+        jax.lax.fori_loop(0, 0, lambda i, c: c + draw(), jnp.zeros(2, jnp.uint32))
+        jax.lax.while_loop(lambda c: c < 0, lambda c: c + draw()[0], jnp.uint32(0))
+        assert stream.count == 0
+
+
+def test_names_and_shadowing(key):
+    other, inner = jax.random.key(1), jax.random.key(2)
+    with jaxstate.rng_stream(key) as outer, jaxstate.rng_stream(other, "dropout"):
+        np.testing.assert_array_equal(draw("dropout"), fold(other, 0))
+        with jaxstate.rng_stream(inner):
+            np.testing.assert_array_equal(jax.jit(draw)(), fold(inner, 0))
+            # A handle draws from its own stream, also where another one shadows it.
+            np.testing.assert_array_equal(
+                jax.random.key_data(jax.jit(outer.next_key)()), fold(key, 0)
+            )
+        np.testing.assert_array_equal(draw(), fold(key, 1))
+
+
+def test_one_cached_function_under_two_streams(key):
+    f = jax.jit(draw)
+    for seed in range(3):
+        with jaxstate.rng_stream(jax.random.key(seed)):
+            np.testing.assert_array_equal(f(), fold(jax.random.key(seed), 0))
+            np.testing.assert_array_equal(f(), fold(jax.random.key(seed), 1))
+
+
+def test_a_function_jitted_and_called_before_any_stream_was_open(key):
+    def f(x):
+        try:
+            return x + jaxstate.random.uniform()
+        except jaxstate.MissingStreamError:
+            return x
+
+    g = jax.jit(f)
+    assert g(1.0) == 1.0
+    with jaxstate.rng_stream(key):
+        np.testing.assert_allclose(g(1.0), 1 + jax.random.uniform(jax.random.fold_in(key, 0)))
+    assert g(1.0) == 1.0
+
+
+def test_save_and_resume(key):
+    with jaxstate.rng_stream(key) as stream:
+        draw(), jax.jit(draw)()
+    saved = stream.key, int(stream.count)
+    with jaxstate.rng_stream(saved[0], count=saved[1]):
+        np.testing.assert_array_equal(draw(), fold(key, 2))
+
+
+# -- Lanes -----------------------------------------------------------------------------------
+
+
+def test_split_lanes_are_those_of_the_documentation(key):
+    with jaxstate.rng_stream(key) as stream:
+        before = draw()
+        lanes = jax.vmap(lambda _: jnp.stack([draw(), draw()]))(jnp.arange(3))
+        after = draw()
+    for i in range(3):
+        for n in range(2):
+            np.testing.assert_array_equal(lanes[i, n], fold(key, 1, i, n))
+    np.testing.assert_array_equal(after, fold(key, 2))
+    assert stream.count == 3
+    assert all_different([before, *lanes.reshape(-1, 2), after])
+
+
+@pytest.mark.parametrize(
+    "vmap",
+    [
+        lambda f: jax.vmap(jax.vmap(f)),
+        lambda f: jax.jit(jax.vmap(jax.jit(jax.vmap(jax.jit(f))))),
+        lambda f: jax.vmap(jax.vmap(f, axis_name="j"), axis_name="i"),
+        lambda f: jax.vmap(jax.vmap(f), in_axes=1, spmd_axis_name="i"),
+    ],
+    ids=["plain", "jit", "axis_name", "spmd_axis_name"],
+)
+def test_nested_split_lanes_are_distinct(key, vmap):
+    with jaxstate.rng_stream(key) as stream:
+        lanes = vmap(lambda _: jax.jit(draw)())(jnp.zeros((2, 2)))
+    assert all_different(lanes)
+    np.testing.assert_array_equal(lanes[1, 1], fold(key, 0, 1, 0, 1, 0))
+    assert stream.count == 1
+
+
+def test_split_lanes_with_nothing_mapped_inside(key):
+    with jaxstate.rng_stream(key):
+        lanes = jax.vmap(lambda _, x: draw(), in_axes=(0, None))(jnp.zeros(3), 1.0)
+    assert all_different(lanes)
+
+
+def test_lanes_that_draw_a_different_number_of_times(key):
+    def lane(n):
+        jax.lax.while_loop(lambda i: i < n, lambda i: i + 1 + 0 * draw()[0].astype(int), 0)
+        return draw()
+
+    with jaxstate.rng_stream(key) as stream:
+        lanes = jax.vmap(lane)(jnp.arange(3))
+    for i in range(3):
+        np.testing.assert_array_equal(lanes[i], fold(key, 0, i, i))
+    assert stream.count == 1
+
+
+def test_vmap_of_cond_moves_only_the_lanes_that_took_the_branch(key):
+    def lane(p):
+        jax.lax.cond(p, draw, lambda: jnp.zeros(2, jnp.uint32))
+        return draw()
+
+    with jaxstate.rng_stream(key):
+        lanes = jax.vmap(lane)(jnp.array([True, False]))
+    np.testing.assert_array_equal(lanes[0], fold(key, 0, 0, 1))
+    np.testing.assert_array_equal(lanes[1], fold(key, 0, 1, 0))
+
+
+def test_shared_lanes_are_equal(key):
+    with jaxstate.rng_stream(key, vmap="share") as stream:
+        lanes = jax.jit(jax.vmap(lambda _: jax.jit(draw)()))(jnp.zeros(3))
+        np.testing.assert_array_equal(lanes, np.broadcast_to(fold(key, 0), (3, 2)))
+        assert stream.count == 1
+        jacobian = jax.jacfwd(lambda x: x * jaxstate.random.uniform())(jnp.ones(2))
+    np.testing.assert_allclose(
+        jacobian, np.eye(2) * jax.random.uniform(jax.random.fold_in(key, 1)), rtol=1e-6
+    )
+
+
+def test_per_example_gradients(key):
+    x = jnp.arange(1.0, 4.0)
+    with jaxstate.rng_stream(key):
+        g = jax.vmap(jax.grad(lambda x: x**2 * jaxstate.random.uniform()))(x)
+    u = jnp.stack(
+        [jax.random.uniform(jax.random.wrap_key_data(fold(key, 0, i, 0))) for i in range(3)]
+    )
+    np.testing.assert_allclose(g, 2 * x * u, rtol=1e-6)
+
+
+def test_a_stream_opened_inside_the_lanes(key):
+    keys = jax.random.split(key, 3)
+
+    def lane(k):
+        with jaxstate.rng_stream(k):
+            return jnp.stack([draw(), jax.jit(draw)()])
+
+    lanes = jax.jit(jax.vmap(lane))(keys)
+    for i in range(3):
+        np.testing.assert_array_equal(lanes[i], [fold(keys[i], 0), fold(keys[i], 1)])
+
+
+# -- Recomputation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable"])
+def test_grad_of_checkpoint_of_scan_sees_the_draws_of_the_forward_pass(key, policy):
+    xs = jnp.arange(1.0, 4.0)
+
+    def loss(x):
+        @jax.checkpoint
+        def run(x):
+            def body(c, x):
+                return jnp.sin(c * jaxstate.random.uniform()) + x, None
+
+            return jax.lax.scan(jax.checkpoint(body), x, xs)[0]
+
+        return jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, policy))(x)
+
+    def by_hand(x):
+        for n in range(3):
+            x = jnp.sin(x * jax.random.uniform(jax.random.fold_in(key, n))) + xs[n]
+        return x
+
+    with jaxstate.rng_stream(key) as stream:
+        found = jax.value_and_grad(loss)(0.3)
+    np.testing.assert_allclose(found, jax.value_and_grad(by_hand)(0.3), rtol=1e-5)
+    assert stream.count == 3
+
+
+# -- Outside of everything -------------------------------------------------------------------
+
+
+def test_threads_do_not_see_each_other(key):
+    found, gate = {}, threading.Barrier(8)
+    f = jax.jit(draw)
+
+    def work(seed):
+        with jaxstate.rng_stream(jax.random.key(seed)):
+            gate.wait()
+            found[seed] = [np.asarray(k) for _ in range(5) for k in (draw(), f())]
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    for seed in range(8):
+        wanted = [fold(jax.random.key(seed), n) for n in range(10)]
+        np.testing.assert_array_equal(found[seed], wanted)
+    with pytest.raises(jaxstate.MissingStreamError):
+        draw()
+
+
+def test_generators_close_their_own_stream(key):
+    def keys(seed):
+        with jaxstate.rng_stream(jax.random.key(seed), f"stream{seed}"):
+            while True:
+                yield draw(f"stream{seed}")
+
+    a, b = keys(0), keys(1)
+    np.testing.assert_array_equal(next(a), fold(jax.random.key(0), 0))
+    np.testing.assert_array_equal(next(b), fold(jax.random.key(1), 0))
+    a.close()
+    np.testing.assert_array_equal(next(b), fold(jax.random.key(1), 1))
+    b.close()
+    with pytest.raises(jaxstate.MissingStreamError):
+        draw("stream1")
+
+
+def test_an_exception_in_a_body_leaves_nothing_behind(key):
+    def fails(c, _):
+        draw()
+        raise ZeroDivisionError
+
+    with jaxstate.rng_stream(key) as stream:
+        for run in (
+            lambda: jax.lax.scan(fails, 0, None, length=2),
+            lambda: jax.jit(fails)(0, 0),
+            lambda: jax.lax.cond(True, lambda: fails(0, 0), lambda: None),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                run()
+        assert stream.count == 0
+        np.testing.assert_array_equal(jax.jit(draw)(), fold(key, 0))
+    assert jax.jit(lambda x: x + 1)(1) == 2
+
+
+def test_debug_print_and_refs_pass_through(key, capfd):
+    ref = jax.new_ref(jnp.zeros(2, jnp.uint32))
+
+    def body(i, _):
+        ref[...] += draw() * 0 + 1
+        jax.debug.print("turn {i}", i=i)
+
+    with jaxstate.rng_stream(key) as stream:
+        jax.jit(lambda: jax.lax.fori_loop(0, 2, body, None))()
+        jax.effects_barrier()
+    assert stream.count == 2
+    np.testing.assert_array_equal(ref[...], [2, 2])
+    assert "turn 1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform", "gumbel", "rademacher", "orthogonal"])
+def test_samplers_are_those_of_jax(key, name):
+    args = (3,) if name == "orthogonal" else ((2, 3),)
+    with jaxstate.rng_stream(key, "s"):
+        found = getattr(jaxstate.random, name)(*args, stream="s")
+    np.testing.assert_array_equal(found, getattr(jax.random, name)(jax.random.fold_in(key, 0), *args))
