@@ -1,5 +1,6 @@
 """How Sphinx builds this documentation: `make docs`."""
 
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -35,3 +36,15 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 default_role = "code"
+
+
+def _docstring_to_rst(app, what, name, obj, options, lines):
+    """Docstrings are written to be read in the source; reStructuredText wants two things else."""
+    text = "\n".join(lines)
+    text = text.replace("*args, **kwargs:", "args, kwargs:")
+    text = re.sub(r"(?<!`)`([^`\n]+)`(?=\w)", r"`\1`\\ ", text)  # `Name`s
+    lines[:] = text.split("\n")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _docstring_to_rst, priority=400)  # before napoleon
