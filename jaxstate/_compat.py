@@ -1,3 +1,6 @@
+# JAX does not type or export what it keeps to itself.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportCallIssue=false
 """The only file that imports ``jax._src`` or looks at a JAX version.
 
 Everything jaxstate needs from JAX beyond the public API has a name here, with one meaning on
@@ -18,8 +21,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import ad_checkpoint, ad_util, api, core, custom_derivatives, dtypes, effects, pjit
-from jax._src import linear_util, source_info_util, traceback_util
+from jax._src import (
+    ad_checkpoint,
+    ad_util,
+    api,
+    core,
+    custom_derivatives,
+    dtypes,
+    effects,
+    linear_util,
+    pjit,
+    source_info_util,
+    traceback_util,
+)
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import conditionals, loops, solves
@@ -62,6 +76,8 @@ remat_p = ad_checkpoint.remat_p
 custom_jvp_call_p = custom_derivatives.custom_jvp_call_p
 custom_vjp_call_p = custom_derivatives.custom_vjp_call_p
 linear_solve_p = solves.linear_solve_p
+# Evaluates the closed jaxpr in its parameter ``call_jaxpr``.
+call_p = core.closed_call_p if _flattree is None else core.eval_jaxpr_p
 
 
 # -- Values and types ------------------------------------------------------------------------
@@ -389,7 +405,7 @@ _context_signature = core.config_ext.Config(
 
 
 def set_context_signature(signature: Any) -> None:
-    """Makes ``signature`` part of the keys of JAX's tracing and compilation caches; None ends it."""
+    """Makes ``signature`` part of the keys of JAX's caches of traces and programs; None ends it."""
     _context_signature.set_local(core.config_ext.unset if signature is None else signature)
 
 

@@ -184,7 +184,7 @@ def write(slot: Slot, value: Any) -> None:
     if not _compat.same_type(value, wanted):
         raise SlotTypeError(
             message(
-                f"{slot.address} has type {wanted.str_short()}, and was written with a value of type"
+                f"{slot.address} has type {wanted.str_short()}, and was written with one of type"
                 f" {_compat.typeof(value).str_short()}.",
                 fix=f"""
                 write(slot, jnp.asarray(value, {wanted.dtype}).reshape({wanted.shape}))

@@ -54,7 +54,7 @@ _SAMPLERS = [
     if hasattr(jax.random, name)
 ]  # fmt: skip
 
-__all__ = ["Stream", "next_key", "rng_stream", *_SAMPLERS]
+__all__ = ["Stream", "next_key", "rng_stream"]
 
 
 class StreamAddress(Address):
@@ -79,12 +79,10 @@ class StreamAddress(Address):
         """
         if self.identity is None or self.part == "key" or boundary is self:
             return self
-        for holder in holders():
-            if isinstance(holder, _StreamHolder) and holder.name == self.name:
-                if not is_inside(holder, boundary):
-                    same = holder.identity is self.identity
-                    return StreamAddress(self.name, self.part) if same else self
-        return self
+        named = StreamAddress(self.name, "count")
+        outside = (h for h in holders() if not (h.is_boundary or is_inside(h, boundary)))
+        meant = next((h for h in outside if h.knows(named)), None)
+        return named if meant is not None and meant.knows(self) else self
 
     def _parts(self) -> tuple[Any, ...]:
         return self.name, self.part, self.identity

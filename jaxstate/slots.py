@@ -109,6 +109,7 @@ class Holder:
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
+        self.extra: dict[Any, Any] = {}  # what clients note, by their own keys
         self.age = next(_ages)
 
     def knows(self, address: Address) -> bool:

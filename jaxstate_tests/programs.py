@@ -80,9 +80,7 @@ OPERATIONS = [
     Operation(
         "draw_twice",
         lambda _: (
-            lambda x: (
-                jnp.sin(x * (1 + jaxstate.random.uniform())) * (1 + jaxstate.random.uniform())
-            )
+            lambda x: jnp.sin(x * (1 + jaxstate.random.uniform())) * (1 + jaxstate.random.uniform())
         ),
         _draw_twice,
         draws=True,
@@ -138,9 +136,7 @@ def _loop(run):
 
 
 def _scan(**kwargs):
-    return _loop(
-        lambda f, c: lax.scan(lambda c, _: (f(c), None), c, None, length=3, **kwargs)[0]
-    )
+    return _loop(lambda f, c: lax.scan(lambda c, _: (f(c), None), c, None, length=3, **kwargs)[0])
 
 
 def _while_body():
@@ -345,7 +341,9 @@ def _custom_root():
             lambda y: y - 0.1 * f(y) - x, x, solve, lambda g, b: b / g(jnp.float32(1))
         )
 
-    return (lambda f: lambda x: root(f, x)), (lambda f: lambda x, s: (root(lambda y: f(y, s)[0], x), s))
+    return (lambda f: lambda x: root(f, x)), (
+        lambda f: lambda x, s: (root(lambda y: f(y, s)[0], x), s)
+    )
 
 
 def _linear_solve():
@@ -359,7 +357,9 @@ def _linear_solve():
             matvec, x, lambda mv, b: b / mv(jnp.float32(1)), lambda mv, b: b / mv(jnp.float32(1))
         )
 
-    return (lambda f: lambda x: solve(f, x)), (lambda f: lambda x, s: (solve(lambda y: f(y, s)[0], x), s))
+    return (lambda f: lambda x: solve(f, x)), (
+        lambda f: lambda x, s: (solve(lambda y: f(y, s)[0], x), s)
+    )
 
 
 def _map():
@@ -409,7 +409,9 @@ TRANSFORMATIONS = [
     _simple("scan_reverse", *_scan(reverse=True)),
     _simple("scan_unroll", *_scan(unroll=2)),
     _simple("fori", *_loop(lambda f, c: lax.fori_loop(0, 3, lambda _, c: f(c), c))),
-    _simple("fori_traced", *_loop(lambda f, c: lax.fori_loop(0, jnp.int32(3), lambda _, c: f(c), c))),
+    _simple(
+        "fori_traced", *_loop(lambda f, c: lax.fori_loop(0, jnp.int32(3), lambda _, c: f(c), c))
+    ),
     _simple("while_body", *_while_body()),
     _simple("while_cond", *_while_cond()),
     _simple("cond_true", *_branch(lambda f, g, x, c: lax.cond(x > -100, f, g, c))),

@@ -41,9 +41,7 @@ def test_a_cond_function_reads_what_the_body_writes():
     slot = new_slot(0.0)
 
     def run(limit):
-        return jax.lax.while_loop(
-            lambda c: read(slot) < limit, lambda c: (bump(slot), c + 1)[1], 0
-        )
+        return jax.lax.while_loop(lambda c: read(slot) < limit, lambda c: (bump(slot), c + 1)[1], 0)
 
     assert jax.jit(run)(3.0) == 3
     assert read(slot) == 3.0
@@ -120,7 +118,9 @@ def test_lanes_may_write_one_value_and_not_several():
 @pytest.mark.parametrize("value", [jnp.zeros(2), jnp.int32(1), 1j])
 def test_a_write_of_another_type_is_refused_where_it_happens(value):
     slot = new_slot(0.0, name="total")
-    with pytest.raises(jaxstate.SlotTypeError, match="'total' has type float32\\[\\], and was written with"):
+    with pytest.raises(
+        jaxstate.SlotTypeError, match="'total' has type float32\\[\\], and was written with"
+    ):
         jax.jit(lambda: write(slot, value))()
     assert read(slot) == 0.0
 

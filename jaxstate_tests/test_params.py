@@ -104,8 +104,7 @@ def test_the_jaxpr_of_apply_has_the_equations_of_the_hand_written_function(key):
     assert list(equations(found)) == list(equations(wanted))
     assert found.consts == []
     gradients = (
-        jax.make_jaxpr(jax.grad(lambda p, f=f: f(p, x).sum()))(params)
-        for f in (net.apply, by_hand)
+        jax.make_jaxpr(jax.grad(lambda p, f=f: f(p, x).sum()))(params) for f in (net.apply, by_hand)
     )
     found, wanted = gradients
     assert sorted(equations(found)) == sorted(equations(wanted))
@@ -139,7 +138,9 @@ def test_scopes_by_hand(key):
         "encoder": {"dense": {"w": (2, 2), "b": (2,)}, "shift": ()},
         "decoder": {"inner": {"s": ()}},
     }
-    np.testing.assert_array_equal(p["decoder"]["inner"]["s"], initial_parameter(key, "decoder/inner/s"))
+    np.testing.assert_array_equal(
+        p["decoder"]["inner"]["s"], initial_parameter(key, "decoder/inner/s")
+    )
     f.apply(p, jnp.ones(2))
 
 
@@ -183,9 +184,7 @@ def test_a_module_made_inside_a_function_that_is_called_twice(key, wrap):
 
     p = f.init(key, 1.0)
     assert shapes(p) == {"scale": {"s": ()}, "scale_1": {"s": ()}}
-    np.testing.assert_allclose(
-        f.apply(p, 2.0), 2 * p["scale"]["s"] * p["scale_1"]["s"], rtol=1e-6
-    )
+    np.testing.assert_allclose(f.apply(p, 2.0), 2 * p["scale"]["s"] * p["scale_1"]["s"], rtol=1e-6)
 
 
 def test_one_jitted_layer_in_two_scopes(key):
@@ -246,8 +245,20 @@ def test_every_instance_of_a_class_is_its_own_module(key):
 
 
 def births():
+    def while_body(f, x):
+        return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
+
+    def deep(f, x):
+        def lane(x):
+            turn = jax.checkpoint(jax.jit(f))
+            return jax.lax.scan(lambda c, _: (turn(c), None), x, None, length=2)[0]
+
+        return jax.jit(jax.vmap(lane))(jnp.stack([x, x]))[0]
+
     def while_cond(f, x):
-        return jax.lax.while_loop(lambda c: (c[0] < 3) & (f(c[1]) < 1e9), lambda c: (c[0] + 1, c[1]), (0, x))[1]
+        return jax.lax.while_loop(
+            lambda c: (c[0] < 3) & (f(c[1]) < 1e9), lambda c: (c[0] + 1, c[1]), (0, x)
+        )[1]
 
     def custom_jvp(f, x):
         @jax.custom_jvp
@@ -269,7 +280,7 @@ def births():
         "plain": lambda f, x: f(x),
         "jit": lambda f, x: jax.jit(f)(x),
         "scan": lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
-        "while_body": lambda f, x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1],
+        "while_body": while_body,
         "while_cond": while_cond,
         "branch": lambda f, x: jax.lax.cond(x < -1e9, f, lambda x: x, x),
         "both_branches": lambda f, x: jax.lax.cond(x < 0, f, lambda x: 2 * f(x), x),
@@ -279,7 +290,7 @@ def births():
         "custom_jvp": custom_jvp,
         "custom_vjp": custom_vjp,
         "closure_convert": lambda f, x: (lambda g, c: g(x, *c))(*jax.closure_convert(f, x)),
-        "deep": lambda f, x: jax.jit(jax.vmap(lambda x: jax.lax.scan(lambda c, _: (jax.checkpoint(jax.jit(f))(c), None), x, None, length=2)[0]))(jnp.stack([x, x]))[0],
+        "deep": deep,
     }  # fmt: skip
 
 
@@ -519,8 +530,12 @@ from jaxstate_tests.test_params import net
 params = pickle.load(open({str(tmp_path / "params.pkl")!r}, "rb"))
 print(float(net.apply(params, jnp.ones((4, 8))).sum()))
 """
-    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    np.testing.assert_allclose(float(out.stdout), net.apply(params, jnp.ones((4, 8))).sum(), rtol=1e-5)
+    out = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    np.testing.assert_allclose(
+        float(out.stdout), net.apply(params, jnp.ones((4, 8))).sum(), rtol=1e-5
+    )
 
 
 def test_threads_do_not_see_each_other(key):

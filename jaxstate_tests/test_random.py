@@ -335,4 +335,6 @@ def test_samplers_are_those_of_jax(key, name):
     args = (3,) if name == "orthogonal" else ((2, 3),)
     with jaxstate.rng_stream(key, "s"):
         found = getattr(jaxstate.random, name)(*args, stream="s")
-    np.testing.assert_array_equal(found, getattr(jax.random, name)(jax.random.fold_in(key, 0), *args))
+    np.testing.assert_array_equal(
+        found, getattr(jax.random, name)(jax.random.fold_in(key, 0), *args)
+    )

@@ -65,13 +65,22 @@ def _top_level_jit(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-@register_rule(_compat.remat_p)
-def _remat(args: Any, params: dict[str, Any]) -> list[Any]:
-    reads, writes = state_of(params["jaxpr"])
-    bear(params["jaxpr"], args)
-    slots = read_all(reads + writes)
-    jaxpr = thread(params["jaxpr"], Thread(reads, writes), [_compat.typeof(s) for s in slots])
-    outs = _compat.remat_p.bind(*slots, *args, **dict(params, jaxpr=jaxpr))
-    results, written = outs[: len(outs) - len(writes)], outs[len(outs) - len(writes) :]
-    write_all(writes, written)
-    return results
+def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:
+    """The rule of a primitive whose parameter ``name`` is its jaxpr, and nothing else counts
+    operands or results."""
+
+    def rule(args: Any, params: dict[str, Any]) -> list[Any]:
+        reads, writes = state_of(params[name])
+        bear(params[name], args)
+        slots = read_all(reads + writes)
+        jaxpr = thread(params[name], Thread(reads, writes), [_compat.typeof(s) for s in slots])
+        outs = primitive.bind(*slots, *args, **dict(params, **{name: jaxpr}))
+        results, written = outs[: len(outs) - len(writes)], outs[len(outs) - len(writes) :]
+        write_all(writes, written)
+        return results
+
+    return rule
+
+
+for _primitive, _name in ((_compat.remat_p, "jaxpr"), (_compat.call_p, "call_jaxpr")):
+    register_rule(_primitive)(_call(_primitive, _name))

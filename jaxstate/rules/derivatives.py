@@ -33,7 +33,6 @@ class _RuleState(Holder):
     Attributes:
       outside: the trace under which the function is called.
       below: the holders that were open there.
-      extra: what clients note about this boundary.
     """
 
     is_boundary = True
@@ -42,7 +41,6 @@ class _RuleState(Holder):
         super().__init__()
         self.outside = outside
         self.below = list(below)
-        self.extra: dict[Any, Any] = {}
         self.cells: dict[Address, Cell] = {}
 
     def knows(self, address: Address) -> bool:
@@ -239,11 +237,8 @@ class _Explicit:
         def explicit() -> Any:
             out_tree, res_tree, forwarded = out_trees()
             forwarded = [f if f is None else f + self.n for f in forwarded]
-            return (
-                out_tree,
-                _compat.tree_with_leaves(res_tree, self.n),
-                [*forwarded, *range(self.n)],
-            )
+            res_tree = _compat.tree_with_leaves(res_tree, self.n)
+            return out_tree, res_tree, [*forwarded, *range(self.n)]
 
         return explicit
 

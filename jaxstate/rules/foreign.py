@@ -22,7 +22,7 @@ def _look_for_equinox() -> None:
         return
     convert = equinox.filter_closure_convert
     if not hasattr(convert, "_jaxstate"):
-        equinox.filter_closure_convert = _converting_closed_functions(convert)
+        setattr(equinox, "filter_closure_convert", _converting_closed_functions(convert))  # noqa: B010
 
 
 def _converting_closed_functions(convert: Any) -> Any:

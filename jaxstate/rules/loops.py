@@ -37,7 +37,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
 
 @register_rule(_compat.while_p)
 def _while(args: Any, params: dict[str, Any]) -> list[Any]:
-    """(cond_consts, body_consts, carry) -> (reads + cond_consts, reads + body_consts, writes + carry).
+    """Slots go in front: ``reads`` of both kinds of constants, ``writes`` of the carry.
 
     A condition that only reads takes the carried slots as they are. A condition that writes is run
     once before the loop and again at the end of the body, and its verdict is carried too: the
@@ -85,7 +85,7 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
 def _body_then_condition(
     body: Any, cond: Any, n_body_consts: int, n_cond_consts: int, n_writes: int
 ) -> Any:
-    """(body_consts, cond_consts, verdict, carry) -> (verdict, carry): a turn and the next verdict."""
+    """(body_consts, cond_consts, verdict, carry) -> (verdict, carry): a turn, the next verdict."""
     body_avals, cond_avals = _compat.in_avals(body), _compat.in_avals(cond)
     verdict_aval = _compat.out_avals(cond)[-1]
 

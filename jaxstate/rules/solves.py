@@ -17,7 +17,7 @@ from jaxstate.thread import Thread, read_all, register_rule, state_of_all, threa
 
 @register_rule(_compat.linear_solve_p)
 def _linear_solve(args: Any, params: dict[str, Any]) -> list[Any]:
-    """Reads become constants of all functions: (consts of each, b) -> (reads + consts of each, b)."""
+    """Reads become constants: (consts of each function, b) -> (reads + consts of each, b)."""
     jaxprs, lengths = params["jaxprs"], params["const_lengths"]
     present = [name for name in jaxprs._fields if getattr(jaxprs, name) is not None]
     reads, writes = state_of_all(getattr(jaxprs, name) for name in present)
@@ -45,7 +45,7 @@ def _linear_solve(args: Any, params: dict[str, Any]) -> list[Any]:
     threaded = {n: thread(getattr(jaxprs, n), Thread(reads, ()), avals) for n in present}
     longer = {name: getattr(lengths, name) + len(slots) for name in present}
     constants = [x for name in present for x in [*slots, *operands[name]]]
+    jaxprs, lengths = jaxprs._replace(**threaded), lengths._replace(**longer)
     return _compat.linear_solve_p.bind(
-        *constants, *rest,
-        **dict(params, jaxprs=jaxprs._replace(**threaded), const_lengths=lengths._replace(**longer)),
-    )  # fmt: skip
+        *constants, *rest, **dict(params, jaxprs=jaxprs, const_lengths=lengths)
+    )

@@ -1,0 +1,243 @@
+"""Derivatives of stateful programs: the hazards of `grad` inside the state, custom rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate.extend import new_slot, read, write
+
+Y = jnp.float32(0.7)
+
+
+# The programs of the hazard table: a loop-invariant looking use of state inside a loop under grad,
+# which JAX would hoist out of the loop. `bump(s)` returns the state and adds one to it.
+HAZARDS = {
+    "scan c + y*bump": lambda bump, y: _scan(lambda c: c + y * bump()),
+    "scan c + sin(y)*bump": lambda bump, y: _scan(lambda c: c + jnp.sin(y) * bump()),
+    "scan c*bump + y": lambda bump, y: _scan(lambda c: c * bump() + y),
+    "fori c*(1+bump)": lambda bump, y: jax.lax.fori_loop(0, 3, lambda _, c: c * (1 + bump()), y),
+    "scan checkpoint": lambda bump, y: _scan(jax.checkpoint(lambda c: c + y * bump())),
+    "unused in scan": lambda bump, y: _scan(lambda c: (bump(), c + y)[1]),
+    "jit scan cond checkpoint": lambda bump, y: jax.jit(
+        lambda y: _scan(
+            lambda c: jax.lax.cond(c < 1e9, jax.checkpoint(lambda: c + y * bump()), lambda: c)
+        )
+    )(y),
+    "checkpoint": lambda bump, y: jax.checkpoint(lambda y: jnp.sin(y) * bump() + bump())(y),
+    "jit": lambda bump, y: jax.jit(lambda y: jnp.sin(y) * bump() + bump())(y),
+    "cond": lambda bump, y: jax.lax.cond(y > 0, lambda: y * bump() + bump() * y, lambda: y),
+    "unused under jit": lambda bump, y: jax.jit(lambda y: (bump(), y)[1])(y),
+}
+
+
+def _scan(f):
+    return jax.lax.scan(lambda c, _: (f(c), None), jnp.float32(0), None, length=3)[0]
+
+
+def _python_hazard(name, y, s):
+    """The same programs as straight Python, on a list that holds the state."""
+
+    def bump():
+        s[0] += 1.0
+        return s[0] - 1.0
+
+    def loop(f, c):
+        for _ in range(3):
+            c = f(c)
+        return c
+
+    return {
+        "scan c + y*bump": lambda: loop(lambda c: c + y * bump(), 0.0),
+        "scan c + sin(y)*bump": lambda: loop(lambda c: c + jnp.sin(y) * bump(), 0.0),
+        "scan c*bump + y": lambda: loop(lambda c: c * bump() + y, 0.0),
+        "fori c*(1+bump)": lambda: loop(lambda c: c * (1 + bump()), y),
+        "scan checkpoint": lambda: loop(lambda c: c + y * bump(), 0.0),
+        "unused in scan": lambda: loop(lambda c: (bump(), c + y)[1], 0.0),
+        "jit scan cond checkpoint": lambda: loop(lambda c: c + y * bump(), 0.0),
+        "checkpoint": lambda: jnp.sin(y) * bump() + bump(),
+        "jit": lambda: jnp.sin(y) * bump() + bump(),
+        "cond": lambda: y * bump() + bump() * y,
+        "unused under jit": lambda: (bump(), y)[1],
+    }[name]()
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("inside", [True, False], ids=["grad inside", "grad outside"])
+def test_hazards_of_grad_and_state(name, outer, inside):
+    def value(y, s):
+        slot = new_slot(s)
+
+        def bump():
+            old = read(slot)
+            write(slot, old + 1)
+            return old
+
+        return HAZARDS[name](bump, y), slot
+
+    def run(y):
+        if inside:
+            # The slot is made outside of what is differentiated.
+            slot = new_slot(jnp.float32(0))
+
+            def bump():
+                old = read(slot)
+                write(slot, old + 1)
+                return old
+
+            return *jax.value_and_grad(lambda y: HAZARDS[name](bump, y))(y), read(slot)
+
+        def with_state(y):
+            out, slot = value(y, jnp.float32(0))
+            return out, read(slot)
+
+        (out, s), g = jax.value_and_grad(with_state, has_aux=True)(y)
+        return out, g, s
+
+    s = [0.0]
+    wanted = _python_hazard(name, Y, s)
+    gradient = jax.grad(lambda y: _python_hazard(name, y, [0.0]) * 1.0)(Y)
+    np.testing.assert_allclose(outer(run)(Y), (wanted, gradient, s[0]), rtol=1e-6)
+
+
+# -- Custom rules ----------------------------------------------------------------------------
+
+
+def uniforms(key, n):
+    return [jax.random.uniform(jax.random.fold_in(key, i)) for i in range(n)]
+
+
+@jax.custom_jvp
+def noisy_sin(x):
+    return jnp.sin(x) * jaxstate.random.uniform()
+
+
+@noisy_sin.defjvp
+def _noisy_sin_jvp(primals, tangents):
+    return noisy_sin(*primals), 10 * tangents[0] * jaxstate.random.uniform()
+
+
+@jax.custom_vjp
+def noisy_cos(x):
+    return jnp.cos(x) * jaxstate.random.uniform()
+
+
+noisy_cos.defvjp(lambda x: (noisy_cos(x), x), lambda x, ct: (ct * x * 7,))
+
+
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_a_rule_moves_the_state_as_it_draws(key, outer, inner):
+    def f(x):
+        before = jaxstate.random.uniform()
+        return before * noisy_sin(x) + jaxstate.random.uniform()
+
+    def run(x):
+        with jaxstate.rng_stream(key) as stream:
+            return *jax.value_and_grad(inner(f))(x), stream.count
+
+    u = uniforms(key, 4)
+    wanted = u[0] * jnp.sin(Y) * u[1] + u[3], u[0] * 10 * u[2], 4
+    np.testing.assert_allclose(outer(run)(Y), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_a_custom_vjp_that_draws_keeps_its_rule(key, outer, inner):
+    def f(x):
+        before = jaxstate.random.uniform()
+        return before * noisy_cos(x) + jaxstate.random.uniform()
+
+    def run(x):
+        with jaxstate.rng_stream(key) as stream:
+            return *jax.value_and_grad(inner(f))(x), stream.count
+
+    u = uniforms(key, 3)
+    wanted = u[0] * jnp.cos(Y) * u[1] + u[2], u[0] * Y * 7, 3
+    np.testing.assert_allclose(outer(run)(Y), wanted, rtol=1e-5)
+
+
+def test_lanes_of_a_function_with_a_rule(key):
+    x = jnp.arange(1.0, 4.0)
+
+    def lane(x):
+        return noisy_cos(x) + jaxstate.random.uniform()
+
+    with jaxstate.rng_stream(key) as stream:
+        g = jax.jit(jax.vmap(jax.value_and_grad(jax.jit(lane))))(x)
+    assert stream.count == 1
+    for i in range(3):
+        u = uniforms(jax.random.fold_in(jax.random.fold_in(key, 0), i), 2)
+        np.testing.assert_allclose(g[0][i], jnp.cos(x[i]) * u[0] + u[1], rtol=1e-5)
+    np.testing.assert_allclose(g[1], 7 * x, rtol=1e-6)
+
+
+def test_rules_find_parameters_after_apply_is_over(key):
+    """The forward rule of a jitted apply runs when the jitted function is differentiated."""
+    normal = jax.nn.initializers.normal()
+
+    @jaxstate.parametrized
+    def layer(x):
+        @jax.custom_vjp
+        def f(x):
+            return x * jaxstate.param("w", normal, ())
+
+        f.defvjp(lambda x: (f(x), None), lambda _, ct: (5 * ct * jaxstate.param("w", normal, ()),))
+        return f(x)
+
+    net = jaxstate.parametrized(lambda x: jax.jit(layer)(x))
+    p = net.init(key, Y)
+    w = p["layer"]["w"]
+    for apply in (net.apply, jax.jit(net.apply)):
+        for d in (jax.value_and_grad, lambda f: jax.jit(jax.value_and_grad(f))):
+            found = d(lambda x, apply=apply: apply(p, x))(Y)
+            np.testing.assert_allclose(found, (Y * w, 5 * w), rtol=1e-6)
+
+
+def test_pure_functions_with_rules_are_untouched(key):
+    x = jnp.arange(-2.0, 3.0)
+    with jaxstate.rng_stream(key):
+        inside = jax.make_jaxpr(jax.grad(lambda x: jax.nn.relu(x).sum()))(x)
+    outside = jax.make_jaxpr(jax.grad(lambda x: jax.nn.relu(x).sum()))(x)
+    assert str(inside) == str(outside)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_what_rules_cannot_do_is_a_named_error(key):
+    normal = jax.nn.initializers.normal()
+
+    @jax.custom_jvp
+    def scale(x):
+        return x * jaxstate.param("w", normal, ())
+
+    scale.defjvp(lambda p, t: (scale(*p), t[0]))
+    net = jaxstate.parametrized(scale)
+    params = net.init(key, Y)
+    with pytest.raises(jaxstate.CustomRuleStateError, match="differentiated with respect to it"):
+        jax.grad(lambda p: net.apply(p, Y))(params)
+
+    @jax.custom_vjp
+    def draws_backwards(x):
+        return x
+
+    draws_backwards.defvjp(
+        lambda x: (x * jaxstate.random.uniform(), None),
+        lambda _, ct: (ct * jaxstate.random.uniform(),),
+    )
+    with jaxstate.rng_stream(key):
+        with pytest.raises(jaxstate.CustomRuleStateError, match="backward rule"):
+            jax.grad(draws_backwards)(Y)
+
+    @jax.custom_jvp
+    def rule_draws(x):
+        return x
+
+    rule_draws.defjvp(lambda p, t: (p[0], t[0] * jaxstate.random.uniform()))
+    with jaxstate.rng_stream(key) as stream:
+        with pytest.raises(
+            jaxstate.CustomRuleStateError, match="the function it belongs to does not"
+        ):
+            jax.grad(jax.jit(rule_draws))(Y)
+        assert stream.count == 0
