@@ -87,6 +87,19 @@ def trace_initializer(
 ) -> tuple[Birth, list[Any]]:
     """The initializer as a `Birth`, and the tracers that it looks at."""
     closed, shape = jax.make_jaxpr(lambda key: init(key, *init_args), return_shape=True)(key_aval)
+    if state_effect in closed.effects:
+        raise InitializerDataError(
+            message(
+                "An initializer uses state that is written (a draw writes the count of its"
+                " stream). It runs once, where the parameter is made, and not where it is called.",
+                fix="""
+                jaxstate.param("w", lambda key: jax.random.normal(key, (3,)))   # it is given a key
+                value = read(slot)                                # or read the slot before
+                jaxstate.param("w", lambda key: value)
+                """,
+                used=_compat.user_location(),
+            )
+        )
     data = [c for c in closed.consts if isinstance(c, _compat.Tracer)]
     if data:
         closed = _compat.hoist_tracers(closed)

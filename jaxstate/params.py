@@ -73,11 +73,12 @@ class ParamAddress(Address):
       name: of the parameter.
       leaf: path inside the parameter's value; empty if the value is one array.
       birth: how to make the parameter, if it is being initialized.
+      wanted: the type of the leaf, in an address that stands in a jaxpr.
       used: ``file:line`` of the `param` call.
       home: the jaxpr in which the address stands, if it stands in one.
     """
 
-    __slots__ = ("birth", "home", "leaf", "levels", "name", "used")
+    __slots__ = ("birth", "home", "leaf", "levels", "name", "used", "wanted")
 
     def __init__(
         self,
@@ -87,8 +88,10 @@ class ParamAddress(Address):
         birth: Birth | None,
         used: str,
         home: Home | None = None,
+        wanted: Any = None,
     ) -> None:
         self.home = home
+        self.wanted = wanted
         self.levels = levels
         self.name = name
         self.leaf = leaf
@@ -148,7 +151,7 @@ class ParamAddress(Address):
         return self._with(tuple(Level(v.base, renew(v.token)) for v in self.levels), None)
 
     def _with(self, levels: tuple[Level, ...], home: Home | None) -> ParamAddress:
-        return ParamAddress(levels, self.name, self.leaf, self.birth, self.used, home)
+        return ParamAddress(levels, self.name, self.leaf, self.birth, self.used, home, self.wanted)
 
     def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
         store = self.store()
@@ -156,16 +159,8 @@ class ParamAddress(Address):
         return store.bear(addresses, birth, data)
 
     def changed(self, wanted: Any, value: Any) -> Exception:
-        return ParameterMismatchError(
-            message(
-                f"{self} has type {_compat.typeof(value).str_short()}, and the jitted function"
-                f" that reads it was traced with {wanted.str_short()}.",
-                fix="""
-                params = net.init(key, x)       # parameters of the shapes that this input needs
-                """,
-                used=self.used,
-            )
-        )
+        path = "/".join(self.store().path(self.store().layers(), self) + self.leaf)
+        return _mismatch(path, _compat.typeof(value).str_short(), wanted.str_short(), self.used)
 
 
 def home_of(boundary: Any) -> Home:
@@ -182,11 +177,14 @@ def current_home() -> Home | None:
 
 
 class _Slot:
-    """What is known of one parameter: its form, the place that used it first, its values."""
+    """What is known of one parameter: its form, the place that used it first, its values.
+
+    The form is None if only a leaf was used so far, by a jaxpr.
+    """
 
     __slots__ = ("cells", "form", "used")
 
-    def __init__(self, form: Form, used: str) -> None:
+    def __init__(self, form: Form | None, used: str) -> None:
         self.form = form
         self.used = used
         self.cells: dict[Path, Cell] = {}
@@ -215,10 +213,6 @@ class _Store(Holder):
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
         return extra.setdefault(self, Layer())
 
-    def aval(self, address: ParamAddress) -> Any:  # type: ignore[override]
-        form = self.slot(address).form
-        return form.avals[form.leaves.index(address.leaf)]
-
     def without_values(self) -> _RuleStore:
         return _RuleStore()
 
@@ -232,13 +226,9 @@ class _Store(Holder):
         path = self.path(layers, address)
         slot = layers.slot(path)
         if slot is None:
-            slot = _Slot(self.form(path, address), address.used)
+            slot = _Slot(address.birth and address.birth.form, address.used)
             layers.add_slot(path, slot)
         return slot
-
-    def form(self, path: Path, address: ParamAddress) -> Form:
-        """The form of a parameter that is not known yet."""
-        raise NotImplementedError
 
     def declare(self, name: str, init: Any, init_args: tuple[Any, ...], used: str) -> Any:
         """The value of a parameter that the program uses here."""
@@ -246,7 +236,10 @@ class _Store(Holder):
 
     def _value(self, name: str, form: Form, birth: Birth | None, used: str) -> Any:
         return form.tree.unflatten(
-            [read(ParamAddress((), name, leaf, birth, used)) for leaf in form.leaves]
+            [
+                read(ParamAddress((), name, leaf, birth, used, None, aval))
+                for leaf, aval in zip(form.leaves, form.avals, strict=True)
+            ]
         )
 
 
@@ -257,15 +250,14 @@ class _InitStore(_Store):
         super().__init__(root)
         self.key = key
         self.key_aval = _compat.typeof(key)
-        # What was declared in jaxprs that JAX may throw away (as `jax.eval_shape` does).
-        self.declared: dict[Path, tuple[Birth, str]] = {}
 
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
 
-    def form(self, path: Path, address: ParamAddress) -> Form:
-        assert address.birth is not None
-        return address.birth.form
+    def aval(self, address: ParamAddress) -> Any:  # type: ignore[override]
+        form = self.slot(address).form
+        assert form is not None
+        return form.avals[form.leaves.index(address.leaf)]
 
     def declare(self, name: str, init: Any, init_args: tuple[Any, ...], used: str) -> Any:
         birth, data = trace_initializer(init, init_args, self.key_aval)
@@ -275,22 +267,11 @@ class _InitStore(_Store):
         slot = layers.slot(path)
         if slot is not None:
             if slot.form != form:
-                raise _conflict(path, slot, form, used)
+                raise _conflict(path, slot.used, slot.form, form, used)
         elif data:
             addresses = [ParamAddress((), name, leaf, birth, used) for leaf in form.leaves]
             return form.tree.unflatten(bear_at(addresses, birth, data))
-        else:
-            self.declared.setdefault(path, (birth, used))
         return self._value(name, form, birth, used)
-
-    def make_declared(self) -> None:
-        """Makes what was declared and not used by any jaxpr that is left."""
-        layers = Layers([self.layer])
-        for path, (birth, used) in self.declared.items():
-            if layers.slot(path) is None:
-                slot = _Slot(birth.form, used)
-                layers.add_slot(path, slot)
-                self._make(path, slot, birth, ())
 
     def cell(self, address: ParamAddress) -> Cell:  # type: ignore[override]
         slot = self.slot(address)
@@ -303,7 +284,7 @@ class _InitStore(_Store):
     def _make(self, path: Path, slot: _Slot, birth: Birth, data: Sequence[Any]) -> None:
         with _compat.set_current_trace(self.anchor):
             leaves = birth.run(_param_key(self.key, path), data)
-        slot.cells = dict(zip(slot.form.leaves, map(Cell, leaves), strict=True))
+        slot.cells = dict(zip(birth.form.leaves, map(Cell, leaves), strict=True))
 
     def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
         """Makes a parameter from data: here if the store is here, else in the jaxpr around."""
@@ -342,6 +323,7 @@ class _ApplyStore(_Store):
         leaves, tree = jax.tree.flatten(params)
         types = tuple(_compat.typeof(x) if _compat.is_array_like(x) else type(x) for x in leaves)
         self._signature = ("apply", tree, types)
+        self._avals = {path: _compat.typeof(x) for path, x in _arrays(params)}
 
     def signature(self) -> Hashable:
         return self._signature
@@ -352,42 +334,60 @@ class _ApplyStore(_Store):
         path = self.path(layers, ParamAddress((), name, (), None, used))
         slot = layers.slot(path)
         if slot is None:
-            slot = _Slot(self._found_form(path, wanted, used), used)
+            slot = _Slot(None, used)
             layers.add_slot(path, slot)
+        if slot.form is None:
+            inside = layers.layers[0] is not self.layer
+            slot.form = self._guess(path, wanted) if inside else self._found(path, wanted, used)
         elif not slot.form.same_shapes(wanted):
-            raise _conflict(path, slot, wanted, used)
+            raise _conflict(path, slot.used, slot.form, wanted, used)
         return self._value(name, slot.form, None, used)
 
-    def form(self, path: Path, address: ParamAddress) -> Form:
-        leaf = (*path, *address.leaf)
-        value = self._leaf(leaf, "a value", address.used)
-        return Form(None, (address.leaf,), (_compat.typeof(value),))
+    def aval(self, address: ParamAddress) -> Any:  # type: ignore[override]
+        slot = self.slot(address)
+        if slot.form is not None:
+            return slot.form.avals[slot.form.leaves.index(address.leaf)]
+        return address.wanted
 
     def cell(self, address: ParamAddress) -> Cell:  # type: ignore[override]
-        layers = Layers([self.layer])
-        path = self.path(layers, address)
         slot = self.slot(address)
         cell = slot.cells.get(address.leaf)
         if cell is None:
-            value = self._leaf((*path, *address.leaf), "a value", address.used)
+            path = self.path(Layers([self.layer]), address)
+            wanted = "a value" if address.wanted is None else address.wanted.str_short()
+            value = self._leaf((*path, *address.leaf), wanted, address.used)
             cell = slot.cells[address.leaf] = Cell(_compat.as_array(value))
         return cell
 
-    def _found_form(self, path: Path, wanted: Form, used: str) -> Form:
+    def _found(self, path: Path, wanted: Form, used: str) -> Form:
         """The form of what was given; an error if it is not of the wanted structure and shapes."""
         values = [self._leaf((*path, *leaf), str(wanted), used) for leaf in wanted.leaves]
         found = Form(wanted.tree, wanted.leaves, tuple(map(_compat.typeof, values)))
         if not found.same_shapes(wanted):
-            raise ParameterMismatchError(
-                message(
-                    f"Parameter {'/'.join(path)!r} is {found}, and the function wants {wanted}.",
-                    fix="""
-                    params = net.init(key, x)      # with inputs of the shapes that apply is given
-                    """,
-                    used=used,
-                )
-            )
+            raise _mismatch("/".join(path), str(found), str(wanted), used)
         return found
+
+    def _guess(self, path: Path, wanted: Form) -> Form:
+        """The form of what was given, as far as a jaxpr under construction can know it.
+
+        The names that count are given out when that jaxpr is bound, and what is found then is
+        compared with the guess. The function says all but the dtypes. Those of the parameter at
+        ``path``, if it fits, or of the only parameter of that name and shape, are right unless
+        jaxprs are bound in another order than they were traced.
+        """
+        return Form(wanted.tree, wanted.leaves, tuple(
+            self._guess_leaf((*path, *leaf), len(leaf) + 1, aval)
+            for leaf, aval in zip(wanted.leaves, wanted.avals, strict=True)
+        ))  # fmt: skip
+
+    def _guess_leaf(self, path: Path, n: int, wanted: Any) -> Any:
+        def fits(other: Path) -> bool:
+            return other[-n:] == path[-n:] and self._avals[other].shape == wanted.shape
+
+        if path in self._avals and fits(path):
+            return self._avals[path]
+        dtypes = {self._avals[other].dtype for other in self._avals if fits(other)}
+        return _compat.ShapedArray(wanted.shape, dtypes.pop() if len(dtypes) == 1 else wanted.dtype)
 
     def _leaf(self, path: Path, wanted: str, used: str) -> Any:
         node: Any = self.params
@@ -397,15 +397,7 @@ class _ApplyStore(_Store):
             node = node[name]
         if isinstance(node, Mapping) or not _compat.is_array_like(node):
             found = f"a dict with {sorted(node)}" if isinstance(node, Mapping) else repr(node)
-            raise ParameterMismatchError(
-                message(
-                    f"Parameter {'/'.join(path)!r} is {found}, and the function wants {wanted}.",
-                    fix="""
-                    params = net.init(key, x)
-                    """,
-                    used=used,
-                )
-            )
+            raise _mismatch("/".join(path), found, wanted, used)
         return node
 
     def _missing(self, path: Path, i: int, node: Any, wanted: str, used: str) -> Exception:
@@ -472,16 +464,37 @@ def _data_in_custom_rule(address: ParamAddress) -> Exception:
     )
 
 
-def _conflict(path: Path, slot: _Slot, form: Form, used: str) -> Exception:
+def _mismatch(path: str, found: str, wanted: str, used: str) -> Exception:
+    return ParameterMismatchError(
+        message(
+            f"Parameter {path!r} is {found}, and the function wants {wanted}.",
+            fix="""
+            params = net.init(key, x)      # with inputs of the shapes that apply is given
+            """,
+            used=used,
+        )
+    )
+
+
+def _arrays(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The arrays of a nested dict, with their paths."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _arrays(value, (*path, name))
+        elif _compat.is_array_like(value):
+            yield (*path, name), value
+
+
+def _conflict(path: Path, made: str, first: Any, form: Form, used: str) -> Exception:
     return ParameterConflictError(
         message(
-            f"Parameter {'/'.join(path)!r} is used twice, as {slot.form} and as {form}. The same"
+            f"Parameter {'/'.join(path)!r} is used twice, as {first} and as {form}. The same"
             " name in the same scope is the same parameter.",
             fix=f"""
             jaxstate.param("{path[-1]}_2", ...)          # another parameter: another name
             with jaxstate.scope("second"): ...           # or another scope
             """,
-            made=slot.used,
+            made=made,
             used=used,
         )
     )
@@ -495,7 +508,8 @@ _ONE_ARRAY = jax.tree.structure(0)
 def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
     """The form of what ``init(key, *init_args)`` makes, without making it."""
     if _compat.is_standard_initializer(init) and init_args and _is_shape(init_args[0]):
-        aval = _compat.ShapedArray(tuple(init_args[0]), jnp.dtype(jnp.float32))
+        dtype = init_args[1] if len(init_args) > 1 and init_args[1] is not None else float
+        aval = _compat.ShapedArray(tuple(init_args[0]), jnp.result_type(dtype))
         return Form(_ONE_ARRAY, ((),), (aval,))
     if isinstance(init, types.FunctionType) and init.__closure__ is None:
         try:
@@ -652,7 +666,6 @@ class Parametrized:
             store = _InitStore(self._token, param_key)
             with open_holder(store), _open_streams(streams):
                 self.fn(*args, **kwargs)
-                store.make_declared()
             return store.values()
 
         made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)

@@ -138,7 +138,7 @@ class _StreamHolder(Holder):
         self.identity = object()
         self.cells = {"key": Cell(key), "count": Cell(count)}
         aval = _compat.typeof(key)
-        self._signature = ("stream", name, aval, _compat.typeof(_compat.canonicalize(count)))
+        self._signature = ("stream", name, vmap, aval, _compat.typeof(_compat.canonicalize(count)))
 
     def knows(self, address: Address) -> bool:
         if not isinstance(address, StreamAddress) or address.name != self.name:

@@ -180,7 +180,7 @@ def holders() -> Iterator[Holder]:
 
 def any_open() -> bool:
     """Whether this thread has state that a custom rule or a jaxpr could use."""
-    return bool(_thread.stack)
+    return bool(_thread.stack or loose_holders)
 
 
 @contextmanager

@@ -92,6 +92,25 @@ def test_a_value_without_tangent_replaces_one_with():
     np.testing.assert_allclose(jax.jit(jax.grad(f))(3.0), 6.0)
 
 
+def test_slots_in_custom_rules_without_any_stream():
+    slot = new_slot(0.0)
+
+    @jax.custom_jvp
+    def f(x):
+        bump(slot)
+        return x * 2
+
+    @f.defjvp
+    def rule(primals, tangents):
+        bump(slot, 10.0)
+        return primals[0] * 2, tangents[0] * 3
+
+    jax.jit(lambda x: f(x))(1.0)
+    assert read(slot) == 1.0
+    assert jax.grad(jax.jit(f))(1.0) == 3.0
+    assert read(slot) == 11.0
+
+
 def test_a_slot_made_inside_a_vmap_has_a_value_per_lane():
     def lane(x):
         slot = new_slot(x)

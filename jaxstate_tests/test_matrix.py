@@ -25,8 +25,8 @@ X = jnp.float32(0.6)
 
 
 def in_sample(*names):
-    """One pair in sixteen is part of `make test`, chosen by a hash of its name."""
-    return zlib.crc32("/".join(names).encode()) % 16 == 0
+    """One pair in fifty is part of `make test`, chosen by a hash of its name."""
+    return zlib.crc32("/".join(names).encode()) % 50 == 0
 
 
 def cells():
@@ -50,8 +50,6 @@ def expected_error(op, transformations):
             return jaxstate.SplitStreamError
         if t.opaque_solver and (op.draws or op.writes):
             return jaxstate.UnsupportedPrimitiveError
-        if t.name == "eval_shape":
-            return None  # what is inside is not run
     return None
 
 
@@ -137,10 +135,15 @@ def check_gradient(stateful, by_hand, transformations, w):
 
 
 def check_init(op, transformations, w):
-    """The parameter is born inside, with the value that its key and path give."""
+    """The parameter is born inside, with the value that its key and path give.
+
+    What `jax.eval_shape` sees never runs, and makes nothing.
+    """
+    unused = any(t.name == "eval_shape" for t in transformations)
+    wanted = {} if unused else {"w": np.asarray(w)}
     f = op.stateful(None)
     for t in reversed(transformations):
         f = t.stateful(f)
     net = jaxstate.parametrized(f)
-    assert_same(outcome(net.init, KEY, X), {"w": np.asarray(w)})
-    assert_same(outcome(jax.jit(net.init), KEY, X), {"w": np.asarray(w)})
+    assert_same(outcome(net.init, KEY, X), wanted)
+    assert_same(outcome(jax.jit(net.init), KEY, X), wanted)

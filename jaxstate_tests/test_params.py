@@ -241,6 +241,60 @@ def test_every_instance_of_a_class_is_its_own_module(key):
     assert shapes(one.twice.init(key, x)) == {"linear_map": {"w": (2, 2)}}
 
 
+def test_layers_of_two_branches_or_of_cond_and_body(key):
+    """Their jaxprs are traced before either is bound: neither sees the other's names."""
+    x, narrow, wide = jnp.ones(2), dense(3), dense(4)
+
+    def branches(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: narrow(x).sum(), lambda x: wide(x).sum(), x)
+
+    def loop(x):
+        return jax.lax.while_loop(
+            lambda c: (c[0] < 2) & (narrow(x).sum() < 1e9),
+            lambda c: (c[0] + 1, c[1] + wide(x).sum()),
+            (0, 0.0),
+        )[1]
+
+    for f, by_hand in (
+        (branches, lambda p: dense_by_hand(p["dense"], x).sum()),
+        (loop, lambda p: 2 * dense_by_hand(p["dense_1"], x).sum()),
+    ):
+        for net in (jaxstate.parametrized(f), jaxstate.parametrized(jax.jit(f), name="f")):
+            p = net.init(key, x)
+            assert shapes(p) == {
+                "dense": {"w": (2, 3), "b": (3,)},
+                "dense_1": {"w": (2, 4), "b": (4,)},
+            }
+            for dtype in (jnp.float32, jnp.bfloat16):
+                q = jax.tree.map(lambda a, d=dtype: a.astype(d), p)
+                np.testing.assert_allclose(net.apply(q, x), by_hand(q), rtol=1e-2)
+            np.testing.assert_allclose(jax.jit(net.apply)(p, x), by_hand(p), rtol=1e-5)
+
+
+def test_a_shared_layer_in_two_branches_has_one_place(key):
+    layer = scaled()
+
+    def in_scope(x):
+        with jaxstate.scope("s"):
+            return layer(x)
+
+    net = jaxstate.parametrized(lambda x: jax.lax.cond(x > 0, layer, in_scope, x))
+    p = net.init(key, 1.0)
+    assert shapes(p) == {"scale": {"s": ()}}
+    for x in (2.0, -2.0):
+        np.testing.assert_allclose(net.apply(p, x), x * p["scale"]["s"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "first", [jax.jit, jax.checkpoint, lambda f: f], ids=["jit", "remat", "no"]
+)
+def test_one_layer_first_transformed_then_plain(key, first):
+    layer = scaled()
+    net = jaxstate.parametrized(lambda x: first(layer)(x) + layer(x) + jax.jit(layer)(x))
+    p = net.init(key, 1.0)
+    np.testing.assert_allclose(net.apply(p, 2.0), 6 * p["scale"]["s"], rtol=1e-6)
+
+
 # -- Birth -----------------------------------------------------------------------------------
 
 

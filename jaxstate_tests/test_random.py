@@ -111,6 +111,56 @@ def test_one_cached_function_under_two_streams(key):
             np.testing.assert_array_equal(f(), fold(jax.random.key(seed), 1))
 
 
+def test_handle_and_name_are_one_stream_in_a_jaxpr(key):
+    with jaxstate.rng_stream(key) as stream:
+
+        @jax.jit
+        def f():
+            first = draw()
+            with jaxstate.rng_stream(jax.random.key(9)):
+                second = jax.random.key_data(stream.next_key())
+                third, other = jax.jit(lambda: (jax.random.key_data(stream.next_key()), draw()))()
+            return jnp.stack([first, second, third, draw()]), other
+
+        keys, other = f()
+        assert stream.count == 4
+    np.testing.assert_array_equal(keys, [fold(key, n) for n in range(4)])
+    np.testing.assert_array_equal(other, fold(jax.random.key(9), 0))
+
+
+def test_a_vmap_and_a_draw_in_one_jaxpr(key):
+    @jax.jit
+    def f():
+        lanes = jax.vmap(lambda _: draw())(jnp.arange(2))
+        return lanes, draw()
+
+    for k in (key, jax.random.key(1)):
+        with jaxstate.rng_stream(k) as stream:
+            lanes, after = f()
+        assert stream.count == 2
+        np.testing.assert_array_equal(lanes, [fold(k, 0, 0, 0), fold(k, 0, 1, 0)])
+        np.testing.assert_array_equal(after, fold(k, 1))
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+def test_one_cached_function_under_both_policies(key):
+    f = jax.jit(lambda: jax.vmap(lambda _: draw())(jnp.arange(2)))
+    with jaxstate.rng_stream(key, vmap="share"):
+        np.testing.assert_array_equal(f(), [fold(key, 0), fold(key, 0)])
+    with jaxstate.rng_stream(key, vmap="split"):
+        np.testing.assert_array_equal(f(), [fold(key, 0, 0, 0), fold(key, 0, 1, 0)])
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+def test_a_cached_handle_says_that_it_is_closed(key):
+    with jaxstate.rng_stream(key) as stream:
+        f = jax.jit(lambda: stream.next_key())
+        f()
+    with jaxstate.rng_stream(jax.random.key(1)):
+        with pytest.raises(jaxstate.ClosedStateError, match="after its 'with' block ended"):
+            f()
+
+
 def test_a_function_jitted_and_called_before_any_stream_was_open(key):
     def f(x):
         try:
