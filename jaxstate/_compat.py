@@ -26,11 +26,13 @@ from jax._src import (
     ad_util,
     api,
     core,
+    custom_batching,
     custom_derivatives,
     dtypes,
     effects,
     linear_util,
     pjit,
+    shard_map,
     source_info_util,
     traceback_util,
 )
@@ -76,6 +78,8 @@ remat_p = ad_checkpoint.remat_p
 custom_jvp_call_p = custom_derivatives.custom_jvp_call_p
 custom_vjp_call_p = custom_derivatives.custom_vjp_call_p
 linear_solve_p = solves.linear_solve_p
+custom_vmap_p = custom_batching.custom_vmap_p
+shard_map_p = shard_map.shard_map_p
 # Evaluates the closed jaxpr in its parameter ``call_jaxpr``.
 call_p = core.closed_call_p if _flattree is None else core.eval_jaxpr_p
 
@@ -516,7 +520,12 @@ source_info_util.register_exclusion(_package)
 
 def user_location() -> str:
     """``file:line`` of the innermost frame that is neither JAX's nor jaxstate's."""
-    return source_info_util.summarize(source_info_util.current())
+    frame = sys._getframe(1)
+    while frame is not None:
+        if source_info_util.is_user_filename(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_qualname})"
+        frame = frame.f_back
+    return "an unknown line"
 
 
 def location_of(eqn: Any) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from jaxstate import _compat
 from jaxstate.errors import NameClashError, message
 
 __all__ = ["Home", "Layer", "Layers", "Level", "Path", "ScopeStack", "Token"]
@@ -152,6 +153,7 @@ def _clash(path: Path, wanted: str, found: str | None) -> NameClashError:
             jaxstate.param("{path[-1]}_value", ...)          # another name for the parameter
             with jaxstate.scope("{path[-1]}_part"): ...      # or for the scope
             """,
+            used=_compat.user_location(),
         )
     )
 

@@ -508,8 +508,8 @@ _ONE_ARRAY = jax.tree.structure(0)
 def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
     """The form of what ``init(key, *init_args)`` makes, without making it."""
     if _compat.is_standard_initializer(init) and init_args and _is_shape(init_args[0]):
-        dtype = init_args[1] if len(init_args) > 1 and init_args[1] is not None else float
-        aval = _compat.ShapedArray(tuple(init_args[0]), jnp.result_type(dtype))
+        shape, *dtype = init_args[:2]
+        aval = _compat.ShapedArray(tuple(shape), jnp.result_type(*dtype or [float]))
         return Form(_ONE_ARRAY, ((),), (aval,))
     if isinstance(init, types.FunctionType) and init.__closure__ is None:
         try:

@@ -12,6 +12,10 @@ Under ``vmap`` a ``"split"`` stream (the default) gives every lane a stream of i
 outside draws one key for the whole vmap region, and lane i starts at ``fold_in(that key, i)`` with
 count 0. In a ``"share"`` stream all lanes see the same keys.
 
+Under ``shard_map`` and ``pmap`` the stream outside draws one key for the whole region too. With
+``"split"`` the device with index i along the mapped axes starts at ``fold_in(that key, i)``, with
+``"share"`` every device starts at that key; all with count 0.
+
 This module also offers the samplers of `jax.random` without their ``key`` argument; ``stream=``
 names the stream to draw from.
 """
@@ -179,6 +183,21 @@ class _StreamHolder(Holder):
             lanes = jnp.arange(_compat.lane_count(trace), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes)
         return {"key": Lane(keys, 0), "count": Lane(np.int32(0), None)}
+
+    def differs_by_device(self, address: Address) -> bool:
+        return True
+
+    def device_cell(  # type: ignore[override]
+        self, address: StreamAddress, notes: Any, outside: Any, index: Any
+    ) -> Cell:
+        cells = notes.get(self)
+        if cells is None:
+            with outside():
+                key = _draw(self.name, address.identity)
+            if self.vmap == "split":
+                key = jax.random.fold_in(key, index())
+            cells = notes[self] = {"key": Cell(key), "count": Cell(np.int32(0))}
+        return cells[address.part]
 
     def without_values(self) -> _StreamHolder:
         copy = _StreamHolder.__new__(_StreamHolder)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -135,6 +135,24 @@ class Holder:
         ``notes`` is a place to keep cells in, which ends with that vmap.
         """
         return None
+
+    def differs_by_device(self, address: Address) -> bool:
+        """Whether every device of a shard_map has its own cell of the address."""
+        return False
+
+    def device_cell(
+        self,
+        address: Address,
+        notes: dict[Any, Any],
+        outside: Callable[[], AbstractContextManager[None]],
+        index: Callable[[], Any],
+    ) -> Cell:
+        """The device's own cell of the address in a shard_map.
+
+        ``notes`` is a place to keep cells in, which ends with that shard_map; ``outside()`` leads
+        to the place where it is called; ``index()`` is the device's index.
+        """
+        raise NotImplementedError
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
         """The error for a value per lane written to a slot that the lanes share."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
-from jaxstate.errors import StateError, UnsupportedPrimitiveError, message
+from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, Holder, holders
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
@@ -283,7 +283,16 @@ def _write_at(
             _views(trace)[key] = _View(value.tangent, stored)
             return stored
     elif isinstance(value, _compat.Tracer) and value._trace is trace:
-        raise StateError(f"{address}: a {type(trace).__name__} value cannot leave its trace.")
+        raise UnsupportedPrimitiveError(
+            message(
+                f"{address} was written with a value of a {type(trace).__name__} (devices of a"
+                " shard_map, say), and there is no rule that makes one value of it.",
+                fix="""
+                value = jax.lax.pmean(value, axis)      # return it, and write it outside
+                """,
+                used=_compat.user_location(),
+            )
+        )
     return _write_at(address, holder, levels, i + 1, base, value)
 
 

@@ -13,10 +13,11 @@ PACKAGE = pathlib.Path(jaxstate.__file__).parent
 ORDER = [
     "_compat", "errors", "slots", "capture", "trace", "births", "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-    "rules.foreign", "rules", "names", "random", "params", "extend", "",
+    "rules.foreign", "rules.mesh", "rules.batching", "rules",
+    "names", "random", "params", "extend", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-            "rules.foreign"}  # fmt: skip
+            "rules.foreign", "rules.mesh", "rules.batching"}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

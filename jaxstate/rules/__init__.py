@@ -5,6 +5,6 @@ as further inputs and outputs, and writes the results back. Importing this packa
 of them.
 """
 
-from jaxstate.rules import branches, calls, derivatives, foreign, loops, solves
+from jaxstate.rules import batching, branches, calls, derivatives, foreign, loops, mesh, solves
 
-__all__ = ["branches", "calls", "derivatives", "foreign", "loops", "solves"]
+__all__ = ["batching", "branches", "calls", "derivatives", "foreign", "loops", "mesh", "solves"]

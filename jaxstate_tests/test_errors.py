@@ -1,0 +1,330 @@
+"""Every error: what its message says, and that the program it proposes works.
+
+A message names the state, says where it was made and used (a line of this file) and ends with the
+lines that mend it; afterwards the library is as before.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate import errors
+from jaxstate.extend import new_slot, read, write
+
+pytestmark = pytest.mark.leaks_allowed(
+    "the checker reports tracers in the traceback of the expected error"
+)
+
+normal = jax.nn.initializers.normal()
+KEY = jax.random.key(0)
+
+
+def draw(x=None):
+    return jaxstate.random.uniform()
+
+
+def missing_stream():
+    with jaxstate.rng_stream(KEY, "dropout"):
+        jax.jit(lambda: jaxstate.next_key("dropuot"))()
+
+
+def mended_missing_stream():
+    with jaxstate.rng_stream(KEY, "dropout"):
+        jax.jit(lambda: jaxstate.next_key("dropout"))()
+
+
+def closed_stream():
+    with jaxstate.rng_stream(KEY) as stream:
+        stream.next_key()
+    stream.next_key()
+
+
+def mended_closed_stream():
+    with jaxstate.rng_stream(KEY) as stream:
+        stream.next_key()
+    with jaxstate.rng_stream(stream.key, count=stream.count) as stream:
+        stream.next_key()
+        assert stream.count == 2
+
+
+def lanes_share_a_count():
+    with jaxstate.rng_stream(KEY, vmap="share"):
+        jax.vmap(lambda p: jax.lax.cond(p, draw, lambda: 0.0))(jnp.array([True, False]))
+
+
+def mended_lanes_share_a_count():
+    with jaxstate.rng_stream(KEY, vmap="split"):
+        jax.vmap(lambda p: jax.lax.cond(p, draw, lambda: 0.0))(jnp.array([True, False]))
+
+
+def split_under_jacfwd():
+    with jaxstate.rng_stream(KEY):
+        jax.hessian(lambda x: (x**2).sum() * draw())(jnp.ones(2))
+
+
+def mended_split_under_jacfwd():
+    with jaxstate.rng_stream(KEY, vmap="share"):
+        jax.hessian(lambda x: (x**2).sum() * draw())(jnp.ones(2))
+
+
+def param_outside():
+    jaxstate.param("w", normal, ())
+
+
+def mended_param_outside():
+    net = jaxstate.parametrized(lambda: jaxstate.param("w", normal, ()))
+    net.apply(net.init(KEY))
+
+
+def weight(x):
+    return x * jaxstate.param("weight", normal, (3,))
+
+
+net = jaxstate.parametrized(weight)
+jitted = jaxstate.parametrized(jax.jit(weight))
+
+
+def missing_parameter():
+    net.apply({"wieght": jnp.ones(3)}, 1.0)
+
+
+def missing_parameter_jitted():
+    jitted.apply({"wieght": jnp.ones(3)}, 1.0)
+
+
+def wrong_shape():
+    net.apply({"weight": jnp.ones(4)}, 1.0)
+
+
+def wrong_shape_jitted():
+    jitted.apply({"weight": jnp.ones(4)}, 1.0)
+
+
+def a_dict_for_an_array():
+    net.apply({"weight": {"a": jnp.ones(3)}}, 1.0)
+
+
+def mended_parameters():
+    net.apply(net.init(KEY, 1.0), 1.0)
+
+
+def conflict():
+    def f(x):
+        jaxstate.param("w", normal, (2,))
+        return jax.jit(lambda: jaxstate.param("w", normal, (3,)))()
+
+    jaxstate.parametrized(f).init(KEY, 1.0)
+
+
+def mended_conflict():
+    def f(x):
+        jaxstate.param("w", normal, (2,))
+        with jaxstate.scope("second"):
+            return jax.jit(lambda: jaxstate.param("w", normal, (3,)))()
+
+    jaxstate.parametrized(f).init(KEY, 1.0)
+
+
+def clash():
+    def f(x):
+        with jaxstate.scope("a"):
+            jaxstate.param("w", normal, ())
+        return jaxstate.param("a", normal, ())
+
+    jaxstate.parametrized(f).init(KEY, 1.0)
+
+
+def mended_clash():
+    def f(x):
+        with jaxstate.scope("a_part"):
+            jaxstate.param("w", normal, ())
+        return jaxstate.param("a", normal, ())
+
+    jaxstate.parametrized(f).init(KEY, 1.0)
+
+
+def data_from_a_loop():
+    def f(xs):
+        def body(c, x):
+            return c + x * jaxstate.param("s", lambda key: x), None
+
+        return jax.lax.scan(body, 0.0, xs)[0]
+
+    jaxstate.parametrized(f).init(KEY, jnp.ones(3))
+
+
+def mended_data_from_a_loop():
+    def f(xs):
+        def body(c, x):
+            return c + x * jaxstate.param("s", lambda key: xs[0]), None
+
+        return jax.lax.scan(body, 0.0, xs)[0]
+
+    assert jaxstate.parametrized(f).init(KEY, jnp.ones(3)) == {"s": 1.0}
+
+
+def initializer_draws():
+    jaxstate.parametrized(lambda: jaxstate.param("s", lambda key: draw())).init(KEY)
+
+
+def mended_initializer_draws():
+    jaxstate.parametrized(lambda: jaxstate.param("s", jax.random.uniform)).init(KEY)
+
+
+def lanes_write():
+    slot = new_slot(0.0)
+    jax.vmap(lambda x: write(slot, x))(jnp.arange(3.0))
+
+
+def mended_lanes_write():
+    slot = new_slot(0.0)
+    write(slot, jax.vmap(lambda x: x)(jnp.arange(3.0)).mean())
+
+
+def slot_type():
+    slot = new_slot(0.0)
+    jax.lax.fori_loop(0, 3, lambda i, _: write(slot, i), None)
+
+
+def mended_slot_type():
+    slot = new_slot(0.0)
+    jax.lax.fori_loop(0, 3, lambda i, _: write(slot, i.astype(jnp.float32)), None)
+
+
+def slot_of_an_ended_function():
+    slots = []
+
+    @jax.jit
+    def f(x):
+        slots.append(new_slot(x))
+
+    f(1.0)
+    read(slots[0])
+
+
+def mended_slot_of_an_ended_function():
+    slot = new_slot(0.0)
+    jax.jit(lambda x: write(slot, x))(1.0)
+    assert read(slot) == 1.0
+
+
+def no_rule():
+    @jax.custom_batching.sequential_vmap
+    def f(x):
+        return x + draw()
+
+    with jaxstate.rng_stream(KEY):
+        jax.jit(f)(1.0)
+
+
+def mended_no_rule():
+    @jax.custom_batching.sequential_vmap
+    def f(x, u):
+        return x + u
+
+    with jaxstate.rng_stream(KEY):
+        jax.jit(lambda x: f(x, draw()))(1.0)
+
+
+def rule_has_no_derivative():
+    @jax.custom_jvp
+    def f(x):
+        return x * jaxstate.param("w", normal, ())
+
+    f.defjvp(lambda p, t: (f(*p), t[0]))
+    net = jaxstate.parametrized(f)
+    jax.grad(lambda p: net.apply(p, 1.0))(net.init(KEY, 1.0))
+
+
+def mended_rule_has_no_derivative():
+    @jax.custom_jvp
+    def f(x, w):
+        return x * w
+
+    f.defjvp(lambda p, t: (f(*p), t[0] + t[1]))
+    net = jaxstate.parametrized(lambda x: f(x, jaxstate.param("w", normal, ())))
+    jax.grad(lambda p: net.apply(p, 1.0))(net.init(KEY, 1.0))
+
+
+CATALOGUE = [
+    (errors.MissingStreamError, missing_stream, mended_missing_stream,
+     r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
+    (errors.ClosedStateError, closed_stream, mended_closed_stream, "after its 'with' block ended"),
+    (errors.ClosedStateError, slot_of_an_ended_function, mended_slot_of_an_ended_function,
+     "made inside a transformed function that has ended"),
+    (errors.LaneWriteError, lanes_share_a_count, mended_lanes_share_a_count,
+     "drew from random stream 'default' a different number of times"),
+    (errors.SplitStreamError, split_under_jacfwd, mended_split_under_jacfwd, 'vmap="share"'),
+    (errors.MissingStoreError, param_outside, mended_param_outside, "outside init and apply"),
+    (errors.MissingParameterError, missing_parameter, mended_parameters,
+     "no parameter 'weight'.* The nearest name is 'wieght'.*wanted: float32\\[3\\]"),
+    (errors.MissingParameterError, missing_parameter_jitted, mended_parameters,
+     "no parameter 'weight'.* The nearest name is 'wieght'.*wanted: float32\\[3\\]"),
+    (errors.ParameterMismatchError, wrong_shape, mended_parameters,
+     "'weight' is float32\\[4\\], and the function wants float32\\[3\\]"),
+    (errors.ParameterMismatchError, wrong_shape_jitted, mended_parameters,
+     "'weight' is float32\\[4\\], and the function wants float32\\[3\\]"),
+    (errors.ParameterMismatchError, a_dict_for_an_array, mended_parameters, "is a dict with"),
+    (errors.ParameterConflictError, conflict, mended_conflict,
+     "'w' is used twice, as float32\\[2\\] and as float32\\[3\\].*made: .*used: "),
+    (errors.NameClashError, clash, mended_clash, "'a' is a scope opened by hand already"),
+    (errors.InitializerDataError, data_from_a_loop, mended_data_from_a_loop, "out of a loop"),
+    (errors.InitializerDataError, initializer_draws, mended_initializer_draws, "uses state"),
+    (errors.LaneWriteError, lanes_write, mended_lanes_write, "vmap over 3 lanes"),
+    (errors.SlotTypeError, slot_type, mended_slot_type,
+     "has type float32\\[\\], and was written with one of type int32\\[\\]"),
+    (errors.UnsupportedPrimitiveError, no_rule, mended_no_rule, "custom_vmap_call"),
+    (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
+     "parameter 'w', and is differentiated with respect to it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error, wrong, mended, match", CATALOGUE, ids=[wrong.__name__ for _, wrong, _, _ in CATALOGUE]
+)
+def test_the_message_names_the_cause_and_the_mended_program_works(error, wrong, mended, match):
+    with pytest.raises(error, match=f"(?s){match}") as caught:
+        wrong()
+    assert isinstance(caught.value, jaxstate.StateError)
+    assert "To mend it:\n    " in str(caught.value)
+    assert "test_errors.py:" in str(caught.value)
+    mended()
+    with pytest.raises(jaxstate.MissingStreamError):  # nothing was left open
+        jaxstate.next_key()
+    with pytest.raises(jaxstate.MissingStoreError):
+        jaxstate.param("w", normal, ())
+
+
+def test_every_error_is_in_the_catalogue():
+    assert {error for error, *_ in CATALOGUE} == {
+        getattr(errors, name) for name in errors.__all__ if name != "StateError"
+    }
+
+
+@pytest.mark.parametrize("key", [0, None, jnp.zeros(2), jax.random.split(KEY, 3), "key"])
+def test_what_is_not_a_key_is_refused(key):
+    for use in (
+        lambda: jaxstate.rng_stream(key).__enter__(),
+        lambda: net.init(key, 1.0),
+        lambda: net.apply({"weight": jnp.ones(3)}, 1.0, key={"default": key}),
+    ):
+        with pytest.raises(TypeError, match="wants one random key, and was given"):
+            use()
+
+
+def test_other_bad_input_is_refused_where_it_is_given():
+    with pytest.raises(ValueError, match="'split' or 'share'"):
+        jaxstate.rng_stream(KEY, vmap="each").__enter__()
+    with pytest.raises(TypeError, match="non-empty string"):
+        jaxstate.parametrized(lambda: jaxstate.param("", normal, ())).init(KEY)
+    with pytest.raises(TypeError, match="wants a function init"):
+        jaxstate.parametrized(lambda: jaxstate.param("w", jnp.ones(3))).init(KEY)
+    with pytest.raises(TypeError, match="as a dict"):
+        net.apply([jnp.ones(3)], 1.0)
+    with pytest.raises(TypeError, match="needs one for the parameters"):
+        net.init({"dropout": KEY}, 1.0)
+    with pytest.raises(TypeError, match="wants a function"):
+        jaxstate.parametrized(3)
+    np.testing.assert_array_equal(net.apply({"weight": jnp.ones(3)}, 1.0), np.ones(3))
