@@ -354,14 +354,13 @@ class _ApplyStore(_Store):
         cell = slot.cells.get(address.leaf)
         if cell is None:
             path = self.path(Layers([self.layer]), address)
-            wanted = "a value" if address.wanted is None else address.wanted.str_short()
-            value = self._leaf((*path, *address.leaf), wanted, address.used)
+            value = self._leaf((*path, *address.leaf), address.wanted, address.used)
             cell = slot.cells[address.leaf] = Cell(_compat.as_array(value))
         return cell
 
     def _found(self, path: Path, wanted: Form, used: str) -> Form:
         """The form of what was given; an error if it is not of the wanted structure and shapes."""
-        values = [self._leaf((*path, *leaf), str(wanted), used) for leaf in wanted.leaves]
+        values = [self._leaf((*path, *leaf), wanted, used) for leaf in wanted.leaves]
         found = Form(wanted.tree, wanted.leaves, tuple(map(_compat.typeof, values)))
         if not found.same_shapes(wanted):
             raise _mismatch("/".join(path), str(found), str(wanted), used)
@@ -389,7 +388,8 @@ class _ApplyStore(_Store):
         dtypes = {self._avals[other].dtype for other in self._avals if fits(other)}
         return _compat.ShapedArray(wanted.shape, dtypes.pop() if len(dtypes) == 1 else wanted.dtype)
 
-    def _leaf(self, path: Path, wanted: str, used: str) -> Any:
+    def _leaf(self, path: Path, wanted: Any, used: str) -> Any:
+        """The array at ``path``; an error that says what was ``wanted`` (a form or a type)."""
         node: Any = self.params
         for i, name in enumerate(path):
             if not isinstance(node, Mapping) or name not in node:
@@ -397,10 +397,10 @@ class _ApplyStore(_Store):
             node = node[name]
         if isinstance(node, Mapping) or not _compat.is_array_like(node):
             found = f"a dict with {sorted(node)}" if isinstance(node, Mapping) else repr(node)
-            raise _mismatch("/".join(path), found, wanted, used)
+            raise _mismatch("/".join(path), found, _shown(wanted), used)
         return node
 
-    def _missing(self, path: Path, i: int, node: Any, wanted: str, used: str) -> Exception:
+    def _missing(self, path: Path, i: int, node: Any, wanted: Any, used: str) -> Exception:
         names = sorted(map(str, node)) if isinstance(node, Mapping) else []
         close = nearest(path[i], names)
         where = f"in {'/'.join(path[:i])!r}" if i else "at the top"
@@ -413,7 +413,7 @@ class _ApplyStore(_Store):
                 params = net.init(key, x)      # makes every parameter that the function uses
                 y = net.apply(params, x)
                 """,
-                wanted=wanted,
+                wanted=_shown(wanted),
                 used=used,
             )
         )
@@ -462,6 +462,10 @@ def _data_in_custom_rule(address: ParamAddress) -> Exception:
             used=address.used,
         )
     )
+
+
+def _shown(wanted: Any) -> str:
+    return str(wanted) if isinstance(wanted, Form) else wanted.str_short()
 
 
 def _mismatch(path: str, found: str, wanted: str, used: str) -> Exception:

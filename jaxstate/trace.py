@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Holder, holders
+from jaxstate.slots import Address, Holder, Lane, holders
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 
@@ -128,7 +128,7 @@ def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
     known = tables.get(id(tag))
     if known is not None and known[0]() is tag:
         return known[1]
-    if base is None:
+    if base is None and not _splitting.depth:
         _drop_ended(tables)
     table: dict[Any, Any] = {}
     tables[id(tag)] = weakref.ref(tag, lambda _, key=id(tag): _drop(tables, key)), table
@@ -143,6 +143,25 @@ def _views(trace: Any) -> dict[Any, Any]:
     if isinstance(trace, _compat.LinearizeTrace):
         return notes_of(trace.tangent_trace).extra
     return _compat.tag_of(trace).__dict__.setdefault("_jaxstate", {})
+
+
+class _Splitting(threading.local):
+    """How many vmaps are getting their lanes' cells: the inner ones of nested vmaps are in progress
+    while the outer ones, alone in the chain of traces then, get theirs."""
+
+    depth = 0
+
+
+_splitting = _Splitting()
+
+
+def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | None:
+    notes = _lanes(trace, holder, base)
+    _splitting.depth += 1
+    try:
+        return holder.lane(address, trace, notes)
+    finally:
+        _splitting.depth -= 1
 
 
 def _drop(tables: dict[int, Any], key: int) -> None:
@@ -243,7 +262,7 @@ def _read_at(
         return stored, stored
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
-        lane = holder.lane(address, trace, _lanes(trace, holder, base))
+        lane = _lane(address, holder, trace, base)
         if lane is not None:
             return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
     value, stored = _read_at(address, holder, levels, i + 1, base)
@@ -267,7 +286,7 @@ def _write_at(
         return value
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
-        lane = holder.lane(address, trace, _lanes(trace, holder, base))
+        lane = _lane(address, holder, trace, base)
         value, batch_dim = _compat.lane_value(trace, value)
         if lane is not None:
             lane.value, lane.batch_dim = value, batch_dim

@@ -211,10 +211,13 @@ def test_split_lanes_are_those_of_the_documentation(key):
 )
 def test_nested_split_lanes_are_distinct(key, vmap):
     with jaxstate.rng_stream(key) as stream:
-        lanes = vmap(lambda _: jax.jit(draw)())(jnp.zeros((2, 2)))
-    assert all_different(lanes)
-    np.testing.assert_array_equal(lanes[1, 1], fold(key, 0, 1, 0, 1, 0))
-    assert stream.count == 1
+        for region in range(2):
+            lanes = vmap(lambda _: jnp.stack([jax.jit(draw)(), draw()]))(jnp.zeros((2, 2)))
+            assert all_different(lanes)
+            for n in range(2):
+                wanted = fold(key, region, 1, 0, 1, n)
+                np.testing.assert_array_equal(lanes[1, 1, n], wanted)
+    assert stream.count == 2
 
 
 def test_split_lanes_with_nothing_mapped_inside(key):
