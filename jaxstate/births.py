@@ -20,48 +20,11 @@ import jax
 
 from jaxstate import _compat
 from jaxstate.errors import InitializerDataError, message
+from jaxstate.forms import Form, form_of
 from jaxstate.slots import Address
 from jaxstate.trace import read, read_p, state_effect, write_p
 
 __all__ = ["Birth", "bear", "birth_p", "trace_initializer"]
-
-
-class Form(NamedTuple):
-    """What a parameter looks like.
-
-    Attributes:
-      tree: structure of the value.
-      leaves: for each leaf, its path inside the value (empty if the value is one array).
-      avals: for each leaf, its type.
-    """
-
-    tree: Any
-    leaves: tuple[tuple[str, ...], ...]
-    avals: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        if self.leaves == ((),):
-            return self.avals[0].str_short()
-        pairs = zip(self.leaves, self.avals, strict=True)
-        return "{" + ", ".join(f"{'/'.join(p)}: {a.str_short()}" for p, a in pairs) + "}"
-
-    def same_shapes(self, other: Form) -> bool:
-        shapes = [[a.shape for a in form.avals] for form in (self, other)]
-        return self.tree == other.tree and shapes[0] == shapes[1]
-
-
-def form_of(value: Any) -> Form:
-    """The form of a value, or of a tree of anything with shape and dtype."""
-    pairs, tree = jax.tree_util.tree_flatten_with_path(value)
-    leaves = tuple(tuple(map(_key_name, path)) for path, _ in pairs)
-    return Form(tree, leaves, tuple(_compat.aval_of(x) for _, x in pairs))
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 class Birth:

@@ -1,0 +1,86 @@
+"""What a parameter looks like: its structure and types, without its values."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxstate import _compat
+
+__all__ = ["Form", "form_of", "wanted_form"]
+
+
+class Form(NamedTuple):
+    """What a parameter looks like.
+
+    Attributes:
+      tree: structure of the value.
+      leaves: for each leaf, its path inside the value (empty if the value is one array).
+      avals: for each leaf, its type.
+    """
+
+    tree: Any
+    leaves: tuple[tuple[str, ...], ...]
+    avals: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        if self.leaves == ((),):
+            return self.avals[0].str_short()
+        pairs = zip(self.leaves, self.avals, strict=True)
+        return "{" + ", ".join(f"{'/'.join(p)}: {a.str_short()}" for p, a in pairs) + "}"
+
+    def same_shapes(self, other: Form) -> bool:
+        shapes = [[a.shape for a in form.avals] for form in (self, other)]
+        return self.tree == other.tree and shapes[0] == shapes[1]
+
+
+def form_of(value: Any) -> Form:
+    """The form of a value, or of a tree of anything with shape and dtype."""
+    pairs, tree = jax.tree_util.tree_flatten_with_path(value)
+    leaves = tuple(tuple(map(_key_name, path)) for path, _ in pairs)
+    return Form(tree, leaves, tuple(_compat.aval_of(x) for _, x in pairs))
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+_ONE_ARRAY = jax.tree.structure(0)
+
+
+def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
+    """The form of what ``init(key, *init_args)`` makes, without making it."""
+    if _compat.is_standard_initializer(init) and init_args and _is_shape(init_args[0]):
+        shape, *dtype = init_args[:2]
+        aval = _compat.ShapedArray(tuple(shape), jnp.result_type(*dtype or [float]))
+        return Form(_ONE_ARRAY, ((),), (aval,))
+    if isinstance(init, types.FunctionType) and init.__closure__ is None:
+        try:
+            return _cached_form(init, init_args)
+        except TypeError:  # arguments that cannot be hashed, such as arrays
+            pass
+    return _form(init, init_args)
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, (tuple, list)) and all(isinstance(n, int) for n in x)
+
+
+def _form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
+    return form_of(jax.eval_shape(lambda key: init(key, *init_args), _key_struct()))
+
+
+@functools.cache
+def _key_struct() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+_cached_form = functools.lru_cache(maxsize=4096)(_form)
