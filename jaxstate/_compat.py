@@ -153,6 +153,11 @@ def at_top_level() -> bool:
     return core.trace_state_clean()
 
 
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is active: branches and loops run as Python then."""
+    return bool(jax.config.jax_disable_jit)
+
+
 def parent_of(trace: Any) -> Any:
     """The next trace of the chain, or None at its end."""
     return getattr(trace, "parent_trace", None)
@@ -183,6 +188,13 @@ def tangent_tracer(trace: Any, primal: Any, tangent: Any) -> Any:
     """The tracer of a differentiating trace for a primal value and its tangent."""
     kind = JVPTracer if isinstance(trace, JVPTrace) else LinearizeTracer
     return kind(trace, primal, tangent)
+
+
+def has_ended(value: Any) -> bool:
+    """Whether ``value`` is a tracer of a derivative or a vmap that the program is not in."""
+    if not isinstance(value, (JVPTracer, LinearizeTracer, BatchTracer)):
+        return False
+    return not any(getattr(t, "tag", None) is value._trace.tag for t in chain(current_trace()))
 
 
 def without_tangents(value: Any) -> Any:

@@ -22,7 +22,7 @@ from jaxstate import _compat
 from jaxstate.errors import InitializerDataError, message
 from jaxstate.forms import Form, form_of
 from jaxstate.slots import Address
-from jaxstate.trace import read, read_p, state_effect, write_p
+from jaxstate.trace import current_use, read, read_p, state_effect, write_p
 
 __all__ = ["Birth", "bear", "birth_p", "trace_initializer"]
 
@@ -106,11 +106,13 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
     """
     if state_effect not in jaxpr.effects:
         return
+    use = current_use()
     for eqn in _compat.equations(jaxpr):
         if eqn.primitive is not birth_p:
             continue
         addresses, birth = eqn.params["addresses"], eqn.params["birth"]
         needs = _needs(jaxpr, addresses[0])
+        addresses = tuple(a.renewed(use) for a in addresses)
         values = [operands[i] for i in needs.inputs]
         if any(v is None for v in values) or any(a in loop_writes for a in needs.reads):
             raise InitializerDataError(
@@ -125,7 +127,8 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
                     used=addresses[0].used,  # type: ignore[attr-defined]
                 )
             )
-        data = _compat.eval_closed_jaxpr(needs.jaxpr, *values, *map(read, needs.reads))
+        reads = [read(a.renewed(use)) for a in needs.reads]
+        data = _compat.eval_closed_jaxpr(needs.jaxpr, *values, *reads)
         bear_at(addresses, birth, data)
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from jaxstate import _compat
 from jaxstate.slots import Address
 
@@ -58,6 +60,9 @@ class StateTracer(_compat.Tracer):
 
     def to_concrete_value(self) -> Any:
         return _compat.concrete(_compat.canonicalize(self))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.asarray(_compat.canonicalize(self), *args, **kwargs)
 
     def _contents(self) -> list[tuple[str, Any]]:
         """What it contains may carry a tangent, says the JVP tracer: see `jax.closure_convert`."""

@@ -66,17 +66,21 @@ class Slot(Holder):
     def cell(self, address: Address) -> Cell:
         cell = self._cells().get(self)
         if cell is None:
-            raise ClosedStateError(
-                message(
-                    f"{address} was made inside a transformed function that has ended.",
-                    fix="""
-                    slot = jaxstate.extend.new_slot(value)      # outside of the function
-                    """,
-                    made=self.made,
-                    used=_compat.user_location(),
-                )
-            )
+            raise self.ended()
         return cell
+
+    def ended(self) -> Exception:
+        """The error for a slot that is used after the function that made it."""
+        return ClosedStateError(
+            message(
+                f"{self.address} was made inside a transformed function that has ended.",
+                fix="""
+                slot = jaxstate.extend.new_slot(value)      # outside of the function
+                """,
+                made=self.made,
+                used=_compat.user_location(),
+            )
+        )
 
     def aval(self, address: Address) -> Any:
         return self._aval
@@ -165,8 +169,18 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
 
 
 def read(slot: Slot) -> jax.Array:
-    """The current value of a slot."""
-    return trace.read(slot.address)
+    """The current value of a slot.
+
+    Returns:
+      An array of the slot's shape and dtype.
+
+    Raises:
+      ClosedStateError: if the transformed function in which the slot was made has ended.
+    """
+    value = trace.read(slot.address)
+    if _compat.has_ended(value):
+        raise slot.ended()
+    return value
 
 
 def write(slot: Slot, value: Any) -> None:

@@ -56,17 +56,25 @@ def _key_name(key: Any) -> str:
 _ONE_ARRAY = jax.tree.structure(0)
 
 
-def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
-    """The form of what ``init(key, *init_args)`` makes, without making it."""
+def wanted_form(
+    init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
+) -> Form:
+    """The form of what ``init(key, *init_args)`` makes, without making it.
+
+    ``known`` are the forms that one ``apply`` has asked for (an initializer may look at globals).
+    """
     if _compat.is_standard_initializer(init) and init_args and _is_shape(init_args[0]):
         shape, *dtype = init_args[:2]
         aval = _compat.ShapedArray(tuple(shape), jnp.result_type(*dtype or [float]))
         return Form(_ONE_ARRAY, ((),), (aval,))
     if isinstance(init, types.FunctionType) and init.__closure__ is None:
         try:
-            return _cached_form(init, init_args)
+            form = known.get((init, init_args))
         except TypeError:  # arguments that cannot be hashed, such as arrays
-            pass
+            return _form(init, init_args)
+        if form is None:
+            form = known[init, init_args] = _form(init, init_args)
+        return form
     return _form(init, init_args)
 
 
@@ -75,12 +83,19 @@ def _is_shape(x: Any) -> bool:
 
 
 def _form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
-    return form_of(jax.eval_shape(lambda key: init(key, *init_args), _key_struct()))
+    def made(key: Any) -> Form:
+        return form_of(jax.eval_shape(lambda key: init(key, *init_args), key))
+
+    try:
+        return made(_a_key(jax.random.key))
+    except Exception:
+        try:
+            return made(_a_key(jax.random.PRNGKey))  # an initializer may want a raw key
+        except Exception:
+            pass
+        raise
 
 
 @functools.cache
-def _key_struct() -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda: jax.random.key(0))
-
-
-_cached_form = functools.lru_cache(maxsize=4096)(_form)
+def _a_key(make: Callable[[int], Any]) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: make(0))

@@ -74,6 +74,16 @@ class Layer:
         self.slots: dict[Path, Any] = {}
         self.renewed: dict[Token, Token] = {}  # see `Address.renewed`
 
+    def of_lasting_modules(self) -> Layer:
+        """The names of modules that were not made by the program that was run."""
+        names = Layer()
+        for token, path in self.paths.items():
+            if token.home is None:
+                names.paths[token] = path
+                if path:
+                    names.taken.setdefault(path[:-1], {})[path[-1]] = "module"
+        return names
+
 
 class Layers:
     """The layers that are visible at one place, innermost first. New names go to the innermost."""

@@ -49,7 +49,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
     """A parameter of the module (or `scope`) that the program is in.
 
     Args:
-      name: unique in that scope; the same name there is the same parameter.
+      name: without "/", unique in that scope; the same name there is the same parameter.
       init: called as ``init(key, *init_args)``, returns any tree of arrays. The initializers of
         `jax.nn.initializers` fit: ``param("w", jax.nn.initializers.lecun_normal(), (3, 4))``.
       *init_args: static values or arrays.
@@ -58,6 +58,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
       The value: during ``init`` what the initializer makes, during ``apply`` what was given.
 
     Raises:
+      TypeError: if ``name`` is not a name or ``init`` not a function.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -69,8 +70,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
     the key is folded with the first 8 bytes of the SHA-256 digest of the path.
     """
     used = _compat.user_location()
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"param wants a non-empty string as name, and was given {name!r}.")
+    _check_name(name, "param")
     if not callable(init):
         raise TypeError(
             f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
@@ -94,8 +94,7 @@ def scope(name: str) -> Iterator[None]:
     >>> net.init(jax.random.key(0), 2.0)
     {'encoder': {'scale': Array(1., dtype=float32)}}
     """
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"scope wants a non-empty string, and was given {name!r}.")
+    _check_name(name, "scope")
     store = innermost_store()
     if store is None:
         yield
@@ -110,14 +109,14 @@ class Parametrized:
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
         if not callable(fn):
             raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
-        if name is not None and (not isinstance(name, str) or not name):
-            raise TypeError(f"parametrized wants a non-empty string as name, and got {name!r}.")
+        if name is not None:
+            _check_name(name, "parametrized")
         self.fn = fn
         self.name = name or _name_of(fn)
         self._explicit_name = name
         self._token = Token(current_home())
         self._instances = _PerInstance()
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())  # not the attributes of a callable object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the function; inside another parametrized function, as a module of its own."""
@@ -163,7 +162,8 @@ class Parametrized:
                 self.fn(*args, **kwargs)
             return store.values()
 
-        made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
+        with jax.disable_jit(False):  # every branch is traced
+            made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
         leaves = _run_slice(made, operands, abstract)
         return _nested(dict(zip(shapes, _in_order(shapes, leaves), strict=True)))
@@ -191,8 +191,20 @@ class Parametrized:
                 f" given {type(params).__name__}.\nTo mend it:\n    y = net.apply(params, x)"
             )
         streams = {} if key is None else _keys(key, "apply")[1]
-        with open_holder(ApplyStore(self._token, params)), _open_streams(streams):
-            return self.fn(*args, **kwargs)
+
+        def run(store: ApplyStore) -> Any:
+            with open_holder(store), _open_streams(streams):
+                return self.fn(*args, **kwargs)
+
+        store = ApplyStore(self._token, params)
+        if _compat.jit_is_disabled():
+            # Only the branches that are taken would be seen, and modules named accordingly.
+            with jax.disable_jit(False):
+                jax.eval_shape(lambda: _nothing(run(store)))
+            names = store.layer.of_lasting_modules()
+            store = ApplyStore(self._token, params)
+            store.layer = names
+        return run(store)
 
     def __repr__(self) -> str:
         return f"<parametrized {self.name}>"
@@ -221,6 +233,14 @@ def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = Non
     if fn is None:
         return functools.partial(parametrized, name=name)
     return Parametrized(fn, name)
+
+
+def _check_name(name: Any, where: str) -> None:
+    """Names are joined with slashes where a path is written, or made into a key."""
+    if not isinstance(name, str) or not name or "/" in name:
+        raise TypeError(
+            f"{where} wants a non-empty string without '/' as name, and was given {name!r}."
+        )
 
 
 def _name_of(fn: Any) -> str:
@@ -290,6 +310,10 @@ def _open_streams(streams: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
+def _nothing(_: Any) -> None:
+    """Drops a result that `jax.eval_shape` could not describe."""
+
+
 def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], bool]:
     """The arrays of a tree; the function that puts others in their place; is any a mere shape."""
     leaves, structure = jax.tree.flatten(tree)
@@ -323,7 +347,8 @@ def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
                 used=_compat.user_location(),
             )
         )
-    return [_compat.as_array(x) for x in _compat.eval_closed_jaxpr(pure, *inputs)]
+    values = _compat.eval_closed_jaxpr(pure, *inputs)
+    return [_compat.as_array(_compat.canonicalize(x)) for x in values]
 
 
 def _in_order(shapes: dict[Path, Any], leaves: list[Any]) -> Iterator[Any]:

@@ -81,7 +81,7 @@ class StreamAddress(Address):
         One slot must have one address in one jaxpr. (The key keeps the handle's identity, so that a
         jaxpr that is used again after the handle was closed says so.)
         """
-        if self.identity is None or self.part == "key" or boundary is self:
+        if self.identity is None or self.part == "key":
             return self
         named = StreamAddress(self.name, "count")
         outside = (h for h in holders() if not (h.is_boundary or is_inside(h, boundary)))
@@ -158,6 +158,8 @@ class _StreamHolder(Holder):
         if self.vmap == "share":
             return None
         lanes = notes.get(self)
+        if lanes is None and address.part == "count":
+            return Lane(np.int32(0), None)  # to look at the count splits nothing
         if lanes is None:
             lanes = notes[self] = self._split(trace, address.identity)
         return lanes[address.part]
@@ -264,7 +266,7 @@ class Stream:
         return read(StreamAddress(self._holder.name, part, self._holder.identity))
 
     def __repr__(self) -> str:
-        return f"Stream({self.name!r}, count={self.count})"
+        return f"<random stream {self.name!r}>"
 
 
 @contextmanager
@@ -288,8 +290,8 @@ def rng_stream(
       A `Stream` handle.
 
     Raises:
-      TypeError: if ``key`` is not one key.
-      ValueError: if ``vmap`` or ``count`` is not valid.
+      TypeError: if ``key`` is not one key, or ``count`` not an integer.
+      ValueError: if ``vmap`` is neither, or ``count`` negative or not an int32.
 
     >>> import jax, jaxstate
     >>> with jaxstate.rng_stream(jax.random.key(0)) as stream:
@@ -356,7 +358,10 @@ def _check_vmap(vmap: str) -> str:
 def _check_count(count: Any) -> Any:
     if isinstance(count, _compat.Tracer):
         return count
-    return np.int32(operator.index(count))
+    count = operator.index(count)
+    if not 0 <= count < 2**31:
+        raise ValueError(f"rng_stream: count is from 0 to 2**31 - 1, not {count}.")
+    return np.int32(count)
 
 
 # -- Samplers --------------------------------------------------------------------------------

@@ -232,10 +232,12 @@ def only_open(holders: Sequence[Holder]) -> Iterator[None]:
     stack = _thread.stack
     hidden = list(stack)
     stack[:] = holders
+    _publish_signature(stack)
     try:
         yield
     finally:
         stack[:] = hidden
+        _publish_signature(stack)
 
 
 def _remove(stack: list[Holder], holder: Holder) -> None:

@@ -179,6 +179,7 @@ class Store(Holder):
         self.layer = Layer()
         self.layer.paths[root] = ()
         self.scopes = ScopeStack()
+        self.forms: dict[Any, Form] = {}  # see `wanted_form`
 
     def knows(self, address: Address) -> bool:
         return isinstance(address, ParamAddress)
@@ -192,7 +193,7 @@ class Store(Holder):
         return extra.setdefault(self, Layer())
 
     def without_values(self) -> _RuleStore:
-        return _RuleStore()
+        return _RuleStore(self.signature())
 
     def path(self, layers: Layers, address: ParamAddress) -> Path:
         above = self.scopes.inside(None, *boundaries(self))
@@ -307,7 +308,7 @@ class ApplyStore(Store):
         return self._signature
 
     def declare(self, name: str, init: Any, init_args: tuple[Any, ...], used: str) -> Any:
-        wanted = wanted_form(init, init_args)
+        wanted = wanted_form(init, init_args, self.forms)
         layers = self.layers()
         path = self.path(layers, ParamAddress((), name, (), None, used))
         slot = layers.slot(path)
@@ -400,11 +401,15 @@ class ApplyStore(Store):
 class _RuleStore(Store):
     """Stands for the parameters in a custom derivative rule, which is given their values."""
 
-    def __init__(self) -> None:
+    def __init__(self, signature: Hashable) -> None:
         super().__init__(Token(None))
+        self._signature = signature
+
+    def signature(self) -> Hashable:
+        return self._signature
 
     def declare(self, name: str, init: Any, init_args: tuple[Any, ...], used: str) -> Any:
-        return self._value(name, wanted_form(init, init_args), None, used)
+        return self._value(name, wanted_form(init, init_args, self.forms), None, used)
 
 
 def _lowered(data: Any, address: ParamAddress) -> Any:

@@ -47,7 +47,11 @@ stateless = State((), ())
 
 
 def state_of(jaxpr: Any) -> State:
-    """The slots that a (closed or open) jaxpr uses."""
+    """The slots that a (closed or open) jaxpr uses: ``(reads, writes)``, two tuples of addresses.
+
+    Raises:
+      UnsupportedPrimitiveError: if an equation of the jaxpr has state and no rule.
+    """
     return _state_of(jaxpr) if state_effect in jaxpr.effects else stateless
 
 
@@ -113,7 +117,13 @@ class Thread(NamedTuple):
 def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
     """The jaxpr with slots as inputs and outputs, and without state equations.
 
-    ``avals`` are the types of ``how.reads + how.writes``.
+    Args:
+      jaxpr: closed or open.
+      how: which slots, and where among the inputs and outputs.
+      avals: the types of ``how.reads + how.writes``, in that order.
+
+    Returns:
+      A jaxpr of the same kind. The same arguments give the same object, so it is compiled once.
     """
     return _thread(jaxpr, how, tuple(avals))
 
@@ -152,12 +162,25 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
 
 
 def read_all(addresses: Iterable[Address]) -> list[Any]:
-    """The current values of the slots, typed as a jaxpr takes them."""
+    """The current values of the slots that a jaxpr uses, in the place where a rule runs.
+
+    Args:
+      addresses: as `state_of` gives them.
+
+    Returns:
+      One array per address, typed as a jaxpr takes it.
+    """
     use = current_use()
     return [_compat.canonicalize(read(address.renewed(use))) for address in addresses]
 
 
 def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
+    """Writes to the slots that a jaxpr uses, in the place where a rule runs.
+
+    Args:
+      addresses: as `state_of` gives them.
+      values: one array per address.
+    """
     use = current_use()
     for address, value in zip(addresses, values, strict=True):
         write(address.renewed(use), value)
@@ -175,6 +198,14 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
 
     The rule is called as ``rule(args, params)`` instead of the bind, with the trace of the bind
     current, when a jaxpr among ``params`` uses state. It returns what the bind would.
+
+    Args:
+      primitive: a `jax.extend.core.Primitive` with jaxprs among its parameters.
+
+    Returns:
+      A decorator for the rule. Typically a rule asks `state_of` which slots the jaxpr uses, takes
+      their values with `read_all`, makes a pure jaxpr with `thread`, binds the same primitive with
+      the values as further operands, and hands the further results to `write_all`.
     """
 
     def register(rule: Rule) -> Rule:

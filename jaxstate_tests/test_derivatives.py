@@ -196,6 +196,18 @@ def test_rules_find_parameters_after_apply_is_over(key):
             np.testing.assert_allclose(found, (Y * w, 5 * w), rtol=1e-6)
 
 
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+def test_a_late_pullback_leaves_caches_as_they_were(key):
+    """It runs with the streams of its call, by name; the streams of now come back after it."""
+    lanes = jax.jit(jax.vmap(lambda x: x * 0 + jaxstate.random.uniform()))
+    with jaxstate.rng_stream(key):
+        lanes(jnp.ones(2))
+        _, pull = jax.vjp(jax.jit(noisy_cos), Y)
+    with jaxstate.rng_stream(key, vmap="share"):
+        pull(Y)
+        np.testing.assert_allclose(lanes(jnp.ones(2)), np.full(2, uniforms(key, 1)[0]))
+
+
 def test_pure_functions_with_rules_are_untouched(key):
     x = jnp.arange(-2.0, 3.0)
     with jaxstate.rng_stream(key):

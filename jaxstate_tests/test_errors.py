@@ -317,8 +317,12 @@ def test_what_is_not_a_key_is_refused(key):
 def test_other_bad_input_is_refused_where_it_is_given():
     with pytest.raises(ValueError, match="'split' or 'share'"):
         jaxstate.rng_stream(KEY, vmap="each").__enter__()
-    with pytest.raises(TypeError, match="non-empty string"):
-        jaxstate.parametrized(lambda: jaxstate.param("", normal, ())).init(KEY)
+    for name in ("", "a/b", 3):
+        with pytest.raises(TypeError, match="non-empty string without '/'"):
+            jaxstate.parametrized(lambda name=name: jaxstate.param(name, normal, ())).init(KEY)
+    for count, error in ((-1, ValueError), (2**31, ValueError), (1.5, TypeError)):
+        with pytest.raises(error):
+            jaxstate.rng_stream(KEY, count=count).__enter__()
     with pytest.raises(TypeError, match="wants a function init"):
         jaxstate.parametrized(lambda: jaxstate.param("w", jnp.ones(3))).init(KEY)
     with pytest.raises(TypeError, match="as a dict"):

@@ -120,6 +120,20 @@ def test_a_slot_made_inside_a_vmap_has_a_value_per_lane():
     np.testing.assert_allclose(jax.jit(jax.vmap(lane))(jnp.arange(3.0)), 3 * jnp.arange(3.0))
 
 
+@pytest.mark.leaks_allowed("the test keeps a slot beyond the function that made it")
+@pytest.mark.parametrize("transform", [jax.vmap, jax.grad, jax.jit])
+def test_a_slot_ends_with_the_function_that_made_it(transform):
+    slots = []
+
+    def f(x):
+        slots.append(new_slot(x))
+        return x
+
+    transform(f)(jnp.ones(2) if transform is jax.vmap else 1.0)
+    with pytest.raises(jaxstate.ClosedStateError, match="that has ended"):
+        read(slots[0])
+
+
 def test_lanes_may_write_one_value_and_not_several():
     slot = new_slot(0.0)
 

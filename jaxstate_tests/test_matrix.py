@@ -25,7 +25,9 @@ X = jnp.float32(0.6)
 
 
 def in_sample(*names):
-    """One pair in fifty is part of `make test`, chosen by a hash of its name."""
+    """One pair in fifty is part of `make test`, chosen by a hash of its name, and all of a few."""
+    if all(name in ("vmap", "grad", "jit", "custom_vjp") for name in names[1:]):
+        return True
     return zlib.crc32("/".join(names).encode()) % 50 == 0
 
 

@@ -6,6 +6,7 @@ import sys
 
 PROGRAM = r"""
 import jax, jax.numpy as jnp, numpy as np, pytest, jaxstate
+jax.config.update("jax_check_tracer_leaks", True)
 from jax.sharding import AxisType, PartitionSpec as P
 from jaxstate.extend import new_slot, write
 
@@ -56,7 +57,32 @@ for apply in (net.apply, jax.jit(net.apply)):
     np.testing.assert_allclose(apply(q, x), 3 * x)
     assert jax.grad(lambda q: apply(q, x).sum())(q) == {"w": 8.0}
 
+# In lanes, around lanes, in a scan, and in a custom rule.
+@jax.custom_jvp
+def ruled(x):
+    return x * jaxstate.random.uniform((1,))
+
+ruled.defjvp(lambda p, t: (ruled(*p), t[0]))
+check(jax.jit(mapped(ruled)), us)
+check(mapped(ruled), us)
+lanes = mapped(lambda x: jax.vmap(lambda y: y * jaxstate.random.uniform())(x))
+in_lanes = np.array([jax.random.uniform(fold(1, i, 0, 0, 0)) for i in range(8)])
+check(lanes, in_lanes)
+check(jax.jit(lanes), in_lanes)
+turns = lambda x: jax.lax.scan(lambda c, _: (c, mapped(ruled)(x)), 0, length=2)[1][1]
+with jaxstate.rng_stream(key) as stream:
+    second = [jax.random.uniform(fold(1, i, 0), (1,))[0] for i in range(8)]
+    np.testing.assert_allclose(jax.jit(turns)(x), second, rtol=1e-6)
+    assert stream.count == 2
+around = jax.vmap(mapped(ruled))
+with jaxstate.rng_stream(key) as stream:
+    draws = [fold(0, lane, 0, i, 0) for lane in range(2) for i in range(8)]
+    wanted = np.array([jax.random.uniform(k, (1,))[0] for k in draws]).reshape(2, 8)
+    np.testing.assert_allclose(jax.jit(around)(jnp.stack([x, x])), wanted, rtol=1e-6)
+    assert stream.count == 1
+
 slot = new_slot(0.0)
+jax.config.update("jax_check_tracer_leaks", False)  # it reports tracers in tracebacks
 for mode in (lambda f: f, jax.jit):
     with pytest.raises(jaxstate.UnsupportedPrimitiveError):
         mode(mapped(lambda x: (write(slot, x.sum()), x)[1]))(x)

@@ -439,6 +439,24 @@ def test_data_out_of_a_loop_or_a_lane_is_a_clear_error(key):
         only_shape.init(key, jax.ShapeDtypeStruct((3,), jnp.float32))
 
 
+def test_data_for_a_module_made_inside_a_transformed_function(key):
+    def f(x):
+        layer = jaxstate.parametrized(
+            lambda x: x + jaxstate.param("m", lambda key: x.mean() * 2), name="layer"
+        )
+        return layer(x)
+
+    def scan(f):
+        return lambda x: jax.lax.scan(lambda c, _: (c + f(x), None), x, length=2)[0]
+
+    def cond(f):
+        return lambda x: jax.lax.cond(x.sum() > 0, f, lambda x: x, x)
+
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint, scan, cond):
+        net = jaxstate.parametrized(wrap(f), name="net")
+        assert net.init(key, jnp.arange(3.0)) == {"layer": {"m": 2.0}}
+
+
 # -- Apply -----------------------------------------------------------------------------------
 
 
@@ -573,6 +591,54 @@ def test_outside_of_init_and_apply_it_is_plain_python(key):
     assert double(3) == 6 and jax.jit(double)(3) == 6
     with jaxstate.scope("anything"):
         assert double(3) == 6
+
+
+def test_disable_jit_finds_the_same_parameters(key):
+    a, b = scaled(), scaled()
+    net = jaxstate.parametrized(lambda x: jax.lax.cond(x > 0, a, b, x))
+    p = net.init(key, 1.0)
+    with jax.disable_jit():
+        assert_trees_equal(net.init(key, 1.0), p)
+        for x, name in ((2.0, "scale"), (-2.0, "scale_1")):
+            np.testing.assert_allclose(net.apply(p, x), x * p[name]["s"], rtol=1e-6)
+
+
+def test_an_initializer_that_reads_a_global(key):
+    net = jaxstate.parametrized(lambda: jaxstate.param("w", by_global_size))
+    for by_global_size.n in (3, 5):
+        assert net.apply(net.init(key)).shape == (by_global_size.n,)
+
+
+def by_global_size(key):
+    return jnp.zeros(by_global_size.n)
+
+
+def test_initializers_may_want_a_raw_key():
+    raw = jax.random.PRNGKey(0)
+    net = jaxstate.parametrized(
+        lambda: jaxstate.param("w", lambda k: normal(jax.random.wrap_key_data(k), (3,)))
+    )
+    p = net.init(raw)
+    assert_trees_equal(net.apply(p), p["w"])
+
+
+def test_a_parameter_that_is_the_key_of_a_stream(key):
+    with jaxstate.rng_stream(key) as stream:
+        p = jaxstate.parametrized(lambda: jaxstate.param("k", lambda _: stream.key)).init(key)
+    assert not isinstance(p["k"], jax.core.Tracer) and p["k"] == key
+
+
+def test_a_callable_object_keeps_its_attributes_to_itself(key):
+    class Layer:
+        def __init__(self):
+            self.name, self.init = "mine", "not a method"
+
+        def __call__(self, x):
+            return x * jaxstate.param("s", normal, ())
+
+    net = jaxstate.parametrized(Layer(), name="net")
+    assert net.name == "net" and shapes(net.init(key, 1.0)) == {"s": ()}
+    assert shapes(jaxstate.parametrized(lambda x: net(x)).init(key, 1.0)) == {"net": {"s": ()}}
 
 
 def test_a_pickled_tree_in_a_new_process(tmp_path, key):

@@ -260,6 +260,12 @@ def test_shared_lanes_are_equal(key):
     )
 
 
+def test_looking_at_a_stream_does_not_move_it(key):
+    with jaxstate.rng_stream(key) as stream:
+        jax.vmap(lambda x: x + stream.count + len(repr(stream)))(jnp.arange(2))
+        assert stream.count == 0
+
+
 def test_per_example_gradients(key):
     x = jnp.arange(1.0, 4.0)
     with jaxstate.rng_stream(key):

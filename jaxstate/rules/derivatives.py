@@ -49,14 +49,17 @@ class _RuleState(Holder):
             return owner is None or owner.age < self.age
         return any(holder.knows(address) for holder in reversed(self.below))
 
-    def aval(self, address: Address) -> Any:
-        return _compat.typeof(self.cell(address).value)
-
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | None:
         return self._policy(address).lane(address, trace, notes)
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
         return self._policy(address).refuse_lanes(address, trace)
+
+    def differs_by_device(self, address: Address) -> bool:
+        return self._policy(address).differs_by_device(address)
+
+    def device_cell(self, address: Address, *place: Any) -> Cell:
+        return self._policy(address).device_cell(address, *place)
 
     def without_values(self) -> _RuleState:
         return _Given(None, without_values(self.below), {})

@@ -42,6 +42,25 @@ class _Devices(Holder):
         assert owner is not None
         return owner.lane(address, trace, notes)
 
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        owner = self._owner(address)
+        assert owner is not None
+        return owner.refuse_lanes(address, trace)
+
+    def differs_by_device(self, address: Address) -> bool:
+        return self.knows(address)
+
+    def device_cell(self, address: Address, *place: Any) -> Cell:
+        """A cell of a device of a shard_map inside this one."""
+        owner = self._owner(address)
+        assert owner is not None
+        return owner.device_cell(address, *place)
+
+    def without_values(self) -> _Devices:
+        copy = _Devices(None, self.axes)
+        copy.below = [holder.without_values() for holder in self.below]
+        return copy
+
     def _owner(self, address: Address) -> Holder | None:
         return next((h for h in reversed(self.below) if h.knows(address)), None)
 
@@ -69,8 +88,11 @@ def _per_device(bind: Callable[..., Any]) -> Callable[..., Any]:
         devices = _Devices(trace, axes)
 
         def on_device(*operands: Any) -> Any:
-            with slots.open_holder(devices):
-                return fun(*operands)
+            try:
+                with slots.open_holder(devices):
+                    return fun(*operands)
+            finally:
+                devices.notes.clear()  # of this call: its tracers end with it
 
         return bind(trace, args, avals, dict(params, subfuns=(on_device,)))
 
