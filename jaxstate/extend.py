@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxstate import _compat, trace
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
-from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all
+from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all, write_last
 
 __all__ = [
     "Slot",
@@ -37,6 +37,7 @@ __all__ = [
     "thread",
     "write",
     "write_all",
+    "write_last",
 ]
 
 

@@ -28,7 +28,7 @@ from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, any_open
 from jaxstate.trace import current_use, one_use, read, read_p, state_effect, write, write_p
 
-__all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all"]
+__all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all", "write_last"]
 
 Addresses = tuple[Address, ...]
 
@@ -184,6 +184,18 @@ def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
     use = current_use()
     for address, value in zip(addresses, values, strict=True):
         write(address.renewed(use), value)
+
+
+def write_last(addresses: Sequence[Address], outs: Sequence[Any]) -> list[Any]:
+    """Writes the last results of a threaded equation to the slots, and returns the others.
+
+    Args:
+      addresses: as `state_of` gives them; the last ``len(addresses)`` results are theirs.
+      outs: all results.
+    """
+    n = len(outs) - len(addresses)
+    write_all(addresses, outs[n:])
+    return list(outs[:n])
 
 
 # -- Rules -----------------------------------------------------------------------------------

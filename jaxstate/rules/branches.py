@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxstate import _compat
 from jaxstate.births import bear
-from jaxstate.thread import Thread, read_all, register_rule, state_of_all, thread, write_all
+from jaxstate.thread import Thread, read_all, register_rule, state_of_all, thread, write_last
 
 
 @register_rule(_compat.cond_p)
@@ -20,6 +20,4 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     branches = tuple(thread(j, Thread(reads, writes), avals) for j in params["branches"])
     outs = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
-    results, written = outs[: len(outs) - len(writes)], outs[len(outs) - len(writes) :]
-    write_all(writes, written)
-    return results
+    return write_last(writes, outs)

@@ -11,7 +11,7 @@ from typing import Any
 from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import CapturedOperand
-from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all
+from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_last
 from jaxstate.trace import one_use, resolve
 
 
@@ -37,10 +37,7 @@ def _threaded_jit(
         out_shardings=params["out_shardings"] + (_compat.UNSPECIFIED,) * more_out,
         out_layouts=params["out_layouts"] + (None,) * more_out,
     )
-    outs = run([*slots, *args], threaded)
-    results, written = outs[: len(outs) - more_out], outs[len(outs) - more_out :]
-    write_all(writes, written)
-    return results
+    return write_last(writes, run([*slots, *args], threaded))
 
 
 @_compat.wrap_top_level_jit
@@ -75,9 +72,7 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
         slots = read_all(reads + writes)
         jaxpr = thread(params[name], Thread(reads, writes), [_compat.typeof(s) for s in slots])
         outs = primitive.bind(*slots, *args, **dict(params, **{name: jaxpr}))
-        results, written = outs[: len(outs) - len(writes)], outs[len(outs) - len(writes) :]
-        write_all(writes, written)
-        return results
+        return write_last(writes, outs)
 
     return rule
 

@@ -23,7 +23,7 @@ from typing import Any
 from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
 from jaxstate.slots import Address, Cell, Holder, Lane
-from jaxstate.thread import read_all, write_all
+from jaxstate.thread import read_all, write_last
 from jaxstate.trace import read
 
 
@@ -306,9 +306,7 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
                     trace, operands, [_compat.typeof(x) for x in operands],
                     explicit_params(explicit, params),
                 )  # fmt: skip
-                n_out = len(out) - len(written)
-                write_all(written, out[n_out:])
-            return out[:n_out]
+                return write_last(written, out)
 
         return bind_with_trace
 
