@@ -15,6 +15,7 @@ from jaxstate.errors import (
     SlotTypeError,
     SplitStreamError,
     StateError,
+    TraceStateError,
     UnsupportedPrimitiveError,
 )
 from jaxstate.params import Parametrized, param, parametrized, scope
@@ -38,6 +39,7 @@ __all__ = [
     "SplitStreamError",
     "StateError",
     "Stream",
+    "TraceStateError",
     "UnsupportedPrimitiveError",
     "extend",
     "next_key",

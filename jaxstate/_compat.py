@@ -17,7 +17,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jax._src import (
     ad_checkpoint,
     ad_util,
     api,
+    config,
     core,
     custom_batching,
     custom_derivatives,
@@ -38,6 +39,7 @@ from jax._src import (
 )
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
@@ -124,9 +126,38 @@ def same_type(value: Any, aval: Any) -> bool:
     return found == aval
 
 
+def same_aval(a: Any, b: Any) -> bool:
+    """Whether a jaxpr that returns a value of type ``a`` may return one of type ``b`` instead."""
+    return core.typematch(a, b)
+
+
+def with_weak_type_of(aval: Any, value: Any) -> Any:
+    """``value``, weakly typed or not as ``aval`` is, if that is all in which they differ."""
+    found = typeof(value)
+    if found == aval or not core.typematch(found, aval):
+        return value
+    if getattr(found, "weak_type", None) == getattr(aval, "weak_type", None):
+        return value
+    return lax._convert_element_type(value, aval.dtype, aval.weak_type)
+
+
+def zeros(aval: Any) -> Any:
+    """An array of the type ``aval``, which may be that of a random key."""
+    return jax.lax.full(aval.shape, 0, aval.dtype)
+
+
+def is_weak(x: Any) -> bool:
+    """Whether the dtype of a value gives way to that of another operand."""
+    return bool(getattr(typeof(x), "weak_type", False))
+
+
 def has_tangent(aval: Any) -> bool:
     """Whether values of the type have derivatives."""
     return getattr(aval.to_tangent_aval(), "dtype", dtypes.float0) != dtypes.float0
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, Tracer)
 
 
 def is_typed_key(x: Any) -> bool:
@@ -168,6 +199,22 @@ def chain(trace: Any) -> Iterator[Any]:
     while trace is not None:
         yield trace
         trace = parent_of(trace)
+
+
+class TransparentTrace(core.Trace):
+    """A trace that sees every operation and holds no values: they are those of its parent."""
+
+    parent_trace: Any = None
+
+    def stage_value(self, val: Any) -> Any:
+        return self.parent_trace.stage_value(val)
+
+
+def holding_trace(trace: Any) -> Any:
+    """The trace that holds the values of a program that runs under ``trace``."""
+    while isinstance(trace, TransparentTrace):
+        trace = trace.parent_trace
+    return trace
 
 
 def tag_of(trace: Any) -> Any:
@@ -311,6 +358,11 @@ def close(jaxpr: Any) -> Any:
     return jaxpr if is_closed(jaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
+def opened(jaxpr: Any) -> Any:
+    """The open jaxpr of a closed one without constants."""
+    return _open(jaxpr)
+
+
 def _open(jaxpr: Any) -> Any:
     return jaxpr.jaxpr if is_closed(jaxpr) else jaxpr
 
@@ -341,6 +393,25 @@ def jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
     return core.jaxprs_in_params(params)
 
 
+_JAXPR = (core.Jaxpr,) if _flattree is not None else (core.Jaxpr, core.ClosedJaxpr)
+
+
+def with_jaxprs(params: dict[str, Any], replace: Callable[[Any], Any]) -> dict[str, Any]:
+    """The parameters of an equation with every jaxpr among them replaced."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, _JAXPR):
+            return replace(value)
+        if not isinstance(value, tuple):
+            return value
+        items = [replaced(v) for v in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+    return {name: replaced(value) for name, value in params.items()}
+
+
 def remade(
     jaxpr: Any, *, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any], effs: Any
 ) -> Any:
@@ -350,12 +421,17 @@ def remade(
     return _new_jaxpr(inner, inner.constvars, consts, invars, outvars, eqns, effs)
 
 
-def hoist_tracers(jaxpr: Any) -> Any:
-    """The closed jaxpr with the constants that are tracers as leading inputs, in their order."""
+def consts_of(jaxpr: Any) -> Sequence[Any]:
+    """The constants that a closed jaxpr carries."""
+    return jaxpr.consts
+
+
+def hoist_constants(jaxpr: Any, which: Callable[[Any], bool]) -> Any:
+    """The closed jaxpr with the constants of a kind as leading inputs, in their order."""
     inner = _open(jaxpr)
     pairs = list(zip(inner.constvars, jaxpr.consts, strict=True))
-    hoisted = [v for v, c in pairs if isinstance(c, Tracer)]
-    kept = [(v, c) for v, c in pairs if not isinstance(c, Tracer)]
+    hoisted = [v for v, c in pairs if which(c)]
+    kept = [(v, c) for v, c in pairs if not which(c)]
     return _new_jaxpr(
         inner, [v for v, _ in kept], [c for _, c in kept], [*hoisted, *inner.invars],
         inner.outvars, inner.eqns, inner.effects,
@@ -418,6 +494,11 @@ def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[st
 _context_signature = core.config_ext.Config(
     "jaxstate_context", None, include_in_jit_key=True, include_in_trace_context=True
 )
+
+
+def trace_context() -> Hashable:
+    """All of the configuration that shapes a trace."""
+    return config.trace_context()
 
 
 def set_context_signature(signature: Any) -> None:

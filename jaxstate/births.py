@@ -63,9 +63,9 @@ def trace_initializer(
                 used=_compat.user_location(),
             )
         )
-    data = [c for c in closed.consts if isinstance(c, _compat.Tracer)]
+    data = [c for c in _compat.consts_of(closed) if _compat.is_tracer(c)]
     if data:
-        closed = _compat.hoist_tracers(closed)
+        closed = _compat.hoist_constants(closed, _compat.is_tracer)
     return Birth(closed, form_of(shape)), data
 
 

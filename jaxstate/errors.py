@@ -24,6 +24,7 @@ __all__ = [
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
+    "TraceStateError",
     "UnsupportedPrimitiveError",
 ]
 
@@ -78,6 +79,10 @@ class UnsupportedPrimitiveError(StateError):
 
 class CustomRuleStateError(StateError):
     """A custom derivative rule used state in a way that has no answer."""
+
+
+class TraceStateError(StateError):
+    """The state of a stateful trace was used, or changed, where it cannot be."""
 
 
 class ClosedStateError(StateError):

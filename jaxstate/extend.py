@@ -1,4 +1,4 @@
-"""The extension point: state of your own, and rules for primitives of your own.
+"""The extension point: traces with state, slots, and rules for primitives of your own.
 
 A *slot* is one array of state. It lives where it was made, and code further in (inside jit, scan,
 while, cond, grad, vmap, checkpoint ...) reads and writes it as if it were a Python variable:
@@ -10,26 +10,25 @@ while, cond, grad, vmap, checkpoint ...) reads and writes it as if it were a Pyt
         jaxstate.extend.write(steps, jaxstate.extend.read(steps) + 1)
         return x * 2
 
+A *stateful trace* sees every operation, wherever it happens, and carries state from one to the
+next: see `StatefulTrace`.
+
+A higher-order primitive of another package becomes stateful with `register_rule`.
+
 Random streams and parameters are clients of the same engine.
 """
 
-from __future__ import annotations
-
-import weakref
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
-from jaxstate import _compat, trace
-from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
-from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
+from jaxstate.handles import Slot, new_slot, read, write
+from jaxstate.stateful import StatefulTrace, current_trace, new_trace
 from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all, write_last
 
 __all__ = [
     "Slot",
+    "StatefulTrace",
     "Thread",
+    "current_trace",
     "new_slot",
+    "new_trace",
     "read",
     "read_all",
     "register_rule",
@@ -39,179 +38,3 @@ __all__ = [
     "write_all",
     "write_last",
 ]
-
-
-class Slot(Holder):
-    """One array of state: see `new_slot`."""
-
-    def __init__(self, value: Any, name: str, made: str) -> None:
-        super().__init__()
-        self.name = name
-        self.made = made
-        self.anchor = _compat.current_trace()
-        self.address = SlotAddress(self)
-        self._cells()[self] = Cell(value)
-        self._aval = _compat.typeof(value)
-        loose_holders.add(self)
-
-    def knows(self, address: Address) -> bool:
-        return address == self.address
-
-    def _cells(self) -> dict[Any, Any]:
-        """Where the cell is: with the jaxpr in which the slot was made, so that a slot which a
-        function keeps in its closure keeps no tracer."""
-        if isinstance(self.anchor, _compat.StagingTrace):
-            return trace.notes_of(self.anchor).extra
-        return self.__dict__
-
-    def cell(self, address: Address) -> Cell:
-        cell = self._cells().get(self)
-        if cell is None:
-            raise self.ended()
-        return cell
-
-    def ended(self) -> Exception:
-        """The error for a slot that is used after the function that made it."""
-        return ClosedStateError(
-            message(
-                f"{self.address} was made inside a transformed function that has ended.",
-                fix="""
-                slot = jaxstate.extend.new_slot(value)      # outside of the function
-                """,
-                made=self.made,
-                used=_compat.user_location(),
-            )
-        )
-
-    def aval(self, address: Address) -> Any:
-        return self._aval
-
-    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
-        return LaneWriteError(
-            message(
-                f"Lanes of a vmap wrote different values into slot {self.name!r}, which they"
-                " share.",
-                fix="""
-                write(slot, values.mean())          # one value: outside the vmap, from all lanes
-                slot = new_slot(value)              # or a slot per lane: made inside the vmap
-                """,
-                made=self.made,
-                used=_compat.user_location(),
-                under=f"vmap over {_compat.lane_count(trace)} lanes",
-            )
-        )
-
-    def __repr__(self) -> str:
-        return f"Slot({self.name!r}, {self._aval.str_short()})"
-
-
-class SlotAddress(Address):
-    """One particular slot. A cached jaxpr may keep the address, which does not keep the slot."""
-
-    __slots__ = ("_slot", "name")
-
-    threaded = True
-
-    def __init__(self, slot: Slot) -> None:
-        self._slot = weakref.ref(slot)
-        self.name = slot.name
-
-    @property
-    def own_holder(self) -> Any:  # type: ignore[override]
-        return self._slot
-
-    def __repr__(self) -> str:
-        return f"slot {self.name!r}"
-
-    def holder(self) -> Holder:
-        for holder in holders():
-            if holder.is_boundary and holder.knows(self):
-                return holder
-        slot = self._slot()
-        if slot is None:
-            raise self.missing()
-        return slot
-
-    def missing(self) -> Exception:
-        return ClosedStateError(
-            message(
-                f"{self} is gone: a jitted function that was traced with it is called again after"
-                " the slot was dropped.",
-                fix="""
-                slot = jaxstate.extend.new_slot(value)      # keep it as long as its users
-                jax.clear_caches()                          # or trace them again
-                """,
-                used=_compat.user_location(),
-            )
-        )
-
-
-def new_slot(value: Any, *, name: str = "slot") -> Slot:
-    """Makes a slot that holds ``value``.
-
-    Args:
-      value: an array or scalar; its shape and dtype are those of the slot from now on.
-      name: for messages.
-
-    Returns:
-      A `Slot`, which lives as long as the object does, under the transformation in which it was
-      made: a slot made inside a vmap has a value per lane.
-
-    >>> import jax, jax.numpy as jnp
-    >>> from jaxstate.extend import new_slot, read, write
-    >>> total = new_slot(0.0)
-    >>> def body(i, _):
-    ...     write(total, read(total) + i)
-    >>> _ = jax.lax.fori_loop(0, 4, body, None)
-    >>> float(read(total))
-    6.0
-    """
-    return Slot(_strong(value), name, _compat.user_location())
-
-
-def read(slot: Slot) -> jax.Array:
-    """The current value of a slot.
-
-    Returns:
-      An array of the slot's shape and dtype.
-
-    Raises:
-      ClosedStateError: if the transformed function in which the slot was made has ended.
-    """
-    value = trace.read(slot.address)
-    if _compat.has_ended(value):
-        raise slot.ended()
-    return value
-
-
-def write(slot: Slot, value: Any) -> None:
-    """Makes ``value`` the value of a slot.
-
-    Gradients flow through a value written and read inside one differentiated function; what
-    leaves that function is the value.
-
-    Raises:
-      SlotTypeError: if shape or dtype are not those of the slot.
-      LaneWriteError: if lanes of a vmap that share the slot write different values.
-    """
-    value = _strong(value)
-    wanted = slot.aval(slot.address)
-    if not _compat.same_type(value, wanted):
-        raise SlotTypeError(
-            message(
-                f"{slot.address} has type {wanted.str_short()}, and was written with one of type"
-                f" {_compat.typeof(value).str_short()}.",
-                fix=f"""
-                write(slot, jnp.asarray(value, {wanted.dtype}).reshape({wanted.shape}))
-                """,
-                made=slot.made,
-                used=_compat.user_location(),
-            )
-        )
-    trace.write(slot.address, value)
-
-
-def _strong(value: Any) -> Any:
-    """The value as an array whose dtype no Python scalar can change."""
-    value = jnp.asarray(value)
-    return jax.lax.convert_element_type(value, value.dtype) if value.weak_type else value

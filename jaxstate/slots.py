@@ -210,7 +210,7 @@ def open_holder(holder: Holder) -> Iterator[None]:
     for notice in on_open:
         notice()
     stack = _thread.stack
-    holder.anchor = _compat.current_trace()
+    holder.anchor = _compat.holding_trace(_compat.current_trace())
     stack.append(holder)
     try:
         _publish_signature(stack)

@@ -230,6 +230,11 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def has_rule(primitive: Any) -> bool:
+    """Whether a higher-order primitive has been made stateful with `register_rule`."""
+    return primitive in _rules
+
+
 def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
@@ -242,6 +247,8 @@ def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+        if isinstance(trace, _compat.TransparentTrace):  # it runs the jaxprs, state and all
+            return bind(trace, args, avals, params)
         if not any(state_effect in j.effects for j in _compat.jaxprs_in(params)):
             return bind(trace, args, avals, params)
         with _compat.set_current_trace(trace):

@@ -11,7 +11,7 @@ import pytest
 
 import jaxstate
 from jaxstate import errors
-from jaxstate.extend import new_slot, read, write
+from jaxstate.extend import StatefulTrace, new_slot, new_trace, read, write
 
 pytestmark = pytest.mark.leaks_allowed(
     "the checker reports tracers in the traceback of the expected error"
@@ -248,6 +248,34 @@ def mended_rule_has_no_derivative():
     jax.grad(lambda p: net.apply(p, 1.0))(net.init(KEY, 1.0))
 
 
+class CountSines(StatefulTrace):
+    def process_primitive(self, primitive, args, params):
+        if primitive.name == "sin":
+            self.state["sines"] += 1
+        return super().process_primitive(primitive, args, params)
+
+
+def state_of_a_trace_in_jit():
+    with new_trace(CountSines, state={"sines": jnp.int32(0)}) as trace:
+        jax.jit(lambda x: jnp.sin(x) * trace.state["sines"])(1.0)
+
+
+def mended_state_of_a_trace_in_jit():
+    with new_trace(CountSines, state={"sines": jnp.int32(0)}) as trace:
+        assert jax.jit(jnp.sin)(1.0) * trace.state["sines"] == jnp.sin(1.0)
+
+
+def static_state_in_a_loop():
+    with new_trace(CountSines, state={"sines": 0}):
+        jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x), 1.0)
+
+
+def mended_static_state_in_a_loop():
+    with new_trace(CountSines, state={"sines": jnp.int32(0)}) as trace:
+        jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x), 1.0)
+    assert trace.state["sines"] == 3
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -278,6 +306,10 @@ CATALOGUE = [
     (errors.UnsupportedPrimitiveError, no_rule, mended_no_rule, "custom_vmap_call"),
     (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
      "parameter 'w', and is differentiated with respect to it"),
+    (errors.TraceStateError, state_of_a_trace_in_jit, mended_state_of_a_trace_in_jit,
+     "a CountSines was used inside a function that JAX is transforming"),
+    (errors.TraceStateError, static_state_in_a_loop, mended_static_state_in_a_loop,
+     "is {'sines': 0} before a scan and {'sines': 1} after it"),
 ]  # fmt: skip
 
 

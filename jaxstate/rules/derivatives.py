@@ -290,6 +290,8 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
             if not slots.any_open() or trace is None or trace is _compat.eval_trace:
                 return bind(trace, args, avals, params)
+            if isinstance(trace, _compat.TransparentTrace):  # it binds again under its parent
+                return bind(trace, args, avals, params)
             state = _Recording(trace)
             functions = tuple(state.recording(f) for f in params["subfuns"])
             try:

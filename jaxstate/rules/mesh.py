@@ -80,7 +80,7 @@ class _Devices(Holder):
 
 def _per_device(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not slots.any_open():
+        if not slots.any_open() or isinstance(trace, _compat.TransparentTrace):
             return bind(trace, args, avals, params)
         (fun,) = params["subfuns"]
         mapped = params["newly_manual_axes"]

@@ -1,0 +1,606 @@
+"""Traces with state: they see every operation of a program, and carry a state from one to the next.
+
+    class CountOps(StatefulTrace):
+        def process_primitive(self, primitive, args, params):
+            self.state["ops"] += 1
+            return super().process_primitive(primitive, args, params)
+
+    with new_trace(CountOps, state={"ops": jnp.int32(0)}) as trace:
+        y = f(x)
+    trace.state["ops"]
+
+How an operation inside a jaxpr gets there:
+
+* A stateful trace holds no values of its own. It is the current trace, so that every bind comes to
+  it, and it binds again under its parent.
+* A jit, a loop, a branch ... is not an operation but many. Its jaxprs are traced again, each under
+  a copy of the stateful trace on top of the jaxpr builder. The copy takes the state from slots, and
+  hands it back to them (`_Inside`); so the new jaxpr reads and writes slots, and the rules in
+  `jaxstate.rules` thread it like any other.
+* A function with a custom derivative rule, or one of shard_map, is a Python function that JAX
+  calls under some trace: there it runs under a copy on top of that trace, in the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.errors import TraceStateError, message
+from jaxstate.handles import Slot, new_slot, strong
+from jaxstate.slots import Cell
+from jaxstate.thread import has_rule
+from jaxstate.trace import read, read_p, same_trace, state_effect, write
+
+__all__ = ["StatefulTrace", "current_trace", "new_trace"]
+
+T = TypeVar("T", bound="StatefulTrace")
+
+# These run their one jaxpr exactly once: the state may come out with another structure.
+_CALLS = (_compat.jit_p, _compat.remat_p, _compat.call_p)
+
+
+class StatefulTrace(_compat.TransparentTrace):
+    """A trace that sees every operation and carries state: derive from it, and see `new_trace`.
+
+    Override `process_primitive`. It is called once for every operation that runs, in program order,
+    and runs itself where the operation would: what it computes with `jax.numpy` becomes part of the
+    program, in a loop body as much as at top level. Like any function that JAX traces it runs once
+    for an operation in a loop, or in a jitted function that is called again.
+
+    Attributes:
+      state: any tree. Its arrays are carried through every transformation; all else (numbers,
+        strings, the structure) is static, and may change anywhere but across a loop or a branch.
+      parent_trace: the `jax.core.Trace` outside of this one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parent_trace = None
+        self._value: Any = None
+        self._entry: _Entry | None = None
+        self._shared = _Shared()
+        self._opened: weakref.ref[StatefulTrace] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "process_primitive" in cls.__dict__:
+            cls.process_primitive = _where_the_operation_runs(cls.process_primitive)
+
+    # -- What authors use and override -------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """The current state.
+
+        Raises:
+          TraceStateError: in a function that JAX is tracing or transforming, where the operations
+            of this trace are still to come.
+        """
+        self._check_place()
+        if self._entry is not None:
+            self._value, self._entry = self._entry.load(), None
+        return self._value
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._check_place()
+        self._value, self._entry = value, None
+
+    def process_primitive(self, primitive: Any, args: Any, params: Any, /) -> Any:
+        """Runs one operation under the parent trace.
+
+        Args:
+          primitive: a `jax.extend.core.Primitive` that is not made of other operations, or one of
+            those without a rule (`register_rule`), whose jaxprs are left alone.
+          args: its operands: arrays, or tracers of the parent trace.
+          params: its parameters, a dict.
+
+        Returns:
+          What ``primitive.bind`` returns: an array or, with ``primitive.multiple_results``, a list.
+        """
+        with _compat.set_current_trace(self.parent_trace):
+            return primitive.bind(*args, **params)
+
+    def process_higher_order(self, primitive: Any, args: Any, params: Any, /) -> Any:
+        """Runs a jit, a loop, a branch ...: a primitive made of operations, each of which comes to
+        `process_primitive`.
+
+        Override it to treat one as a single operation, with ``primitive.bind(*args, **params)``.
+        Arguments and result are those of `process_primitive`.
+        """
+        return self._through_jaxprs(primitive, args, params)
+
+    # -- What JAX calls ----------------------------------------------------------------------
+
+    def process_call(self, primitive: Any, fun: Any, args: Any, params: Any, /) -> Any:
+        return self._through_functions(primitive, (fun,), args, params)
+
+    def process_custom_jvp_call(
+        self, primitive: Any, fun: Any, jvp: Any, args: Any, /, **params: Any
+    ) -> Any:
+        return self._through_functions(primitive, (fun, jvp), args, params)
+
+    def process_custom_vjp_call(
+        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, args: Any, /, **params: Any
+    ) -> Any:
+        """The backward rule runs where the pullback is called: under the traces of that place."""
+        return self._through_functions(primitive, (fun, fwd), args, params, kept=(bwd,))
+
+    def process_shard_map(self, primitive: Any, fun: Any, args: Any, /, **params: Any) -> Any:
+        with self._state_in_slots() as entry:
+            inside = self._inside(primitive, entry.form)
+
+            def on_devices(*operands: Any) -> Any:
+                return inside.run(fun, *operands)[0]
+
+            return primitive.bind(*args, **params, subfuns=(on_devices,))
+
+    # -- Jaxprs ------------------------------------------------------------------------------
+
+    def _through_jaxprs(self, primitive: Any, args: Any, params: Any) -> Any:
+        with self._state_in_slots() as entry:
+            ends: list[_Form] = []
+            slots: list[Slot] = []  # alive as long as the new jaxprs are
+
+            def processed(jaxpr: Any) -> Any:
+                done = self._processed(jaxpr, entry.form)
+                if primitive not in _CALLS:
+                    _check_results(primitive, jaxpr, done.jaxpr)
+                ends.append(done.end)
+                slots.extend(done.constants)
+                return done.jaxpr
+
+            params = _compat.with_jaxprs(params, processed)
+            if primitive not in _CALLS and any(end != entry.form for end in ends):
+                raise _changed_structure(self, primitive, entry.form, ends)
+            entry.form = ends[0]
+            return primitive.bind(*args, **params)
+
+    def _processed(self, jaxpr: Any, start: _Form) -> _Processed:
+        """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
+        key = id(jaxpr), start, _compat.trace_context()
+        done = self._shared.processed.get(key)
+        if done is None:
+            done = self._process(jaxpr, start)
+            if not done.constants:  # else it is for the constants of this time
+                self._shared.processed[key] = done
+        return done
+
+    def _process(self, jaxpr: Any, start: _Form) -> _Processed:
+        inside = self._inside(None, start)
+        end = start
+
+        def run(*args: Any) -> list[Any]:
+            nonlocal end
+            outs, end = inside.run(_compat.eval_closed_jaxpr, _compat.close(jaxpr), *args)
+            return [
+                _compat.with_weak_type_of(aval, x)
+                for aval, x in zip(_compat.out_avals(jaxpr), outs, strict=True)
+            ]
+
+        made = _compat.trace_flat(run, _compat.in_avals(jaxpr))
+        made, constants = _constants_in_slots(made, _compat.is_closed(jaxpr))
+        made = _without_unused_reads(made)
+        if not _compat.is_closed(jaxpr):
+            made = _compat.opened(made)
+        return _Processed(jaxpr, made, end, constants)
+
+    # -- Functions ---------------------------------------------------------------------------
+
+    def _through_functions(
+        self, primitive: Any, functions: tuple[Any, ...], args: Any, params: Any, kept: Any = ()
+    ) -> Any:
+        with self._state_in_slots() as entry:
+            inside = self._inside(primitive, entry.form)
+
+            def on_top(fun: Any) -> Any:
+                def replaced(*args: Any) -> Any:
+                    _compat.reset_stores(fun)
+                    return inside.run(fun.call_wrapped, *args)[0]
+
+                return _compat.wrap_rule_function(fun, replaced)
+
+            subfuns = (*map(on_top, functions), *kept)
+            return primitive.bind(*args, **params, subfuns=subfuns)
+
+    # -- The state ---------------------------------------------------------------------------
+
+    def _check_place(self) -> None:
+        current = _compat.current_trace()
+        here = _compat.holding_trace(current)
+        if self.parent_trace is None or same_trace(here, _compat.holding_trace(self)):
+            return
+        raise TraceStateError(
+            message(
+                f"The state of a {type(self).__name__} was used inside a function that JAX is"
+                f" transforming (a {type(here).__name__} is current). The operations of that"
+                " function reach the trace when it runs, and only then is its state known.",
+                fix="""
+                def process_primitive(self, primitive, args, params):
+                    ...                     # use self.state here, or outside of the function
+                slot = new_slot(value)      # or keep that part in a slot: read(slot), write(...)
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+    @contextmanager
+    def _state_in_slots(self) -> Iterator[_Entry]:
+        """For a while the state is in slots, where a new jaxpr or function finds it.
+
+        It runs under the parent trace. If it fails, the state is as before.
+        """
+        with _compat.set_current_trace(self.parent_trace):
+            entry = self._entry or _Entry.store(self._shared, self._value)
+            start = entry.form
+            yield entry
+            if entry.form is not start or entry.changed():
+                self._value, self._entry = entry.load(), None
+
+    def _copy(self) -> StatefulTrace:
+        """The same trace, in no place and with no state."""
+        copy = self._twin()
+        copy.__dict__ = dict(self.__dict__, parent_trace=None, _value=None, _entry=None)
+        return copy
+
+    def _twin(self) -> StatefulTrace:
+        """Another object with the attributes of this one: what is set on one is set on both."""
+        twin = object.__new__(type(self))
+        _compat.TransparentTrace.__init__(twin)
+        twin.__dict__ = self.__dict__
+        return twin
+
+    def _inside(self, primitive: Any, form: _Form) -> _Inside:
+        return _Inside(self._copy(), primitive, form)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+def _where_the_operation_runs(process: Callable[..., Any]) -> Callable[..., Any]:
+    """``process_primitive`` as JAX calls it: under the parent trace, and for operations only."""
+
+    @functools.wraps(process)
+    def process_primitive(self: StatefulTrace, primitive: Any, args: Any, params: Any, /) -> Any:
+        with _compat.set_current_trace(self.parent_trace):
+            if has_rule(primitive):
+                return self.process_higher_order(primitive, args, params)
+            return process(self, primitive, args, params)
+
+    return process_primitive
+
+
+class _Inside(NamedTuple):
+    """What a function inside a higher-order primitive needs to run under the trace.
+
+    It may run much later, and holds no values.
+
+    Attributes:
+      primitive: None for a function that may leave a state of another structure.
+      form: of the state that comes in through slots.
+    """
+
+    trace: StatefulTrace
+    primitive: Any
+    form: _Form
+
+    def run(self, fun: Callable[..., Any], *args: Any) -> tuple[Any, _Form]:
+        """Runs ``fun`` under a copy of the trace on top of the trace that is current, and hands the
+        state that it leaves back to the slots. Returns the form of that too."""
+        copy = self.trace._copy()
+        copy.parent_trace = _compat.current_trace()
+        before = copy._entry = _Entry(copy._shared, self.form)
+        try:
+            with _compat.set_current_trace(copy):
+                out = fun(*args)
+            if copy._entry is before:  # nobody has asked
+                return out, self.form
+            after = copy._entry or _Entry.store(copy._shared, copy._value, before)
+        finally:
+            copy.__dict__ = {}  # JAX may keep it, as the parent of a trace of a derivative rule
+        if self.primitive is not None and after.form != self.form:
+            raise _changed_structure(self.trace, self.primitive, self.form, [after.form])
+        return out, after.form
+
+
+# -- State in slots --------------------------------------------------------------------------
+
+
+class _Static(NamedTuple):
+    """A leaf of the state that is no array."""
+
+    value: Hashable
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class _Shown(str):
+    """A text that stands in the place of a leaf, and prints without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class _Form(NamedTuple):
+    """The static part of a state: its structure and, for each leaf, a type or a static value."""
+
+    tree: Any
+    leaves: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        shown = [x if isinstance(x, _Static) else _Shown(x.str_short()) for x in self.leaves]
+        return str(self.tree.unflatten(shown))
+
+
+class _Processed(NamedTuple):
+    """A jaxpr, and what has become of it."""
+
+    original: Any  # kept alive: the cache knows it by its id
+    jaxpr: Any
+    end: _Form
+    constants: tuple[Slot, ...]
+
+
+class _ZeroCell(Cell):
+    """The cell of a leaf that a jitted function adds to the state: there is nothing before it."""
+
+    __slots__ = ("_aval", "_place", "_value")
+
+    def __init__(self, place: Any, aval: Any) -> None:
+        self._place = place
+        self._aval = aval
+        self._value = None
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        if self._value is None:
+            with _compat.set_current_trace(self._place):
+                self._value = _compat.zeros(self._aval)
+        return self._value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._value = value
+
+
+class _Shared:
+    """What a trace and its copies have in common."""
+
+    def __init__(self) -> None:
+        self.place: Any = None
+        self.slots: dict[tuple[int, Any], Slot] = {}
+        self.processed: dict[Any, _Processed] = {}
+
+    def slot(self, n: int, aval: Any) -> Slot:
+        """The slot of leaf number ``n``, as long as that is of this type."""
+        slot = self.slots.get((n, aval))
+        if slot is None:
+            with _compat.set_current_trace(self.place):
+                slot = Slot(_ZeroCell(self.place, aval), aval, f"leaf {n} of a trace", "")
+            self.slots[n, aval] = slot
+        return slot
+
+    def close(self) -> None:
+        """Forgets all values. Rules of derivatives that run later still know the slots."""
+        self.place = None
+        self.processed.clear()
+        for slot in self.slots.values():
+            slot.close()
+
+
+class _Entry:
+    """A state that is in slots.
+
+    Attributes:
+      form: its static part.
+      values: the arrays that were stored or loaded, where they are known.
+    """
+
+    def __init__(self, shared: _Shared, form: _Form) -> None:
+        self.shared = shared
+        self.form = form
+        self.values: dict[Slot, Any] = {}
+
+    @classmethod
+    def store(cls, shared: _Shared, state: Any, before: _Entry | None = None) -> _Entry:
+        """Puts a state into slots: all of it that is not there since ``before``."""
+        leaves, tree = jax.tree.flatten(state)
+        leaves = [_strong(x) if _is_array(x) else _Static(x) for x in leaves]
+        kinds = tuple(x if isinstance(x, _Static) else _slot_type(x) for x in leaves)
+        _check_hashable(kinds)
+        entry = cls(shared, _Form(tree, kinds))
+        known = {} if before is None else before.values
+        for n, x in enumerate(leaves):
+            if not isinstance(x, _Static):
+                slot = shared.slot(n, kinds[n])
+                if known.get(slot) is not x:
+                    write(slot.address, x)
+                entry.values[slot] = x
+        return entry
+
+    def _slots(self) -> list[Slot | None]:
+        leaves = enumerate(self.form.leaves)
+        return [None if isinstance(x, _Static) else self.shared.slot(n, x) for n, x in leaves]
+
+    def load(self) -> Any:
+        """The state, as it is in the slots here and now."""
+        slots = self._slots()
+        self.values = {slot: read(slot.address) for slot in slots if slot is not None}
+        leaves = zip(self.form.leaves, slots, strict=True)
+        return self.form.tree.unflatten(
+            [x.value if s is None else self.values[s] for x, s in leaves]
+        )
+
+    def changed(self) -> bool:
+        return any(read(slot.address) is not value for slot, value in self.values.items())
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _strong(x: Any) -> Any:
+    return strong(x) if _compat.is_weak(x) else x
+
+
+def _slot_type(x: Any) -> Any:
+    aval = _compat.typeof(x)
+    return aval if _compat.is_typed_key(aval) else _compat.ShapedArray(aval.shape, aval.dtype)
+
+
+def _check_hashable(leaves: tuple[Any, ...]) -> None:
+    for leaf in leaves:
+        try:
+            hash(leaf)
+        except TypeError:
+            raise TypeError(
+                f"The state of a trace has the static leaf {leaf.value!r}, which cannot be hashed,"
+                " so JAX cannot tell whether it has changed.\nTo mend it:\n"
+                "    state = jnp.asarray(...)      # an array, or a tuple, a string, a number"
+            ) from None
+
+
+# -- Jaxprs ----------------------------------------------------------------------------------
+
+
+def _constants_in_slots(jaxpr: Any, closed: bool) -> tuple[Any, tuple[Slot, ...]]:
+    """The jaxpr without constants that are tracers: it reads them from slots instead.
+
+    `process_primitive` may close over anything, and most primitives have no operand for it. A jaxpr
+    that is to be opened may have no constants at all.
+    """
+
+    def moves(constant: Any) -> bool:
+        return not closed or _compat.is_tracer(constant)
+
+    constants = [c for c in _compat.consts_of(jaxpr) if moves(c)]
+    if not constants:
+        return jaxpr, ()
+    slots = tuple(new_slot(c, name="a value that a trace closes over") for c in constants)
+    hoisted = _compat.hoist_constants(jaxpr, moves)
+
+    def run(*args: Any) -> list[Any]:
+        return _compat.eval_closed_jaxpr(hoisted, *(read(s.address) for s in slots), *args)
+
+    return _compat.trace_flat(run, _compat.in_avals(jaxpr)), slots
+
+
+def _without_unused_reads(jaxpr: Any) -> Any:
+    """The jaxpr without reads of state that it then does nothing with."""
+    if state_effect not in jaxpr.effects:
+        return jaxpr
+    eqns = _compat.equations(jaxpr)
+    used = {v for eqn in eqns for v in eqn.invars if isinstance(v, _compat.Var)}
+    used.update(v for v in _compat.outvars(jaxpr) if isinstance(v, _compat.Var))
+    kept = [e for e in eqns if e.primitive is not read_p or e.outvars[0] in used]
+    if len(kept) == len(eqns):
+        return jaxpr
+    effects = jaxpr.effects
+    if not any(state_effect in eqn.effects for eqn in kept):
+        effects -= {state_effect}
+    invars, outvars = _compat.invars(jaxpr), _compat.outvars(jaxpr)
+    return _compat.remade(jaxpr, invars=invars, outvars=outvars, eqns=kept, effs=effects)
+
+
+def _check_results(primitive: Any, before: Any, after: Any) -> None:
+    """The jaxprs of a loop or a branch return what they returned before."""
+    for a, b in zip(_compat.out_avals(before), _compat.out_avals(after), strict=True):
+        if not _compat.same_aval(a, b):
+            raise TraceStateError(
+                message(
+                    f"process_primitive made a value of type {b.str_short()} out of one of type"
+                    f" {a.str_short()}, inside a {primitive.name} that has to return the latter.",
+                    fix=f"""
+                    out = super().process_primitive(primitive, args, params)
+                    out = out.astype(jnp.{a.dtype})      # the type that the operation has
+                    """,
+                )
+            )
+
+
+def _changed_structure(trace: Any, primitive: Any, start: _Form, ends: list[_Form]) -> Exception:
+    end = next(end for end in ends if end != start)
+    return TraceStateError(
+        message(
+            f"The state of a {type(trace).__name__} is {start} before a {primitive.name} and {end}"
+            " after it. Its structure, its static parts and the types of its arrays may change"
+            " across a jitted function, not across a loop, a branch or a custom rule.",
+            fix="""
+            with new_trace(cls, state={"ops": jnp.int32(0)}):     # arrays, of types that stay
+                ...
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
+# -- Opening ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Iterator[T]:
+    """Opens a trace for the code inside the ``with`` block, and all it calls.
+
+    Args:
+      cls: a subclass of `StatefulTrace`.
+      *args, **kwargs: for ``cls``.
+      state: the state to start with: any tree.
+
+    Yields:
+      The trace. After the block ``trace.state`` is the state that the block left.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxstate.extend import StatefulTrace, new_trace
+    >>> class CountOps(StatefulTrace):
+    ...     def process_primitive(self, primitive, args, params):
+    ...         self.state["ops"] += 1
+    ...         return super().process_primitive(primitive, args, params)
+    >>> def f(x):
+    ...     return jax.lax.fori_loop(0, 10, lambda i, x: jnp.sin(x) * 2.0, x)
+    >>> with new_trace(CountOps, state={"ops": jnp.int32(0)}) as trace:
+    ...     y = jax.jit(f)(1.0)
+    >>> int(trace.state["ops"])     # sin, mul and the addition to the loop's counter
+    30
+    """
+    if not (isinstance(cls, type) and issubclass(cls, StatefulTrace)):
+        raise TypeError(f"new_trace wants a subclass of StatefulTrace, and was given {cls!r}.")
+    trace = cls(*args, **kwargs)
+    trace.parent_trace = _compat.current_trace()
+    trace._shared.place = _compat.holding_trace(trace)
+    trace.state = jax.tree.map(lambda x: x, state)  # containers of its own
+    _check_hashable(tuple(_Static(x) for x in jax.tree.leaves(state) if not _is_array(x)))
+    # JAX keeps whatever was current when it traced a derivative rule. It gets a twin, which has
+    # nothing when this is over; the state stays with the caller's object.
+    twin = trace._twin()
+    trace._opened = weakref.ref(trace)
+    try:
+        with _compat.set_current_trace(twin):
+            yield trace
+    finally:
+        trace.parent_trace = None
+        trace._shared.close()
+        twin.__dict__ = {}
+
+
+def current_trace(cls: type[T] = StatefulTrace) -> T | None:
+    """The innermost open trace of the class ``cls`` around this code, or None.
+
+    In a function that JAX is tracing, that is the trace its operations will come to; its ``state``
+    is not at hand there.
+    """
+    for trace in _compat.chain(_compat.current_trace()):
+        if isinstance(trace, cls):
+            opened = trace._opened and trace._opened()
+            return opened if isinstance(opened, cls) else trace
+    return None
