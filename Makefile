@@ -5,6 +5,7 @@
 #   make test                                   tests and doctests, without the slow ones
 #   make test-with PYTHON=python3.12 JAX=0.11.2 the same on another Python and JAX
 #   make matrix                                 every kind of state under every transformation
+#   make fuzz MINUTES=60 SEED=1                 new random programs for so long, from that seed
 #   make lint format types docs notebooks bench
 #   make clean
 
@@ -17,7 +18,7 @@ LINT := .venv-lint
 DOCS := .venv-docs
 BENCH := .venv-bench
 
-.PHONY: demo test test-with matrix lint format types docs notebooks bench clean
+.PHONY: demo test test-with matrix fuzz lint format types docs notebooks bench clean
 .DEFAULT_GOAL := test
 .SECONDARY:
 
@@ -62,6 +63,10 @@ format: $(LINT)/installed
 
 types: $(LINT)/installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+
+fuzz: $(TEST)/installed
+	FUZZ_MINUTES=$(or $(MINUTES),10) FUZZ_SEED=$(SEED) $(TEST)/bin/python -m pytest -s \
+	    -m slow jaxstate_tests/test_random_programs.py
 
 docs: $(DOCS)/installed
 	$(DOCS)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -64,8 +64,11 @@ class StatefulTrace(_compat.TransparentTrace):
     def __init__(self) -> None:
         super().__init__()
         self.parent_trace = None
+        # The state is in `_value` or, until somebody asks, in the slots of `_entry`. `_stored` is
+        # what was last put into slots, or taken from them.
         self._value: Any = None
         self._entry: _Entry | None = None
+        self._stored: _Entry | None = None
         self._shared = _Shared()
         self._opened: weakref.ref[StatefulTrace] | None = None
 
@@ -86,7 +89,8 @@ class StatefulTrace(_compat.TransparentTrace):
         """
         self._check_place()
         if self._entry is not None:
-            self._value, self._entry = self._entry.load(), None
+            self._value = self._entry.load()
+            self._stored, self._entry = self._entry, None
         return self._value
 
     @state.setter
@@ -161,17 +165,19 @@ class StatefulTrace(_compat.TransparentTrace):
             params = _compat.with_jaxprs(params, processed)
             if primitive not in _CALLS and any(end != entry.form for end in ends):
                 raise _changed_structure(self, primitive, entry.form, ends)
-            entry.form = ends[0]
+            if ends:
+                entry.form = ends[0]
             return primitive.bind(*args, **params)
 
     def _processed(self, jaxpr: Any, start: _Form) -> _Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
-        key = id(jaxpr), start, _compat.trace_context()
-        done = self._shared.processed.get(key)
+        known = self._shared.processed.setdefault(jaxpr, {})
+        key = start, _compat.trace_context()
+        done = known.get(key)
         if done is None:
             done = self._process(jaxpr, start)
             if not done.constants:  # else it is for the constants of this time
-                self._shared.processed[key] = done
+                known[key] = done
         return done
 
     def _process(self, jaxpr: Any, start: _Form) -> _Processed:
@@ -191,7 +197,7 @@ class StatefulTrace(_compat.TransparentTrace):
         made = _without_unused_reads(made)
         if not _compat.is_closed(jaxpr):
             made = _compat.opened(made)
-        return _Processed(jaxpr, made, end, constants)
+        return _Processed(made, end, constants)
 
     # -- Functions ---------------------------------------------------------------------------
 
@@ -239,16 +245,19 @@ class StatefulTrace(_compat.TransparentTrace):
         It runs under the parent trace. If it fails, the state is as before.
         """
         with _compat.set_current_trace(self.parent_trace):
-            entry = self._entry or _Entry.store(self._shared, self._value)
+            entry = self._entry or _Entry.store(self._shared, self._value, self._stored)
             start = entry.form
             yield entry
             if entry.form is not start or entry.changed():
                 self._value, self._entry = entry.load(), None
+            self._stored = entry
 
     def _copy(self) -> StatefulTrace:
         """The same trace, in no place and with no state."""
         copy = self._twin()
-        copy.__dict__ = dict(self.__dict__, parent_trace=None, _value=None, _entry=None)
+        copy.__dict__ = dict(
+            self.__dict__, parent_trace=None, _value=None, _entry=None, _stored=None
+        )
         return copy
 
     def _twin(self) -> StatefulTrace:
@@ -303,7 +312,7 @@ class _Inside(NamedTuple):
                 out = fun(*args)
             if copy._entry is before:  # nobody has asked
                 return out, self.form
-            after = copy._entry or _Entry.store(copy._shared, copy._value, before)
+            after = copy._entry or _Entry.store(copy._shared, copy._value, copy._stored)
         finally:
             copy.__dict__ = {}  # JAX may keep it, as the parent of a trace of a derivative rule
         if self.primitive is not None and after.form != self.form:
@@ -344,9 +353,13 @@ class _Form(NamedTuple):
 
 
 class _Processed(NamedTuple):
-    """A jaxpr, and what has become of it."""
+    """A jaxpr with the operations of a trace in it.
 
-    original: Any  # kept alive: the cache knows it by its id
+    Attributes:
+      end: the form of the state that it leaves.
+      constants: slots that it reads what the trace closes over from.
+    """
+
     jaxpr: Any
     end: _Form
     constants: tuple[Slot, ...]
@@ -380,7 +393,9 @@ class _Shared:
     def __init__(self) -> None:
         self.place: Any = None
         self.slots: dict[tuple[int, Any], Slot] = {}
-        self.processed: dict[Any, _Processed] = {}
+        self.processed: weakref.WeakKeyDictionary[Any, dict[Any, _Processed]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def slot(self, n: int, aval: Any) -> Slot:
         """The slot of leaf number ``n``, as long as that is of this type."""
