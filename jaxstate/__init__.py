@@ -2,6 +2,7 @@
 
 from jaxstate import extend, random, rules
 from jaxstate.errors import (
+    AheadOfTimeError,
     ClosedStateError,
     CustomRuleStateError,
     InitializerDataError,
@@ -23,6 +24,7 @@ from jaxstate.random import Stream, next_key, rng_stream
 __version__ = "0.1.0"
 
 __all__ = [
+    "AheadOfTimeError",
     "ClosedStateError",
     "CustomRuleStateError",
     "InitializerDataError",

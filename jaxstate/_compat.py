@@ -13,6 +13,7 @@ did), and scan describes its operands with trees. Both came with the module ``fl
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -549,8 +550,8 @@ def wrap_custom_root(rule: Callable[[Solve], list[Any]]) -> None:
     solves._custom_root = custom_root
 
 
-def _with_integer_tangents(jvp: Callable[..., Any]) -> Callable[..., Any]:
-    """jax 0.10 gives auxiliary integers of a custom_root integer tangents, and then refuses them."""
+def _with_integer_tangents(jvp: Any) -> Callable[..., Any]:
+    """jax 0.10 gives auxiliary integers of a custom_root integer tangents, and refuses those."""
 
     def with_integer_tangents(*args: Any) -> Any:
         outs, tangents = jvp(*args)
@@ -626,6 +627,19 @@ def wrap_top_level_jit(wrap: Wrap) -> None:
     call on its C++ fast path.
     """
     pjit._pjit_call_impl_python = wrap(pjit._pjit_call_impl_python)
+
+
+def wrap_ahead_of_time(check: Callable[[Any, Sequence[Any]], None]) -> None:
+    """Calls ``check(jaxpr, constants)`` before a jitted function is lowered ahead of time, by
+    ``lower`` or by `jax.export`."""
+    plain = stages.Traced.lower
+
+    @functools.wraps(plain)
+    def lower(traced: Any, **options: Any) -> Any:
+        check(traced.jaxpr, [*traced.jaxpr.consts, *traced._consts])
+        return plain(traced, **options)
+
+    stages.Traced.lower = lower
 
 
 def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable
 
 __all__ = [
+    "AheadOfTimeError",
     "ClosedStateError",
     "CustomRuleStateError",
     "InitializerDataError",
@@ -82,6 +83,10 @@ class CustomRuleStateError(StateError):
 
 class ClosedStateError(StateError):
     """A stream or slot was used after it was closed, or outside of where it lives."""
+
+
+class AheadOfTimeError(StateError):
+    """A function that uses state of the place where it is called was compiled ahead of time."""
 
 
 def message(what: str, *, fix: str, **where: str | None) -> str:
