@@ -34,11 +34,13 @@ from jax._src import (
     effects,
     hijax,
     linear_util,
+    mesh,
     pjit,
     shard_map,
     source_info_util,
     stages,
     traceback_util,
+    tree_util,
 )
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -126,6 +128,23 @@ def same_type(value: Any, aval: Any) -> bool:
     if isinstance(found, ShapedArray) and isinstance(aval, ShapedArray):
         return found.shape == aval.shape and found.dtype == aval.dtype
     return found == aval
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The mesh axes of a shard_map over which a value differs, according to its type."""
+    return frozenset(typeof(x).mat.varying)
+
+
+abstract_mesh = mesh.get_abstract_mesh
+use_abstract_mesh = mesh.use_abstract_mesh
+
+
+def into_mesh(x: Any) -> Any:
+    """A value from outside of a shard_map as every device of that shard_map sees it."""
+    here = abstract_mesh()
+    if typeof(x).sharding.mesh in (here, mesh.empty_abstract_mesh):
+        return x
+    return pjit.reshard(x, jax.sharding.NamedSharding(here, jax.sharding.PartitionSpec()))
 
 
 def has_tangent(aval: Any) -> bool:
@@ -580,6 +599,11 @@ def hidden_jaxprs(prim: Any) -> Iterator[Any]:
             yield from core.jaxprs_in_params({"": value})
 
 
+# -- Functions that return flat results ------------------------------------------------------
+
+flat_list = tree_util.FlatTree.flatten_list if _flattree is None else _flattree.flatten_list
+
+
 # -- Configuration: what shapes a trace is part of JAX's cache keys ---------------------------
 
 _context_signature = core.config_ext.Config(
@@ -687,6 +711,13 @@ def symbolic_zero_like(primal: Any) -> Any:
 
 def zero_cotangent(aval: Any) -> Any:
     return Zero(aval.to_tangent_aval())
+
+
+def operand_tree(operands: Any) -> Any:
+    """The tree structure of operands. (jax >= 0.11 describes them with a registry of its own.)"""
+    if _flattree is None:
+        return jax.tree.structure(operands)
+    return tree_util.tracing_registry.flatten(operands)[1]
 
 
 def tree_with_leaves(tree: Any, n: int) -> Any:

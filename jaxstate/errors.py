@@ -14,6 +14,7 @@ __all__ = [
     "AheadOfTimeError",
     "ClosedStateError",
     "CustomRuleStateError",
+    "DeviceWriteError",
     "InitializerDataError",
     "LaneWriteError",
     "MissingParameterError",
@@ -63,6 +64,10 @@ class InitializerDataError(StateError):
 
 class LaneWriteError(StateError):
     """Lanes of a ``vmap`` wrote different values into one slot they share."""
+
+
+class DeviceWriteError(StateError):
+    """Devices of a ``shard_map`` wrote different values into one slot they share."""
 
 
 class SlotTypeError(StateError):

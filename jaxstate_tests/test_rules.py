@@ -139,3 +139,73 @@ def test_a_converted_closure_draws_where_it_is_called(key):
         np.testing.assert_allclose(jax.jit(converted)(1.0, *consts), 1 + u(key, 2), rtol=1e-6)
     with pytest.raises(jaxstate.MissingStreamError):
         converted(1.0, *consts)
+
+
+# -- custom_vmap -----------------------------------------------------------------------------
+
+
+def with_vmap_rule(f, rule=None):
+    g = jax.custom_batching.custom_vmap(lambda x: f(x))
+    g.def_vmap(rule or (lambda size, batched, x: (100 * x, batched[0])))
+    return g
+
+
+def test_a_function_with_a_rule_for_lanes_draws_outside_of_a_vmap(key):
+    def by_hand(x):
+        return three_draws_by_hand(key, x)
+
+    f = with_vmap_rule(three_draws)
+    derivative = lambda f: lambda x: jax.jvp(f, (x,), (2.0,))[1]  # noqa: E731
+    for transform in (lambda f: f, jax.jit, derivative, lambda f: jax.jit(derivative(f))):
+        with jaxstate.rng_stream(key) as stream:
+            found = transform(f)(0.5)
+            assert stream.count == 3
+        np.testing.assert_allclose(found, transform(by_hand)(0.5), rtol=1e-6)
+
+
+def test_the_rule_for_lanes_is_called_as_it_was_written(key):
+    """With the arguments of the function and no more, whatever the function reads."""
+    slot = new_slot(5.0)
+
+    def rule(size, batched, *args):
+        (x,) = args
+        assert size == 3 and batched == [True] and x.shape == (3,)
+        return 100 * x, True
+
+    def f(x):
+        return x * read(slot) * jaxstate.param("w", ones, ())
+
+    net = jaxstate.parametrized(lambda x: with_vmap_rule(f, rule)(x), name="net")
+    params = {"w": 2.0}
+    assert net.apply(params, 3.0) == 30.0
+    assert jax.jit(net.apply)(params, 3.0) == 30.0
+    x = jnp.arange(3.0)
+    lanes = jax.vmap(net.apply, (None, 0))
+    for run in (lanes, jax.jit(lanes), jax.vmap(jax.jit(net.apply), (None, 0))):
+        np.testing.assert_allclose(run(params, x), 100 * x)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
+    x = jnp.arange(3.0)
+    slot = new_slot(0.0)
+
+    def draws_in_rule(size, batched, x):
+        return x + jaxstate.random.uniform((size,)), True
+
+    def ensemble(w):
+        f = with_vmap_rule(lambda x: x * jaxstate.param("w", ones, ()))
+        return jaxstate.parametrized(lambda x: f(x), name="net").apply({"w": w}, 1.0)
+
+    for f, match in (
+        (with_vmap_rule(add_draw), "count of random stream 'default' is written"),
+        (with_vmap_rule(lambda x: (write(slot, 1.0), x)[1]), "slot 'slot' is written"),
+        (with_vmap_rule(lambda x: x, draws_in_rule), "A rule of custom_vmap uses"),
+        (ensemble, "state of each lane"),
+    ):
+        for run in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
+            with jaxstate.rng_stream(key, vmap="share") as stream:
+                with pytest.raises(jaxstate.UnsupportedPrimitiveError, match=match):
+                    run(x)
+                assert stream.count == 0
+    assert read(slot) == 0.0
