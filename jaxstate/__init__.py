@@ -2,8 +2,10 @@
 
 from jaxstate import extend, random, rules
 from jaxstate.errors import (
+    AheadOfTimeError,
     ClosedStateError,
     CustomRuleStateError,
+    DeviceWriteError,
     InitializerDataError,
     LaneWriteError,
     MissingParameterError,
@@ -24,8 +26,10 @@ from jaxstate.random import Stream, next_key, rng_stream
 __version__ = "0.1.0"
 
 __all__ = [
+    "AheadOfTimeError",
     "ClosedStateError",
     "CustomRuleStateError",
+    "DeviceWriteError",
     "InitializerDataError",
     "LaneWriteError",
     "MissingParameterError",

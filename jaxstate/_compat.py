@@ -13,14 +13,16 @@ did), and scan describes its operands with trees. Both came with the module ``fl
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax._src import (
     ad_checkpoint,
     ad_util,
@@ -31,11 +33,15 @@ from jax._src import (
     custom_derivatives,
     dtypes,
     effects,
+    hijax,
     linear_util,
+    mesh,
     pjit,
     shard_map,
     source_info_util,
+    stages,
     traceback_util,
+    tree_util,
 )
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -151,6 +157,23 @@ def is_weak(x: Any) -> bool:
     return bool(getattr(typeof(x), "weak_type", False))
 
 
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The mesh axes of a shard_map over which a value differs, according to its type."""
+    return frozenset(typeof(x).mat.varying)
+
+
+abstract_mesh = mesh.get_abstract_mesh
+use_abstract_mesh = mesh.use_abstract_mesh
+
+
+def into_mesh(x: Any) -> Any:
+    """A value from outside of a shard_map as every device of that shard_map sees it."""
+    here = abstract_mesh()
+    if typeof(x).sharding.mesh in (here, mesh.empty_abstract_mesh):
+        return x
+    return pjit.reshard(x, jax.sharding.NamedSharding(here, jax.sharding.PartitionSpec()))
+
+
 def has_tangent(aval: Any) -> bool:
     """Whether values of the type have derivatives."""
     return getattr(aval.to_tangent_aval(), "dtype", dtypes.float0) != dtypes.float0
@@ -181,7 +204,7 @@ def current_trace() -> Any:
 
 def at_top_level() -> bool:
     """Whether no transformation is in progress on this thread."""
-    return core.trace_state_clean()
+    return core.trace_ctx.is_top_level()
 
 
 def jit_is_disabled() -> bool:
@@ -489,6 +512,174 @@ def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[st
     )
 
 
+# -- Solves ----------------------------------------------------------------------------------
+
+
+class Solve(NamedTuple):
+    """An operation made of several functions, each with constants of its own.
+
+    Attributes:
+      functions: closed jaxprs, which take their constants in front.
+      consts: the constants of each.
+      bind: the operation with other ``functions`` and ``consts``. It returns flat results; further
+        results of the function ``"solve"`` come last.
+    """
+
+    functions: dict[str, Any]
+    consts: dict[str, list[Any]]
+    bind: Callable[[dict[str, Any], dict[str, list[Any]]], list[Any]]
+
+
+def linear_solve_of(args: Sequence[Any], params: dict[str, Any]) -> Solve:
+    """A custom_linear_solve: ``matvec``, ``solve`` and, if it can be transposed, ``vecmat`` and
+    ``transpose_solve``."""
+    jaxprs, lengths = params["jaxprs"], params["const_lengths"]
+    present = [name for name in jaxprs._fields if getattr(jaxprs, name) is not None]
+    consts, rest = _split(args, lengths)
+
+    def bind(functions: dict[str, Any], consts: dict[str, list[Any]]) -> list[Any]:
+        longer = {name: len(consts[name]) for name in present}
+        operands = [x for name in present for x in consts[name]]
+        return linear_solve_p.bind(
+            *operands, *rest, jaxprs=jaxprs._replace(**functions),
+            const_lengths=lengths._replace(**longer),
+        )  # fmt: skip
+
+    return Solve({name: getattr(jaxprs, name) for name in present}, consts, bind)
+
+
+def defer_transposes(when: Callable[[], bool]) -> None:
+    """Transposes the operator of a custom_linear_solve where the result is used, if ``when()``.
+
+    JAX runs what is not linear in the operator before, beside the solve.
+    """
+    plain = solves._transpose_one_output
+
+    def transpose(operator: Any, primals: Any) -> Any:
+        return (lambda x: plain(operator, primals)(x)) if when() else plain(operator, primals)
+
+    solves._transpose_one_output = transpose
+
+
+def _split(args: Sequence[Any], lengths: Any) -> tuple[dict[str, list[Any]], list[Any]]:
+    parts, rest = {}, list(args)
+    for name, n in lengths._asdict().items():
+        parts[name], rest = rest[:n], rest[n:]
+    return parts, rest
+
+
+# From jax 0.11 on, custom_root and the derivative of its function are primitives that hide their
+# functions; before, it is a custom_jvp.
+CustomRoot = getattr(solves, "CustomRoot", None)
+RootLinearMap = getattr(solves, "_RootLinearMap", None)
+
+
+def custom_root_of(args: Sequence[Any], prim: Any) -> Solve:
+    """A custom_root (jax >= 0.11): ``f``, ``solve`` and ``tangent_solve``."""
+    solve_consts, guess, f_consts, tangent_consts = jax.tree.unflatten(prim.in_tree, args)
+    guess = jax.tree.leaves(guess)
+    root, n_root = prim.in_avals[1], len(guess)
+    tangent = jax.tree.map(lambda aval: aval.to_tangent_aval(), root)
+    functions = {
+        "f": jax.make_jaxpr(prim.f)(prim.in_avals[2], root),
+        "solve": jax.make_jaxpr(prim.solve)(prim.in_avals[0], root),
+        "tangent_solve": jax.make_jaxpr(prim.tangent_solve)(prim.in_avals[3], root, tangent),
+    }
+    consts = {"f": f_consts, "solve": solve_consts, "tangent_solve": tangent_consts}
+
+    def bind(functions: dict[str, Any], consts: dict[str, list[Any]]) -> list[Any]:
+        f, tangent_solve = _taking_lists(functions["f"]), _taking_lists(functions["tangent_solve"])
+        solved = _taking_lists(functions["solve"])
+
+        def solve(consts: list[Any], guess: list[Any]) -> tuple[list[Any], list[Any]]:
+            outs = solved(consts, guess)
+            return outs[:n_root], outs[n_root:]
+
+        operands = consts["solve"], guess, consts["f"], consts["tangent_solve"]
+        avals = jax.tree.map(typeof, operands)
+        solve_traced = jax.jit(solve).trace(*avals[:2])
+        root = CustomRoot(f, solve, tangent_solve, solve_traced, avals, True)  # type: ignore[misc]
+        return jax.tree.leaves(root(*operands))
+
+    return Solve(functions, {name: jax.tree.leaves(c) for name, c in consts.items()}, bind)
+
+
+def root_linear_map_of(args: Sequence[Any], prim: Any) -> Solve:
+    """The derivative of the function ``f`` of a custom_root, or its transpose."""
+    consts, x, v = jax.tree.unflatten(prim.in_tree, args)
+    f = jax.make_jaxpr(prim.f)(*prim.in_avals[:2])
+
+    def bind(functions: dict[str, Any], consts: dict[str, list[Any]]) -> list[Any]:
+        operands = consts["f"], jax.tree.leaves(x), jax.tree.leaves(v)
+        linear_map = RootLinearMap(  # type: ignore[misc]
+            _taking_lists(functions["f"]), jax.tree.map(typeof, operands),
+            jax.tree.leaves(prim.out_aval), frozenset(), prim.transposed,
+        )  # fmt: skip
+        return linear_map(*operands)
+
+    return Solve({"f": f}, {"f": jax.tree.leaves(consts)}, bind)
+
+
+def _taking_lists(jaxpr: Any) -> Callable[..., list[Any]]:
+    """The function of a jaxpr, from lists of operands to a list of results."""
+    return lambda *lists: eval_closed_jaxpr(jaxpr, *(x for xs in lists for x in xs))
+
+
+def wrap_custom_root(rule: Callable[[Solve], list[Any]]) -> None:
+    """Calls ``rule`` for every custom_root, where custom_root is not a primitive."""
+    if CustomRoot is not None:
+        return
+    plain = solves._custom_root
+
+    def custom_root(lengths: Any, jaxprs: Any, *args: Any) -> list[Any]:
+        consts, guess = _split(args, lengths)
+
+        def bind(functions: dict[str, Any], consts: dict[str, list[Any]]) -> list[Any]:
+            longer = type(lengths)(**{name: len(values) for name, values in consts.items()})
+            operands = [x for values in consts.values() for x in values]
+            return plain(longer, type(jaxprs)(**functions), *operands, *guess)
+
+        return rule(Solve(jaxprs._asdict(), consts, bind))
+
+    plain.defjvp(_with_integer_tangents(plain.jvp))
+    solves._custom_root = custom_root
+
+
+def _with_integer_tangents(jvp: Any) -> Callable[..., Any]:
+    """jax 0.10 gives auxiliary integers of a custom_root integer tangents, and refuses those."""
+
+    def with_integer_tangents(*args: Any) -> Any:
+        outs, tangents = jvp(*args)
+        return outs, [
+            t if has_tangent(typeof(x)) else np.zeros(x.shape, dtypes.float0)
+            for x, t in zip(outs, tangents, strict=True)
+        ]
+
+    return with_integer_tangents
+
+
+# -- Primitives that hide their jaxprs -------------------------------------------------------
+
+call_hi_primitive_p = hijax.call_hi_primitive_p
+_HiPrim = hijax.VJPHiPrimitive if _flattree is None else hijax.HiPrim
+
+
+def hidden_jaxprs(prim: Any) -> Iterator[Any]:
+    """The jaxprs that an operation of `jax.experimental.hijax` hides in its attributes."""
+    for value in prim.params.values():
+        if isinstance(value, _HiPrim):
+            yield from hidden_jaxprs(value)
+        elif isinstance(value, stages.Traced):
+            yield value.jaxpr
+        else:
+            yield from core.jaxprs_in_params({"": value})
+
+
+# -- Functions that return flat results ------------------------------------------------------
+
+flat_list = tree_util.FlatTree.flatten_list if _flattree is None else _flattree.flatten_list
+
+
 # -- Configuration: what shapes a trace is part of JAX's cache keys ---------------------------
 
 _context_signature = core.config_ext.Config(
@@ -543,6 +734,19 @@ def wrap_top_level_jit(wrap: Wrap) -> None:
     pjit._pjit_call_impl_python = wrap(pjit._pjit_call_impl_python)
 
 
+def wrap_ahead_of_time(check: Callable[[Any, Sequence[Any]], None]) -> None:
+    """Calls ``check(jaxpr, constants)`` before a jitted function is lowered ahead of time, by
+    ``lower`` or by `jax.export`."""
+    plain = stages.Traced.lower
+
+    @functools.wraps(plain)
+    def lower(traced: Any, **options: Any) -> Any:
+        check(traced.jaxpr, [*traced.jaxpr.consts, *traced._consts])
+        return plain(traced, **options)
+
+    stages.Traced.lower = lower
+
+
 def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Runs one jit equation on concrete operands, compiled once per jaxpr."""
     return jit_p.impl(*args, **params)
@@ -588,6 +792,13 @@ def symbolic_zero_like(primal: Any) -> Any:
 
 def zero_cotangent(aval: Any) -> Any:
     return Zero(aval.to_tangent_aval())
+
+
+def operand_tree(operands: Any) -> Any:
+    """The tree structure of operands. (jax >= 0.11 describes them with a registry of its own.)"""
+    if _flattree is None:
+        return jax.tree.structure(operands)
+    return tree_util.tracing_registry.flatten(operands)[1]
 
 
 def tree_with_leaves(tree: Any, n: int) -> Any:

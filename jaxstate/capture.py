@@ -70,9 +70,14 @@ class StateTracer(_compat.Tracer):
 
 
 class CapturedOperand:
-    """A `StateTracer` among the operands of a jitted call at top level."""
+    """A `StateTracer` among the operands of a jitted call at top level.
 
-    __slots__ = ("tracer",)
+    (On jax 0.10 JAX also lowers operands at other places where nothing tells them from top level.
+    So a bind resolves it, too.)
+    """
+
+    __slots__ = ("aval", "tracer")
 
     def __init__(self, tracer: StateTracer) -> None:
         self.tracer = tracer
+        self.aval = tracer.aval

@@ -11,8 +11,10 @@ import textwrap
 from collections.abc import Iterable
 
 __all__ = [
+    "AheadOfTimeError",
     "ClosedStateError",
     "CustomRuleStateError",
+    "DeviceWriteError",
     "InitializerDataError",
     "LaneWriteError",
     "MissingParameterError",
@@ -65,6 +67,10 @@ class LaneWriteError(StateError):
     """Lanes of a ``vmap`` wrote different values into one slot they share."""
 
 
+class DeviceWriteError(StateError):
+    """Devices of a ``shard_map`` wrote different values into one slot they share."""
+
+
 class SlotTypeError(StateError):
     """A write changed the shape, dtype or structure of a slot."""
 
@@ -87,6 +93,10 @@ class TraceStateError(StateError):
 
 class ClosedStateError(StateError):
     """A stream or slot was used after it was closed, or outside of where it lives."""
+
+
+class AheadOfTimeError(StateError):
+    """A function that uses state of the place where it is called was compiled ahead of time."""
 
 
 def message(what: str, *, fix: str, **where: str | None) -> str:

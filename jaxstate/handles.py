@@ -104,7 +104,7 @@ class SlotAddress(Address):
 
     def holder(self) -> Holder:
         for holder in holders():
-            if holder.is_boundary and holder.knows(self):
+            if holder.knows(self):
                 return holder
         slot = self._slot()
         if slot is None:

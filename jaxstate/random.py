@@ -190,12 +190,11 @@ class _StreamHolder(Holder):
         return True
 
     def device_cell(  # type: ignore[override]
-        self, address: StreamAddress, notes: Any, outside: Any, index: Any
+        self, address: StreamAddress, notes: Any, from_outside: Any, index: Any
     ) -> Cell:
         cells = notes.get(self)
         if cells is None:
-            with outside():
-                key = _draw(self.name, address.identity)
+            key = from_outside(lambda: _draw(self.name, address.identity))
             if self.vmap == "split":
                 key = jax.random.fold_in(key, index())
             cells = notes[self] = {"key": Cell(key), "count": Cell(np.int32(0))}

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -144,13 +144,14 @@ class Holder:
         self,
         address: Address,
         notes: dict[Any, Any],
-        outside: Callable[[], AbstractContextManager[None]],
+        from_outside: Callable[[Callable[[], Any]], Any],
         index: Callable[[], Any],
     ) -> Cell:
         """The device's own cell of the address in a shard_map.
 
-        ``notes`` is a place to keep cells in, which ends with that shard_map; ``outside()`` leads
-        to the place where it is called; ``index()`` is the device's index.
+        ``notes`` is a place to keep cells in, which ends with that shard_map;
+        ``from_outside(draw)`` is what ``draw()`` gives in the place where it is called;
+        ``index()`` is the device's index.
         """
         raise NotImplementedError
 

@@ -73,25 +73,24 @@ def _state_of(jaxpr: Any) -> State:
         elif eqn.primitive is write_p:
             writes[eqn.params["address"]] = None
         elif state_effect in eqn.effects:
-            raise _no_rule(eqn)
+            jaxprs = _compat.jaxprs_in(eqn.params)
+            raise _no_rule(eqn.primitive.name, jaxprs, _compat.location_of(eqn))
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
 
 
-def _no_rule(eqn: Any) -> Exception:
-    """The error for an equation whose jaxprs have state that no rule has threaded."""
-    inner = [
-        a for j in _compat.jaxprs_in(eqn.params) for s in [state_of(j)] for a in s.reads + s.writes
-    ]
-    used = ", ".join(sorted({str(a) for a in inner})) or "state"
+def _no_rule(name: str, jaxprs: Iterable[Any], used: str) -> Exception:
+    """The error for an operation whose jaxprs have state that no rule has threaded."""
+    inner = [a for j in jaxprs for s in [state_of(j)] for a in s.reads + s.writes]
+    uses = ", ".join(sorted({str(a) for a in inner})) or "state"
     return UnsupportedPrimitiveError(
         message(
-            f"The higher-order primitive {eqn.primitive.name!r} contains a use of {used}, and"
-            " jaxstate has no rule for it.",
+            f"The higher-order primitive {name!r} contains a use of {uses}, and jaxstate has no"
+            " rule for it.",
             fix="""
             k = jaxstate.next_key()                           # outside, and pass it in
             jaxstate.extend.register_rule(primitive)(rule)    # or make the primitive stateful
             """,
-            used=_compat.location_of(eqn),
+            used=used,
         )
     )
 
@@ -255,3 +254,45 @@ def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., An
             return _rules[primitive](args, params)
 
     return bind_with_trace
+
+
+_hidden_rules: dict[Any, Rule] = {}
+
+
+def register_hidden_rule(kind: Any) -> Callable[[Rule], Rule]:
+    """Makes an operation of `jax.experimental.hijax` stateful, which hides its jaxprs in an object.
+
+    The rule is called as ``rule(args, prim)`` like one of `register_rule`.
+
+    Args:
+      kind: the class of the object; None if this version of JAX does not have it.
+
+    Returns:
+      A decorator for the rule.
+    """
+
+    def register(rule: Rule) -> Rule:
+        if kind is not None:
+            _hidden_rules[kind] = rule
+        return rule
+
+    return register
+
+
+def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
+    def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+        prim = params["_prim"]
+        hidden = list(_compat.hidden_jaxprs(prim))
+        if not any(state_effect in x.effects for x in [prim, *hidden]):
+            return bind(trace, args, avals, params)
+        rule = _hidden_rules.get(type(prim))
+        if rule is None:
+            raise _no_rule(type(prim).__name__, hidden, _compat.user_location())
+        with _compat.set_current_trace(trace):
+            return rule(args, prim)
+
+    return bind_with_trace
+
+
+_compat.wrap_bind(_compat.call_hi_primitive_p, _one_use_per_bind)
+_compat.wrap_bind_with_trace(_compat.call_hi_primitive_p, _hidden_stateful_bind)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
-from jaxstate.capture import StateTracer
+from jaxstate.capture import CapturedOperand, StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, Holder, Lane, holders
 
@@ -360,6 +360,7 @@ def one_use() -> Iterator[None]:
 # A capture is resolved by the `bind` that takes it as an operand, or by the jaxpr that closes over
 # it: from the trace that is current there.
 _compat.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
+_compat.register_tracer_type(CapturedOperand, lambda operand: resolve(operand.tracer))
 
 
 def resolve(tracer: StateTracer) -> Any:

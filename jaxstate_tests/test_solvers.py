@@ -13,6 +13,7 @@ import optimistix
 import pytest
 
 import jaxstate
+from jaxstate import extend
 from jaxstate_tests.test_params import assert_trees_close
 
 normal = jax.nn.initializers.normal(0.3)
@@ -182,32 +183,144 @@ def test_derivative_hungry_code(key):
     np.testing.assert_allclose(net.apply(p, X), wanted, rtol=1e-5)
 
 
-@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
-def test_draws_inside_an_operator_are_refused(key):
-    def matvec(y):
-        return y * (2 + jaxstate.random.uniform())
-
-    for solver in (custom_linear_solve, cg):
-        for mode in (lambda f: f, jax.jit):
-            with jaxstate.rng_stream(key) as stream:
-                with pytest.raises(jaxstate.UnsupportedPrimitiveError, match="custom_linear_solve"):
-                    mode(lambda x, solver=solver: solver(matvec, x))(X)
-                assert stream.count == 0
+# -- Functions of a solve that draw: the calls that the solve makes count ---------------------
 
 
-@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
-def test_draws_inside_custom_root_are_counted_or_refused(key):
-    """Called eagerly, the solver's calls happen one by one. Staged, jax >= 0.11 hides them."""
+def uniform(key, n):
+    return jax.random.uniform(jax.random.fold_in(key, n))
+
+
+def draw():
+    return jaxstate.random.uniform()
+
+
+def linear(transposed=False, **kwargs):
+    """A solve whose function draws in a loop, and itself once; and the same with the count."""
+
+    def solve_with_state(x, w):
+        def operator(y):
+            return y * (2 + w * w) + 0 * draw()
+
+        def solve(operator, b):
+            return jax.lax.fori_loop(0, 3, lambda _, y: y + draw() * (b - operator(y)), b) + draw()
+
+        transpose = {"transpose_solve": solve} if transposed else {}
+        return jax.lax.custom_linear_solve(operator, x, solve, **transpose, **kwargs)
+
+    def by_hand(key, x, w):
+        def operator(y, n):
+            return y * (2 + w * w) + 0 * uniform(key, n)
+
+        def solve(_, b):
+            def body(_, carry):
+                y, n = carry
+                return y + uniform(key, n) * (b - operator(y, n + 1)), n + 2
+
+            y, n = jax.lax.fori_loop(0, 3, body, (b, 0))
+            return y + uniform(key, n), n + 1
+
+        return jax.lax.custom_linear_solve(
+            lambda y: operator(y, 0), x, solve, transpose_solve=solve, has_aux=True
+        )
+
+    return solve_with_state, by_hand
+
+
+def drawing_root():
+    def tangent_solve(g, y):
+        return jnp.linalg.solve(jax.jacobian(g)(y), y)
+
+    def f(y, u, x, w):
+        return y - 0.3 * jnp.tanh(w * y) * (1 + u) - x
+
+    def solve_with_state(x, w):
+        def solve(f, y):
+            return jax.lax.fori_loop(0, 7, lambda _, y: y - f(y), y)
+
+        return jax.lax.custom_root(lambda y: f(y, draw(), x, w), x, solve, tangent_solve)
+
+    def by_hand(key, x, w):
+        def solve(_, y):
+            def body(_, carry):
+                y, n = carry
+                return y - f(y, uniform(key, n.astype(int)), x, w), n + 1
+
+            return jax.lax.fori_loop(0, 7, body, (y, 0.0))  # jax 0.10 refuses an integer here
+
+        return jax.lax.custom_root(
+            lambda y: f(y, uniform(key, 0), x, w), x, solve, tangent_solve, has_aux=True
+        )
+
+    return solve_with_state, by_hand
+
+
+DRAWING = {
+    "custom_linear_solve, symmetric": linear(symmetric=True),
+    "custom_linear_solve": linear(transposed=True),
+    "custom_root": drawing_root(),
+}
+WAYS = {
+    "eager": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "jvp": lambda f: lambda x, w: jax.jvp(f, (x, w), (x + 1, w + 2)),
+    "linearize": lambda f: lambda x, w: jax.linearize(f, x, w)[1](x, w),
+    "grad": lambda f: jax.grad(lambda x, w: f(x, w).sum(), (0, 1)),
+    "jit(grad)": lambda f: jax.jit(jax.grad(lambda x, w: f(x, w).sum(), (0, 1))),
+    "grad(jit)": lambda f: jax.grad(lambda x, w: jax.jit(f)(x, w).sum(), (0, 1)),
+    "grad(scan)": lambda f: jax.grad(
+        lambda x, w: jax.lax.scan(lambda c, _: (f(c, w), None), x, None, length=1)[0].sum(), (0, 1)
+    ),
+    "hessian": lambda f: jax.grad(
+        lambda x, w: jax.grad(lambda x, w: (f(x, w) ** 2).sum(), 1)(x, w), (0, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_calls_of_the_solve_draw_and_the_others_do_not(key, name, way):
+    """acceptance.md, the core: custom_linear_solve and custom_root."""
+    solve, by_hand = DRAWING[name]
+    transform = WAYS[way]
+    with jaxstate.rng_stream(key) as stream:
+        found = transform(solve)(X, 0.5)
+        assert stream.count == 7
+    wanted = transform(lambda x, w: by_hand(key, x, w)[0])(X, 0.5)
+    assert_trees_close(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_every_lane_of_a_solve_draws_its_own(key, name):
+    solve, by_hand = DRAWING[name]
+    w = jnp.array([0.5, 0.7, 0.9])
+    lanes = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), jnp.arange(3))
+    wanted = jax.vmap(lambda k, w: by_hand(k, X, w)[0])(lanes, w)
+    for run in (jax.vmap(solve, (None, 0)), jax.jit(jax.vmap(solve, (None, 0)))):
+        with jaxstate.rng_stream(key) as stream:
+            np.testing.assert_allclose(run(X, w), wanted, rtol=1e-5)
+            assert stream.count == 1
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_solve_writes_a_slot_and_its_derivative_does_not(name):
+    slot = extend.new_slot(0.0)
+
+    def counted(y):
+        extend.write(slot, extend.read(slot) + 1)
+        return 2 * y - 1
+
+    def steps(f, y):
+        return jax.lax.fori_loop(0, 5, lambda _, y: y - 0.5 * f(y), y)
 
     def run(x):
-        return custom_root(lambda y: y - x + 0 * jaxstate.random.uniform(), x)
+        if name == "custom_root":
+            return jax.lax.custom_root(lambda y: counted(y) - x, x, steps, lambda g, y: y / g(1.0))
+        solve = lambda f, b: jax.lax.fori_loop(0, 5, lambda _, y: y + 0.5 * (b - f(y)), b)  # noqa: E731
+        kind = {"symmetric": True} if "symmetric" in name else {"transpose_solve": solve}
+        return jax.lax.custom_linear_solve(lambda y: counted(y) + 1, x, solve, **kind)
 
-    with jaxstate.rng_stream(key) as stream:
-        np.testing.assert_allclose(run(X), X, rtol=1e-6)
-        assert stream.count == 30
-        try:
-            np.testing.assert_allclose(jax.jit(run)(X), X, rtol=1e-6)
-            assert stream.count == 60
-        except jaxstate.UnsupportedPrimitiveError:
-            assert stream.count == 30
-            assert jax.version.__version_info__ >= (0, 11)
+    slope = 0.5
+    for i, transform in enumerate((jax.grad, lambda f: jax.jit(jax.grad(f)))):
+        np.testing.assert_allclose(transform(run)(3.0), slope, rtol=1e-5)
+        assert extend.read(slot) == 5 * (i + 1)

@@ -5,12 +5,13 @@ y = jit[f] x      -->      s = read;  s', y = jit[f threaded] s x;  write s'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxstate import _compat
 from jaxstate.births import bear
-from jaxstate.capture import CapturedOperand
+from jaxstate.capture import CapturedOperand, StateTracer
+from jaxstate.errors import AheadOfTimeError, message
 from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_last
 from jaxstate.trace import one_use, resolve
 
@@ -60,6 +61,29 @@ def _top_level_jit(call: Callable[..., Any]) -> Callable[..., Any]:
         return outs, None, None, []
 
     return wrapped
+
+
+@_compat.wrap_ahead_of_time
+def _refuse_state_from_outside(jaxpr: Any, constants: Sequence[Any]) -> None:
+    """What is compiled ahead of time is called without JAX's Python: none could pass the state."""
+    reads, writes = state_of(jaxpr)
+    captured = [x.tracer if type(x) is CapturedOperand else x for x in constants]
+    used = [*writes, *reads, *(x.address for x in captured if isinstance(x, StateTracer))]
+    if used:
+        raise AheadOfTimeError(
+            message(
+                f"A function that uses {used[0]} was compiled ahead of time, and that state is"
+                " open outside of it: the compiled function has nowhere to take it from when it"
+                " is called.",
+                fix="""
+                def g(key, x):
+                    with jaxstate.rng_stream(key):        # open the state inside,
+                        return f(x)
+                jax.jit(g).lower(key, x).compile()        # (net.apply does so), pass what it needs
+                """,
+                used=_compat.user_location(),
+            )
+        )
 
 
 def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:

@@ -1,41 +1,80 @@
-"""shard_map (and pmap, which is made of it): what every device has of its own.
+"""shard_map and pmap: what every device has of its own, and what all devices share.
 
 Inside the function a stream is a stream per device (`jaxstate.random`), whose key is made from one
 draw outside and the device's index along the mapped axes (the last axis fastest). What is only read
-is replicated, as what a function closes over is. What is written would have to be one value for
-all devices, which no rule ensures: a named error.
+is replicated, as what a function closes over is.
+
+A slot that is written is one value for all devices. It comes in as what the function closes over,
+and goes out as a further result with the spec ``P()``. So what is written must be the same on every
+device, and JAX knows of every value whether it is: from its type, which lists the mesh axes it
+varies over (if ``check_vma`` is on). A value that varies is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxstate import _compat, slots
+from jaxstate.errors import DeviceWriteError, message
 from jaxstate.slots import Address, Cell, Holder
+from jaxstate.thread import write_all
+from jaxstate.trace import read
+
+_replicated = jax.sharding.PartitionSpec()
 
 
 class _Devices(Holder):
-    """The cells that every device has of its own, seen from inside."""
+    """What the devices see: their own cells, and those they share.
 
-    def __init__(self, outside: Any, axes: Sequence[Any]) -> None:
+    Attributes:
+      outside: the trace under which the mapped function is called.
+      below: the holders that were open there.
+      notes: the cells that every device has of its own, while the function runs.
+      shared: the cells of slots that all devices share, while the function runs.
+      before: what these held when the function first used them.
+    """
+
+    def __init__(self, outside: Any, below: Sequence[Holder], axes: Sequence[Any]) -> None:
         super().__init__()
         self.outside = outside
+        self.mesh_outside = _compat.abstract_mesh()
+        self.below = below
         self.axes = axes
-        self.below = slots.stack()
         self.notes: dict[Any, Any] = {}
+        self.shared: dict[Address, Cell] = {}
+        self.before: dict[Address, Any] = {}
 
     def knows(self, address: Address) -> bool:
         owner = self._owner(address)
-        return owner is not None and owner.differs_by_device(address)
+        return owner is not None and (owner.differs_by_device(address) or address.threaded)
 
     def cell(self, address: Address) -> Cell:
+        with _compat.set_current_trace(self.anchor):  # a loop in the function may ask first
+            return self._cell(address)
+
+    def _cell(self, address: Address) -> Cell:
         owner = self._owner(address)
         assert owner is not None
-        return owner.device_cell(address, self.notes, self.seen_from_outside, self.index)
+        if owner.differs_by_device(address):
+            return owner.device_cell(address, self.notes, self.from_outside, self.index)
+        key = address.seen_from(self)
+        if key not in self.shared:
+            self.before[key] = self.from_outside(lambda: _compat.canonicalize(read(key)))
+            self.shared[key] = Cell(self.before[key])
+        return self.shared[key]
+
+    def written(self) -> dict[Address, Any]:
+        """What the function has left in the shared slots that it wrote."""
+        return {a: c.value for a, c in self.shared.items() if c.value is not self.before[a]}
+
+    def forget(self) -> None:
+        """The function has run, and its tracers end with it."""
+        self.notes.clear()
+        self.shared.clear()
+        self.before.clear()
 
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Any:
         owner = self._owner(address)
@@ -48,7 +87,8 @@ class _Devices(Holder):
         return owner.refuse_lanes(address, trace)
 
     def differs_by_device(self, address: Address) -> bool:
-        return self.knows(address)
+        owner = self._owner(address)
+        return owner is not None and owner.differs_by_device(address)
 
     def device_cell(self, address: Address, *place: Any) -> Cell:
         """A cell of a device of a shard_map inside this one."""
@@ -57,18 +97,22 @@ class _Devices(Holder):
         return owner.device_cell(address, *place)
 
     def without_values(self) -> _Devices:
-        copy = _Devices(None, self.axes)
-        copy.below = [holder.without_values() for holder in self.below]
-        return copy
+        return _Devices(None, [holder.without_values() for holder in self.below], self.axes)
 
     def _owner(self, address: Address) -> Holder | None:
-        return next((h for h in reversed(self.below) if h.knows(address)), None)
+        """Who answers for the address outside, if it is from there."""
+        found = next((h for h in reversed(self.below) if h.knows(address)), None)
+        if found is None and address.own_holder is not None:
+            owner = address.own_holder()
+            return owner if owner is not None and owner.age < self.age else None
+        return found
 
-    @contextmanager
-    def seen_from_outside(self) -> Iterator[None]:
-        """The place where the function is called."""
-        with slots.only_open(self.below), _compat.set_current_trace(self.outside):
-            yield
+    def from_outside(self, get: Callable[[], Any]) -> Any:
+        """What ``get`` gives in the place where the function is called."""
+        mesh = _compat.use_abstract_mesh(self.mesh_outside)
+        with slots.only_open(self.below), _compat.set_current_trace(self.outside), mesh:
+            value = get()
+        return _compat.into_mesh(value)
 
     def index(self) -> Any:
         """The index of this device along the mapped axes."""
@@ -78,23 +122,89 @@ class _Devices(Holder):
         return index
 
 
+class _Call:
+    """One call of a mapped function.
+
+    Attributes:
+      written: the shared slots that it wrote.
+      results: its results, without their values.
+    """
+
+    def __init__(self, trace: Any, params: dict[str, Any]) -> None:
+        mapped = params["newly_manual_axes"]
+        axes = [name for name in params["mesh"].axis_names if name in mapped]
+        self.trace = trace
+        self.params = params
+        self.devices = _Devices(trace, slots.stack(), axes)
+        self.written: tuple[Address, ...] = ()
+        self.results: Any = None
+
+    def bind(self, bind: Callable[..., Any], args: Any, avals: Any) -> Any:
+        debug_info = self.params["debug_info"].with_unknown_names()
+        params = dict(self.params, subfuns=(self.on_device,), debug_info=debug_info)
+        results = bind(self.trace, args, avals, params)
+        if not self.written:
+            return results
+        values = list(results)
+        n = len(values) - len(self.written)
+        with _compat.set_current_trace(self.trace):
+            write_all(self.written, values[n:])
+        return self.results.update(values[:n])
+
+    def on_device(self, *operands: Any) -> Any:
+        (fun,) = self.params["subfuns"]
+        try:
+            with slots.open_holder(self.devices):
+                results = fun(*operands)
+            return self.with_written(results, self.devices.written())
+        finally:
+            self.devices.forget()
+
+    def with_written(self, results: Any, values: dict[Address, Any]) -> Any:
+        """The results of the function, and behind them what it leaves in the written slots."""
+        self.written = tuple(values)
+        if not values:
+            return results
+        for address, value in values.items():
+            self.refuse_varying(address, value)
+        results, specs = results.unpack_aux()
+        self.results = results.map(lambda _: None)
+        specs = (*specs, *[_replicated] * len(values))
+        return _compat.flat_list([*results, *values.values()]).with_aux(specs)
+
+    def refuse_varying(self, address: Address, value: Any) -> None:
+        if not self.params["check_vma"]:
+            raise DeviceWriteError(
+                message(
+                    f"{address} was written inside a shard_map with check_vma=False (pmap is one),"
+                    " where nothing says whether the devices wrote the same value.",
+                    fix="""
+                    jax.shard_map(f, check_vma=True, ...)   # JAX knows which values are the same
+                    y, value = mapped(x)                    # or return the value,
+                    write(slot, value.mean())               # and write it outside
+                    """,
+                    used=_compat.user_location(),
+                )
+            )
+        axes = sorted(str(axis) for axis in _compat.varying_axes(value))
+        if axes:
+            raise DeviceWriteError(
+                message(
+                    f"Devices of a shard_map wrote different values into {address}, which they"
+                    f" share: the value varies over the mesh axes {', '.join(axes)}.",
+                    fix="""
+                    write(slot, jax.lax.pmean(value, axes))   # one value, from all devices
+                    """,
+                    used=_compat.user_location(),
+                )
+            )
+
+
 def _per_device(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         if not slots.any_open() or isinstance(trace, _compat.TransparentTrace):
             return bind(trace, args, avals, params)
-        (fun,) = params["subfuns"]
-        mapped = params["newly_manual_axes"]
-        axes = [name for name in params["mesh"].axis_names if name in mapped]
-        devices = _Devices(trace, axes)
-
-        def on_device(*operands: Any) -> Any:
-            try:
-                with slots.open_holder(devices):
-                    return fun(*operands)
-            finally:
-                devices.notes.clear()  # of this call: its tracers end with it
-
-        return bind(trace, args, avals, dict(params, subfuns=(on_device,)))
+        return _Call(trace, params).bind(bind, args, avals)
 
     return bind_with_trace
 

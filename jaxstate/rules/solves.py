@@ -1,8 +1,13 @@
-"""custom_linear_solve: the four functions of a solve may read state, not write it.
+"""custom_linear_solve and custom_root: the calls that the solve makes count, in their order.
 
-Parameters need no rule: they are captured, and JAX makes them constants of the four functions. A
-draw or a write would have to happen as often as a solver chooses to call its operator, and again in
-the transposed solve, which has no answer to give.
+Both primitives are made of several functions. One of them, ``solve``, computes the result. JAX runs
+the others only for derivatives, at a time and as often as suits it. So
+
+* ``solve`` takes the state where the primitive is called, and hands on what it leaves;
+* the others start from the same state, and what they leave is forgotten.
+
+That is what the program with the state passed by hand does: the state is part of what the functions
+close over, and of the auxiliary results of ``solve`` (whose derivative JAX takes for zero).
 """
 
 from __future__ import annotations
@@ -11,41 +16,61 @@ from typing import Any
 
 from jaxstate import _compat
 from jaxstate.births import bear
-from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.thread import Thread, read_all, register_rule, state_of_all, thread
+from jaxstate.slots import any_open
+from jaxstate.thread import (
+    Thread,
+    read_all,
+    register_hidden_rule,
+    register_rule,
+    state_of_all,
+    thread,
+    write_last,
+)
+from jaxstate.trace import one_use, state_effect
+
+# JAX wants as many auxiliary results of the transposed solve, and drops them.
+_HANDING_ON = ("solve", "transpose_solve")
+
+_compat.defer_transposes(any_open)
 
 
 @register_rule(_compat.linear_solve_p)
 def _linear_solve(args: Any, params: dict[str, Any]) -> list[Any]:
-    """Reads become constants: (consts of each function, b) -> (reads + consts of each, b)."""
-    jaxprs, lengths = params["jaxprs"], params["const_lengths"]
-    present = [name for name in jaxprs._fields if getattr(jaxprs, name) is not None]
-    reads, writes = state_of_all(getattr(jaxprs, name) for name in present)
-    if writes:
-        raise UnsupportedPrimitiveError(
-            message(
-                f"{writes[0]} is written inside a function given to custom_linear_solve (a draw of"
-                " a random key writes the count of its stream). How often a solver calls its"
-                " functions is its own business, so there is no right number of draws.",
-                fix="""
-                k = jaxstate.next_key()                             # before the solve
-                jax.lax.custom_linear_solve(lambda x: f(x, k), b, solve)
-                """,
-                used=_compat.user_location(),
-            )
-        )
-    operands, rest = {}, list(args)
-    for name in present:
-        n = getattr(lengths, name)
-        operands[name], rest = rest[:n], rest[n:]
-        jaxpr = getattr(jaxprs, name)
-        bear(jaxpr, [*operands[name], *[None] * (len(_compat.invars(jaxpr)) - n)])
-    slots = read_all(reads)
+    return _with_state(_compat.linear_solve_of(args, params))
+
+
+@register_hidden_rule(_compat.CustomRoot)
+def _custom_root(args: Any, prim: Any) -> list[Any]:
+    return _with_state(_compat.custom_root_of(args, prim))
+
+
+@register_hidden_rule(_compat.RootLinearMap)
+def _root_linear_map(args: Any, prim: Any) -> list[Any]:
+    """The derivative of the function of a custom_root, or its transpose: nothing is handed on."""
+    return _with_state(_compat.root_linear_map_of(args, prim))
+
+
+@_compat.wrap_custom_root
+def _custom_root_without_primitive(solve: _compat.Solve) -> list[Any]:
+    """custom_root where it is not a primitive (jax < 0.11), at the place where it is called."""
+    if not any(state_effect in jaxpr.effects for jaxpr in solve.functions.values()):
+        return solve.bind(solve.functions, solve.consts)
+    with one_use():
+        return _with_state(solve)
+
+
+def _with_state(solve: _compat.Solve) -> list[Any]:
+    """(consts of each function, rest) -> (slots + consts of each, rest)."""
+    reads, writes = state_of_all(solve.functions.values())
+    for name, jaxpr in solve.functions.items():
+        consts = solve.consts[name]
+        bear(jaxpr, [*consts, *[None] * (len(_compat.invars(jaxpr)) - len(consts))])
+    slots = read_all(reads + writes)
     avals = [_compat.typeof(s) for s in slots]
-    threaded = {n: thread(getattr(jaxprs, n), Thread(reads, ()), avals) for n in present}
-    longer = {name: getattr(lengths, name) + len(slots) for name in present}
-    constants = [x for name in present for x in [*slots, *operands[name]]]
-    jaxprs, lengths = jaxprs._replace(**threaded), lengths._replace(**longer)
-    return _compat.linear_solve_p.bind(
-        *constants, *rest, **dict(params, jaxprs=jaxprs, const_lengths=lengths)
-    )
+    functions = {
+        name: thread(jaxpr, Thread(reads, writes, out=name in _HANDING_ON), avals)
+        for name, jaxpr in solve.functions.items()
+    }
+    consts = {name: [*slots, *values] for name, values in solve.consts.items()}
+    outs = solve.bind(functions, consts)
+    return write_last(writes, outs) if "solve" in functions else outs

@@ -1,0 +1,211 @@
+"""The rest of JAX: ahead-of-time compilation, kept jaxprs and pullbacks, and the small wrappers.
+
+Every reference is the same program with its keys folded by hand.
+"""
+
+import jax
+import jax.export
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate.extend import new_slot, read, write
+
+ones = jax.nn.initializers.ones
+
+
+def u(key, *counts):
+    """The uniform number that the stream of ``key`` gives at the count (in a lane: counts)."""
+    for n in counts:
+        key = jax.random.fold_in(key, n)
+    return jax.random.uniform(key)
+
+
+def add_draw(x):
+    return x + jaxstate.random.uniform()
+
+
+def three_draws(x):
+    return jax.lax.scan(lambda c, _: (c * add_draw(c), None), x, None, length=3)[0]
+
+
+def three_draws_by_hand(key, x, first=0):
+    for n in range(first, first + 3):
+        x = x * (x + u(key, n))
+    return x
+
+
+# -- Ahead of time ---------------------------------------------------------------------------
+
+AHEAD = {
+    "lower": lambda f, *args: jax.jit(f).lower(*args).compile(),
+    "trace": lambda f, *args: jax.jit(f).trace(*args).lower().compile(),
+    "nested": lambda f, *args: jax.jit(jax.jit(f)).lower(*args).compile(),
+    "export": lambda f, *args: jax.export.export(jax.jit(f))(*args).call,
+}
+
+
+@pytest.mark.parametrize("way", AHEAD)
+def test_state_opened_inside_is_compiled_ahead_of_time(key, way):
+    net = jaxstate.parametrized(lambda x: add_draw(x * jaxstate.param("w", ones, ())), name="net")
+
+    def f(params, key_data, x):
+        return net.apply(params, x, key=jax.random.wrap_key_data(key_data))
+
+    args = {"w": jnp.float32(3.0)}, jax.random.key_data(key), jnp.float32(2.0)
+    compiled = AHEAD[way](f, *args)
+    np.testing.assert_allclose(compiled(*args), 6 + u(key, 0), rtol=1e-6)
+    with jaxstate.rng_stream(key) as stream:
+        np.testing.assert_allclose(compiled(*args), 6 + u(key, 0), rtol=1e-6)
+        assert stream.count == 0
+    init = AHEAD[way](lambda data, x: net.init(jax.random.wrap_key_data(data), x), *args[1:])
+    assert init(*args[1:]) == {"w": 1.0}
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+@pytest.mark.parametrize("way", AHEAD)
+def test_state_opened_outside_is_refused_ahead_of_time(key, way):
+    slot = new_slot(1.0, name="total")
+    x = jnp.float32(2.0)
+    with jaxstate.rng_stream(key) as stream:
+        with pytest.raises(jaxstate.AheadOfTimeError, match="random stream 'default'"):
+            AHEAD[way](add_draw, x)
+        assert stream.count == 0
+    for f in (lambda x: write(slot, x), lambda x: x * read(slot)):
+        with pytest.raises(jaxstate.AheadOfTimeError, match="slot 'total'"):
+            AHEAD[way](f, x)
+
+    def inside(x):
+        AHEAD[way](lambda x: x * jaxstate.param("w", ones, ()), x)
+        return x
+
+    net = jaxstate.parametrized(inside, name="net")
+    with pytest.raises(jaxstate.AheadOfTimeError, match="parameter 'w'"):
+        net.apply({"w": 1.0}, x)
+
+
+def test_eval_shape_moves_nothing(key):
+    with jaxstate.rng_stream(key) as stream:
+        assert jax.eval_shape(three_draws, jnp.float32(1.0)).shape == ()
+        assert stream.count == 0
+
+
+# -- What is kept and used later -------------------------------------------------------------
+
+
+def test_a_kept_jaxpr_uses_the_state_that_is_open_where_it_is_evaluated(key):
+    with jaxstate.rng_stream(jax.random.key(7)) as stream:
+        closed = jax.make_jaxpr(three_draws)(0.5)
+        assert stream.count == 0
+
+    def run(x):
+        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, x)[0]
+
+    identity = lambda f: f  # noqa: E731
+    for transform in (identity, jax.jit, jax.grad, lambda f: jax.jit(jax.grad(f))):
+        with jaxstate.rng_stream(key) as stream:
+            found = transform(run)(0.5)
+            assert stream.count == 3
+        wanted = transform(lambda x: three_draws_by_hand(key, x))(0.5)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    with jaxstate.rng_stream(key, count=4) as stream:
+        found = jax.extend.core.jaxpr_as_fun(closed)(0.5)[0]
+        np.testing.assert_allclose(found, three_draws_by_hand(key, 0.5, 4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [lambda f: f, jax.jit])
+def test_pullbacks_and_linear_maps_are_used_twice_and_after_the_stream_has_closed(key, mode):
+    with jaxstate.rng_stream(key) as stream:
+        y, pull = jax.vjp(mode(three_draws), 0.5)
+        y2, push = jax.linearize(mode(three_draws), 0.5)
+        inside = pull(1.0)[0], push(1.0)
+        assert stream.count == 6
+    for found, first, derivatives in ((y, 0, (pull(1.0)[0], inside[0], pull(1.0)[0])),
+                                      (y2, 3, (push(1.0), inside[1], push(1.0)))):  # fmt: skip
+        wanted, slope = jax.value_and_grad(three_draws_by_hand, 1)(key, 0.5, first)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        np.testing.assert_allclose(derivatives, [slope] * 3, rtol=1e-6)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_a_converted_closure_draws_where_it_is_called(key):
+    with jaxstate.rng_stream(key) as stream:
+        converted, consts = jax.closure_convert(add_draw, 1.0)
+        assert stream.count == 0
+        for n in range(2):
+            np.testing.assert_allclose(converted(1.0, *consts), 1 + u(key, n), rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(converted)(1.0, *consts), 1 + u(key, 2), rtol=1e-6)
+    with pytest.raises(jaxstate.MissingStreamError):
+        converted(1.0, *consts)
+
+
+# -- custom_vmap -----------------------------------------------------------------------------
+
+
+def with_vmap_rule(f, rule=None):
+    g = jax.custom_batching.custom_vmap(lambda x: f(x))
+    g.def_vmap(rule or (lambda size, batched, x: (100 * x, batched[0])))
+    return g
+
+
+def test_a_function_with_a_rule_for_lanes_draws_outside_of_a_vmap(key):
+    def by_hand(x):
+        return three_draws_by_hand(key, x)
+
+    f = with_vmap_rule(three_draws)
+    derivative = lambda f: lambda x: jax.jvp(f, (x,), (2.0,))[1]  # noqa: E731
+    for transform in (lambda f: f, jax.jit, derivative, lambda f: jax.jit(derivative(f))):
+        with jaxstate.rng_stream(key) as stream:
+            found = transform(f)(0.5)
+            assert stream.count == 3
+        np.testing.assert_allclose(found, transform(by_hand)(0.5), rtol=1e-6)
+
+
+def test_the_rule_for_lanes_is_called_as_it_was_written(key):
+    """With the arguments of the function and no more, whatever the function reads."""
+    slot = new_slot(5.0)
+
+    def rule(size, batched, *args):
+        (x,) = args
+        assert size == 3 and batched == [True] and x.shape == (3,)
+        return 100 * x, True
+
+    def f(x):
+        return x * read(slot) * jaxstate.param("w", ones, ())
+
+    net = jaxstate.parametrized(lambda x: with_vmap_rule(f, rule)(x), name="net")
+    params = {"w": 2.0}
+    assert net.apply(params, 3.0) == 30.0
+    assert jax.jit(net.apply)(params, 3.0) == 30.0
+    x = jnp.arange(3.0)
+    lanes = jax.vmap(net.apply, (None, 0))
+    for run in (lanes, jax.jit(lanes), jax.vmap(jax.jit(net.apply), (None, 0))):
+        np.testing.assert_allclose(run(params, x), 100 * x)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
+    x = jnp.arange(3.0)
+    slot = new_slot(0.0)
+
+    def draws_in_rule(size, batched, x):
+        return x + jaxstate.random.uniform((size,)), True
+
+    def ensemble(w):
+        f = with_vmap_rule(lambda x: x * jaxstate.param("w", ones, ()))
+        return jaxstate.parametrized(lambda x: f(x), name="net").apply({"w": w}, 1.0)
+
+    for f, match in (
+        (with_vmap_rule(add_draw), "count of random stream 'default' is written"),
+        (with_vmap_rule(lambda x: (write(slot, 1.0), x)[1]), "slot 'slot' is written"),
+        (with_vmap_rule(lambda x: x, draws_in_rule), "A rule of custom_vmap uses"),
+        (ensemble, "state of each lane"),
+    ):
+        for run in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
+            with jaxstate.rng_stream(key, vmap="share") as stream:
+                with pytest.raises(jaxstate.UnsupportedPrimitiveError, match=match):
+                    run(x)
+                assert stream.count == 0
+    assert read(slot) == 0.0
