@@ -174,13 +174,13 @@ def multiplications(power):
     return max(n.bit_length() + n.bit_count() - 2, 0) + (power < 0)
 
 
-ELEMENTWISE = set(
-    """
-    abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma div eq
-    erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac le lgamma log log1p logistic lt max
-    min mul ne neg nextafter pow rem round rsqrt sign sin sinh sqrt square sub tan tanh
-    """.split()
-)
+ELEMENTWISE = {
+    "abs", "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atan2", "atanh", "cbrt",
+    "ceil", "clamp", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "le", "lgamma", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "pow", "rem", "round",
+    "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh",
+}  # fmt: skip
 REDUCTIONS = {
     "reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "argmax", "argmin"
 }  # fmt: skip

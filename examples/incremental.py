@@ -134,7 +134,7 @@ class Step(NamedTuple):
 
 class Incremental(StatefulTrace):
     """The state is a dict of ``known``, the number ``t`` of known elements of the input, and of
-    ``values``: for each operation in the order of the program the results, as far as they are known.
+    ``values``: the results of each operation, in the order of the program, as far as they are known.
 
     Attributes:
       length: of the input.
@@ -196,7 +196,7 @@ class Incremental(StatefulTrace):
         newest, length = self.state["known"] - 1 + step.lead, outs[0].shape[step.axis]
         parts = step.compute(newest, 1, outs)
         if not 0 <= step.lead <= length - self.length:  # else it has such an element in every step
-            exists = (0 <= newest) & (newest < length)
+            exists = (newest >= 0) & (newest < length)
             old = [part_of(x, newest, 1, step.axis) for x in outs]
             parts = [jnp.where(exists, a, b) for a, b in zip(parts, old, strict=True)]
         outs = [put(x, part, newest, step.axis) for x, part in zip(outs, parts, strict=True)]
@@ -432,7 +432,7 @@ def pad_rule(operation):
         indices = start - low + jnp.arange(size)
         args = [elements(x, indices, axis), operation.args[1]]
         [part] = operation.bind(args, padding_config=replaced(config, axis, (0, 0, 0)))
-        inside = along(axis, (0 <= indices) & (indices < x.shape[axis]), x.ndim)
+        inside = along(axis, (indices >= 0) & (indices < x.shape[axis]), x.ndim)
         return [jnp.where(inside, part, operation.args[1])]
 
     return Step(axis, lead + low, compute)
@@ -514,7 +514,7 @@ def conv_rule(operation):
         else:
             offsets, apart = jnp.arange(size + reach), dilation
         indices = start - low + offsets
-        inside = along(axis, (0 <= indices) & (indices < x.shape[axis]), x.ndim)
+        inside = along(axis, (indices >= 0) & (indices < x.shape[axis]), x.ndim)
         part = jnp.where(inside, elements(x, indices, axis), jnp.zeros((), x.dtype))
         return operation.bind(
             [part, kernel],
@@ -541,19 +541,20 @@ def gather_rule(operation):
     return Step(new, lead, compute)
 
 
-OTHER_ELEMENTWISE = set(
-    """
-    and clz complex conj convert_element_type copy copy_p imag integer_pow is_finite not or
-    population_count real reduce_precision select_n shift_left shift_right_arithmetic
-    shift_right_logical stop_gradient xor
-    """.split()
-)
+OTHER_ELEMENTWISE = {
+    "and", "clz", "complex", "conj", "convert_element_type", "copy", "copy_p", "imag",
+    "integer_pow", "is_finite", "not", "or", "population_count", "real", "reduce_precision",
+    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "stop_gradient",
+    "xor",
+}  # fmt: skip
+REDUCTIONS = {
+    "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
+    "reduce_xor", "argmax", "argmin",
+}  # fmt: skip
 
-RULES = {name: elementwise for name in ELEMENTWISE | OTHER_ELEMENTWISE}
-RULES |= {f"reduce_{name}": reduction for name in "and max min or prod sum xor".split()}
+RULES = dict.fromkeys(ELEMENTWISE | OTHER_ELEMENTWISE, elementwise)
+RULES |= dict.fromkeys(REDUCTIONS, reduction)
 RULES |= {
-    "argmax": reduction,
-    "argmin": reduction,
     "broadcast_in_dim": reshaped(
         axis_after_broadcast, lambda p, axis, size: {"shape": replaced(p["shape"], axis, size)}
     ),
@@ -569,7 +570,8 @@ RULES |= {
     "gather": gather_rule,
     "pad": pad_rule,
     "reshape": reshaped(
-        axis_after_reshape, lambda p, axis, size: {"new_sizes": replaced(p["new_sizes"], axis, size)}
+        axis_after_reshape,
+        lambda p, axis, size: {"new_sizes": replaced(p["new_sizes"], axis, size)},
     ),
     "rev": beside(lambda p, ndim: p["dimensions"]),
     "slice": slice_rule,
