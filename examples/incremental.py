@@ -134,7 +134,7 @@ class Step(NamedTuple):
 
 class Incremental(StatefulTrace):
     """The state is a dict of ``known``, the number ``t`` of known elements of the input, and of
-    ``values``: the results of each operation, in the order of the program, as far as they are known.
+    ``values``: the results of each operation in the order of the program, as far as they are known.
 
     Attributes:
       length: of the input.

@@ -10,9 +10,9 @@ first one, in the order of the program. Run it for an example::
 
 How it works: each operation, with the line it was written in, has a number, which is known while
 the program is traced. Whether it has made a NaN is known when it runs. So the state is one integer,
-the number of the first operation that did, and the table of numbers and lines stays with the trace.
+the number of the first operation that did; the table of numbers and lines stays with the trace.
 
-A function of JAX, such as ``jnp.linalg.norm``, has no line of the user in it. What counts then is the
+A function of JAX, such as ``jnp.linalg.norm``, has no line of the user in it. What counts is the
 line that called it: a static part of the state, so that one jitted function that is called from two
 lines is two.
 """
