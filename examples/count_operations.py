@@ -63,8 +63,8 @@ class CountOperations(StatefulTrace):
                 f"The program has more than {len(self.state)} kinds of operations:"
                 " count(f, kinds=...) makes room for more."
             )
-        # A constant vector, and no index: XLA makes one addition of those of a straight line.
-        self.state = self.state + np.eye(1, len(self.state), kind, dtype=np.uint32)[0]
+        # No index, but a constant vector: XLA makes one addition of those of a straight line.
+        self.state += (jnp.arange(len(self.state)) == kind).astype(jnp.uint32)
         return out
 
 

@@ -57,15 +57,16 @@ def sample(f, x, steps=None):
       NotCausal: if ``f`` is not causal as far as the rules can see.
       NotImplementedError: for an operation on the input without a rule.
     """
-    x = jnp.zeros_like(x)
-    y, values = _run(f, x, None)
+    steps = len(x) if steps is None else steps
+    y, values = _run(f, jnp.zeros_like(x), None)
+    x = jnp.zeros_like(x).at[: min(steps, 1)].set(y[: min(steps, 1)])
 
     def step(t, carry):
-        x, y, values = carry
-        x = x.at[t].set(y[t])
-        return x, *_run(f, x, {"known": t + 1, "values": values})
+        x, values = carry
+        y, values = _run(f, x, {"known": t, "values": values})
+        return x.at[t].set(y[t]), values
 
-    return jax.lax.fori_loop(0, len(x) if steps is None else steps, step, (x, y, values))[0]
+    return jax.lax.fori_loop(1, steps, step, (x, values))[0]
 
 
 def sample_naively(f, x, steps=None):
@@ -330,6 +331,18 @@ def reduction(operation):
     return elementwise(operation)._replace(axis=axis_without(axis, removed))
 
 
+def unstack_rule(operation):
+    step, removed = elementwise(operation), operation.params["axis"]
+    if step.axis == removed:
+        raise operation.no_rule("mixing what is known with what is not:")
+    return step._replace(axis=axis_without(step.axis, [removed]))
+
+
+def stack_rule(operation):
+    step, new = elementwise(operation), operation.params["axis"]
+    return step._replace(axis=step.axis + (new <= step.axis))
+
+
 def cumulative(combine):
     def rule(operation):
         x, axis, lead = operation.first_only()
@@ -389,6 +402,10 @@ def axis_after_reshape(operation, axis):
 def axis_after_squeeze(operation, axis):
     removed = operation.params["dimensions"]
     return None if axis in removed else axis_without(axis, removed)
+
+
+def axis_after_transpose(operation, axis):
+    return operation.params["permutation"].index(axis)
 
 
 def slice_rule(operation):
@@ -577,12 +594,12 @@ RULES |= {
     "slice": slice_rule,
     "sort": beside(lambda p, ndim: [p["dimension"]]),
     "split": beside(lambda p, ndim: [p["axis"]]),
+    "stack": stack_rule,
+    "tile": beside(lambda p, ndim: [d for d in range(ndim) if p["reps"][d] != 1]),
     "squeeze": reshaped(axis_after_squeeze, lambda p, axis, size: {}),
     "top_k": beside(lambda p, ndim: [p.get("axis", ndim - 1)]),
-    "transpose": reshaped(
-        lambda operation, axis: operation.params["permutation"].index(axis),
-        lambda p, axis, size: {},
-    ),
+    "transpose": reshaped(axis_after_transpose, lambda p, axis, size: {}),
+    "unstack": unstack_rule,
 }  # fmt: skip
 
 

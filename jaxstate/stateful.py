@@ -158,7 +158,7 @@ class StatefulTrace(_compat.TransparentTrace):
             slots: list[Slot] = []  # alive as long as the new jaxprs are
 
             def processed(jaxpr: Any) -> Any:
-                done = self._processed(jaxpr, entry.form)
+                done = self._processed(primitive, jaxpr, entry.form)
                 if primitive not in _CALLS:
                     _check_results(primitive, jaxpr, done.jaxpr)
                 ends.append(done.end)
@@ -171,17 +171,18 @@ class StatefulTrace(_compat.TransparentTrace):
             entry.form = ends[0]
             return primitive.bind(*args, **params)
 
-    def _processed(self, jaxpr: Any, start: _Form) -> _Processed:
+    def _processed(self, primitive: Any, jaxpr: Any, start: _Form) -> _Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
-        key = id(jaxpr), start, _compat.trace_context()
+        may_close = _compat.is_closed(jaxpr) and primitive is not _compat.remat_p
+        key = id(jaxpr), may_close, start, _compat.trace_context()
         done = self._shared.processed.get(key)
         if done is None:
-            done = self._process(jaxpr, start)
+            done = self._process(jaxpr, may_close, start)
             if not done.constants:  # else it is for the constants of this time
                 self._shared.processed[key] = done
         return done
 
-    def _process(self, jaxpr: Any, start: _Form) -> _Processed:
+    def _process(self, jaxpr: Any, may_close: bool, start: _Form) -> _Processed:
         inside = self._inside(None, start)
         end = start
 
@@ -194,7 +195,7 @@ class StatefulTrace(_compat.TransparentTrace):
             ]
 
         made = _compat.trace_flat(run, _compat.in_avals(jaxpr))
-        made, constants = _constants_in_slots(made, _compat.is_closed(jaxpr))
+        made, constants = _constants_in_slots(made, may_close)
         made = _without_unused_reads(made)
         if not _compat.is_closed(jaxpr):
             made = _compat.opened(made)
@@ -509,15 +510,15 @@ def _check_hashable(leaves: tuple[Any, ...]) -> None:
 # -- Jaxprs ----------------------------------------------------------------------------------
 
 
-def _constants_in_slots(jaxpr: Any, closed: bool) -> tuple[Any, tuple[Slot, ...]]:
+def _constants_in_slots(jaxpr: Any, may_close: bool) -> tuple[Any, tuple[Slot, ...]]:
     """The jaxpr without constants that are tracers: it reads them from slots instead.
 
     `process_primitive` may close over anything, and most primitives have no operand for it. A jaxpr
-    that is to be opened may have no constants at all.
+    that may not close over values, one that is to be opened or that of a checkpoint, has none.
     """
 
     def moves(constant: Any) -> bool:
-        return not closed or _compat.is_tracer(constant)
+        return not may_close or _compat.is_tracer(constant)
 
     constants = [c for c in _compat.consts_of(jaxpr) if moves(c)]
     if not constants:
