@@ -43,6 +43,11 @@ __all__ = ["StatefulTrace", "current_trace", "new_trace"]
 
 T = TypeVar("T", bound="StatefulTrace")
 
+_CALLED_BY_JAX = (
+    "process_primitive", "process_call", "process_custom_jvp_call", "process_custom_vjp_call",
+    "process_shard_map",
+)  # fmt: skip
+
 # These run their one jaxpr exactly once: the state may come out with another structure.
 _CALLS = (_compat.jit_p, _compat.remat_p, _compat.call_p)
 
@@ -74,8 +79,10 @@ class StatefulTrace(_compat.TransparentTrace):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "process_primitive" in cls.__dict__:
-            cls.process_primitive = _where_the_operation_runs(cls.process_primitive)
+        for name in _CALLED_BY_JAX:  # defined here, or in a class that is no trace
+            method = getattr(cls, name)
+            if not hasattr(method, "_runs_under_the_parent"):
+                setattr(cls, name, _under_the_parent(method))
 
     # -- What authors use and override -------------------------------------------------------
 
@@ -155,7 +162,7 @@ class StatefulTrace(_compat.TransparentTrace):
             slots: list[Slot] = []  # alive as long as the new jaxprs are
 
             def processed(jaxpr: Any) -> Any:
-                done = self._processed(jaxpr, entry.form)
+                done = self._processed(primitive, jaxpr, entry.form)
                 if primitive not in _CALLS:
                     _check_results(primitive, jaxpr, done.jaxpr)
                 ends.append(done.end)
@@ -169,18 +176,19 @@ class StatefulTrace(_compat.TransparentTrace):
                 entry.form = ends[0]
             return primitive.bind(*args, **params)
 
-    def _processed(self, jaxpr: Any, start: _Form) -> _Processed:
+    def _processed(self, primitive: Any, jaxpr: Any, start: _Form) -> _Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
+        may_close = _compat.is_closed(jaxpr) and primitive is not _compat.remat_p
         known = self._shared.processed.setdefault(jaxpr, {})
-        key = start, _compat.trace_context()
+        key = may_close, start, _compat.trace_context()
         done = known.get(key)
         if done is None:
-            done = self._process(jaxpr, start)
+            done = self._process(jaxpr, may_close, start)
             if not done.constants:  # else it is for the constants of this time
                 known[key] = done
         return done
 
-    def _process(self, jaxpr: Any, start: _Form) -> _Processed:
+    def _process(self, jaxpr: Any, may_close: bool, start: _Form) -> _Processed:
         inside = self._inside(None, start)
         end = start
 
@@ -193,7 +201,7 @@ class StatefulTrace(_compat.TransparentTrace):
             ]
 
         made = _compat.trace_flat(run, _compat.in_avals(jaxpr))
-        made, constants = _constants_in_slots(made, _compat.is_closed(jaxpr))
+        made, constants = _constants_in_slots(made, may_close)
         made = _without_unused_reads(made)
         if not _compat.is_closed(jaxpr):
             made = _compat.opened(made)
@@ -274,17 +282,22 @@ class StatefulTrace(_compat.TransparentTrace):
         return f"<{type(self).__name__}>"
 
 
-def _where_the_operation_runs(process: Callable[..., Any]) -> Callable[..., Any]:
-    """``process_primitive`` as JAX calls it: under the parent trace, and for operations only."""
+def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as JAX calls it: with the parent as the current trace. (In JAX >= 0.11 none is.)
 
-    @functools.wraps(process)
-    def process_primitive(self: StatefulTrace, primitive: Any, args: Any, params: Any, /) -> Any:
+    What comes to ``process_primitive`` and is no operation goes to ``process_higher_order``.
+    """
+    takes_operations = method.__name__ == "process_primitive"
+
+    @functools.wraps(method)
+    def called(self: StatefulTrace, primitive: Any, /, *args: Any, **params: Any) -> Any:
         with _compat.set_current_trace(self.parent_trace):
-            if has_rule(primitive):
-                return self.process_higher_order(primitive, args, params)
-            return process(self, primitive, args, params)
+            if takes_operations and has_rule(primitive):
+                return self.process_higher_order(primitive, *args)
+            return method(self, primitive, *args, **params)
 
-    return process_primitive
+    called._runs_under_the_parent = True  # type: ignore[attr-defined]
+    return called
 
 
 class _Inside(NamedTuple):
@@ -307,9 +320,11 @@ class _Inside(NamedTuple):
         copy = self.trace._copy()
         copy.parent_trace = _compat.current_trace()
         before = copy._entry = _Entry(copy._shared, self.form)
+        attributes = dict(copy.__dict__)
         try:
             with _compat.set_current_trace(copy):
                 out = fun(*args)
+            _check_attributes(copy, attributes)
             if copy._entry is before:  # nobody has asked
                 return out, self.form
             after = copy._entry or _Entry.store(copy._shared, copy._value, copy._stored)
@@ -318,6 +333,27 @@ class _Inside(NamedTuple):
         if self.primitive is not None and after.form != self.form:
             raise _changed_structure(self.trace, self.primitive, self.form, [after.form])
         return out, after.form
+
+
+def _check_attributes(copy: StatefulTrace, before: dict[str, Any]) -> None:
+    """The attributes of a copy are gone when it has run: only the state goes on."""
+    for name, value in copy.__dict__.items():
+        if name not in _OWN_ATTRIBUTES and before.get(name, copy) is not value:
+            raise TraceStateError(
+                message(
+                    f"{type(copy).__name__}.{name} was assigned while the trace was inside a jitted"
+                    " function, a loop, a branch or a custom rule. That is not seen outside: only"
+                    " the state is carried on.",
+                    fix=f"""
+                    self.state = dict(self.state, {name}=...)     # what a program computes
+                    self.table.append(...)      # or a list or dict, for what is known at trace time
+                    """,
+                    used=_compat.user_location(),
+                )
+            )
+
+
+_OWN_ATTRIBUTES = frozenset({"parent_trace", "_value", "_entry", "_stored"})
 
 
 # -- State in slots --------------------------------------------------------------------------
@@ -489,15 +525,15 @@ def _check_hashable(leaves: tuple[Any, ...]) -> None:
 # -- Jaxprs ----------------------------------------------------------------------------------
 
 
-def _constants_in_slots(jaxpr: Any, closed: bool) -> tuple[Any, tuple[Slot, ...]]:
+def _constants_in_slots(jaxpr: Any, may_close: bool) -> tuple[Any, tuple[Slot, ...]]:
     """The jaxpr without constants that are tracers: it reads them from slots instead.
 
     `process_primitive` may close over anything, and most primitives have no operand for it. A jaxpr
-    that is to be opened may have no constants at all.
+    that may not close over values, one that is to be opened or that of a checkpoint, has none.
     """
 
     def moves(constant: Any) -> bool:
-        return not closed or _compat.is_tracer(constant)
+        return not may_close or _compat.is_tracer(constant)
 
     constants = [c for c in _compat.consts_of(jaxpr) if moves(c)]
     if not constants:
