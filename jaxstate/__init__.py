@@ -9,16 +9,21 @@ from jaxstate.errors import (
     MissingParameterError,
     MissingStoreError,
     MissingStreamError,
+    MissingVariableError,
     NameClashError,
     ParameterConflictError,
     ParameterMismatchError,
+    ReadOnlyVariableError,
     SlotTypeError,
     SplitStreamError,
     StateError,
     UnsupportedPrimitiveError,
+    VariableConflictError,
+    VariableMismatchError,
 )
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
+from jaxstate.variables import Variable, variable
 
 __version__ = "0.1.0"
 
@@ -30,15 +35,20 @@ __all__ = [
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
+    "MissingVariableError",
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
     "Parametrized",
+    "ReadOnlyVariableError",
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
     "Stream",
     "UnsupportedPrimitiveError",
+    "Variable",
+    "VariableConflictError",
+    "VariableMismatchError",
     "extend",
     "next_key",
     "param",
@@ -47,4 +57,5 @@ __all__ = [
     "rng_stream",
     "rules",
     "scope",
+    "variable",
 ]

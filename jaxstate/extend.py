@@ -19,10 +19,10 @@ import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxstate import _compat, trace
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
+from jaxstate.forms import strong
 from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
 from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all, write_last
 
@@ -166,7 +166,7 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
     >>> float(read(total))
     6.0
     """
-    return Slot(_strong(value), name, _compat.user_location())
+    return Slot(strong(value), name, _compat.user_location())
 
 
 def read(slot: Slot) -> jax.Array:
@@ -194,7 +194,7 @@ def write(slot: Slot, value: Any) -> None:
       SlotTypeError: if shape or dtype are not those of the slot.
       LaneWriteError: if lanes of a vmap that share the slot write different values.
     """
-    value = _strong(value)
+    value = strong(value)
     wanted = slot.aval(slot.address)
     if not _compat.same_type(value, wanted):
         raise SlotTypeError(
@@ -209,9 +209,3 @@ def write(slot: Slot, value: Any) -> None:
             )
         )
     trace.write(slot.address, value)
-
-
-def _strong(value: Any) -> Any:
-    """The value as an array whose dtype no Python scalar can change."""
-    value = jnp.asarray(value)
-    return jax.lax.convert_element_type(value, value.dtype) if value.weak_type else value

@@ -11,6 +11,8 @@ of the holder that answers for the slot. What they meet on the way decides:
 * a trace that differentiates: a written value keeps its tangent for reads further in, and its
   primal goes on outwards;
 * a trace that maps over lanes: the holder decides whether lanes share the slot or have their own.
+  If they share it and write different values, the address may know how to make one value of them:
+  the slot outside gets that one, and each lane goes on with its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
@@ -156,12 +160,19 @@ _splitting = _Splitting()
 
 
 def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | None:
+    """What the lanes of the vmap of ``trace`` have of their own instead of the slot outside."""
     notes = _lanes(trace, holder, base)
     _splitting.depth += 1
     try:
         return holder.lane(address, trace, notes)
     finally:
         _splitting.depth -= 1
+
+
+def _reduced_lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | None:
+    """What the lanes last wrote to a slot that they share, and that reduces what they write."""
+    notes = _lanes(trace, holder, base)
+    return notes.get(_key(address, holder, base)) if notes else None
 
 
 def _drop(tables: dict[int, Any], key: int) -> None:
@@ -263,6 +274,7 @@ def _read_at(
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
         lane = _lane(address, holder, trace, base)
+        lane = lane or _reduced_lane(address, holder, trace, base)
         if lane is not None:
             return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
     value, stored = _read_at(address, holder, levels, i + 1, base)
@@ -292,7 +304,15 @@ def _write_at(
             lane.value, lane.batch_dim = value, batch_dim
             return value
         if batch_dim is not None:
-            raise holder.refuse_lanes(address, trace)
+            if address.reduce is None:
+                raise holder.refuse_lanes(address, trace)
+            with _compat.set_current_trace(_compat.parent_of(trace)):
+                one_value = address.reduced(jnp.moveaxis(value, batch_dim, 0))
+            _write_at(address, holder, levels, i + 1, base, one_value)
+            lanes = _lanes(trace, holder, base)
+            lanes[_key(address, holder, base)] = Lane(value, batch_dim)
+            return value
+        _lanes(trace, holder, base).pop(_key(address, holder, base), None)
     elif isinstance(trace, _compat.DIFFERENTIATING):
         key = _key(address, holder, base)
         if not _compat.owns(trace, value):
