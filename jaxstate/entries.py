@@ -314,9 +314,10 @@ class VariableAddress(EntryAddress):
             message(
                 f"Lanes of a vmap wrote different values into {self}, which they share.",
                 fix=f"""
-                jaxstate.variable("{self.name}", ..., reduce=jnp.mean)   # one value of them all
-                jax.vmap(net.apply_with_state, (None, 0, 0))(params, states, xs)   # or one each:
-                # make the variable inside the vmap
+                # one value of all lanes' values:
+                jaxstate.variable("{self.name}", ..., reduce=jnp.mean)
+                # or a value per lane, with the variable made inside the vmap:
+                jax.vmap(net.apply_with_state, (None, 0, 0))(params, states, xs)
                 """,
                 used=self.used,
                 under=f"vmap over {_compat.lane_count(trace)} lanes",

@@ -34,7 +34,7 @@ from jaxstate import _compat
 from jaxstate.births import sliced
 from jaxstate.entries import ParamAddress, current_home, innermost_store
 from jaxstate.errors import InitializerDataError, message
-from jaxstate.names import Level, Path, Token
+from jaxstate.names import Layer, Level, Path, Token
 from jaxstate.random import check_key, rng_stream
 from jaxstate.slots import open_holder
 from jaxstate.stores import ApplyStore, InitStore
@@ -188,8 +188,8 @@ class Parametrized:
         with jax.disable_jit(False):  # every branch is traced
             made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
-        leaves = iter(_run_slice(made, operands, abstract))
-        return [_nested(_in_order(by_path, leaves)) for by_path in shapes]
+        leaves = _run_slice(made, operands, abstract)
+        return [_nested(x) for x in jax.tree.unflatten(jax.tree.structure(shapes), leaves)]
 
     def apply(
         self,
@@ -254,19 +254,22 @@ class Parametrized:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
         streams = {} if key is None else _keys(key, "apply")[1]
 
-        def run(store: ApplyStore) -> Any:
-            with open_holder(store), _open_streams(streams):
-                return self.fn(*args, **kwargs)
+        def store() -> ApplyStore:
+            return ApplyStore(self._token, params, state, writable)
 
-        store = ApplyStore(self._token, params, state, writable)
-        if _compat.jit_is_disabled():
-            # Only the branches that are taken would be seen, and modules named accordingly.
-            with jax.disable_jit(False):
-                jax.eval_shape(lambda: _nothing(run(store)))
-            names = store.layer.of_lasting_modules()
-            store = ApplyStore(self._token, params, state, writable)
-            store.layer = names
-        return run(store), store
+        def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
+            with open_holder(store), _open_streams(streams):
+                return self.fn(*args, **kwargs), store
+
+        if not _compat.jit_is_disabled():
+            return run(store())
+        # Only the branches that are taken are seen now, and modules would be named accordingly.
+        names: list[Layer] = []
+        with jax.disable_jit(False):
+            jax.eval_shape(lambda: names.append(run(store())[1].layer.of_lasting_modules()))
+        named = store()
+        named.layer = names[0]
+        return run(named)
 
     def _check_state(self, state: Any) -> None:
         fix = "y, state = net.apply_with_state(params, state, x)"
@@ -383,10 +386,6 @@ def _open_streams(streams: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _nothing(_: Any) -> None:
-    """Drops a result that `jax.eval_shape` could not describe."""
-
-
 def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], bool]:
     """The arrays of a tree; the function that puts others in their place; is any a mere shape."""
     leaves, structure = jax.tree.flatten(tree)
@@ -422,12 +421,6 @@ def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
         )
     values = _compat.eval_closed_jaxpr(pure, *inputs)
     return [_compat.as_array(_compat.canonicalize(x)) for x in values]
-
-
-def _in_order(shapes: Mapping[Path, Any], leaves: Iterator[Any]) -> dict[Path, Any]:
-    """The next of the leaves, which JAX gives in sorted order, in the dict's own order."""
-    by_path = {path: next(leaves) for path in sorted(shapes)}
-    return {path: by_path[path] for path in shapes}
 
 
 def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

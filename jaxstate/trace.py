@@ -214,16 +214,19 @@ def boundaries(holder: Holder) -> list[Any]:
     found: list[Any] = []
     trace = _compat.current_trace()
     for inner in holders():
-        if inner is not holder and not inner.is_boundary:
+        if inner is not holder and inner.outside is None and not inner.is_boundary:
             continue
+        # The jaxpr of a shard_map does not know its parent: `outside` does.
+        end = inner.anchor if inner is holder or inner.is_boundary else holder.anchor
         for t in _compat.chain(trace):
-            if same_trace(t, inner.anchor):
+            if same_trace(t, end):
                 break
-            if isinstance(t, _compat.StagingTrace):
+            if isinstance(t, _compat.StagingTrace) and not any(t is f for f in found):
                 found.append(t)
         if inner is holder:
             break
-        found.append(inner)
+        if inner.is_boundary:
+            found.append(inner)
         trace = inner.outside
     return found
 
