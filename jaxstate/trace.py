@@ -169,12 +169,6 @@ def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | Non
         _splitting.depth -= 1
 
 
-def _reduced_lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | None:
-    """What the lanes last wrote to a slot that they share, and that reduces what they write."""
-    notes = _lanes(trace, holder, base)
-    return notes.get(_key(address, holder, base)) if notes else None
-
-
 def _drop(tables: dict[int, Any], key: int) -> None:
     if key in tables and tables[key][0]() is None:
         del tables[key]
@@ -277,9 +271,11 @@ def _read_at(
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
         lane = _lane(address, holder, trace, base)
-        lane = lane or _reduced_lane(address, holder, trace, base)
         if lane is not None:
             return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
+        written = _written_by_lanes(trace, holder, base).get(_key(address, holder, base))
+        if written is not None:
+            return _put_together(written, levels[i:]), written
     value, stored = _read_at(address, holder, levels, i + 1, base)
     if isinstance(trace, _compat.DIFFERENTIATING):
         view = _views(trace).get(_key(address, holder, base))
@@ -302,20 +298,21 @@ def _write_at(
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
         lane = _lane(address, holder, trace, base)
+        given = value
         value, batch_dim = _compat.lane_value(trace, value)
         if lane is not None:
             lane.value, lane.batch_dim = value, batch_dim
             return value
+        key, written = _key(address, holder, base), _written_by_lanes(trace, holder, base)
         if batch_dim is not None:
             if address.reduce is None:
                 raise holder.refuse_lanes(address, trace)
             with _compat.set_current_trace(_compat.parent_of(trace)):
                 one_value = address.reduced(jnp.moveaxis(value, batch_dim, 0))
             _write_at(address, holder, levels, i + 1, base, one_value)
-            lanes = _lanes(trace, holder, base)
-            lanes[_key(address, holder, base)] = Lane(value, batch_dim)
-            return value
-        _lanes(trace, holder, base).pop(_key(address, holder, base), None)
+            written[key] = _take_apart(given, levels[i:])
+            return written[key]
+        written.pop(key, None)
     elif isinstance(trace, _compat.DIFFERENTIATING):
         key = _key(address, holder, base)
         if not _compat.owns(trace, value):
@@ -350,6 +347,54 @@ class _View(NamedTuple):
 
     tangent: Any
     stored: Any
+
+
+# -- What lanes write to a slot that they share ----------------------------------------------
+
+
+class _Kept:
+    """A value in the middle of transformations, taken apart: no part of it is a tracer of theirs.
+
+    Attributes:
+      value: what is left of it outside of them.
+      batch_dims: for each trace in between, from the inside, its batch dimension or None.
+    """
+
+    __slots__ = ("batch_dims", "value")
+
+
+def _written_by_lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, _Kept]:
+    """What the lanes of a vmap last wrote to slots that they share, each lane its own value."""
+    return _lanes(trace, holder, base).setdefault(_Kept, {})
+
+
+def _take_apart(value: Any, levels: list[Any]) -> _Kept:
+    """Lowers what ``levels[0]`` holds through all levels; tangents are kept with their traces."""
+    kept = _Kept()
+    kept.batch_dims = []
+    for trace in levels:
+        batch_dim = None
+        if isinstance(trace, _compat.BatchTrace):
+            value, batch_dim = _compat.lane_value(trace, value)
+        elif isinstance(trace, _compat.DIFFERENTIATING) and _compat.owns(trace, value):
+            _views(trace)[id(kept)] = _View(value.tangent, kept)
+            value = value.primal
+        kept.batch_dims.append(batch_dim)
+    kept.value = value
+    return kept
+
+
+def _put_together(kept: _Kept, levels: list[Any]) -> Any:
+    value = kept.value
+    pairs = list(zip(levels, kept.batch_dims, strict=True))
+    for trace, batch_dim in reversed(pairs):
+        if isinstance(trace, _compat.BatchTrace):
+            value = _compat.lane_tracer(trace, value, batch_dim)
+        elif isinstance(trace, _compat.DIFFERENTIATING):
+            view = _views(trace).get(id(kept))
+            if view is not None and view.stored is kept:
+                value = _compat.tangent_tracer(trace, value, view.tangent)
+    return value
 
 
 # -- Uses of a jaxpr -------------------------------------------------------------------------
