@@ -661,6 +661,83 @@ def test_reduce_makes_one_value_of_the_lanes_values(name, lane, by_hand, nested)
             assert_same(gradient(xs, 2.0), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["custom_jvp", "custom_vjp"])
+@pytest.mark.parametrize("order", ["vmap(grad(rule))", "grad(rule(vmap))", "grad(vmap(rule))"])
+def test_reduce_in_functions_with_custom_rules(kind, order):
+    @jaxstate.parametrized
+    def net(xs):
+        v = jaxstate.variable("v", jnp.ones, (), reduce=jnp.mean)
+
+        def f(x):
+            v.value = v.value * x
+            return v.value + x
+
+        if order == "vmap(grad(rule))":
+            return jax.vmap(jax.grad(with_rule(kind, f)))(xs), v.value
+        g = with_rule(kind, jax.vmap(f)) if "rule(vmap" in order else jax.vmap(with_rule(kind, f))
+        return jax.grad(lambda xs: g(xs).sum())(xs), v.value
+
+    xs = jnp.arange(3.0)
+    wanted = (jnp.full(3, 3.0), jnp.float32(2.0)), {"v": jnp.float32(2.0)}
+    for apply in both(net.apply_with_state):
+        assert_same(apply({}, {"v": 2.0}, xs), wanted)
+
+
+def test_lanes_in_a_loop_start_from_what_the_last_lanes_left():
+    @jaxstate.parametrized
+    def net(xs):
+        def body(c, _):
+            v = jaxstate.variable("v", lambda: {"a": 1.0}, reduce=jnp.mean)
+
+            def lane(x):
+                v.value = {"a": v.value["a"] * x + c}
+                return v.value["a"]
+
+            ys = jax.vmap(lane)(xs)
+            return c + v.value["a"] + ys.sum(), ys
+
+        return lax.scan(body, 0.5, length=3)
+
+    def by_hand(v, xs):
+        def body(carry, _):
+            c, v = carry
+            ys = v * xs + c
+            v = ys.mean()
+            return (c + v + ys.sum(), v), ys
+
+        (c, v), ys = lax.scan(body, (0.5, v), length=3)
+        return (c, ys), {"v": {"a": v}}
+
+    xs = jnp.arange(3.0)
+    for apply in both(net.apply_with_state):
+        wanted = by_hand(jnp.float32(1.5), xs)
+        assert_same(apply({}, {"v": {"a": 1.5}}, xs), wanted, rtol=1e-5)
+
+
+def test_an_explicit_apply_inside_has_its_own_state():
+    @jaxstate.parametrized
+    def inner(x):
+        n = jaxstate.variable("n", jnp.zeros, ())
+        n.value = n.value + x
+        return n.value
+
+    @jaxstate.parametrized
+    def net(x):
+        n = jaxstate.variable("n", jnp.zeros, ())
+        n.value = n.value + 10
+        y, explicit = inner.apply_with_state({}, {"n": x}, 1.0)
+        apply = jax.vmap(inner.apply_with_state, (None, 0, None))
+        _, lanes = jax.jit(apply)({}, {"n": jnp.arange(3.0)}, y)
+        return inner(y), explicit, lanes, n.value
+
+    state = {"n": jnp.float32(1), "inner": {"n": jnp.float32(2)}}
+    for apply in both(net.apply_with_state):
+        y = jnp.float32(6)
+        wanted = y + 2, {"n": y}, {"n": jnp.arange(3.0) + y}, jnp.float32(11)
+        left = {"n": jnp.float32(11), "inner": {"n": y + 2}}
+        assert_same(apply({}, state, 5.0), (wanted, left))
+
+
 def test_reduce_is_for_values_that_differ_and_sees_them_once():
     seen = []
 
