@@ -5,8 +5,8 @@ entered, relative to the jaxpr (or custom rule) in which the entry is used, and 
 completes the address with the place where that jaxpr is bound, and gives out names
 (`jaxstate.names`).
 
-A parameter is only read, so its address is captured. A variable is written: its address is
-threaded, and it may be that of a handle, which means the place where the handle was made.
+What is special to either is in the subclass of `EntryAddress` that it has (`jaxstate.params`,
+`jaxstate.variables`).
 """
 
 from __future__ import annotations
@@ -15,25 +15,10 @@ import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
-
 from jaxstate import _compat
 from jaxstate.births import Birth
-from jaxstate.errors import (
-    ClosedStateError,
-    LaneWriteError,
-    MissingParameterError,
-    MissingStoreError,
-    MissingVariableError,
-    ParameterConflictError,
-    ParameterMismatchError,
-    SlotTypeError,
-    StateError,
-    VariableConflictError,
-    VariableMismatchError,
-    message,
-)
-from jaxstate.forms import Form, strong, strong_type, wanted_form
+from jaxstate.errors import ClosedStateError, StateError, message
+from jaxstate.forms import Form, wanted_form
 from jaxstate.names import Home, Layer, Layers, Level, Path, ScopeStack, Token
 from jaxstate.slots import Address, Cell, Holder, holders
 from jaxstate.trace import boundaries, boundary_of, notes_of
@@ -41,9 +26,7 @@ from jaxstate.trace import boundaries, boundary_of, notes_of
 __all__ = [
     "Entry",
     "EntryAddress",
-    "ParamAddress",
     "Store",
-    "VariableAddress",
     "current_home",
     "current_place",
     "innermost_store",
@@ -150,7 +133,7 @@ class EntryAddress(Address):
         return self.store().meaning_of(self)
 
     def aliased(self, other: Address) -> Exception:
-        return VariableConflictError(
+        return self.conflict_error(
             message(
                 f"One function uses {self} in two ways and writes it: with a handle that was made"
                 " outside of the function, and by name.",
@@ -187,6 +170,14 @@ class EntryAddress(Address):
         path = (*store.path(store.layers(), self), *self.leaf)
         return self.mismatch(path, _compat.typeof(value).str_short(), wanted.str_short())
 
+    def not_given(self) -> Exception:
+        """The error for an ``apply`` that was given no entries of this kind at all."""
+        raise NotImplementedError
+
+    def refuse_lanes(self, trace: Any) -> Exception:
+        """The error for a value per lane of the vmap of ``trace``."""
+        raise NotImplementedError
+
     def mismatch(self, path: Path, found: str, wanted: str) -> Exception:
         """The error for a value of another form than the function makes."""
         return self.mismatch_error(
@@ -215,118 +206,6 @@ class EntryAddress(Address):
         )
 
     fix_by_init: str
-
-
-class ParamAddress(EntryAddress):
-    """One leaf of a parameter."""
-
-    __slots__ = ()
-
-    kind = "parameter"
-    takes_key = True
-    missing_error = MissingParameterError
-    mismatch_error = ParameterMismatchError
-    conflict_error = ParameterConflictError
-
-    def missing(self) -> Exception:
-        return MissingStoreError(
-            message(
-                f"{self} was used outside init and apply.",
-                fix="""
-                params = net.init(jax.random.key(0), x)     # net = jaxstate.parametrized(fn)
-                y = net.apply(params, x)
-                """,
-                used=self.used,
-            )
-        )
-
-    fix_by_init = """
-        params = net.init(key, x)      # with inputs of the shapes that apply is given
-        """
-
-
-class VariableAddress(EntryAddress):
-    """One leaf of a variable.
-
-    Attributes:
-      threaded: whether the variable may be written. Where it may not, it is captured.
-      reduce: makes one value of the lanes' values, or None.
-    """
-
-    __slots__ = ("reduce", "threaded")
-
-    kind = "variable"
-    takes_key = False
-    missing_error = MissingVariableError
-    mismatch_error = VariableMismatchError
-    conflict_error = VariableConflictError
-
-    def __init__(self, name: str, used: str, reduce: Callable[..., Any] | None = None) -> None:
-        super().__init__(name, used)
-        self.threaded = True
-        self.reduce = reduce
-
-    def missing(self) -> Exception:
-        return MissingStoreError(
-            message(
-                f"{self} was used outside init and apply.",
-                fix="""
-                params, state = net.init_with_state(jax.random.key(0), x)
-                y, state = net.apply_with_state(params, state, x)  # net = parametrized(fn)
-                """,
-                used=self.used,
-            )
-        )
-
-    def initial(self, init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
-        return jax.tree.map(strong, init(*init_args))
-
-    def form_of_initial(
-        self, init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
-    ) -> Form:
-        return super().form_of_initial(init, init_args, known).strong()
-
-    def as_stored(self, value: Any) -> Any:
-        return strong(value)
-
-    def type_as_stored(self, value: Any) -> Any:
-        return strong_type(_compat.typeof(value))
-
-    def reduced(self, values: Any) -> Any:
-        assert self.reduce is not None
-        value = strong(self.reduce(values, axis=0))
-        if not _compat.same_type(value, self.wanted):
-            raise SlotTypeError(
-                message(
-                    f"{self} has type {self.wanted.str_short()}, and what its reduce makes of the"
-                    f" lanes' values has type {_compat.typeof(value).str_short()}.",
-                    fix=f"""
-                    reduce = lambda values, axis: values.max(axis)   # called as (values, axis=0),
-                    jaxstate.variable("{self.name}", ..., reduce=reduce)  # keeps shape and dtype
-                    """,
-                    used=self.used,
-                )
-            )
-        return value
-
-    def refuse_lanes(self, trace: Any) -> Exception:
-        return LaneWriteError(
-            message(
-                f"Lanes of a vmap wrote different values into {self}, which they share.",
-                fix=f"""
-                # one value of all lanes' values:
-                jaxstate.variable("{self.name}", ..., reduce=jnp.mean)
-                # or a value per lane, with the variable made inside the vmap:
-                jax.vmap(net.apply_with_state, (None, 0, 0))(params, states, xs)
-                """,
-                used=self.used,
-                under=f"vmap over {_compat.lane_count(trace)} lanes",
-            )
-        )
-
-    fix_by_init = """
-        params, state = net.init_with_state(key, x)   # with inputs of the shapes of apply
-        """
 
 
 # -- Places ----------------------------------------------------------------------------------
@@ -450,7 +329,7 @@ class Store(Holder):
         """Makes an entry from data: here if the store is here, else in the jaxpr around."""
         raise NotImplementedError
 
-    def refuse_lanes(self, address: VariableAddress, trace: Any) -> Exception:  # type: ignore[override]
+    def refuse_lanes(self, address: EntryAddress, trace: Any) -> Exception:  # type: ignore[override]
         return address.refuse_lanes(trace)
 
 

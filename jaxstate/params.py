@@ -32,8 +32,15 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.births import sliced
-from jaxstate.entries import ParamAddress, current_home, innermost_store
-from jaxstate.errors import InitializerDataError, message
+from jaxstate.entries import EntryAddress, current_home, innermost_store
+from jaxstate.errors import (
+    InitializerDataError,
+    MissingParameterError,
+    MissingStoreError,
+    ParameterConflictError,
+    ParameterMismatchError,
+    message,
+)
 from jaxstate.names import Layer, Level, Path, Token
 from jaxstate.random import check_key, rng_stream
 from jaxstate.slots import open_holder
@@ -41,6 +48,37 @@ from jaxstate.stores import ApplyStore, InitStore
 from jaxstate.trace import boundary_of, read
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
+
+
+# -- Addresses -------------------------------------------------------------------------------
+
+
+class ParamAddress(EntryAddress):
+    """One leaf of a parameter."""
+
+    __slots__ = ()
+
+    kind = "parameter"
+    takes_key = True
+    missing_error = MissingParameterError
+    mismatch_error = ParameterMismatchError
+    conflict_error = ParameterConflictError
+
+    def missing(self) -> Exception:
+        return MissingStoreError(
+            message(
+                f"{self} was used outside init and apply.",
+                fix="""
+                params = net.init(jax.random.key(0), x)     # net = jaxstate.parametrized(fn)
+                y = net.apply(params, x)
+                """,
+                used=self.used,
+            )
+        )
+
+    fix_by_init = """
+        params = net.init(key, x)      # with inputs of the shapes that apply is given
+        """
 
 
 # -- The public functions --------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 from jaxstate import _compat
 from jaxstate.births import Birth, bear_at, birth_p, trace_initializer
 from jaxstate.entries import Entry, EntryAddress, Store
-from jaxstate.errors import InitializerDataError, MissingVariableError, message, nearest
+from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.forms import Form
 from jaxstate.names import Layers, Path, Token
 from jaxstate.slots import Cell, Holder
@@ -138,7 +138,7 @@ class ApplyStore(Store):
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
     ) -> tuple[Form, list[Any]]:
         if self._given[address.kind] is None:
-            raise _no_state(address)
+            raise address.not_given()
         wanted = address.form_of_initial(init, init_args, self.forms)
         layers = self.layers()
         path = self.path(layers, address)
@@ -236,20 +236,6 @@ def _missing(address: EntryAddress, path: Path, i: int, node: Any, wanted: Any) 
             + (f" The nearest name is {close!r}." if close else ""),
             fix=address.fix_by_init,
             wanted=_shown(wanted),
-            used=address.used,
-        )
-    )
-
-
-def _no_state(address: EntryAddress) -> Exception:
-    return MissingVariableError(
-        message(
-            f"{address} was used, and apply was given no variables.",
-            fix="""
-            params, state = net.init_with_state(key, x)
-            y, state = net.apply_with_state(params, state, x)   # reads and writes
-            y = net.apply(params, x, state=state)               # only reads
-            """,
             used=address.used,
         )
     )

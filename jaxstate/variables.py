@@ -24,13 +24,120 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.entries import Store, VariableAddress, current_place, innermost_store
-from jaxstate.errors import ClosedStateError, ReadOnlyVariableError, SlotTypeError, message
-from jaxstate.forms import Form, strong
+from jaxstate.entries import EntryAddress, Store, current_place, innermost_store
+from jaxstate.errors import (
+    ClosedStateError,
+    LaneWriteError,
+    MissingStoreError,
+    MissingVariableError,
+    ReadOnlyVariableError,
+    SlotTypeError,
+    VariableConflictError,
+    VariableMismatchError,
+    message,
+)
+from jaxstate.forms import Form, strong, strong_type
 from jaxstate.params import check_name
 from jaxstate.trace import read, write
 
 __all__ = ["Variable", "variable"]
+
+
+class VariableAddress(EntryAddress):
+    """One leaf of a variable.
+
+    Attributes:
+      threaded: whether the variable may be written. Where it may not, it is captured.
+      reduce: makes one value of the lanes' values, or None.
+    """
+
+    __slots__ = ("reduce", "threaded")
+
+    kind = "variable"
+    takes_key = False
+    missing_error = MissingVariableError
+    mismatch_error = VariableMismatchError
+    conflict_error = VariableConflictError
+
+    def __init__(self, name: str, used: str, reduce: Callable[..., Any] | None = None) -> None:
+        super().__init__(name, used)
+        self.threaded = True
+        self.reduce = reduce
+
+    def missing(self) -> Exception:
+        return MissingStoreError(
+            message(
+                f"{self} was used outside init and apply.",
+                fix="""
+                params, state = net.init_with_state(jax.random.key(0), x)
+                y, state = net.apply_with_state(params, state, x)  # net = parametrized(fn)
+                """,
+                used=self.used,
+            )
+        )
+
+    def not_given(self) -> Exception:
+        return MissingVariableError(
+            message(
+                f"{self} was used, and apply was given no variables.",
+                fix="""
+                params, state = net.init_with_state(key, x)
+                y, state = net.apply_with_state(params, state, x)   # reads and writes
+                y = net.apply(params, x, state=state)               # only reads
+                """,
+                used=self.used,
+            )
+        )
+
+    def initial(self, init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
+        return jax.tree.map(strong, init(*init_args))
+
+    def form_of_initial(
+        self, init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
+    ) -> Form:
+        return super().form_of_initial(init, init_args, known).strong()
+
+    def as_stored(self, value: Any) -> Any:
+        return strong(value)
+
+    def type_as_stored(self, value: Any) -> Any:
+        return strong_type(_compat.typeof(value))
+
+    def reduced(self, values: Any) -> Any:
+        assert self.reduce is not None
+        value = strong(self.reduce(values, axis=0))
+        if not _compat.same_type(value, self.wanted):
+            raise SlotTypeError(
+                message(
+                    f"{self} has type {self.wanted.str_short()}, and what its reduce makes of the"
+                    f" lanes' values has type {_compat.typeof(value).str_short()}.",
+                    fix=f"""
+                    reduce = lambda values, axis: values.max(axis)   # called as (values, axis=0),
+                    jaxstate.variable("{self.name}", ..., reduce=reduce)  # keeps shape and dtype
+                    """,
+                    used=self.used,
+                )
+            )
+        return value
+
+    def refuse_lanes(self, trace: Any) -> Exception:
+        return LaneWriteError(
+            message(
+                f"Lanes of a vmap wrote different values into {self}, which they share.",
+                fix=f"""
+                # one value of all lanes' values:
+                jaxstate.variable("{self.name}", ..., reduce=jnp.mean)
+                # or a value per lane, with the variable made inside the vmap:
+                jax.vmap(net.apply_with_state, (None, 0, 0))(params, states, xs)
+                """,
+                used=self.used,
+                under=f"vmap over {_compat.lane_count(trace)} lanes",
+            )
+        )
+
+    fix_by_init = """
+        params, state = net.init_with_state(key, x)   # with inputs of the shapes of apply
+        """
 
 
 class Variable:
