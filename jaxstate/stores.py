@@ -75,7 +75,7 @@ class InitStore(Store):
         path = self.path(Layers([self.layer]), address)
         with _compat.set_current_trace(self.anchor):
             keys = [_param_key(self.key, path)] if address.takes_key else []
-            leaves = map(_compat.as_array, birth.run(data, *keys))
+            leaves = [_compat.as_array(value) for value in birth.run(data, *keys)]
         entry.initial = dict(zip(birth.form.leaves, leaves, strict=True))
         entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
 
