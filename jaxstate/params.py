@@ -102,7 +102,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
       MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
       ParameterConflictError: if the name is in use for a parameter of another form.
-      NameClashError: if the name is in use for a module or scope.
+      NameClashError: if the name is in use for a variable, module or scope.
       InitializerDataError: if ``init`` looks at data that comes out of a loop or a vmap.
 
     The initial value depends on the key given to ``init`` and on the path of the parameter alone:
@@ -122,7 +122,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Opens a level of the tree of parameters by hand.
+    """Opens a level of the tree of parameters and variables by hand.
 
     The same name opens the same level again. Outside ``init`` and ``apply`` it does nothing.
 
@@ -334,7 +334,8 @@ def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = Non
     Returns:
       A `Parametrized` object. Called inside another parametrized function it runs ``fn`` as a
       module: the same object called twice shares its parameters, two objects do not. Outside it
-      offers ``init(key, *args, **kwargs)`` and ``apply(params, *args, key=None, **kwargs)``.
+      offers ``init(key, *args, **kwargs)`` and ``apply(params, *args, key=None, **kwargs)``, and
+      with variables ``init_with_state`` and ``apply_with_state``.
 
     >>> import jax, jax.numpy as jnp, jaxstate
     >>> @jaxstate.parametrized

@@ -14,6 +14,7 @@ import jaxstate
 
 KEY = jax.random.key(0)
 ones = jax.nn.initializers.ones
+refusal = pytest.mark.leaks_allowed("the checker reports tracers in the error's traceback")
 
 
 def assert_same(found, wanted, **tolerance):
@@ -828,6 +829,27 @@ def test_devices_read_a_replicated_variable():
     assert_same(out, 2 * jnp.arange(4.0))
 
 
+@refusal
+def test_a_value_of_one_device_is_not_one_for_all():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = PartitionSpec("d")
+
+    @jaxstate.parametrized
+    def net(x):
+        v = jaxstate.variable("v", jnp.ones, ())
+
+        def on_device(x):
+            v.value = x.sum()
+            return x
+
+        return jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+    assert_same(net.init_with_state(KEY, jnp.ones(2))[1], {"v": jnp.float32(1)})
+    for apply in both(net.apply_with_state):
+        with pytest.raises(jaxstate.StateError, match="variable 'v'"):
+            apply({}, {"v": 0.0}, jnp.ones(2))
+
+
 # -- Batch norm ------------------------------------------------------------------------------
 
 
@@ -961,9 +983,6 @@ def test_batch_norm_over_lanes_with_pmean_equals_one_batch():
 
 
 # -- Refusals --------------------------------------------------------------------------------
-
-
-refusal = pytest.mark.leaks_allowed("the checker reports tracers in the error's traceback")
 
 
 @refusal
