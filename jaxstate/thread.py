@@ -77,7 +77,7 @@ def _state_of(jaxpr: Any) -> State:
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
 
 
-def settle(addresses: Iterable[Address], writes: Addresses) -> None:
+def settle(addresses: Sequence[Address], writes: Addresses) -> None:
     """Makes sure that different addresses mean different slots in the place where a rule runs.
 
     Modules get their names here, in the order of ``addresses``, that of the program.
@@ -97,8 +97,9 @@ def settle(addresses: Iterable[Address], writes: Addresses) -> None:
 def settle_jaxprs(jaxprs: Iterable[Any]) -> None:
     """`settle` for the slots that jaxprs use."""
     stateful = [jaxpr for jaxpr in jaxprs if state_effect in jaxpr.effects]
-    writes = state_of_all(stateful).writes
-    settle([a for jaxpr in stateful for a in _in_order(jaxpr)], writes)
+    addresses = [a for jaxpr in stateful for a in _in_order(jaxpr)]
+    if len(addresses) > 1:
+        settle(addresses, state_of_all(stateful).writes)
 
 
 @_compat.weakref_lru_cache
