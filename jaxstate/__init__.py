@@ -11,17 +11,22 @@ from jaxstate.errors import (
     MissingParameterError,
     MissingStoreError,
     MissingStreamError,
+    MissingVariableError,
     NameClashError,
     ParameterConflictError,
     ParameterMismatchError,
+    ReadOnlyVariableError,
     SlotTypeError,
     SplitStreamError,
     StateError,
     TraceStateError,
     UnsupportedPrimitiveError,
+    VariableConflictError,
+    VariableMismatchError,
 )
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
+from jaxstate.variables import Variable, variable
 
 __version__ = "0.1.0"
 
@@ -35,16 +40,21 @@ __all__ = [
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
+    "MissingVariableError",
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
     "Parametrized",
+    "ReadOnlyVariableError",
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
     "Stream",
     "TraceStateError",
     "UnsupportedPrimitiveError",
+    "Variable",
+    "VariableConflictError",
+    "VariableMismatchError",
     "extend",
     "next_key",
     "param",
@@ -53,4 +63,5 @@ __all__ = [
     "rng_stream",
     "rules",
     "scope",
+    "variable",
 ]

@@ -1,10 +1,10 @@
-"""How a parameter gets its initial value: ``init(key, *init_args)``, as a jaxpr.
+"""How a parameter or variable gets its initial value: its initializer, as a jaxpr.
 
 An initializer may be called anywhere: in a loop body, a branch, under vmap, in a solver. It is
 traced there (so that everything it closes over is at hand), and runs where the store is. What it
 closes over decides how it gets there:
 
-* nothing but arrays: the jaxpr is part of the parameter's address, and runs when the address is
+* nothing but arrays: the jaxpr is part of the slot's address, and runs when the address is
   resolved;
 * values of the jaxpr under construction ("data"): a ``state_birth`` equation marks the place. When
   that jaxpr is bound, the rule for its primitive computes the data from the operands of the bind
@@ -28,7 +28,7 @@ __all__ = ["Birth", "bear", "birth_p", "trace_initializer"]
 
 
 class Birth:
-    """An initializer as a jaxpr of ``(*data, key)``.
+    """An initializer as a jaxpr of ``(*data, *keys)``; only a parameter's takes a key.
 
     Attributes:
       jaxpr: closed, and closed over arrays only.
@@ -41,24 +41,22 @@ class Birth:
         self.jaxpr = jaxpr
         self.form = form
 
-    def run(self, key: Any, data: Sequence[Any]) -> list[Any]:
-        return _compat.eval_closed_jaxpr(self.jaxpr, *data, key)
+    def run(self, data: Sequence[Any], *keys: Any) -> list[Any]:
+        return _compat.eval_closed_jaxpr(self.jaxpr, *data, *keys)
 
 
-def trace_initializer(
-    init: Callable[..., Any], init_args: tuple[Any, ...], key_aval: Any
-) -> tuple[Birth, list[Any]]:
-    """The initializer as a `Birth`, and the tracers that it looks at."""
-    closed, shape = jax.make_jaxpr(lambda key: init(key, *init_args), return_shape=True)(key_aval)
+def trace_initializer(init: Callable[..., Any], *key_avals: Any) -> tuple[Birth, list[Any]]:
+    """The function ``init(*keys)`` as a `Birth`, and the tracers that it looks at."""
+    closed, shape = jax.make_jaxpr(init, return_shape=True)(*key_avals)
     if state_effect in closed.effects:
         raise InitializerDataError(
             message(
                 "An initializer uses state that is written (a draw writes the count of its"
-                " stream). It runs once, where the parameter is made, and not where it is called.",
+                " stream). It runs once, where the slot is made, and not where it is called.",
                 fix="""
                 jaxstate.param("w", lambda key: jax.random.normal(key, (3,)))   # it is given a key
-                value = read(slot)                                # or read the slot before
-                jaxstate.param("w", lambda key: value)
+                value = jaxstate.random.normal((3,))          # or use the state before
+                jaxstate.variable("v", lambda: value)
                 """,
                 used=_compat.user_location(),
             )
@@ -86,7 +84,7 @@ def _bear_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
 
 
 def bear_at(addresses: Sequence[Address], birth: Birth, data: Sequence[Any]) -> list[Any]:
-    """Makes the slots of one parameter, unless they exist, from data that is known here."""
+    """Makes the slots of one parameter or variable, unless they exist, from data known here."""
     return addresses[0].bear(addresses, birth, data)  # type: ignore[attr-defined]
 
 
@@ -118,8 +116,8 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
             raise InitializerDataError(
                 message(
                     f"The initializer of {addresses[0]} looks at data that comes out of a loop:"
-                    " there is no value before the loop starts, and the parameter has to exist"
-                    " before it.",
+                    " there is no value before the loop starts, and the slot has to exist before"
+                    " it.",
                     fix="""
                     w = jaxstate.param("w", init, x)      # before the loop, from data outside
                     jax.lax.scan(body, c, xs)             # the body uses w
@@ -161,7 +159,7 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
 
 
 def addresses_of(eqn: Any) -> tuple[Address, ...]:
-    """The slots that a state equation reads or makes, one per output."""
+    """The slots that a state equation reads, writes or makes."""
     return eqn.params["addresses"] if eqn.primitive is birth_p else (eqn.params["address"],)
 
 

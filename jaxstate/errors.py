@@ -20,14 +20,18 @@ __all__ = [
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
+    "MissingVariableError",
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
+    "ReadOnlyVariableError",
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
     "TraceStateError",
     "UnsupportedPrimitiveError",
+    "VariableConflictError",
+    "VariableMismatchError",
 ]
 
 
@@ -40,7 +44,7 @@ class MissingStreamError(StateError):
 
 
 class MissingStoreError(StateError):
-    """A parameter was used outside ``init`` and ``apply``."""
+    """A parameter or variable was used outside ``init`` and ``apply``."""
 
 
 class MissingParameterError(StateError):
@@ -55,8 +59,24 @@ class ParameterConflictError(StateError):
     """One name in one scope was used for two parameters that differ."""
 
 
+class MissingVariableError(StateError):
+    """A function that uses a variable was given no value for it."""
+
+
+class VariableMismatchError(StateError):
+    """A function was given a variable of another structure or shape than it makes."""
+
+
+class VariableConflictError(StateError):
+    """One name in one scope was used for two variables, or one variable in two ways at once."""
+
+
+class ReadOnlyVariableError(StateError):
+    """A variable was written under ``apply``, which hands on no variables."""
+
+
 class NameClashError(StateError):
-    """A name was used both for a parameter and for a scope."""
+    """A name was used for two of: a parameter, a variable, a scope, a module."""
 
 
 class InitializerDataError(StateError):

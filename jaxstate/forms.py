@@ -1,4 +1,4 @@
-"""What a parameter looks like: its structure and types, without its values."""
+"""What a parameter or variable looks like: its structure and types, without its values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Form", "form_of", "wanted_form"]
 
 
 class Form(NamedTuple):
-    """What a parameter looks like.
+    """What a parameter or variable looks like.
 
     Attributes:
       tree: structure of the value.
@@ -38,6 +38,10 @@ class Form(NamedTuple):
         shapes = [[a.shape for a in form.avals] for form in (self, other)]
         return self.tree == other.tree and shapes[0] == shapes[1]
 
+    def strong(self) -> Form:
+        """The form of the value made of arrays whose dtype no Python scalar can change."""
+        return self._replace(avals=tuple(map(strong_type, self.avals)))
+
 
 def form_of(value: Any) -> Form:
     """The form of a value, or of a tree of anything with shape and dtype."""
@@ -57,35 +61,41 @@ _ONE_ARRAY = jax.tree.structure(0)
 
 
 def wanted_form(
-    init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
+    init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool, known: dict[Any, Form]
 ) -> Form:
-    """The form of what ``init(key, *init_args)`` makes, without making it.
+    """The form of what ``init([key,] *init_args)`` makes, without making it.
 
     ``known`` are the forms that one ``apply`` has asked for (an initializer may look at globals).
     """
-    if _compat.is_standard_initializer(init) and init_args and _is_shape(init_args[0]):
-        shape, *dtype = init_args[:2]
+    takes_shape = _compat.is_standard_initializer(init) if takes_key else init in _FILLED
+    if takes_shape and len(init_args) in (1, 2) and _is_shape(init_args[0]):
+        shape, *dtype = init_args
         aval = _compat.ShapedArray(tuple(shape), jnp.result_type(*dtype or [float]))
         return Form(_ONE_ARRAY, ((),), (aval,))
     if isinstance(init, types.FunctionType) and init.__closure__ is None:
         try:
-            form = known.get((init, init_args))
+            form = known.get((init, init_args, takes_key))
         except TypeError:  # arguments that cannot be hashed, such as arrays
-            return _form(init, init_args)
+            return _form(init, init_args, takes_key)
         if form is None:
-            form = known[init, init_args] = _form(init, init_args)
+            form = known[init, init_args, takes_key] = _form(init, init_args, takes_key)
         return form
-    return _form(init, init_args)
+    return _form(init, init_args, takes_key)
+
+
+_FILLED = (jnp.zeros, jnp.ones)
 
 
 def _is_shape(x: Any) -> bool:
     return isinstance(x, (tuple, list)) and all(isinstance(n, int) for n in x)
 
 
-def _form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
-    def made(key: Any) -> Form:
-        return form_of(jax.eval_shape(lambda key: init(key, *init_args), key))
+def _form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> Form:
+    def made(*keys: Any) -> Form:
+        return form_of(jax.eval_shape(lambda *keys: init(*keys, *init_args), *keys))
 
+    if not takes_key:
+        return made()
     try:
         return made(_a_key(jax.random.key))
     except Exception:
@@ -99,3 +109,19 @@ def _form(init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
 @functools.cache
 def _a_key(make: Callable[[int], Any]) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: make(0))
+
+
+# -- Types that no Python scalar can change --------------------------------------------------
+
+
+def strong(value: Any) -> Any:
+    """The value as an array whose dtype no Python scalar can change."""
+    value = jnp.asarray(value)
+    if not getattr(_compat.typeof(value), "weak_type", False):
+        return value
+    return jax.lax.convert_element_type(value, value.dtype)
+
+
+def strong_type(aval: Any) -> Any:
+    """The type of `strong` values of type ``aval``."""
+    return aval.update(weak_type=False) if getattr(aval, "weak_type", False) else aval

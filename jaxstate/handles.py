@@ -6,13 +6,13 @@ import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxstate import _compat, trace
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
+from jaxstate.forms import strong
 from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
 
-__all__ = ["Slot", "SlotAddress", "new_slot", "read", "strong", "write"]
+__all__ = ["Slot", "SlotAddress", "new_slot", "read", "write"]
 
 
 class Slot(Holder):
@@ -189,9 +189,3 @@ def write(slot: Slot, value: Any) -> None:
             )
         )
     trace.write(slot.address, value)
-
-
-def strong(value: Any) -> Any:
-    """The value as an array whose dtype no Python scalar can change."""
-    value = jnp.asarray(value)
-    return jax.lax.convert_element_type(value, value.dtype) if value.weak_type else value

@@ -70,8 +70,8 @@ class Layer:
 
     def __init__(self) -> None:
         self.paths: dict[Token, Path] = {}
-        self.taken: dict[Path, dict[str, str]] = {}  # by scope: name -> "module", "scope", "param"
-        self.slots: dict[Path, Any] = {}
+        self.taken: dict[Path, dict[str, str]] = {}  # by scope: name -> what it names, see `_WHAT`
+        self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
         self.renewed: dict[Token, Token] = {}  # see `Address.renewed`
 
     def of_lasting_modules(self) -> Layer:
@@ -107,19 +107,20 @@ class Layers:
             path = (*path, self._enter(path, level))
         return path
 
-    def slot(self, path: Path) -> Any:
-        for layer in self.layers:
-            if path in layer.slots:
-                return layer.slots[path]
-        return None
+    def entry(self, path: Path, kind: str) -> Any:
+        """What is noted of the parameter or variable at ``path``, or None.
 
-    def add_slot(self, path: Path, slot: Any) -> None:
-        scope, name = path[:-1], path[-1]
-        kind = self._kind(scope, name)
-        if kind not in (None, "param"):
-            raise _clash(path, "param", kind)
-        self._take(scope, name, "param")
-        self.layers[0].slots[path] = slot
+        Raises:
+          NameClashError: if the name is taken by something else.
+        """
+        found = self._kind(path[:-1], path[-1])
+        if found not in (None, kind):
+            raise _clash(path, kind, found)
+        return next((layer.entries[path] for layer in self.layers if path in layer.entries), None)
+
+    def add_entry(self, path: Path, kind: str, entry: Any) -> None:
+        self._take(path[:-1], path[-1], kind)
+        self.layers[0].entries[path] = entry
 
     def _known(self, token: Token | None) -> Path | None:
         if token is not None:
@@ -153,15 +154,22 @@ class Layers:
         self.layers[0].taken.setdefault(scope, {})[name] = kind
 
 
-def _clash(path: Path, wanted: str, found: str | None) -> NameClashError:
-    what = {"param": "a parameter", "scope": "a scope opened by hand", "module": "a module"}
+_WHAT = {
+    "parameter": "a parameter",
+    "variable": "a variable",
+    "scope": "a scope opened by hand",
+    "module": "a module",
+}
+
+
+def _clash(path: Path, wanted: str, found: str) -> NameClashError:
+    function = "variable" if wanted == "variable" else "param"
     return NameClashError(
         message(
-            f"{'/'.join(path)!r} is {what[found or 'module']} already, and cannot be"
-            f" {what[wanted]} too.",
+            f"{'/'.join(path)!r} is {_WHAT[found]} already, and cannot be {_WHAT[wanted]} too.",
             fix=f"""
-            jaxstate.param("{path[-1]}_value", ...)          # another name for the parameter
-            with jaxstate.scope("{path[-1]}_part"): ...      # or for the scope
+            jaxstate.{function}("{path[-1]}_value", ...)          # another name for one of them
+            with jaxstate.scope("{path[-1]}_part"): ...      # or, for a scope, another name
             """,
             used=_compat.user_location(),
         )

@@ -32,14 +32,53 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.births import sliced
-from jaxstate.errors import InitializerDataError, message
-from jaxstate.names import Level, Path, Token
+from jaxstate.entries import EntryAddress, current_home, innermost_store
+from jaxstate.errors import (
+    InitializerDataError,
+    MissingParameterError,
+    MissingStoreError,
+    ParameterConflictError,
+    ParameterMismatchError,
+    message,
+)
+from jaxstate.names import Layer, Level, Path, Token
 from jaxstate.random import check_key, rng_stream
 from jaxstate.slots import open_holder
-from jaxstate.stores import ApplyStore, InitStore, ParamAddress, current_home, innermost_store
-from jaxstate.trace import boundary_of
+from jaxstate.stores import ApplyStore, InitStore
+from jaxstate.trace import boundary_of, read
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
+
+
+# -- Addresses -------------------------------------------------------------------------------
+
+
+class ParamAddress(EntryAddress):
+    """One leaf of a parameter."""
+
+    __slots__ = ()
+
+    kind = "parameter"
+    takes_key = True
+    missing_error = MissingParameterError
+    mismatch_error = ParameterMismatchError
+    conflict_error = ParameterConflictError
+
+    def missing(self) -> Exception:
+        return MissingStoreError(
+            message(
+                f"{self} was used outside init and apply.",
+                fix="""
+                params = net.init(jax.random.key(0), x)     # net = jaxstate.parametrized(fn)
+                y = net.apply(params, x)
+                """,
+                used=self.used,
+            )
+        )
+
+    fix_by_init = """
+        params = net.init(key, x)      # with inputs of the shapes that apply is given
+        """
 
 
 # -- The public functions --------------------------------------------------------------------
@@ -63,26 +102,27 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
       MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
       ParameterConflictError: if the name is in use for a parameter of another form.
-      NameClashError: if the name is in use for a module or scope.
+      NameClashError: if the name is in use for a variable, module or scope.
       InitializerDataError: if ``init`` looks at data that comes out of a loop or a vmap.
 
     The initial value depends on the key given to ``init`` and on the path of the parameter alone:
     the key is folded with the first 8 bytes of the SHA-256 digest of the path.
     """
     used = _compat.user_location()
-    _check_name(name, "param")
+    check_name(name, "param")
     if not callable(init):
         raise TypeError(
             f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
             f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
         )
-    store = ParamAddress((), name, (), None, used).store()
-    return store.declare(name, init, init_args, used)
+    address = ParamAddress(name, used)
+    form, addresses = address.store().declare(address, init, init_args)
+    return form.tree.unflatten([read(a) for a in addresses])
 
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Opens a level of the tree of parameters by hand.
+    """Opens a level of the tree of parameters and variables by hand.
 
     The same name opens the same level again. Outside ``init`` and ``apply`` it does nothing.
 
@@ -94,7 +134,7 @@ def scope(name: str) -> Iterator[None]:
     >>> net.init(jax.random.key(0), 2.0)
     {'encoder': {'scale': Array(1., dtype=float32)}}
     """
-    _check_name(name, "scope")
+    check_name(name, "scope")
     store = innermost_store()
     if store is None:
         yield
@@ -110,7 +150,7 @@ class Parametrized:
         if not callable(fn):
             raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
         if name is not None:
-            _check_name(name, "parametrized")
+            check_name(name, "parametrized")
         self.fn = fn
         self.name = name or _name_of(fn)
         self._explicit_name = name
@@ -152,24 +192,52 @@ class Parametrized:
           InitializerDataError: if an initializer needs data of which only the shape was given.
           Whatever `param` raises.
         """
+        return self._init(("parameter",), key, args, kwargs)[0]
+
+    def init_with_state(
+        self, key: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The initial parameters, and the values that the variables start with.
+
+        Nothing of the function itself is computed, see `init`: no variable is written.
+
+        Returns:
+          ``(params, state)``, two new nested dicts with string keys and arrays. A variable has the
+          path that a parameter of its name would have.
+
+        Raises:
+          What `init` raises, and whatever `variable` raises.
+        """
+        params, state = self._init(("parameter", "variable"), key, args, kwargs)
+        return params, state
+
+    def _init(self, kinds: Sequence[str], key: Any, args: Any, kwargs: Any) -> list[dict[str, Any]]:
+        """A nested dict of the initial values of each kind of entry."""
         param_key, streams = _keys(key, "init")
         arrays, rebuild, abstract = _split_arrays((args, kwargs))
 
-        def forward(param_key: Any, streams: Any, arrays: Any) -> dict[Path, Any]:
+        def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
             store = InitStore(self._token, param_key)
             with open_holder(store), _open_streams(streams):
                 self.fn(*args, **kwargs)
-            return store.values()
+            return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
             made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
         leaves = _run_slice(made, operands, abstract)
-        return _nested(dict(zip(shapes, _in_order(shapes, leaves), strict=True)))
+        return [_nested(x) for x in jax.tree.unflatten(jax.tree.structure(shapes), leaves)]
 
-    def apply(self, params: Mapping[str, Any], *args: Any, key: Any = None, **kwargs: Any) -> Any:
-        """The function, with the given parameters: pure in ``params``, ``args`` and ``key``.
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        *args: Any,
+        key: Any = None,
+        state: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The function, with the given parameters: pure in all its arguments.
 
         Args:
           params: what ``init`` returned, or any dict of that form. Entries that the function does
@@ -177,34 +245,80 @@ class Parametrized:
           *args, **kwargs: passed to the function.
           key: seeds the random stream "default", or ``{name: key}`` seeds several. Without it,
             draws come from the streams that are open outside.
+          state: the variables, as ``init_with_state`` and ``apply_with_state`` return them. They
+            may be read here, and not written.
 
         Returns:
           What the function returns.
 
         Raises:
           MissingParameterError, ParameterMismatchError: see `param`.
-          TypeError: if ``params`` is not a dict, or ``key`` not a key.
+          MissingVariableError, VariableMismatchError: see `variable`.
+          ReadOnlyVariableError: if the function writes a variable.
+          TypeError: if ``params`` or ``state`` is not a dict, or ``key`` not a key.
         """
-        if not isinstance(params, Mapping):
-            raise TypeError(
-                f"{self.name}.apply wants the parameters as a dict (what init returned), and was"
-                f" given {type(params).__name__}.\nTo mend it:\n    y = net.apply(params, x)"
-            )
+        if state is not None:
+            self._check_state(state)
+        return self._apply(params, state, False, key, args, kwargs)[0]
+
+    def apply_with_state(
+        self,
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *args: Any,
+        key: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The function, with the given parameters and variables: pure in all its arguments.
+
+        Args:
+          params, *args, key, **kwargs: as for `apply`.
+          state: the variables, as ``init_with_state`` and ``apply_with_state`` return them.
+
+        Returns:
+          ``(out, state)``: what the function returns, and all variables after it, those that it
+          did not write unchanged, as a new nested dict.
+
+        Raises:
+          What `apply` raises; but variables may be written.
+        """
+        self._check_state(state)
+        out, store = self._apply(params, state, True, key, args, kwargs)
+        return out, store.state()
+
+    def _apply(
+        self, params: Any, state: Any, writable: bool, key: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, ApplyStore]:
+        self._check_dict(params, "the parameters", "y = net.apply(params, x)")
         streams = {} if key is None else _keys(key, "apply")[1]
 
-        def run(store: ApplyStore) -> Any:
-            with open_holder(store), _open_streams(streams):
-                return self.fn(*args, **kwargs)
+        def store() -> ApplyStore:
+            return ApplyStore(self._token, params, state, writable)
 
-        store = ApplyStore(self._token, params)
-        if _compat.jit_is_disabled():
-            # Only the branches that are taken would be seen, and modules named accordingly.
-            with jax.disable_jit(False):
-                jax.eval_shape(lambda: _nothing(run(store)))
-            names = store.layer.of_lasting_modules()
-            store = ApplyStore(self._token, params)
-            store.layer = names
-        return run(store)
+        def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
+            with open_holder(store), _open_streams(streams):
+                return self.fn(*args, **kwargs), store
+
+        if not _compat.jit_is_disabled():
+            return run(store())
+        # Only the branches that are taken are seen now, and modules would be named accordingly.
+        names: list[Layer] = []
+        with jax.disable_jit(False):
+            jax.eval_shape(lambda: names.append(run(store())[1].layer.of_lasting_modules()))
+        named = store()
+        named.layer = names[0]
+        return run(named)
+
+    def _check_state(self, state: Any) -> None:
+        fix = "y, state = net.apply_with_state(params, state, x)"
+        self._check_dict(state, "the variables", fix)
+
+    def _check_dict(self, given: Any, what: str, fix: str) -> None:
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{self.name}.apply wants {what} as a dict (what init returned), and was given"
+                f" {type(given).__name__}.\nTo mend it:\n    {fix}"
+            )
 
     def __repr__(self) -> str:
         return f"<parametrized {self.name}>"
@@ -220,7 +334,8 @@ def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = Non
     Returns:
       A `Parametrized` object. Called inside another parametrized function it runs ``fn`` as a
       module: the same object called twice shares its parameters, two objects do not. Outside it
-      offers ``init(key, *args, **kwargs)`` and ``apply(params, *args, key=None, **kwargs)``.
+      offers ``init(key, *args, **kwargs)`` and ``apply(params, *args, key=None, **kwargs)``, and
+      with variables ``init_with_state`` and ``apply_with_state``.
 
     >>> import jax, jax.numpy as jnp, jaxstate
     >>> @jaxstate.parametrized
@@ -235,7 +350,7 @@ def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = Non
     return Parametrized(fn, name)
 
 
-def _check_name(name: Any, where: str) -> None:
+def check_name(name: Any, where: str) -> None:
     """Names are joined with slashes where a path is written, or made into a key."""
     if not isinstance(name, str) or not name or "/" in name:
         raise TypeError(
@@ -310,10 +425,6 @@ def _open_streams(streams: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _nothing(_: Any) -> None:
-    """Drops a result that `jax.eval_shape` could not describe."""
-
-
 def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], bool]:
     """The arrays of a tree; the function that puts others in their place; is any a mere shape."""
     leaves, structure = jax.tree.flatten(tree)
@@ -349,12 +460,6 @@ def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
         )
     values = _compat.eval_closed_jaxpr(pure, *inputs)
     return [_compat.as_array(_compat.canonicalize(x)) for x in values]
-
-
-def _in_order(shapes: dict[Path, Any], leaves: list[Any]) -> Iterator[Any]:
-    """The leaves of a dict, which JAX gives in sorted order, in the dict's own order."""
-    by_path = dict(zip(sorted(shapes), leaves, strict=True))
-    return (by_path[path] for path in shapes)
 
 
 def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

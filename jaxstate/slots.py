@@ -41,6 +41,13 @@ class Address:
     # through it.
     threaded = False
 
+    # Makes one value of the lanes' values, ``reduce(values, axis=0)``, for a slot that the lanes
+    # of a vmap share; None if such values are refused.
+    reduce: Callable[..., Any] | None = None
+
+    # The type that a jaxpr expects in which the address stands, if the slot's type may change.
+    wanted: Any = None
+
     def holder(self) -> Holder:
         """The innermost open holder that knows the address; a named error if there is none."""
         for holder in holders():
@@ -75,6 +82,18 @@ class Address:
                 used=_compat.user_location(),
             )
         )
+
+    def meaning_here(self) -> Hashable:
+        """What this address has in common, here, with others that mean the same slot."""
+        return self
+
+    def aliased(self, other: Address) -> Exception:
+        """The error for two addresses in one jaxpr that mean one slot."""
+        raise NotImplementedError
+
+    def reduced(self, values: Any) -> Any:
+        """What ``reduce`` makes of the lanes' values, which vary along the first axis."""
+        raise NotImplementedError
 
     def renewed(self, use: dict[Any, Any] | None) -> Address:
         """The address for one use of the jaxpr in which it stands.

@@ -34,7 +34,8 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.errors import TraceStateError, message
-from jaxstate.handles import Slot, new_slot, strong
+from jaxstate.forms import strong
+from jaxstate.handles import Slot, new_slot
 from jaxstate.slots import Cell
 from jaxstate.thread import has_rule
 from jaxstate.trace import read, read_p, same_trace, state_effect, write

@@ -78,6 +78,38 @@ def _state_of(jaxpr: Any) -> State:
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
 
 
+def settle(addresses: Sequence[Address], writes: Addresses) -> None:
+    """Makes sure that different addresses mean different slots in the place where a rule runs.
+
+    Modules get their names here, in the order of ``addresses``, that of the program.
+
+    Raises:
+      StateError: if two addresses mean one slot, and one of them is written. What reads the one
+        would not see what is written to the other.
+    """
+    use = current_use()
+    first: dict[Any, Address] = {}
+    for address in addresses:
+        other = first.setdefault(address.renewed(use).meaning_here(), address)
+        if other != address and (address in writes or other in writes):
+            raise address.aliased(other)
+
+
+def settle_jaxprs(jaxprs: Iterable[Any]) -> None:
+    """`settle` for the slots that jaxprs use."""
+    stateful = [jaxpr for jaxpr in jaxprs if state_effect in jaxpr.effects]
+    addresses = [a for jaxpr in stateful for a in _in_order(jaxpr)]
+    if len(addresses) > 1:
+        settle(addresses, state_of_all(stateful).writes)
+
+
+@_compat.weakref_lru_cache
+def _in_order(jaxpr: Any) -> Addresses:
+    """The slots that a jaxpr uses, in the order of first use."""
+    eqns = (e for e in _compat.equations(jaxpr) if e.primitive in (read_p, birth_p, write_p))
+    return tuple(dict.fromkeys(a for eqn in eqns for a in addresses_of(eqn)))
+
+
 def _no_rule(name: str, jaxprs: Iterable[Any], used: str) -> Exception:
     """The error for an operation whose jaxprs have state that no rule has threaded."""
     inner = [a for j in jaxprs for s in [state_of(j)] for a in s.reads + s.writes]
@@ -170,7 +202,15 @@ def read_all(addresses: Iterable[Address]) -> list[Any]:
       One array per address, typed as a jaxpr takes it.
     """
     use = current_use()
-    return [_compat.canonicalize(read(address.renewed(use))) for address in addresses]
+    return [_value_for(address, address.renewed(use)) for address in addresses]
+
+
+def _value_for(address: Address, here: Address) -> Any:
+    """The value of the slot that ``address``, which stands in a jaxpr, means here."""
+    value = _compat.canonicalize(read(here))
+    if address.wanted is not None and not _compat.same_type(value, address.wanted):
+        raise here.changed(address.wanted, value)
+    return value
 
 
 def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
@@ -248,9 +288,11 @@ def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., An
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         if isinstance(trace, _compat.TransparentTrace):  # it runs the jaxprs, state and all
             return bind(trace, args, avals, params)
-        if not any(state_effect in j.effects for j in _compat.jaxprs_in(params)):
+        jaxprs = list(_compat.jaxprs_in(params))
+        if not any(state_effect in jaxpr.effects for jaxpr in jaxprs):
             return bind(trace, args, avals, params)
         with _compat.set_current_trace(trace):
+            settle_jaxprs(jaxprs)
             return _rules[primitive](args, params)
 
     return bind_with_trace
@@ -289,6 +331,7 @@ def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
         if rule is None:
             raise _no_rule(type(prim).__name__, hidden, _compat.user_location())
         with _compat.set_current_trace(trace):
+            settle_jaxprs(hidden)
             return rule(args, prim)
 
     return bind_with_trace

@@ -11,6 +11,8 @@ of the holder that answers for the slot. What they meet on the way decides:
 * a trace that differentiates: a written value keeps its tangent for reads further in, and its
   primal goes on outwards;
 * a trace that maps over lanes: the holder decides whether lanes share the slot or have their own.
+  If they share it and write different values, the address may know how to make one value of them:
+  the slot outside gets that one, and each lane goes on with its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from jaxstate import _compat
 from jaxstate.capture import CapturedOperand, StateTracer
@@ -156,6 +160,7 @@ _splitting = _Splitting()
 
 
 def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | None:
+    """What the lanes of the vmap of ``trace`` have of their own instead of the slot outside."""
     notes = _lanes(trace, holder, base)
     _splitting.depth += 1
     try:
@@ -203,16 +208,19 @@ def boundaries(holder: Holder) -> list[Any]:
     found: list[Any] = []
     trace = _compat.current_trace()
     for inner in holders():
-        if inner is not holder and not inner.is_boundary:
+        if inner is not holder and inner.outside is None and not inner.is_boundary:
             continue
+        # The jaxpr of a shard_map does not know its parent: `outside` does.
+        end = inner.anchor if inner is holder or inner.is_boundary else holder.anchor
         for t in _compat.chain(trace):
-            if same_trace(t, inner.anchor):
+            if same_trace(t, end):
                 break
-            if isinstance(t, _compat.StagingTrace):
+            if isinstance(t, _compat.StagingTrace) and not any(t is f for f in found):
                 found.append(t)
         if inner is holder:
             break
-        found.append(inner)
+        if inner.is_boundary:
+            found.append(inner)
         trace = inner.outside
     return found
 
@@ -265,6 +273,9 @@ def _read_at(
         lane = _lane(address, holder, trace, base)
         if lane is not None:
             return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
+        written = _written_by_lanes(trace, holder, base).get(_key(address, holder, base))
+        if written is not None:
+            return _put_together(written, levels[i:]), written
     value, stored = _read_at(address, holder, levels, i + 1, base)
     if isinstance(trace, _compat.DIFFERENTIATING):
         view = _views(trace).get(_key(address, holder, base))
@@ -287,12 +298,21 @@ def _write_at(
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
         lane = _lane(address, holder, trace, base)
+        given = value
         value, batch_dim = _compat.lane_value(trace, value)
         if lane is not None:
             lane.value, lane.batch_dim = value, batch_dim
             return value
+        key, written = _key(address, holder, base), _written_by_lanes(trace, holder, base)
         if batch_dim is not None:
-            raise holder.refuse_lanes(address, trace)
+            if address.reduce is None:
+                raise holder.refuse_lanes(address, trace)
+            with _compat.set_current_trace(_compat.parent_of(trace)):
+                one_value = address.reduced(jnp.moveaxis(value, batch_dim, 0))
+            _write_at(address, holder, levels, i + 1, base, one_value)
+            written[key] = _take_apart(given, levels[i:])
+            return written[key]
+        written.pop(key, None)
     elif isinstance(trace, _compat.DIFFERENTIATING):
         key = _key(address, holder, base)
         if not _compat.owns(trace, value):
@@ -327,6 +347,54 @@ class _View(NamedTuple):
 
     tangent: Any
     stored: Any
+
+
+# -- What lanes write to a slot that they share ----------------------------------------------
+
+
+class _Kept:
+    """A value in the middle of transformations, taken apart: no part of it is a tracer of theirs.
+
+    Attributes:
+      value: what is left of it outside of them.
+      batch_dims: for each trace in between, from the inside, its batch dimension or None.
+    """
+
+    __slots__ = ("batch_dims", "value")
+
+
+def _written_by_lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, _Kept]:
+    """What the lanes of a vmap last wrote to slots that they share, each lane its own value."""
+    return _lanes(trace, holder, base).setdefault(_Kept, {})
+
+
+def _take_apart(value: Any, levels: list[Any]) -> _Kept:
+    """Lowers what ``levels[0]`` holds through all levels; tangents are kept with their traces."""
+    kept = _Kept()
+    kept.batch_dims = []
+    for trace in levels:
+        batch_dim = None
+        if isinstance(trace, _compat.BatchTrace):
+            value, batch_dim = _compat.lane_value(trace, value)
+        elif isinstance(trace, _compat.DIFFERENTIATING) and _compat.owns(trace, value):
+            _views(trace)[id(kept)] = _View(value.tangent, kept)
+            value = value.primal
+        kept.batch_dims.append(batch_dim)
+    kept.value = value
+    return kept
+
+
+def _put_together(kept: _Kept, levels: list[Any]) -> Any:
+    value = kept.value
+    pairs = list(zip(levels, kept.batch_dims, strict=True))
+    for trace, batch_dim in reversed(pairs):
+        if isinstance(trace, _compat.BatchTrace):
+            value = _compat.lane_tracer(trace, value, batch_dim)
+        elif isinstance(trace, _compat.DIFFERENTIATING):
+            view = _views(trace).get(id(kept))
+            if view is not None and view.stored is kept:
+                value = _compat.tangent_tracer(trace, value, view.tangent)
+    return value
 
 
 # -- Uses of a jaxpr -------------------------------------------------------------------------

@@ -5,7 +5,8 @@ An operation, and a program made of transformations of it, is written twice:
 * ``stateful``: a function ``x -> y`` of a float32 scalar that uses jaxstate;
 * ``by_hand``: a function ``(x, s) -> (y, s)`` that is given all its state and returns it.
 
-``s`` is a dict: the key and count of a random stream, the value of a slot, the parameter ``w``.
+``s`` is a dict: the key and count of a random stream, the value of a slot, the parameter ``w``, the
+variables ``v`` and ``mean``, the second of which is reduced to a mean over lanes.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ def same_update(s: State, **changes: Any) -> State:
 
 class Operation(NamedTuple):
     name: str
-    stateful: Callable[[Any], Stateful]  # given the slot
+    stateful: Callable[[Any], Stateful]  # given the slot, or a handle of the variable ``v``
     by_hand: ByHand
     draws: bool = False
-    writes: bool = False
+    writes: bool = False  # values that differ between lanes, into what they share
     has_param: bool = False
+    variable: str | None = None
+    has_handle: bool = False
 
 
 def _draw(x, s):
@@ -75,6 +78,49 @@ def _slot_read_after_write_by_hand(x, s):
     return x + slot * x, same_update(s, slot=slot)
 
 
+def variable(name, **kwargs):
+    return jaxstate.variable(name, jnp.full, (), 0.4, **kwargs)
+
+
+def _variable_write(_):
+    def op(x):
+        v = variable("v")
+        v.value = 0.5 * v.value + jnp.sin(x)
+        return x * 1.5
+
+    return op
+
+
+def _variable_handle(v):
+    """Written by a handle from outside of all transformations, in another scope, and read."""
+
+    def op(x):
+        with jaxstate.scope("elsewhere"):
+            v.value = v.value * jnp.cos(x)
+            return x + v.value * x
+
+    return op
+
+
+def _variable_read_after_write_by_hand(x, s):
+    v = s["v"] * jnp.cos(x)
+    return x + v * x, same_update(s, v=v)
+
+
+def _variable_mean(_):
+    def op(x):
+        mean = variable("mean", reduce=jnp.mean)
+        mean.value = mean.value * jnp.cos(x)
+        return x + mean.value * x
+
+    return op
+
+
+def _variable_mean_by_hand(x, s):
+    mean = s["mean"] * jnp.cos(x)
+    return x + mean * x, same_update(s, mean=mean)
+
+
 OPERATIONS = [
     Operation("draw", lambda _: lambda x: x * (1 + jaxstate.random.uniform()), _draw, draws=True),
     Operation(
@@ -102,6 +148,33 @@ OPERATIONS = [
         _slot_read_after_write,
         _slot_read_after_write_by_hand,
         writes=True,
+    ),
+    Operation(
+        "variable_read",
+        lambda _: lambda x: jnp.sin(x * variable("v").value),
+        lambda x, s: (jnp.sin(x * s["v"]), s),
+        variable="v",
+    ),
+    Operation(
+        "variable_write",
+        _variable_write,
+        lambda x, s: (x * 1.5, same_update(s, v=0.5 * s["v"] + jnp.sin(x))),
+        writes=True,
+        variable="v",
+    ),
+    Operation(
+        "variable_handle",
+        _variable_handle,
+        _variable_read_after_write_by_hand,
+        writes=True,
+        variable="v",
+        has_handle=True,
+    ),
+    Operation(
+        "variable_mean",
+        _variable_mean,
+        _variable_mean_by_hand,
+        variable="mean",
     ),
 ]
 
@@ -246,13 +319,17 @@ def _vmap(**kwargs):
             if draws:
                 region = jax.random.fold_in(s["key"], s["count"])
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(region, jnp.arange(2))
+                after = same_update(s, count=s["count"] + 1)
+            else:
+                keys, after = jnp.stack([s["key"]] * 2), s
 
-                def lane(x, key):
-                    return f(x, same_update(s, key=key, count=jnp.int32(0)))[0]
+            def lane(x, key):
+                mine = same_update(s, key=key, count=jnp.int32(0)) if draws else s
+                y, mine = f(x, mine)
+                return y, mine["mean"]
 
-                y = jax.vmap(lane, **kwargs)(over_lanes(x), keys)
-                return y.sum(), same_update(s, count=s["count"] + 1)
-            return jax.vmap(lambda x: f(x, s)[0], **kwargs)(over_lanes(x)).sum(), s
+            y, means = jax.vmap(lane, **kwargs)(over_lanes(x), keys)
+            return y.sum(), same_update(after, mean=means.mean(0))
 
         return run
 

@@ -276,6 +276,65 @@ def mended_static_state_in_a_loop():
     assert trace.state["sines"] == 3
 
 
+def counting(**options):
+    def counting(xs):
+        n = jaxstate.variable("n", jnp.zeros, (), **options)
+
+        def lane(x):
+            n.value = n.value + x
+
+        jax.vmap(lane)(xs)
+
+    return jaxstate.parametrized(counting)
+
+
+def reading(x):
+    return x * jaxstate.variable("factor", jnp.ones, ()).value
+
+
+def no_state():
+    jaxstate.parametrized(jax.jit(reading)).apply({}, 1.0)
+
+
+def mended_no_state():
+    net = jaxstate.parametrized(jax.jit(reading))
+    params, state = net.init_with_state(KEY, 1.0)
+    net.apply(params, 1.0, state=state)
+
+
+def wrong_state():
+    jaxstate.parametrized(reading).apply({}, 1.0, state={"factor": jnp.ones(3)})
+
+
+def variables_conflict():
+    def f(x):
+        jaxstate.variable("v", jnp.zeros, (2,))
+        jax.jit(lambda: jaxstate.variable("v", jnp.zeros, (3,)).value)()
+
+    jaxstate.parametrized(f).init_with_state(KEY, 1.0)
+
+
+def mended_variables_conflict():
+    def f(x):
+        jaxstate.variable("v", jnp.zeros, (2,))
+        jax.jit(lambda: jaxstate.variable("v_2", jnp.zeros, (3,)).value)()
+
+    jaxstate.parametrized(f).init_with_state(KEY, 1.0)
+
+
+def written_under_apply():
+    counting(reduce=jnp.mean).apply({}, jnp.ones(3), state={"n": 0.0})
+
+
+def mended_written_under_apply():
+    _, state = counting(reduce=jnp.mean).apply_with_state({}, {"n": 0.0}, jnp.arange(3.0))
+    assert state == {"n": 1.0}
+
+
+def lanes_write_a_variable():
+    counting().apply_with_state({}, {"n": 0.0}, jnp.arange(3.0))
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -295,6 +354,15 @@ CATALOGUE = [
     (errors.ParameterMismatchError, wrong_shape_jitted, mended_parameters,
      "'weight' is float32\\[4\\], and the function wants float32\\[3\\]"),
     (errors.ParameterMismatchError, a_dict_for_an_array, mended_parameters, "is a dict with"),
+    (errors.MissingVariableError, no_state, mended_no_state, "'factor' was used, and apply was"),
+    (errors.VariableMismatchError, wrong_state, mended_no_state,
+     "'factor' is float32\\[3\\], and the function wants float32\\[\\]"),
+    (errors.VariableConflictError, variables_conflict, mended_variables_conflict,
+     "'v' is used twice, as float32\\[2\\] and as float32\\[3\\].*made: .*used: "),
+    (errors.ReadOnlyVariableError, written_under_apply, mended_written_under_apply,
+     "'n' was written under apply"),
+    (errors.LaneWriteError, lanes_write_a_variable, mended_written_under_apply,
+     "into variable 'n', which they share.*reduce=jnp.mean"),
     (errors.ParameterConflictError, conflict, mended_conflict,
      "'w' is used twice, as float32\\[2\\] and as float32\\[3\\].*made: .*used: "),
     (errors.NameClashError, clash, mended_clash, "'a' is a scope opened by hand already"),

@@ -11,10 +11,10 @@ import jaxstate
 
 PACKAGE = pathlib.Path(jaxstate.__file__).parent
 ORDER = [
-    "_compat", "errors", "slots", "capture", "trace", "handles", "forms", "births", "thread",
+    "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "births", "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.mesh", "rules.batching", "rules",
-    "stateful", "extend", "names", "random", "stores", "params", "",
+    "stateful", "extend", "names", "random", "entries", "stores", "params", "variables", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
             "rules.foreign", "rules.mesh", "rules.batching"}  # fmt: skip
@@ -63,8 +63,8 @@ def test_only_compat_knows_internals_and_versions(path):
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
-        "births", "capture", "errors", "forms", "handles", "names", "params", "slots", "stateful",
-        "stores", "thread", "trace",
+        "births", "capture", "entries", "errors", "forms", "handles", "names", "params", "slots",
+        "stateful", "stores", "thread", "trace", "variables",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 

@@ -1,7 +1,8 @@
 """The law, over a matrix held as data: run(T(f)) equals the program with its state passed by hand.
 
-{draws, parameter read, parameter born, slot write, slot read after write} x {every transformation,
-every ordered pair of them} x {eager, under an outer jit} x {init, apply}.
+{draws, parameter read, parameter born, slot write, slot read after write, variable read, written,
+read after written, reduced over lanes} x {every transformation, every ordered pair of them} x
+{eager, under an outer jit} x {init, apply}.
 
 `make test` runs all single transformations and a fixed sample of the pairs; `make matrix` all.
 What cannot work is computed by `expected_error`, so that no cell is skipped.
@@ -18,17 +19,17 @@ import pytest
 
 import jaxstate
 from jaxstate.extend import new_slot, read
-from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, normal
+from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, normal, variable
 
 KEY = jax.random.key(7)
-X = jnp.float32(0.6)
+X, V = jnp.float32(0.6), jnp.float32(0.4)
 
 
 def in_sample(*names):
-    """One pair in fifty is part of `make test`, chosen by a hash of its name, and all of a few."""
+    """One pair in sixty is part of `make test`, chosen by a hash of its name, and all of a few."""
     if all(name in ("vmap", "grad", "jit", "custom_vjp") for name in names[1:]):
         return True
-    return zlib.crc32("/".join(names).encode()) % 50 == 0
+    return zlib.crc32("/".join(names).encode()) % 60 == 0
 
 
 def cells():
@@ -52,7 +53,7 @@ def expected_error(op, transformations):
             return jaxstate.LaneWriteError
         if t.directions and op.draws:
             return jaxstate.SplitStreamError
-        if t.opaque_solver and (op.draws or op.writes):
+        if t.opaque_solver and (op.draws or op.writes or op.variable == "mean"):
             return jaxstate.UnsupportedPrimitiveError
     return None
 
@@ -66,28 +67,39 @@ def initial_parameter(key, path):
 
 
 def run_stateful(op, transformations):
-    def run(x, w):
+    def run(x, w, v):
         slot = new_slot(jnp.float32(0.4))
-        f = op.stateful(slot)
-        for t in reversed(transformations):
-            f = t.stateful(f)
+
+        @jaxstate.parametrized
+        def net(x):
+            return transformed(op, transformations, slot)(x)
+
+        state = {"v": v, "mean": v}
         with jaxstate.rng_stream(KEY) as stream:
-            y = jaxstate.parametrized(f).apply({"w": w}, x)
-        return y, {"count": jnp.int32(stream.count), "slot": read(slot)}
+            y, state = net.apply_with_state({"w": w}, state, x)
+        return y, {"count": jnp.int32(stream.count), "slot": read(slot), **state}
 
     return run
 
 
+def transformed(op, transformations, slot):
+    """The stateful program; called inside a parametrized function if it has variables."""
+    f = op.stateful(variable("v") if op.has_handle else slot)
+    for t in reversed(transformations):
+        f = t.stateful(f)
+    return f
+
+
 def run_by_hand(op, transformations):
-    def run(x, w):
+    def run(x, w, v):
         f = op.by_hand
         draws = op.draws
         for t in reversed(transformations):
             f = t.by_hand(f, draws)
             draws = draws and t.name != "eval_shape"
-        s = {"key": KEY, "count": jnp.int32(0), "slot": jnp.float32(0.4), "w": w}
-        y, s = f(x, s)
-        return y, {"count": s["count"], "slot": s["slot"]}
+        s = {"key": KEY, "count": jnp.int32(0), "slot": jnp.float32(0.4)}
+        y, s = f(x, {**s, "w": w, "v": v, "mean": v})
+        return y, {name: s[name] for name in ("count", "slot", "v", "mean")}
 
     return run
 
@@ -117,43 +129,56 @@ def test_equals_the_program_with_its_state_passed_by_hand(op, transformations):
     error = expected_error(op, transformations)
 
     for mode in (lambda f: f, jax.jit):
-        wanted = error or outcome(mode(by_hand), X, w)
+        wanted = error or outcome(mode(by_hand), X, w, V)
         # An exception holds tracers in its traceback, and the leak checker reports those instead.
         with jax.checking_leaks.func(not isinstance(wanted, type)):
-            assert_same(outcome(mode(stateful), X, w), wanted)
-    if op.has_param and not isinstance(wanted, type):
+            assert_same(outcome(mode(stateful), X, w, V), wanted)
+    if (op.has_param or op.variable) and not isinstance(wanted, type):
         check_init(op, transformations, w)
         check_gradient(stateful, by_hand, transformations, w)
 
 
 def check_gradient(stateful, by_hand, transformations, w):
-    """With respect to the parameter, by reverse mode, eagerly and jitted.
+    """With respect to the parameter and the variables, by reverse mode, eagerly and jitted.
 
-    The rule of a function with a custom rule says nothing about a parameter that the function
-    reads: where that derivative is asked for, it is refused.
+    The rule of a function with a custom rule says nothing about state that the function reads:
+    where that derivative is asked for, it is refused.
     """
     names = [t.name for t in transformations]
     run = names[: names.index("eval_shape")] if "eval_shape" in names else names
     refused = "custom_jvp" in run or "custom_vjp" in run
 
     for mode in (lambda f: f, jax.jit):
-        wanted = outcome(mode(jax.grad(lambda w: by_hand(X, w)[0])), w)
+        wanted = outcome(mode(jax.grad(total(by_hand), (0, 1))), w, V)
         with jax.checking_leaks.func(not (refused or isinstance(wanted, type))):
-            found = outcome(mode(jax.grad(lambda w: stateful(X, w)[0])), w)
+            found = outcome(mode(jax.grad(total(stateful), (0, 1))), w, V)
         if not (refused and found is jaxstate.CustomRuleStateError):
             assert_same(found, wanted)
 
 
+def total(run):
+    def loss(w, v):
+        y, s = run(X, w, v)
+        return y + s["v"] + 2 * s["mean"]
+
+    return loss
+
+
 def check_init(op, transformations, w):
-    """The parameter is born inside, with the value that its key and path give.
+    """The parameter is born inside, with the value that its key and path give; a variable too, and
+    it is not written.
 
     What `jax.eval_shape` sees never runs, and makes nothing.
     """
     unused = any(t.name == "eval_shape" for t in transformations)
-    wanted = {} if unused else {"w": np.asarray(w)}
-    f = op.stateful(None)
-    for t in reversed(transformations):
-        f = t.stateful(f)
-    net = jaxstate.parametrized(f)
-    assert_same(outcome(net.init, KEY, X), wanted)
-    assert_same(outcome(jax.jit(net.init), KEY, X), wanted)
+    wanted = {"w": np.asarray(w)} if op.has_param and not unused else {}
+    made = op.variable and (op.has_handle or not unused)
+    state = {op.variable: np.asarray(V)} if made else {}
+
+    @jaxstate.parametrized
+    def net(x):
+        return transformed(op, transformations, None)(x)
+
+    for mode in (lambda f: f, jax.jit):
+        assert_same(outcome(mode(net.init), KEY, X), wanted)
+        assert_same(outcome(mode(net.init_with_state), KEY, X), (wanted, state))

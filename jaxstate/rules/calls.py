@@ -12,7 +12,15 @@ from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import CapturedOperand, StateTracer
 from jaxstate.errors import AheadOfTimeError, message
-from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_last
+from jaxstate.thread import (
+    Thread,
+    read_all,
+    register_rule,
+    settle_jaxprs,
+    state_of,
+    thread,
+    write_last,
+)
 from jaxstate.trace import one_use, resolve
 
 
@@ -57,7 +65,10 @@ def _top_level_jit(call: Callable[..., Any]) -> Callable[..., Any]:
         with one_use():
             args = tuple(resolve(x.tracer) if type(x) is CapturedOperand else x for x in args)
             run = _compat.run_jit_primitive
-            outs = _threaded_jit(args, params, run) if state else run(args, params)
+            if not state:
+                return run(args, params), None, None, []
+            settle_jaxprs([params["jaxpr"]])
+            outs = _threaded_jit(args, params, run)
         return outs, None, None, []
 
     return wrapped

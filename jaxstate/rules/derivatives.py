@@ -23,7 +23,7 @@ from typing import Any
 from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
 from jaxstate.slots import Address, Cell, Holder, Lane
-from jaxstate.thread import read_all, write_last
+from jaxstate.thread import read_all, settle, write_last
 from jaxstate.trace import read
 
 
@@ -301,6 +301,7 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
             finally:
                 state.finish()
             with _compat.set_current_trace(trace):
+                settle(touched, written)
                 values = read_all(touched)
                 explicit = _Explicit(touched, written)
                 operands = [*values, *args]

@@ -1,0 +1,359 @@
+"""What parameters and variables have in common: how a program refers to them, and who is asked.
+
+Both are entries of a tree, found by name. An *address* says which: the modules and scopes that were
+entered, relative to the jaxpr (or custom rule) in which the entry is used, and its name. The store
+completes the address with the place where that jaxpr is bound, and gives out names
+(`jaxstate.names`).
+
+What is special to either is in the subclass of `EntryAddress` that it has (`jaxstate.params`,
+`jaxstate.variables`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.births import Birth
+from jaxstate.errors import ClosedStateError, StateError, message
+from jaxstate.forms import Form, wanted_form
+from jaxstate.names import Home, Layer, Layers, Level, Path, ScopeStack, Token
+from jaxstate.slots import Address, Cell, Holder, holders
+from jaxstate.trace import boundaries, boundary_of, notes_of
+
+__all__ = [
+    "Entry",
+    "EntryAddress",
+    "Store",
+    "current_home",
+    "current_place",
+    "innermost_store",
+]
+
+
+# -- Addresses -------------------------------------------------------------------------------
+
+
+class EntryAddress(Address):
+    """One leaf of an entry, relative to the place (holder, jaxpr, custom rule) it is used in.
+
+    Two addresses are equal if they mean the same leaf: what is above the innermost module only
+    says where that module's name is given out.
+
+    Attributes:
+      levels: the modules and scopes that were entered in that place, outermost first.
+      name: of the entry.
+      used: ``file:line`` of the call that uses it.
+      leaf: path inside the entry's value; empty if the value is one array.
+      birth: how to make the entry, if it is being initialized.
+      home: the jaxpr in which the address stands, if it stands in one.
+      wanted: the type of the leaf, in an address that stands in a jaxpr.
+      place: what ``levels`` are relative to, if that is not where the address is used.
+    """
+
+    __slots__ = ("birth", "home", "leaf", "levels", "name", "place", "used", "wanted")
+
+    kind: str
+    takes_key: bool
+    missing_error: type[StateError]
+    mismatch_error: type[StateError]
+    conflict_error: type[StateError]
+
+    def __init__(self, name: str, used: str) -> None:
+        self.levels: tuple[Level, ...] = ()
+        self.name = name
+        self.used = used
+        self.leaf: Path = ()
+        self.birth: Birth | None = None
+        self.home: Home | None = None
+        self.wanted: Any = None
+        self.place: Home | None = None
+
+    def having(self, **changes: Any) -> Any:
+        """A copy with other attributes."""
+        new = copy.copy(self)
+        for name, value in changes.items():
+            setattr(new, name, value)
+        return new
+
+    def leaves(self, form: Form, birth: Birth | None) -> list[Any]:
+        """The addresses of the leaves of an entry of that form."""
+        return [
+            self.having(leaf=leaf, birth=birth, wanted=aval)
+            for leaf, aval in zip(form.leaves, form.avals, strict=True)
+        ]
+
+    def _meaning(self) -> tuple[Any, ...]:
+        for i in reversed(range(len(self.levels))):
+            if self.levels[i].token:
+                return self.levels[i:], self.name, self.leaf
+        return self.place, self.levels, self.name, self.leaf
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._meaning() == other._meaning()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self._meaning())
+
+    def __repr__(self) -> str:
+        path = [*(level.base for level in self.levels), self.name, *self.leaf]
+        return f"{self.kind} {'/'.join(path)!r}"
+
+    def store(self) -> Store:
+        store = innermost_store()
+        if store is None:
+            raise self.missing()
+        return store
+
+    def seen_from(self, boundary: Any) -> EntryAddress:
+        store = self.store()
+        boundary = None if boundary is store else boundary
+        home = home_of(boundary)
+        if self.place is None:
+            return self.having(levels=store.scopes.inside(boundary) + self.levels, home=home)
+        return self.having(place=None if self.place is home else self.place, home=home)
+
+    def renewed(self, use: dict[Any, Any] | None) -> EntryAddress:
+        home = self.home
+        if home is None or not any(v.token and v.token.home is home for v in self.levels):
+            return self
+        if use is None:
+            use = self.store().layers().layers[0].renewed
+
+        def renew(token: Token | None) -> Token | None:
+            if token is None or token.home is not home:
+                return token
+            return use.setdefault(token, Token(current_home()))
+
+        return self.having(levels=tuple(Level(v.base, renew(v.token)) for v in self.levels))
+
+    def meaning_here(self) -> Hashable:
+        return self.store().meaning_of(self)
+
+    def aliased(self, other: Address) -> Exception:
+        return self.conflict_error(
+            message(
+                f"One function uses {self} in two ways and writes it: with a handle that was made"
+                " outside of the function, and by name.",
+                fix=f"""
+                handle = jaxstate.variable("{self.name}", ...)      # inside: for both uses
+                """,
+                used=self.used,
+                and_used=getattr(other, "used", None),
+            )
+        )
+
+    def initial(self, init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
+        """What the initializer makes."""
+        return init(*keys, *init_args)
+
+    def form_of_initial(
+        self, init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
+    ) -> Form:
+        """The form of what the initializer makes, without making it."""
+        return wanted_form(init, init_args, self.takes_key, known)
+
+    def as_stored(self, value: Any) -> Any:
+        """What is kept of a value that the user gives."""
+        return _compat.as_array(value)
+
+    def type_as_stored(self, value: Any) -> Any:
+        return _compat.typeof(value)
+
+    def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
+        return self.store().bear(addresses, birth, data)
+
+    def changed(self, wanted: Any, value: Any) -> Exception:
+        store = self.store()
+        path = (*store.path(store.layers(), self), *self.leaf)
+        return self.mismatch(path, _compat.typeof(value).str_short(), wanted.str_short())
+
+    def not_given(self) -> Exception:
+        """The error for an ``apply`` that was given no entries of this kind at all."""
+        raise NotImplementedError
+
+    def refuse_lanes(self, trace: Any) -> Exception:
+        """The error for a value per lane of the vmap of ``trace``."""
+        raise NotImplementedError
+
+    def mismatch(self, path: Path, found: str, wanted: str) -> Exception:
+        """The error for a value of another form than the function makes."""
+        return self.mismatch_error(
+            message(
+                f"{self.kind.capitalize()} {'/'.join(path)!r} is {found}, and the function wants"
+                f" {wanted}.",
+                fix=self.fix_by_init,
+                used=self.used,
+            )
+        )
+
+    def conflict(self, path: Path, made: str, first: Any, form: Form) -> Exception:
+        """The error for one name in one scope that is used for two entries."""
+        function = "param" if self.kind == "parameter" else "variable"
+        return self.conflict_error(
+            message(
+                f"{self.kind.capitalize()} {'/'.join(path)!r} is used twice, as {first} and as"
+                f" {form}. The same name in the same scope is the same {self.kind}.",
+                fix=f"""
+                jaxstate.{function}("{path[-1]}_2", ...)          # another one: another name
+                with jaxstate.scope("second"): ...           # or another scope
+                """,
+                made=made,
+                used=self.used,
+            )
+        )
+
+    fix_by_init: str
+
+
+# -- Places ----------------------------------------------------------------------------------
+
+_OUTSIDE = Home()  # outside of any boundary: directly in the store
+
+
+def home_of(boundary: Any) -> Home:
+    """The home of what is made inside a boundary; None stands for the store itself."""
+    if boundary is None:
+        return _OUTSIDE
+    extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
+    return extra.setdefault(Home, Home())
+
+
+def current_home() -> Home | None:
+    """The home of what is made here; None outside of any jaxpr under construction."""
+    for trace in _compat.chain(_compat.current_trace()):
+        if isinstance(trace, _compat.StagingTrace):
+            return home_of(trace)
+    return None
+
+
+def current_place(store: Store) -> tuple[Home, tuple[Level, ...]]:
+    """Where in the tree the program is: levels, and what they are relative to."""
+    boundary = boundary_of(store)
+    return home_of(boundary), store.scopes.inside(boundary)
+
+
+# -- Stores ----------------------------------------------------------------------------------
+
+
+class Entry:
+    """What is known of one parameter or variable: its form, who used it first, its leaves.
+
+    The form is None if only a leaf was used so far, by a jaxpr.
+    """
+
+    __slots__ = ("cells", "form", "initial", "kind", "used")
+
+    def __init__(self, kind: str, form: Form | None, used: str) -> None:
+        self.kind = kind
+        self.form = form
+        self.used = used
+        self.cells: dict[Path, Cell] = {}
+        self.initial: dict[Path, Any] = {}
+
+
+class Store(Holder):
+    """The parameters and variables of one ``init`` or ``apply``, while it runs."""
+
+    # Whether variables may be written.
+    writable = True
+
+    def __init__(self, root: Token) -> None:
+        super().__init__()
+        self.layer = Layer()
+        self.layer.paths[root] = ()
+        self.scopes = ScopeStack()
+        self.forms: dict[Any, Form] = {}  # see `wanted_form`
+        self.run = object()  # of which this store is, or for which it stands
+
+    def knows(self, address: Address) -> bool:
+        return isinstance(address, EntryAddress)
+
+    def layers(self) -> Layers:
+        """The names visible here: of the boundaries around the program, then the store's own."""
+        return Layers([*(self._layer_of(b) for b in boundaries(self)), self.layer])
+
+    def _layer_of(self, boundary: Any) -> Layer:
+        extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
+        return extra.setdefault(self, Layer())
+
+    def without_values(self) -> RuleStore:
+        return RuleStore(self)
+
+    def path(self, layers: Layers, address: EntryAddress) -> Path:
+        return (*layers.path_of(self._above(address) + address.levels), address.name)
+
+    def _above(self, address: EntryAddress) -> tuple[Level, ...]:
+        """The levels around the place that an address is relative to."""
+        around = boundaries(self)
+        if address.place is None:
+            return self.scopes.inside(None, *around)
+        for i, boundary in enumerate(around):
+            if home_of(boundary) is address.place:
+                return self.scopes.inside(None, *around[i + 1 :])
+        if address.place is _OUTSIDE:
+            return ()
+        raise ClosedStateError(
+            message(
+                f"{address} was made inside a transformed function that has ended.",
+                fix=f"""
+                {address.name} = jaxstate.variable("{address.name}", ...)   # the same one, here
+                """,
+                used=address.used,
+            )
+        )
+
+    def meaning_of(self, address: EntryAddress) -> Hashable:
+        """What two addresses have in common that mean the same slot here."""
+        return self.path(self.layers(), address), address.leaf
+
+    def entry(self, address: EntryAddress) -> Entry:
+        """What is known here of the entry; noted here if it was not known yet."""
+        layers = self.layers()
+        path = self.path(layers, address)
+        entry = layers.entry(path, address.kind)
+        if entry is None:
+            entry = Entry(address.kind, address.birth and address.birth.form, address.used)
+            layers.add_entry(path, address.kind, entry)
+        return entry
+
+    def declare(
+        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
+    ) -> tuple[Form, list[Any]]:
+        """The form of an entry that the program uses here, and the addresses of its leaves."""
+        raise NotImplementedError
+
+    def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
+        """Makes an entry from data: here if the store is here, else in the jaxpr around."""
+        raise NotImplementedError
+
+    def refuse_lanes(self, address: EntryAddress, trace: Any) -> Exception:  # type: ignore[override]
+        return address.refuse_lanes(trace)
+
+
+class RuleStore(Store):
+    """Stands for a store in a custom derivative rule, which is given the values as operands."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(Token(None))
+        self.writable = store.writable
+        self.run = store.run
+        self._signature = store.signature()
+
+    def signature(self) -> Hashable:
+        return self._signature
+
+    def meaning_of(self, address: EntryAddress) -> Hashable:
+        return address
+
+    def declare(
+        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
+    ) -> tuple[Form, list[Any]]:
+        form = address.form_of_initial(init, init_args, self.forms)
+        return form, address.leaves(form, None)
+
+
+def innermost_store() -> Store | None:
+    return next((h for h in holders() if isinstance(h, Store)), None)

@@ -1,0 +1,303 @@
+"""Variables: state that is not a parameter, such as running statistics, counters and caches.
+
+    @jaxstate.parametrized
+    def normalize(x):
+        mean = jaxstate.variable("mean", jnp.zeros, x.shape[1:])
+        mean.value = 0.9 * mean.value + 0.1 * x.mean(0)
+        return x - mean.value
+
+    params, state = normalize.init_with_state(key, x)            # {}, {"mean": ...}
+    y, state = normalize.apply_with_state(params, state, x)      # a pure function
+
+A variable is a slot for each array of its value, found by name in the same tree as the parameters
+(`jaxstate.entries`). It is threaded through what stands between it and ``apply_with_state``
+(`jaxstate.thread`): a loop carries what is written in it, a branch passes on what it leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.entries import EntryAddress, Store, current_place, innermost_store
+from jaxstate.errors import (
+    ClosedStateError,
+    LaneWriteError,
+    MissingStoreError,
+    MissingVariableError,
+    ReadOnlyVariableError,
+    SlotTypeError,
+    VariableConflictError,
+    VariableMismatchError,
+    message,
+)
+from jaxstate.forms import Form, strong, strong_type
+from jaxstate.params import check_name
+from jaxstate.trace import read, write
+
+__all__ = ["Variable", "variable"]
+
+
+class VariableAddress(EntryAddress):
+    """One leaf of a variable.
+
+    Attributes:
+      threaded: whether the variable may be written. Where it may not, it is captured.
+      reduce: makes one value of the lanes' values, or None.
+    """
+
+    __slots__ = ("reduce", "threaded")
+
+    kind = "variable"
+    takes_key = False
+    missing_error = MissingVariableError
+    mismatch_error = VariableMismatchError
+    conflict_error = VariableConflictError
+
+    def __init__(self, name: str, used: str, reduce: Callable[..., Any] | None = None) -> None:
+        super().__init__(name, used)
+        self.threaded = True
+        self.reduce = reduce
+
+    def missing(self) -> Exception:
+        return MissingStoreError(
+            message(
+                f"{self} was used outside init and apply.",
+                fix="""
+                params, state = net.init_with_state(jax.random.key(0), x)
+                y, state = net.apply_with_state(params, state, x)  # net = parametrized(fn)
+                """,
+                used=self.used,
+            )
+        )
+
+    def not_given(self) -> Exception:
+        return MissingVariableError(
+            message(
+                f"{self} was used, and apply was given no variables.",
+                fix="""
+                params, state = net.init_with_state(key, x)
+                y, state = net.apply_with_state(params, state, x)   # reads and writes
+                y = net.apply(params, x, state=state)               # only reads
+                """,
+                used=self.used,
+            )
+        )
+
+    def initial(self, init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
+        return jax.tree.map(strong, init(*init_args))
+
+    def form_of_initial(
+        self, init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
+    ) -> Form:
+        return super().form_of_initial(init, init_args, known).strong()
+
+    def as_stored(self, value: Any) -> Any:
+        return strong(value)
+
+    def type_as_stored(self, value: Any) -> Any:
+        return strong_type(_compat.typeof(value))
+
+    def reduced(self, values: Any) -> Any:
+        assert self.reduce is not None
+        value = strong(self.reduce(values, axis=0))
+        if not _compat.same_type(value, self.wanted):
+            raise SlotTypeError(
+                message(
+                    f"{self} has type {self.wanted.str_short()}, and what its reduce makes of the"
+                    f" lanes' values has type {_compat.typeof(value).str_short()}.",
+                    fix=f"""
+                    reduce = lambda values, axis: values.max(axis)   # called as (values, axis=0),
+                    jaxstate.variable("{self.name}", ..., reduce=reduce)  # keeps shape and dtype
+                    """,
+                    used=self.used,
+                )
+            )
+        return value
+
+    def refuse_lanes(self, trace: Any) -> Exception:
+        return LaneWriteError(
+            message(
+                f"Lanes of a vmap wrote different values into {self}, which they share.",
+                fix=f"""
+                # one value of all lanes' values:
+                jaxstate.variable("{self.name}", ..., reduce=jnp.mean)
+                # or a value per lane, with the variable made inside the vmap:
+                jax.vmap(net.apply_with_state, (None, 0, 0))(params, states, xs)
+                """,
+                used=self.used,
+                under=f"vmap over {_compat.lane_count(trace)} lanes",
+            )
+        )
+
+    fix_by_init = """
+        params, state = net.init_with_state(key, x)   # with inputs of the shapes of apply
+        """
+
+
+class Variable:
+    """A handle of a variable: see `variable`."""
+
+    def __init__(self, name: str, store: Store, form: Form, addresses: list[VariableAddress]):
+        self.name = name
+        self._run = store.run
+        self._form = form
+        home, levels = current_place(store)
+        self._addresses = [a.having(place=home, levels=levels) for a in addresses]
+
+    @property
+    def value(self) -> Any:
+        """The current value. Assign to it to write.
+
+        Raises, when it is assigned to:
+          SlotTypeError: if structure, shapes or dtypes are not those of the first value. A Python
+            scalar takes the dtype of the variable, as in arithmetic with it.
+          ReadOnlyVariableError: under ``apply``, which hands on no variables.
+          LaneWriteError: if lanes of a `vmap` write different values and there is no ``reduce``.
+        """
+        self._store()
+        return self._form.tree.unflatten([read(a) for a in self._addresses])
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        used = _compat.user_location()
+        if not self._store().writable:
+            raise self._read_only(used)
+        leaves, tree = jax.tree.flatten(value)
+        if tree != self._form.tree:
+            raise self._wrong_type(str(tree), used)
+        values = [
+            self._fitted(x, a.wanted, used) for x, a in zip(leaves, self._addresses, strict=True)
+        ]
+        for address, x in zip(self._addresses, values, strict=True):
+            write(address.having(used=used), x)
+
+    def _store(self) -> Store:
+        """The store that the variable is in, if it is the one that is asked here."""
+        store = innermost_store()
+        if store is None or store.run is not self._run:
+            raise ClosedStateError(
+                message(
+                    f"A handle of variable {self.name!r} was used outside of the init or apply in"
+                    " which it was made, or inside another one.",
+                    fix=f"""
+                    {self.name} = jaxstate.variable("{self.name}", ...)   # a handle of this one
+                    value = {self.name}.value        # or: read it before, and use the value
+                    """,
+                    made=self._addresses[0].used if self._addresses else None,
+                    used=_compat.user_location(),
+                )
+            )
+        return store
+
+    def _fitted(self, value: Any, wanted: Any, used: str) -> Any:
+        """The value as an array of the variable's type."""
+        if not _compat.is_array_like(value):
+            raise self._wrong_type(repr(value), used)
+        # The variable keeps an array of its own: the user may go on to write to his.
+        value = jnp.array(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
+        found = _compat.typeof(value)
+        if found.weak_type and jnp.result_type(value, wanted) == wanted.dtype:
+            value = jax.lax.convert_element_type(value, wanted.dtype)
+        value = strong(value)
+        if not _compat.same_type(value, wanted):
+            raise self._wrong_type(found.str_short(), used)
+        return value
+
+    def _wrong_type(self, found: str, used: str) -> Exception:
+        example = "value"
+        if self._form.leaves == ((),):
+            (aval,) = self._form.avals
+            example = f"jnp.asarray(value, jnp.{aval.dtype}).reshape({aval.shape})"
+        return SlotTypeError(
+            message(
+                f"Variable {self.name!r} is {self._form}, and was written with {found}. Its first"
+                " value fixes its structure, shapes and dtypes.",
+                fix=f"""
+                {self.name} = jaxstate.variable("{self.name}", lambda: value)   # start like that
+                {self.name}.value = {example}    # or write what fits
+                """,
+                made=self._addresses[0].used if self._addresses else None,
+                used=used,
+            )
+        )
+
+    def _read_only(self, used: str) -> Exception:
+        return ReadOnlyVariableError(
+            message(
+                f"Variable {self.name!r} was written under apply, which has no way to return its"
+                " new value.",
+                fix="""
+                y, state = net.apply_with_state(params, state, x)
+                """,
+                made=self._addresses[0].used if self._addresses else None,
+                used=used,
+            )
+        )
+
+    def __repr__(self) -> str:
+        return f"<variable {self.name!r}: {self._form}>"
+
+
+def variable(
+    name: str,
+    init: Callable[..., Any],
+    *init_args: Any,
+    reduce: Callable[..., Any] | None = None,
+) -> Variable:
+    """A variable of the module (or `scope`) that the program is in.
+
+    Args:
+      name: without "/", unique in that scope; the same name there is the same variable.
+      init: called as ``init(*init_args)``, without a key; returns any tree of arrays, the value
+        that the variable starts with. ``variable("mean", jnp.zeros, (4,))``.
+      *init_args: static values or arrays.
+      reduce: what becomes of different values that the lanes of a `vmap` write:
+        ``reduce(values, axis=0)``, for each array of the value, is what the variable is outside of
+        the `vmap`. Inside, each lane goes on with its own. ``jnp.mean``, for example.
+
+    Returns:
+      A `Variable`. Read and write its ``value``.
+
+    Raises:
+      TypeError: if ``name`` is not a name, ``init`` or ``reduce`` not a function.
+      MissingStoreError: outside ``init`` and ``apply``.
+      MissingVariableError, VariableMismatchError: if ``apply`` was not given a value of the
+        structure and shapes that ``init`` would make.
+      VariableConflictError: if the name is in use for a variable of another form.
+      NameClashError: if the name is in use for a parameter, module or scope.
+      InitializerDataError: if ``init`` looks at data that comes out of a loop or a vmap.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> @jaxstate.parametrized
+    ... def net(x):
+    ...     calls = jaxstate.variable("calls", jnp.zeros, (), jnp.int32)
+    ...     calls.value += 1
+    ...     return x * calls.value
+    >>> params, state = net.init_with_state(jax.random.key(0), 2.0)
+    >>> y, state = net.apply_with_state(params, state, 2.0)
+    >>> y, state = net.apply_with_state(params, state, 2.0)
+    >>> float(y), state
+    (4.0, {'calls': Array(2, dtype=int32)})
+    """
+    check_name(name, "variable")
+    for role, fn in (("init(*init_args)", init), ("reduce(values, axis=0)", reduce)):
+        if not callable(fn) and not (fn is None and fn is reduce):
+            raise TypeError(
+                f"variable({name!r}, ...) wants a function {role}, and was given {fn!r}.\n"
+                f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
+            )
+    address = VariableAddress(name, _compat.user_location(), reduce)
+    store = address.store()
+    address.threaded = store.writable
+    form, addresses = store.declare(address, init, init_args)
+    # To declare it is to use it: it gets its name here, and `init` makes it.
+    values = [read(a) for a in addresses]
+    types = tuple(map(_compat.typeof, values))
+    addresses = [a.having(wanted=t) for a, t in zip(addresses, types, strict=True)]
+    return Variable(name, store, form._replace(avals=types), addresses)
