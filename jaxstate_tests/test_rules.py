@@ -10,6 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 import jaxstate
 from jaxstate.extend import new_slot, read, write
@@ -221,8 +222,6 @@ def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
 
 
 def in_pallas(f):
-    from jax.experimental import pallas
-
     def kernel(x_ref, out_ref):
         out_ref[...] = f(x_ref[...])
 
