@@ -27,6 +27,7 @@ from jax._src import (
     ad_checkpoint,
     ad_util,
     api,
+    compute_on,
     config,
     core,
     custom_batching,
@@ -42,6 +43,7 @@ from jax._src import (
     stages,
     traceback_util,
     tree_util,
+    xla_metadata,
 )
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -88,6 +90,8 @@ custom_vjp_call_p = custom_derivatives.custom_vjp_call_p
 linear_solve_p = solves.linear_solve_p
 custom_vmap_p = custom_batching.custom_vmap_p
 shard_map_p = shard_map.shard_map_p
+compute_on_p = compute_on.compute_on_p
+xla_metadata_call_p = getattr(xla_metadata, "xla_metadata_call_p", None)  # jax >= 0.11
 # Evaluates the closed jaxpr in its parameter ``call_jaxpr``.
 call_p = core.closed_call_p if _flattree is None else core.eval_jaxpr_p
 
@@ -747,13 +751,48 @@ def wrap_ahead_of_time(check: Callable[[Any, Sequence[Any]], None]) -> None:
     stages.Traced.lower = lower
 
 
+_kernels = [
+    ("jax._src.lax.lax", "_reduction_jaxpr", "the computation of a reduction"),
+    ("jax._src.lax.lax", "_variadic_reduction_jaxpr", "the computation of a reduction"),
+    ("jax._src.custom_partitioning", "custom_partitioning.__call__", "custom_partitioning"),
+    ("jax._src.pallas.pallas_call", "_trace_kernel_to_jaxpr", "a Pallas kernel"),
+]
+_wrap_kernel: Any = None
+
+
+def wrap_kernels(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wraps what traces functions to kernels: ``wrap(kind, trace)``."""
+    global _wrap_kernel
+    _wrap_kernel = wrap
+    wrap_kernels_imported_since()
+
+
+def wrap_kernels_imported_since() -> None:
+    """JAX imports some of them only when they are used."""
+    for kernel in [k for k in _kernels if k[0] in sys.modules]:
+        module, path, kind = kernel
+        *outer, name = path.split(".")
+        place = functools.reduce(getattr, outer, sys.modules[module])
+        setattr(place, name, _wrap_kernel(kind, getattr(place, name)))
+        _kernels.remove(kernel)
+
+
+def resolved(x: Any) -> Any:
+    """``x``; if it is a capture, what it stands for."""
+    return canonicalize(x) if type(x) in _captures else x
+
+
 def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Runs one jit equation on concrete operands, compiled once per jaxpr."""
     return jit_p.impl(*args, **params)
 
 
+_captures: list[type] = []
+
+
 def register_tracer_type(tracer_type: type, resolve: Callable[[Any], Any]) -> None:
     """Makes every ``bind`` call ``resolve`` on operands of ``tracer_type``."""
+    _captures.append(tracer_type)
     dtypes.register_canonicalize_value_handler(tracer_type, resolve)
     core.pytype_aval_mappings[tracer_type] = lambda tracer: tracer.aval
 

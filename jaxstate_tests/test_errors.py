@@ -216,7 +216,7 @@ def no_rule():
         return x + draw()
 
     with jaxstate.rng_stream(KEY):
-        jax.jit(f)(1.0)
+        jax.jit(jax.vmap(f))(jnp.ones(2))
 
 
 def mended_no_rule():
@@ -226,6 +226,36 @@ def mended_no_rule():
 
     with jaxstate.rng_stream(KEY):
         jax.jit(lambda x: f(x, draw()))(1.0)
+
+
+def ahead_of_time():
+    with jaxstate.rng_stream(KEY):
+        jax.jit(draw).lower()
+
+
+def mended_ahead_of_time():
+    def inside(key):
+        with jaxstate.rng_stream(key):
+            return draw()
+
+    jax.jit(inside).lower(KEY).compile()(KEY)
+
+
+def on_a_device(f):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones(1))
+
+
+def devices_write():
+    slot = new_slot(0.0, name="total")
+    on_a_device(lambda x: (write(slot, x.sum()), x)[1])
+
+
+def mended_devices_write():
+    slot = new_slot(0.0, name="total")
+    on_a_device(lambda x: (write(slot, jax.lax.pmean(x.sum(), "d")), x)[1])
+    assert read(slot) == 1.0
 
 
 def rule_has_no_derivative():
@@ -372,6 +402,8 @@ CATALOGUE = [
     (errors.SlotTypeError, slot_type, mended_slot_type,
      "has type float32\\[\\], and was written with one of type int32\\[\\]"),
     (errors.UnsupportedPrimitiveError, no_rule, mended_no_rule, "custom_vmap_call"),
+    (errors.AheadOfTimeError, ahead_of_time, mended_ahead_of_time, "compiled ahead of time"),
+    (errors.DeviceWriteError, devices_write, mended_devices_write, "slot 'total'.*mesh axes d"),
     (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
      "parameter 'w', and is differentiated with respect to it"),
     (errors.TraceStateError, state_of_a_trace_in_jit, mended_state_of_a_trace_in_jit,

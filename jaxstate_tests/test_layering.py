@@ -13,11 +13,11 @@ PACKAGE = pathlib.Path(jaxstate.__file__).parent
 ORDER = [
     "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "births", "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-    "rules.foreign", "rules.mesh", "rules.batching", "rules",
+    "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels", "rules",
     "stateful", "extend", "names", "random", "entries", "stores", "params", "variables", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-            "rules.foreign", "rules.mesh", "rules.batching"}  # fmt: skip
+            "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels"}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

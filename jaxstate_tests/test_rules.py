@@ -4,11 +4,13 @@ Every reference is the same program with its keys folded by hand.
 """
 
 import jax
+import jax.experimental
 import jax.export
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 import jaxstate
 from jaxstate.extend import new_slot, read, write
@@ -190,6 +192,10 @@ def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
     x = jnp.arange(3.0)
     slot = new_slot(0.0)
 
+    def writes_in_rule(size, batched, x):
+        write(slot, 1.0)
+        return x, True
+
     def draws_in_rule(size, batched, x):
         return x + jaxstate.random.uniform((size,)), True
 
@@ -201,6 +207,7 @@ def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
         (with_vmap_rule(add_draw), "count of random stream 'default' is written"),
         (with_vmap_rule(lambda x: (write(slot, 1.0), x)[1]), "slot 'slot' is written"),
         (with_vmap_rule(lambda x: x, draws_in_rule), "A rule of custom_vmap uses"),
+        (with_vmap_rule(lambda x: x, writes_in_rule), "A rule of custom_vmap uses"),
         (ensemble, "state of each lane"),
     ):
         for run in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
@@ -209,3 +216,172 @@ def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
                     run(x)
                 assert stream.count == 0
     assert read(slot) == 0.0
+
+
+# -- Kernels ---------------------------------------------------------------------------------
+
+
+def in_pallas(f):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = f(x_ref[...])
+
+    return lambda x: pallas.pallas_call(kernel, out_shape=x, interpret=True)(x)
+
+
+def in_partitioning(f):
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    g = custom_partitioning(f)
+    g.def_partition(
+        partition=lambda *_: None,
+        infer_sharding_from_operands=lambda *_: None,
+        sharding_rule="i->i",
+    )
+    return g
+
+
+KERNELS = {
+    "reduce": lambda f: lambda x: jax.lax.reduce(x, 0.0, lambda a, b: f(a + b), (0,)),
+    "reduce_window": lambda f: (
+        lambda x: jax.lax.reduce_window(x, 0.0, lambda a, b: f(a + b), (2,), (1,), "VALID")
+    ),
+    "at[].apply": lambda f: lambda x: x.at[0].apply(f),
+    "pallas_call": in_pallas,
+    "custom_partitioning": in_partitioning,
+}
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mode", [lambda f: f, jax.jit])
+def test_state_in_a_kernel_is_refused(key, name, mode):
+    x, slot = jnp.arange(4.0), new_slot(0.0)
+    match = "reduction" if name in ("reduce", "reduce_window", "at[].apply") else "kernel|partition"
+
+    def run(f):
+        return mode(KERNELS[name](f))(x)
+
+    with jaxstate.rng_stream(key) as stream:
+        with pytest.raises(jaxstate.UnsupportedPrimitiveError, match=match):
+            run(add_draw)
+        assert stream.count == 0
+        if name in ("reduce", "at[].apply"):
+            run(lambda y: y + 1.0)  # no state: no error
+    with pytest.raises(jaxstate.UnsupportedPrimitiveError, match=match):
+        run(lambda y: (write(slot, 1.0), y)[1])
+    assert read(slot) == 0.0
+    net = jaxstate.parametrized(
+        lambda: run(lambda y: y * jaxstate.param("w", ones, ())), name="net"
+    )
+    with pytest.raises(jaxstate.UnsupportedPrimitiveError, match=match):
+        net.apply({"w": 2.0})
+
+
+# -- Wrappers, modes, callbacks, refs --------------------------------------------------------
+
+
+def compute_on(f):
+    import jax.experimental.compute_on as module
+
+    decorate = getattr(module, "compute_on2", module.compute_on)  # its name until jax 0.10
+    space = jax.memory.Space.Device
+    return decorate(f, compute_type="device_host", out_memory_spaces=space)
+
+
+def named(f):
+    def g(x):
+        with jax.named_scope("inside"):
+            return jax.named_call(f, name="call")(x)
+
+    return g
+
+
+def platform(f):
+    return lambda x: jax.lax.platform_dependent(x, cpu=f, default=lambda x: 0 * x)
+
+
+WRAPPERS = {"compute_on": compute_on, "named_call": named, "platform_dependent": platform}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_draws_like_the_function_in_it(key, name):
+    wrapped = WRAPPERS[name](three_draws)
+    for transform in (jax.jit, lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))):
+        with jaxstate.rng_stream(key) as stream:
+            found = transform(wrapped)(0.5)
+            assert stream.count == 3
+        wanted = transform(lambda x: three_draws_by_hand(key, x))(0.5)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def lane(key, *lanes):
+    """The first uniform number of the streams of lanes of a vmap that draws first from ``key``."""
+    return jnp.stack([u(jax.random.fold_in(key, 0), i, 0) for i in lanes])
+
+
+def test_functions_made_of_vmap_draw_per_lane(key):
+    x = jnp.arange(4.0)
+    remainder = u(jax.random.fold_in(key, 1), 0, 0)
+    for run, wanted, count in (
+        (lambda x: jax.lax.map(add_draw, x, batch_size=3),
+         x + jnp.append(lane(key, 0, 1, 2), remainder), 2),
+        (jnp.vectorize(add_draw), x + lane(key, 0, 1, 2, 3), 1),
+        (lambda x: jnp.piecewise(x, [x < 2], [add_draw, lambda x: x]),
+         x + jnp.where(x < 2, lane(key, 0, 1, 2, 3), 0), 1),
+    ):  # fmt: skip
+        for mode in (lambda f: f, jax.jit):
+            with jaxstate.rng_stream(key) as stream:
+                np.testing.assert_allclose(mode(run)(x), wanted, rtol=1e-6)
+                assert stream.count == count
+
+
+def test_debugging_modes_change_nothing(key):
+    wanted, slope = jax.value_and_grad(three_draws_by_hand, 1)(key, 0.5)
+    for mode in (jax.disable_jit(), jax.debug_nans(True), jax.debug_key_reuse(True)):
+        with mode:
+            for transform, result in ((jax.jit, wanted), (lambda f: jax.grad(jax.jit(f)), slope)):
+                with jaxstate.rng_stream(key) as stream:
+                    np.testing.assert_allclose(transform(three_draws)(0.5), result, rtol=1e-6)
+                    assert stream.count == 3
+    with jax.enable_x64(True), jaxstate.rng_stream(key) as stream:
+        assert jax.jit(three_draws)(jnp.float64(0.5)).dtype == jnp.float64
+        assert stream.count == 3 and stream.count.dtype == jnp.int32
+
+
+def test_state_is_an_operand_of_callbacks(key):
+    seen = []
+
+    def f(x):
+        y = jaxstate.random.uniform()
+        jax.experimental.io_callback(lambda v: seen.append(float(v)), None, y, ordered=True)
+        twice = jax.ShapeDtypeStruct((), jnp.float32)
+        return x + jax.pure_callback(lambda v: np.float32(2 * v), twice, y)
+
+    with jaxstate.rng_stream(key):
+        for n, mode in enumerate((lambda f: f, jax.jit)):
+            np.testing.assert_allclose(mode(f)(1.0), 1 + 2 * u(key, n), rtol=1e-6)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, [u(key, 0), u(key, 1)], rtol=1e-6)
+
+
+def test_refs_beside_and_inside_state(key):
+    slot, outer = new_slot(0.0), jax.new_ref(jnp.float32(0))
+
+    def f(x):
+        ref = jax.new_ref(x)
+
+        def body(_, carry):
+            write(slot, read(slot) + 1)
+            ref[...] = ref[...] + jaxstate.random.uniform()
+            outer[...] = outer[...] + 1
+            return carry
+
+        jax.lax.fori_loop(0, 3, body, None)
+        return ref[...]
+
+    wanted = 1 + sum(u(key, n) for n in range(3))
+    for i, mode in enumerate((lambda f: f, jax.jit)):
+        with jaxstate.rng_stream(key) as stream:
+            np.testing.assert_allclose(mode(f)(1.0), wanted, rtol=1e-6)
+            assert stream.count == 3
+        assert read(slot) == outer[...] == 3 * (i + 1)

@@ -5,6 +5,26 @@ as further inputs and outputs, and writes the results back. Importing this packa
 of them.
 """
 
-from jaxstate.rules import batching, branches, calls, derivatives, foreign, loops, mesh, solves
+from jaxstate.rules import (
+    batching,
+    branches,
+    calls,
+    derivatives,
+    foreign,
+    kernels,
+    loops,
+    mesh,
+    solves,
+)
 
-__all__ = ["batching", "branches", "calls", "derivatives", "foreign", "loops", "mesh", "solves"]
+__all__ = [
+    "batching",
+    "branches",
+    "calls",
+    "derivatives",
+    "foreign",
+    "kernels",
+    "loops",
+    "mesh",
+    "solves",
+]

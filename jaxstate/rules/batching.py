@@ -18,7 +18,7 @@ import jax
 from jaxstate import _compat, slots
 from jaxstate.births import bear
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Cell, Holder
+from jaxstate.slots import Address, Holder
 from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_last
 
 
@@ -27,9 +27,8 @@ class _NoSlots(Holder):
 
     def knows(self, address: Address) -> bool:
         owner = address.own_holder and address.own_holder()
-        return address.threaded and (owner is None or owner.age < self.age)
-
-    def cell(self, address: Address) -> Cell:
+        if not address.threaded or (owner is not None and owner.age > self.age):
+            return False
         _refuse(f"A rule of custom_vmap uses {address}.")
 
 

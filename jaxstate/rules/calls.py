@@ -1,4 +1,4 @@
-"""jit and checkpoint: the operands of the equation are the inputs of its jaxpr.
+"""jit, checkpoint and other calls: the operands of the equation are the inputs of its jaxpr.
 
 y = jit[f] x      -->      s = read;  s', y = jit[f threaded] s x;  write s'
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from jaxstate import _compat
 from jaxstate.births import bear
@@ -98,19 +100,28 @@ def _refuse_state_from_outside(jaxpr: Any, constants: Sequence[Any]) -> None:
 
 
 def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:
-    """The rule of a primitive whose parameter ``name`` is its jaxpr, and nothing else counts
-    operands or results."""
+    """The rule of a primitive whose parameter ``name`` is its jaxpr; no other parameter counts
+    operands, and only ``out_memory_spaces`` counts results."""
 
     def rule(args: Any, params: dict[str, Any]) -> list[Any]:
         reads, writes = state_of(params[name])
         bear(params[name], args)
         slots = read_all(reads + writes)
         jaxpr = thread(params[name], Thread(reads, writes), [_compat.typeof(s) for s in slots])
-        outs = primitive.bind(*slots, *args, **dict(params, **{name: jaxpr}))
-        return write_last(writes, outs)
+        threaded = dict(params, **{name: jaxpr})
+        if "out_memory_spaces" in params:
+            spaces = (jax.memory.Space.Device,) * len(writes)
+            threaded["out_memory_spaces"] = params["out_memory_spaces"] + spaces
+        return write_last(writes, primitive.bind(*slots, *args, **threaded))
 
     return rule
 
 
-for _primitive, _name in ((_compat.remat_p, "jaxpr"), (_compat.call_p, "call_jaxpr")):
-    register_rule(_primitive)(_call(_primitive, _name))
+for _primitive, _name in (
+    (_compat.remat_p, "jaxpr"),
+    (_compat.call_p, "call_jaxpr"),
+    (_compat.compute_on_p, "jaxpr"),
+    (_compat.xla_metadata_call_p, "jaxpr"),
+):
+    if _primitive is not None:
+        register_rule(_primitive)(_call(_primitive, _name))
