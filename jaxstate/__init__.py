@@ -2,6 +2,7 @@
 
 from jaxstate import extend, random, rules
 from jaxstate.errors import (
+    BranchSowError,
     ClosedStateError,
     CustomRuleStateError,
     InitializerDataError,
@@ -12,7 +13,11 @@ from jaxstate.errors import (
     NameClashError,
     ParameterConflictError,
     ParameterMismatchError,
+    PlantMismatchError,
+    RepeatedSowError,
     SlotTypeError,
+    SowError,
+    SowMismatchError,
     SplitStreamError,
     StateError,
     TraceStateError,
@@ -20,10 +25,12 @@ from jaxstate.errors import (
 )
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
+from jaxstate.sow import plant, reap, sow
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BranchSowError",
     "ClosedStateError",
     "CustomRuleStateError",
     "InitializerDataError",
@@ -35,7 +42,11 @@ __all__ = [
     "ParameterConflictError",
     "ParameterMismatchError",
     "Parametrized",
+    "PlantMismatchError",
+    "RepeatedSowError",
     "SlotTypeError",
+    "SowError",
+    "SowMismatchError",
     "SplitStreamError",
     "StateError",
     "Stream",
@@ -45,8 +56,11 @@ __all__ = [
     "next_key",
     "param",
     "parametrized",
+    "plant",
     "random",
+    "reap",
     "rng_stream",
     "rules",
     "scope",
+    "sow",
 ]

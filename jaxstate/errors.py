@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable
 
 __all__ = [
+    "BranchSowError",
     "ClosedStateError",
     "CustomRuleStateError",
     "InitializerDataError",
@@ -21,7 +22,11 @@ __all__ = [
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
+    "PlantMismatchError",
+    "RepeatedSowError",
     "SlotTypeError",
+    "SowError",
+    "SowMismatchError",
     "SplitStreamError",
     "StateError",
     "TraceStateError",
@@ -83,6 +88,26 @@ class CustomRuleStateError(StateError):
 
 class TraceStateError(StateError):
     """The state of a stateful trace was used, or changed, where it cannot be."""
+
+
+class SowError(StateError):
+    """Base class of the errors about sown values."""
+
+
+class RepeatedSowError(SowError):
+    """A name was sown more often than its mode allows."""
+
+
+class BranchSowError(SowError):
+    """A branch does not sow what another branch does."""
+
+
+class SowMismatchError(SowError):
+    """One name was sown with two modes, or with values of two types."""
+
+
+class PlantMismatchError(SowError):
+    """A planted value is not of the type of what is sown."""
 
 
 class ClosedStateError(StateError):

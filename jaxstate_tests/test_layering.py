@@ -11,10 +11,11 @@ import jaxstate
 
 PACKAGE = pathlib.Path(jaxstate.__file__).parent
 ORDER = [
-    "_compat", "errors", "slots", "capture", "trace", "handles", "forms", "births", "thread",
+    "_compat", "errors", "slots", "capture", "trace", "handles", "sown", "forms", "births",
+    "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.mesh", "rules.batching", "rules",
-    "stateful", "extend", "names", "random", "stores", "params", "",
+    "stateful", "extend", "names", "random", "stores", "params", "sow", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
             "rules.foreign", "rules.mesh", "rules.batching"}  # fmt: skip
@@ -64,7 +65,7 @@ def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
         "births", "capture", "errors", "forms", "handles", "names", "params", "slots", "stateful",
-        "stores", "thread", "trace",
+        "sown", "stores", "thread", "trace",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 
