@@ -194,4 +194,4 @@ def write(slot: Slot, value: Any) -> None:
 def strong(value: Any) -> Any:
     """The value as an array whose dtype no Python scalar can change."""
     value = jnp.asarray(value)
-    return jax.lax.convert_element_type(value, value.dtype) if value.weak_type else value
+    return jax.lax.convert_element_type(value, value.dtype) if _compat.is_weak(value) else value

@@ -7,7 +7,6 @@ A program is written twice: ``sowing``, where an operation sows ``h``, and ``by_
 operation takes ``h`` (None for the one it computes) and returns it beside its result.
 """
 
-import gc
 from typing import Any, NamedTuple
 
 import jax
@@ -199,9 +198,10 @@ def switch_by_hand(g):
 
 
 def absent(taken):
-    return lambda f: (
-        lambda x: lax.cond(jnp.all(x < 9) == taken, f, lambda x: x * 3, x)
-    )  # all of x is
+    def sowing(f):
+        return lambda x: lax.cond(jnp.all(x < 9) == taken, f, lambda x: x * 3, x)
+
+    return sowing
 
 
 def absent_by_hand(taken):
@@ -276,7 +276,8 @@ PROGRAMS = [
     Program("jit in jit", "strict", compose(jax.jit, jax.jit), same),
     Program("checkpoint", "strict", jax.checkpoint, jax.checkpoint),
     Program("checkpoint of jit", "strict", compose(jax.checkpoint, jax.jit), jax.checkpoint),
-    Program("custom_jvp", "strict", custom_jvp, custom_jvp_by_hand, planted_derivative=False),
+    Program("custom_jvp", "strict", custom_jvp, custom_jvp_by_hand,
+            planted_derivative=False),
     Program("custom_vjp", "strict", custom_vjp, custom_vjp_by_hand, planted_derivative=False, forward=False),
     Program("custom_jvp of jit", "strict", compose(custom_jvp, jax.jit), custom_jvp_by_hand,
             planted_derivative=False),
@@ -524,3 +525,244 @@ def test_a_rule_that_sows_other_names_than_its_function_is_an_error_where_it_run
     for f in (more, less):
         with pytest.raises(jaxstate.CustomRuleStateError, match=r"value sown as '[rh]'"):
             reap(jax.grad(jax.jit(f)))(1.0)
+
+
+# -- Scopes and names ------------------------------------------------------------------------
+
+
+def test_without_a_reap_a_value_is_returned_as_it_is():
+    value = {"a": X, "b": (1, None)}
+    assert sow("h", value) is value
+    assert reap(lambda: sow("h", value), tag="other")() == (value, {})
+    assert plant(lambda: sow("h", value))({"other": X}) is value
+
+
+def test_the_inner_of_two_reaps_takes_what_is_sown_in_it():
+    def f(x):
+        y, inner = reap(jax.jit(lambda x: sow("h", x * 2)))(x)
+        return sow("h", y * inner["h"])
+
+    for g in (f, jax.jit(f)):
+        check(reap(g)(3.0), (36.0, {"h": 36.0}))
+    check(reap(reap(f))(3.0), ((36.0, {"h": 36.0}), {}))
+
+
+def test_tags_are_collected_and_planted_each_for_itself():
+    def f(x):
+        return sow("h", sow("h", x * 2, tag="a") * 3, tag="b")
+
+    for g in (f, jax.jit(f)):
+        check(reap(reap(g, tag="a"), tag="b")(1.0), ((6.0, {"h": 2.0}), {"h": 6.0}))
+        check(plant(reap(g, tag="b"), tag="a")({"h": 5.0}, 1.0), (15.0, {"h": 15.0}))
+        check(reap(g)(1.0), (6.0, {}))
+
+
+def test_of_nested_plants_the_innermost_that_has_the_name_decides():
+    f = jax.jit(lambda: sow("a", jnp.float32(1)) + sow("b", jnp.float32(2)))
+    g = plant(lambda: plant(f)({"a": 10.0}))
+    assert g({"a": 100.0, "b": 200.0}) == 210.0
+
+
+def test_one_jitted_function_serves_many_scopes():
+    f = jax.jit(lambda x: sow("h", x * 2, mode="append"))
+
+    def two(x):
+        return f(f(x))
+
+    check(f(1.0), 2.0)
+    check(reap(f)(1.0), (2.0, {"h": 2.0}))
+    check(reap(two)(1.0), (4.0, {"h": jnp.array([2.0, 4.0])}))
+    check(plant(f)({"h": 5.0}, 1.0), 5.0)
+    check(plant(two)({"h": jnp.array([5.0, 6.0])}, 1.0), 6.0)
+    check(reap(f)(3.0), (6.0, {"h": 6.0}))
+    check(f(1.0), 2.0)
+
+
+def test_a_reap_in_a_loop_body_is_a_program_of_its_own():
+    def body(x, _):
+        y, sown = reap(jax.jit(lambda x: sow("h", jnp.sin(x))))(x)
+        sow("cos", jnp.cos(x), mode="append")
+        return y, sown["h"]
+
+    def by_hand(x, _):
+        return jnp.sin(x), (jnp.sin(x), jnp.cos(x))
+
+    x, (sines, cosines) = lax.scan(by_hand, X, length=3)
+    check(reap(lambda x: lax.scan(body, x, length=3))(X), ((x, sines), {"cos": cosines}))
+
+
+# -- Values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["strict", "clobber", "append", "cond_clobber"])
+@pytest.mark.parametrize("transform", [same, jax.jit, jax.checkpoint], ids=["call", "jit", "remat"])
+def test_trees_of_any_dtype_are_collected_and_planted(transform, mode):
+    def make(x):
+        return {"a": (x, jnp.int32(3)), "key": jax.random.key(7), "none": None, "b": x > 0}
+
+    @transform
+    def f(x):
+        value = sow("tree", make(x), mode=mode)
+        sow("nothing", (), mode=mode)
+        return value["a"][0] * value["a"][1]
+
+    out, sown = reap(f)(X)
+    keys = sown["tree"].pop("key"), (wanted := make(X)).pop("key")
+    check((out, sown), (X * 3, {"tree": wanted, "nothing": ()}))
+    assert keys[0] == keys[1]
+    planted = make(X * 2) | {"a": (X * 2, jnp.int32(5))}
+    check(plant(f)({"tree": planted, "nothing": ()}, X), X * 10)
+
+
+def test_clobber_leaves_what_was_sown_before_where_nothing_follows():
+    def f(x, steps, taken):
+        sow("loop", x, mode="clobber")
+
+        def step(i):
+            sow("loop", x * i, mode="clobber")
+            return i + 1
+
+        lax.while_loop(lambda i: i < steps, step, 1)
+        sow("branch", x, mode="cond_clobber")
+        lax.cond(taken, lambda: sow("branch", x * 9, mode="cond_clobber"), lambda: x)
+        return x
+
+    for g in (reap(f), reap(jax.jit(f)), jax.jit(reap(f))):
+        check(g(2, 4, True)[1], {"loop": 6, "branch": 18})
+        check(g(2, 0, False)[1], {"loop": 2, "branch": 2})
+    xs, steps, taken = jnp.array([2, 2]), jnp.array([4, 0]), jnp.array([True, False])
+    check(
+        reap(jax.vmap(f))(xs, steps, taken)[1],
+        {"loop": jnp.array([6, 2]), "branch": jnp.array([18, 2])},
+    )
+
+
+def test_a_value_that_nobody_uses_is_collected():
+    def f(x):
+        def body(x, _):
+            sow("unused", jnp.exp(x), mode="append")
+            return x, None
+
+        jax.checkpoint(lambda x: sow("also", x * 2))(x)
+        return lax.scan(body, x, length=2)[0]
+
+    check(reap(f)(X)[1], {"unused": jnp.stack([jnp.exp(X)] * 2), "also": X * 2})
+    check(reap(jax.grad(lambda x: f(x).sum()))(X)[1]["also"], X * 2)
+
+
+def test_names_keep_the_order_of_the_program():
+    def f(x):
+        for name in "cab":
+            sow(name, x)
+
+    assert list(reap(f)(1.0)[1]) == list("cab")
+
+
+# -- Beside other state ----------------------------------------------------------------------
+
+
+def test_draws_parameters_and_slots_beside_sown_values(key):
+    count = new_slot(jnp.int32(0), name="count")
+
+    @jaxstate.parametrized
+    def layer(x):
+        w = jaxstate.param("w", lambda key: jnp.full(3, 0.5))
+        write(count, read(count) + 1)
+        return sow("h", x * w + jaxstate.random.normal((3,)), mode="append")
+
+    @jaxstate.parametrized
+    def net(x):
+        return jax.jit(lambda x: lax.fori_loop(0, 3, lambda i, x: layer(x), x))(x)
+
+    def by_hand(x, n):
+        h = x * 0.5 + jax.random.normal(jax.random.fold_in(key, n), (3,))
+        return h, h
+
+    params = net.init(key, X)
+    write(count, 0)
+    wanted, hs = lax.scan(by_hand, X, jnp.arange(3))
+    check(reap(lambda x: net.apply(params, x, key=key))(X), (wanted, {"h": hs}))
+    assert read(count) == 3
+    check(plant(lambda x: net.apply(params, x, key=key))({"h": hs * 2}, X), hs[-1] * 2)
+    with jaxstate.rng_stream(key) as outside:
+        draw = reap(jax.jit(lambda x: sow("h", x + jaxstate.random.normal((3,)))))
+        check(draw(X)[1]["h"], X + jax.random.normal(jax.random.fold_in(key, 0), (3,)))
+        assert outside.count == 1
+
+
+class Count(StatefulTrace):
+    def process_primitive(self, primitive, args, params):
+        if primitive.name == "sin":
+            self.state += 1
+        return super().process_primitive(primitive, args, params)
+
+
+@pytest.mark.parametrize("name", ["jit", "scan", "scan, twice per step", "cond", "while_loop"])
+def test_traces_around_and_inside_of_reap_and_plant(name):
+    program = next(p for p in PROGRAMS if p.name == name)
+    f, by_hand = program.sowing(op(program.mode)), program.by_hand(op_by_hand)
+    out, h = by_hand(X, None)
+
+    def counted(g):
+        def run(*args):
+            with new_trace(Count, state=jnp.int32(0)) as trace:
+                return g(*args), trace.state
+
+        return run
+
+    sines = {"jit": 1, "scan": 3, "scan, twice per step": 4, "cond": 1, "while_loop": 3}[name]
+    check(counted(reap(f))(X), ((out, {"h": h}), sines))
+    check(reap(counted(f))(X), ((out, sines), {"h": h}))
+    p = to_plant(program)
+    check(plant(counted(f))({"h": p}, X)[0], by_hand(X, p)[0])
+    check(counted(plant(f))({"h": p}, X)[0], by_hand(X, p)[0])
+
+
+def test_a_failed_call_leaves_nothing_open():
+    def f(x):
+        sow("h", x)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        reap(jax.jit(f))(1.0)
+    with pytest.raises(KeyError):
+        plant(f)({"h": 1.0}, 1.0)
+    assert sow("h", X) is X
+    check(reap(op("strict"))(X)[1]["h"], jnp.sin(X) * 2)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="mode is one of 'strict', 'append'"):
+        sow("h", X, mode="last")
+    with pytest.raises(TypeError, match="a name is a string"):
+        sow(3, X)
+    with pytest.raises(TypeError, match="wants a dict from names to values"):
+        plant(op("strict"))(X)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_a_backward_rule_does_not_sow():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (f(x), x), lambda x, ct: (sow("ct", ct),))
+    with pytest.raises(jaxstate.CustomRuleStateError, match="'ct'"):
+        reap(jax.grad(f))(1.0)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_devices_do_not_sow_outside_and_do_inside():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+
+    def mapped(f):
+        return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+    for f in (mapped(op("strict")), jax.jit(mapped(op("strict")))):
+        with pytest.raises(jaxstate.UnsupportedPrimitiveError):
+            reap(f)(X)
+    for program in (p for p in PROGRAMS if p.name in ("scan", "cond", "jit")):
+        f = reap(program.sowing(op(program.mode)))
+        inside = mapped(lambda x, f=f: f(x)[1]["h"])
+        check(inside(X), program.by_hand(op_by_hand)(X, None)[1])
