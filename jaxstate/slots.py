@@ -41,7 +41,7 @@ class Address:
     # through it.
     threaded = False
 
-    # Whether a scan has one value of the slot per step, stacked outside (`jaxstate.sown`).
+    # Whether a scan has one value of the slot per step, stacked outside (see `jaxstate.sown`).
     per_step = False
 
     # Whether a custom derivative rule is given the value only if it reads it before it writes.

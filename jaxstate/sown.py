@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxstate import _compat
 from jaxstate.errors import (
     BranchSowError,
+    ClosedStateError,
     RepeatedSowError,
     SowMismatchError,
     UnsupportedPrimitiveError,
@@ -146,13 +147,13 @@ class SownAddress(Address):
 
     def missing(self) -> Exception:
         what = "reap" if self.event.kind == "reap" else "plant"
-        return UnsupportedPrimitiveError(
+        return ClosedStateError(
             message(
                 f"A jaxpr that was made inside jaxstate.{what}, and sows {self.event.name!r}, is"
                 " used outside of it.",
                 fix=f"""
-                jaxpr = jax.make_jaxpr(f)(x)            # outside, where sow does nothing
-                out = jaxstate.{what}(f, {self.event.tag!r})    # or do all of it inside
+                jaxpr = jax.make_jaxpr(f)(x)        # outside, where sow does nothing,
+                jaxstate.{what}(use)(...)           # or evaluate it inside, tag={self.event.tag!r}
                 """,
                 made=self.made,
                 used=_compat.user_location(),

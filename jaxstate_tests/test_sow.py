@@ -278,7 +278,8 @@ PROGRAMS = [
     Program("checkpoint of jit", "strict", compose(jax.checkpoint, jax.jit), jax.checkpoint),
     Program("custom_jvp", "strict", custom_jvp, custom_jvp_by_hand,
             planted_derivative=False),
-    Program("custom_vjp", "strict", custom_vjp, custom_vjp_by_hand, planted_derivative=False, forward=False),
+    Program("custom_vjp", "strict", custom_vjp, custom_vjp_by_hand,
+            planted_derivative=False, forward=False),
     Program("custom_jvp of jit", "strict", compose(custom_jvp, jax.jit), custom_jvp_by_hand,
             planted_derivative=False),
     Program("cond", "strict", cond, cond_by_hand),
@@ -656,6 +657,28 @@ def test_names_keep_the_order_of_the_program():
             sow(name, x)
 
     assert list(reap(f)(1.0)[1]) == list("cab")
+
+
+def test_a_jaxpr_that_is_evaluated_sows_each_time():
+    def f(x):
+        sow("h", (x, x * 2), mode="append")
+        return x + 1
+
+    jaxprs = []
+
+    def twice(x):
+        for g in (f, jax.jit(f)):
+            jaxprs.append(jax.make_jaxpr(g)(x))
+            for _ in range(2):
+                (x,) = jax.core.eval_jaxpr(jaxprs[-1].jaxpr, jaxprs[-1].consts, x)
+        return x
+
+    xs = jnp.arange(4.0)
+    check(reap(twice)(0.0), (4.0, {"h": (xs, xs * 2)}))
+    with pytest.raises(
+        jaxstate.ClosedStateError, match=r"made inside jaxstate\.reap, and sows 'h'"
+    ):
+        jax.core.eval_jaxpr(jaxprs[0].jaxpr, jaxprs[0].consts, 0.0)
 
 
 # -- Beside other state ----------------------------------------------------------------------
