@@ -3,6 +3,7 @@
 from jaxstate import extend, random, rules
 from jaxstate.errors import (
     AheadOfTimeError,
+    BranchSowError,
     ClosedStateError,
     CustomRuleStateError,
     DeviceWriteError,
@@ -15,8 +16,12 @@ from jaxstate.errors import (
     NameClashError,
     ParameterConflictError,
     ParameterMismatchError,
+    PlantMismatchError,
     ReadOnlyVariableError,
+    RepeatedSowError,
     SlotTypeError,
+    SowError,
+    SowMismatchError,
     SplitStreamError,
     StateError,
     TraceStateError,
@@ -26,12 +31,14 @@ from jaxstate.errors import (
 )
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
+from jaxstate.sow import plant, reap, sow
 from jaxstate.variables import Variable, variable
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AheadOfTimeError",
+    "BranchSowError",
     "ClosedStateError",
     "CustomRuleStateError",
     "DeviceWriteError",
@@ -45,8 +52,12 @@ __all__ = [
     "ParameterConflictError",
     "ParameterMismatchError",
     "Parametrized",
+    "PlantMismatchError",
     "ReadOnlyVariableError",
+    "RepeatedSowError",
     "SlotTypeError",
+    "SowError",
+    "SowMismatchError",
     "SplitStreamError",
     "StateError",
     "Stream",
@@ -59,9 +70,12 @@ __all__ = [
     "next_key",
     "param",
     "parametrized",
+    "plant",
     "random",
+    "reap",
     "rng_stream",
     "rules",
     "scope",
+    "sow",
     "variable",
 ]

@@ -290,6 +290,13 @@ def lane_value(trace: Any, value: Any) -> tuple[Any, int | None]:
     return trace.to_batch_info(value)
 
 
+def all_lanes(trace: Any, value: Any) -> Any:
+    """The array over all lanes that ``value`` stands for, with the lanes on its leading axis."""
+    value, batch_dim = trace.to_batch_info(value)
+    with set_current_trace(trace.parent_trace):
+        return batching.bdim_at_front(value, batch_dim, trace.axis_data.size)
+
+
 def lane_count(trace: Any) -> int:
     """The number of lanes of the vmap of ``trace``."""
     return trace.axis_data.size
@@ -499,20 +506,29 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[str, Any]:
-    """``params`` for ``consts`` more constants and ``carry`` more carried values in front."""
+def scan_params_with(
+    params: dict[str, Any], consts: int, carry: int, xs: int = 0, ys: int = 0
+) -> dict[str, Any]:
+    """``params`` for ``consts`` more constants and ``carry`` more carried values in front, and
+    ``xs`` more inputs and ``ys`` more outputs per step behind the others."""
     if "num_consts" in params:
         return dict(
             params, num_consts=params["num_consts"] + consts, num_carry=params["num_carry"] + carry
         )
     assert _flattree is not None
     pack, nones = _flattree.pack, _flattree.nones
-    old_consts, old_carry, xs = params["ft_in"].unpack()
-    carry_out, ys = params["ft_out"].unpack()
+    old_consts, old_carry, old_xs = params["ft_in"].unpack()
+    carry_out, old_ys = params["ft_out"].unpack()
     return dict(
         params,
-        ft_in=pack((pack((nones(consts), old_consts)), pack((nones(carry), old_carry)), xs)),
-        ft_out=pack((pack((nones(carry), carry_out)), ys)),
+        ft_in=pack(
+            (
+                pack((nones(consts), old_consts)),
+                pack((nones(carry), old_carry)),
+                pack((old_xs, nones(xs))),
+            )
+        ),
+        ft_out=pack((pack((nones(carry), carry_out)), pack((old_ys, nones(ys))))),
     )
 
 

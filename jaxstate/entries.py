@@ -55,6 +55,8 @@ class EntryAddress(Address):
 
     __slots__ = ("birth", "home", "leaf", "levels", "name", "place", "used", "wanted")
 
+    may_alias = True
+
     kind: str
     takes_key: bool
     missing_error: type[StateError]

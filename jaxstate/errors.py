@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AheadOfTimeError",
+    "BranchSowError",
     "ClosedStateError",
     "CustomRuleStateError",
     "DeviceWriteError",
@@ -24,8 +25,12 @@ __all__ = [
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
+    "PlantMismatchError",
     "ReadOnlyVariableError",
+    "RepeatedSowError",
     "SlotTypeError",
+    "SowError",
+    "SowMismatchError",
     "SplitStreamError",
     "StateError",
     "TraceStateError",
@@ -109,6 +114,26 @@ class CustomRuleStateError(StateError):
 
 class TraceStateError(StateError):
     """The state of a stateful trace was used, or changed, where it cannot be."""
+
+
+class SowError(StateError):
+    """Base class of the errors about sown values."""
+
+
+class RepeatedSowError(SowError):
+    """A name was sown more often than its mode allows."""
+
+
+class BranchSowError(SowError):
+    """A branch does not sow what another branch does."""
+
+
+class SowMismatchError(SowError):
+    """One name was sown with two modes, or with values of two types."""
+
+
+class PlantMismatchError(SowError):
+    """A planted value is not of the type of what is sown."""
 
 
 class ClosedStateError(StateError):

@@ -20,13 +20,13 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
 from jaxstate import _compat
 from jaxstate.errors import SlotTypeError, message
 
-__all__ = ["Address", "Cell", "Holder", "any_open", "holders", "open_holder"]
+__all__ = ["Address", "AllLanes", "Cell", "Holder", "any_open", "holders", "open_holder"]
 
 
 class Address:
@@ -47,6 +47,12 @@ class Address:
 
     # The type that a jaxpr expects in which the address stands, if the slot's type may change.
     wanted: Any = None
+
+    # Whether a scan has one value of the slot per step, stacked outside (see `jaxstate.sown`).
+    per_step = False
+
+    # Whether a custom derivative rule is given the value only if it reads it before it writes.
+    given_if_read = False
 
     def holder(self) -> Holder:
         """The innermost open holder that knows the address; a named error if there is none."""
@@ -83,6 +89,9 @@ class Address:
             )
         )
 
+    # Whether two addresses that differ in one jaxpr may mean one slot where that is bound.
+    may_alias = False
+
     def meaning_here(self) -> Hashable:
         """What this address has in common, here, with others that mean the same slot."""
         return self
@@ -94,6 +103,12 @@ class Address:
     def reduced(self, values: Any) -> Any:
         """What ``reduce`` makes of the lanes' values, which vary along the first axis."""
         raise NotImplementedError
+
+    def check_repeats(self) -> None:
+        """Raises if a jaxpr that uses the slot may not run any number of times."""
+
+    def check_absence(self) -> None:
+        """Raises if a branch may not leave alone what another branch writes."""
 
     def renewed(self, use: dict[Any, Any] | None) -> Address:
         """The address for one use of the jaxpr in which it stands.
@@ -148,7 +163,7 @@ class Holder:
         and its policy, and no arrays or tracers."""
         return self
 
-    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | None:
+    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | AllLanes | None:
         """The lanes' own cell of the address in the vmap of ``trace``; None if lanes share it.
 
         ``notes`` is a place to keep cells in, which ends with that vmap.
@@ -195,6 +210,12 @@ class Lane:
     def __init__(self, value: Any, batch_dim: int | None) -> None:
         self.value = value
         self.batch_dim = batch_dim
+
+
+class AllLanes(NamedTuple):
+    """Says that the values of all lanes are one slot outside of the vmap, on its leading axis."""
+
+    address: Address
 
 
 class _ThreadState(threading.local):

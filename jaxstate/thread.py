@@ -78,6 +78,29 @@ def _state_of(jaxpr: Any) -> State:
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
 
 
+class Uses(NamedTuple):
+    """The slots that jaxprs use, sorted by where their values go."""
+
+    reads: Addresses  # in
+    writes: Addresses  # in and out
+    outs: Addresses  # only out: each of the jaxprs writes them, and none reads them before
+
+
+def uses_of(jaxprs: Sequence[Any]) -> Uses:
+    """The slots that jaxprs use which run at most once, one of them."""
+    reads, writes = state_of_all(jaxprs)
+    outs = tuple(a for a in writes if all(a in _replaced(jaxpr) for jaxpr in jaxprs))
+    return Uses(reads, tuple(a for a in writes if a not in outs), outs)
+
+
+@_compat.weakref_lru_cache
+def _replaced(jaxpr: Any) -> frozenset[Address]:
+    """The slots that a jaxpr writes without having read them."""
+    eqns = _compat.equations(jaxpr)
+    read = {a for e in eqns if e.primitive in (read_p, birth_p) for a in addresses_of(e)}
+    return frozenset(a for a in state_of(jaxpr).writes if a not in read)
+
+
 def settle(addresses: Sequence[Address], writes: Addresses) -> None:
     """Makes sure that different addresses mean different slots in the place where a rule runs.
 
@@ -90,6 +113,8 @@ def settle(addresses: Sequence[Address], writes: Addresses) -> None:
     use = current_use()
     first: dict[Any, Address] = {}
     for address in addresses:
+        if not address.may_alias:
+            continue
         other = first.setdefault(address.renewed(use).meaning_here(), address)
         if other != address and (address in writes or other in writes):
             raise address.aliased(other)
@@ -136,6 +161,9 @@ class Thread(NamedTuple):
       at: the number of other inputs in front of the incoming ``writes``.
       out_at: the number of other outputs in front of the outgoing ``writes``; None for all.
       out: whether the writes go out at all.
+      lasts: slots to come in, behind the other inputs.
+      outs: slots that only go out, behind the other outputs.
+      once: whether the primitive runs the jaxpr once, or not at all.
     """
 
     reads: Addresses
@@ -143,6 +171,9 @@ class Thread(NamedTuple):
     at: int = 0
     out_at: int | None = None
     out: bool = True
+    lasts: Addresses = ()
+    outs: Addresses = ()
+    once: bool = False
 
 
 def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
@@ -151,17 +182,20 @@ def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
     Args:
       jaxpr: closed or open.
       how: which slots, and where among the inputs and outputs.
-      avals: the types of ``how.reads + how.writes``, in that order.
+      avals: the types of ``how.reads + how.writes + how.lasts``, in that order.
 
     Returns:
       A jaxpr of the same kind. The same arguments give the same object, so it is compiled once.
     """
+    if not how.once:
+        for address in how.reads + how.writes:
+            address.check_repeats()
     return _thread(jaxpr, how, tuple(avals))
 
 
 @_compat.weakref_lru_cache
 def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
-    addresses = how.reads + how.writes
+    addresses = how.reads + how.writes + how.lasts
     incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
     renamed: dict[Any, Any] = {}
@@ -182,11 +216,13 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
             eqns.append(eqn)
     reads = [incoming[a] for a in how.reads]
     writes = [incoming[a] for a in how.writes]
+    lasts = [incoming[a] for a in how.lasts]
     invars, outvars = list(_compat.invars(jaxpr)), [rename(v) for v in _compat.outvars(jaxpr)]
-    invars = [*reads, *invars[: how.at], *writes, *invars[how.at :]]
+    invars = [*reads, *invars[: how.at], *writes, *invars[how.at :], *lasts]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
         outvars[out_at:out_at] = [current[a] for a in how.writes]
+    outvars += [current[a] for a in how.outs]
     return _compat.remade(
         jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
     )

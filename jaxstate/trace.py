@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxstate import _compat
 from jaxstate.capture import CapturedOperand, StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Holder, Lane, holders
+from jaxstate.slots import Address, AllLanes, Holder, Lane, holders
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 
@@ -70,13 +70,13 @@ write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect
 def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
     with _compat.set_current_trace(trace):
-        return read(params["address"])
+        return read(params["address"].renewed(None))
 
 
 @write_p.def_bind_with_trace
 def _write_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     with _compat.set_current_trace(trace):
-        write(params["address"], *args)
+        write(params["address"].renewed(None), *args)
     return []
 
 
@@ -159,7 +159,7 @@ class _Splitting(threading.local):
 _splitting = _Splitting()
 
 
-def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | None:
+def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | AllLanes | None:
     """What the lanes of the vmap of ``trace`` have of their own instead of the slot outside."""
     notes = _lanes(trace, holder, base)
     _splitting.depth += 1
@@ -261,6 +261,14 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     return levels, None
 
 
+def destination(holder: Holder) -> tuple[dict[Any, Any], list[Any]]:
+    """Where a value of the holder is kept from here: the notes of that place, and the vmaps on the
+    way there, innermost first."""
+    levels, base = _way_to(holder)
+    notes = holder.extra if base is None else notes_of(base).extra
+    return notes, [trace for trace in levels if isinstance(trace, _compat.BatchTrace)]
+
+
 def _read_at(
     address: Address, holder: Holder, levels: list[Any], i: int, base: Any
 ) -> tuple[Any, Any]:
@@ -271,6 +279,9 @@ def _read_at(
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
         lane = _lane(address, holder, trace, base)
+        if isinstance(lane, AllLanes):
+            value, stored = _read_at(lane.address, holder, levels, i + 1, base)
+            return _compat.lane_tracer(trace, value, 0), stored
         if lane is not None:
             return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
         written = _written_by_lanes(trace, holder, base).get(_key(address, holder, base))
@@ -298,6 +309,9 @@ def _write_at(
     trace = levels[i]
     if isinstance(trace, _compat.BatchTrace):
         lane = _lane(address, holder, trace, base)
+        if isinstance(lane, AllLanes):
+            value = _compat.all_lanes(trace, value)
+            return _write_at(lane.address, holder, levels, i + 1, base, value)
         given = value
         value, batch_dim = _compat.lane_value(trace, value)
         if lane is not None:

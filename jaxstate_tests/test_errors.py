@@ -365,6 +365,132 @@ def lanes_write_a_variable():
     counting().apply_with_state({}, {"n": 0.0}, jnp.arange(3.0))
 
 
+def sow_twice_as(mode):
+    def f(x):
+        for _ in range(2):
+            x = jaxstate.sow("h", 2 * x, mode=mode)
+        return x
+
+    return jaxstate.reap(jax.jit(f))(1.0)[1]
+
+
+def sown_twice():
+    sow_twice_as("strict")
+
+
+def mended_sown_twice():
+    assert sow_twice_as("append")["h"].tolist() == [2.0, 4.0]
+    assert sow_twice_as("clobber")["h"] == 4.0
+
+
+def sow_in_loop(loop, mode):
+    def body(i, x):
+        return jaxstate.sow("h", 2 * x, mode=mode)
+
+    return jaxstate.reap(lambda x: loop(body, x))(1.0)[1]
+
+
+def scanned(body, x):
+    return jax.lax.fori_loop(0, 2, body, x)
+
+
+def while_loop(body, x):
+    return jax.lax.while_loop(lambda x: x < 4.0, lambda x: body(0, x), x)
+
+
+def sown_in_a_scan():
+    sow_in_loop(scanned, "strict")
+
+
+def mended_sown_in_a_scan():
+    assert sow_in_loop(scanned, "append")["h"].tolist() == [2.0, 4.0]
+
+
+def appended_in_a_while_loop():
+    sow_in_loop(while_loop, "append")
+
+
+def mended_appended_in_a_while_loop():
+    assert sow_in_loop(while_loop, "clobber")["h"] == 4.0
+
+
+def sow_in_branch(mode, x=1.0):
+    def positive(x):
+        return jaxstate.sow("h", 2 * x, mode=mode)
+
+    return jaxstate.reap(lambda x: jax.lax.cond(x > 0, positive, lambda x: x, x))(x)[1]
+
+
+def sown_in_one_branch():
+    sow_in_branch("clobber")
+
+
+def mended_sown_in_one_branch():
+    assert sow_in_branch("cond_clobber")["h"] == 2.0
+    assert sow_in_branch("cond_clobber", -1.0)["h"] == 0.0
+
+
+def sown_with_two_types():
+    @jaxstate.reap
+    def f(x):
+        jaxstate.sow("h", x, mode="clobber")
+        jax.jit(lambda: jaxstate.sow("h", {"a": x}, mode="clobber"))()
+
+    f(1.0)
+
+
+def sown_with_two_modes():
+    @jaxstate.reap
+    def f(x):
+        jaxstate.sow("h", x, mode="clobber")
+        jaxstate.sow("h", x, mode="append")
+
+    f(1.0)
+
+
+def mended_sown_with_two_types():
+    @jaxstate.reap
+    def f(x):
+        jaxstate.sow("h", x, mode="clobber")
+        jaxstate.sow("h_1", {"a": x})
+
+    assert f(1.0)[1] == {"h": 1.0, "h_1": {"a": 1.0}}
+
+
+def planted(value, times=1):
+    def f(x):
+        for _ in range(times):
+            x = jaxstate.sow("h", 2 * x, mode="append")
+        return x
+
+    return jaxstate.plant(f)({"h": value}, jnp.ones(3))
+
+
+def planted_of_another_shape():
+    planted(jnp.ones(4))
+
+
+def planted_of_another_structure():
+    planted([jnp.ones(3)])
+
+
+def planted_of_another_dtype():
+    planted(jnp.ones(3, jnp.int32))
+
+
+def planted_too_few():
+    planted(jnp.ones((2, 3)), times=3)
+
+
+def planted_too_many():
+    planted(jnp.ones((4, 3)), times=3)
+
+
+def mended_planted():
+    assert planted(np.full(3, 5.0)).tolist() == [5.0, 5.0, 5.0]
+    assert planted(jnp.arange(9.0).reshape(3, 3), times=3).tolist() == [6.0, 7.0, 8.0]
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -410,6 +536,27 @@ CATALOGUE = [
      "a CountSines was used inside a function that JAX is transforming"),
     (errors.TraceStateError, static_state_in_a_loop, mended_static_state_in_a_loop,
      "is {'sines': 0} before a scan and {'sines': 1} after it"),
+    (errors.RepeatedSowError, sown_twice, mended_sown_twice,
+     "'h' was sown twice with mode='strict'.*made: .*again: "),
+    (errors.RepeatedSowError, sown_in_a_scan, mended_sown_in_a_scan,
+     "mode='strict' in a loop.*mode=\"append\""),
+    (errors.RepeatedSowError, appended_in_a_while_loop, mended_appended_in_a_while_loop,
+     "mode='append' in a while_loop.*mode=\"clobber\""),
+    (errors.BranchSowError, sown_in_one_branch, mended_sown_in_one_branch,
+     "'h' was sown with mode='clobber' as float32\\[\\] in one branch"),
+    (errors.SowMismatchError, sown_with_two_types, mended_sown_with_two_types,
+     "'h' was sown as float32\\[\\] and as {'a': float32\\[\\]}"),
+    (errors.SowMismatchError, sown_with_two_modes, mended_sown_with_two_types,
+     "with mode='clobber' and with mode='append'"),
+    (errors.PlantMismatchError, planted_of_another_shape, mended_planted,
+     "planted as 'h' is float32\\[4\\], and what is sown there is float32\\[3\\]"),
+    (errors.PlantMismatchError, planted_of_another_structure, mended_planted,
+     "planted as 'h' is \\[float32\\[3\\]\\], and"),
+    (errors.PlantMismatchError, planted_of_another_dtype, mended_planted, "'h' is int32\\[3\\]"),
+    (errors.PlantMismatchError, planted_too_few, mended_planted,
+     "sown at least 3 times .*a value of shape \\(2, 3\\) was planted"),
+    (errors.PlantMismatchError, planted_too_many, mended_planted,
+     "sown 3 times .*a value of shape \\(4, 3\\) was planted"),
 ]  # fmt: skip
 
 
@@ -431,7 +578,7 @@ def test_the_message_names_the_cause_and_the_mended_program_works(error, wrong, 
 
 def test_every_error_is_in_the_catalogue():
     assert {error for error, *_ in CATALOGUE} == {
-        getattr(errors, name) for name in errors.__all__ if name != "StateError"
+        getattr(errors, name) for name in errors.__all__ if name not in ("StateError", "SowError")
     }
 
 

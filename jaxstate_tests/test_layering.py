@@ -11,10 +11,11 @@ import jaxstate
 
 PACKAGE = pathlib.Path(jaxstate.__file__).parent
 ORDER = [
-    "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "births", "thread",
+    "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "sown", "births",
+    "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels", "rules",
-    "stateful", "extend", "names", "random", "entries", "stores", "params", "variables", "",
+    "stateful", "extend", "names", "random", "entries", "stores", "params", "variables", "sow", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
             "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels"}  # fmt: skip
@@ -64,7 +65,7 @@ def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
         "births", "capture", "entries", "errors", "forms", "handles", "names", "params", "slots",
-        "stateful", "stores", "thread", "trace", "variables",
+        "sown", "stateful", "stores", "thread", "trace", "variables",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 

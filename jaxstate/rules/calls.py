@@ -21,6 +21,7 @@ from jaxstate.thread import (
     settle_jaxprs,
     state_of,
     thread,
+    uses_of,
     write_last,
 )
 from jaxstate.trace import one_use, resolve
@@ -34,21 +35,21 @@ def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
 def _threaded_jit(
     args: Any, params: dict[str, Any], run: Callable[[Any, dict[str, Any]], list[Any]]
 ) -> list[Any]:
-    reads, writes = state_of(params["jaxpr"])
+    reads, writes, outs = uses_of([params["jaxpr"]])
     bear(params["jaxpr"], args)
     slots = read_all(reads + writes)
     avals = [_compat.typeof(s) for s in slots]
-    more_in, more_out = len(slots), len(writes)
+    more_in, more_out = len(slots), len(writes + outs)
     threaded = dict(
         params,
-        jaxpr=thread(params["jaxpr"], Thread(reads, writes), avals),
+        jaxpr=thread(params["jaxpr"], Thread(reads, writes, outs=outs, once=True), avals),
         in_shardings=(_compat.UNSPECIFIED,) * more_in + params["in_shardings"],
         in_layouts=(None,) * more_in + params["in_layouts"],
         donated_invars=(False,) * more_in + params["donated_invars"],
         out_shardings=params["out_shardings"] + (_compat.UNSPECIFIED,) * more_out,
         out_layouts=params["out_layouts"] + (None,) * more_out,
     )
-    return write_last(writes, run([*slots, *args], threaded))
+    return write_last(writes + outs, run([*slots, *args], threaded))
 
 
 @_compat.wrap_top_level_jit
@@ -104,15 +105,16 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
     operands, and only ``out_memory_spaces`` counts results."""
 
     def rule(args: Any, params: dict[str, Any]) -> list[Any]:
-        reads, writes = state_of(params[name])
+        reads, writes, outs = uses_of([params[name]])
         bear(params[name], args)
         slots = read_all(reads + writes)
-        jaxpr = thread(params[name], Thread(reads, writes), [_compat.typeof(s) for s in slots])
+        how = Thread(reads, writes, outs=outs, once=True)
+        jaxpr = thread(params[name], how, [_compat.typeof(s) for s in slots])
         threaded = dict(params, **{name: jaxpr})
         if "out_memory_spaces" in params:
-            spaces = (jax.memory.Space.Device,) * len(writes)
+            spaces = (jax.memory.Space.Device,) * len(writes + outs)
             threaded["out_memory_spaces"] = params["out_memory_spaces"] + spaces
-        return write_last(writes, primitive.bind(*slots, *args, **threaded))
+        return write_last(writes + outs, primitive.bind(*slots, *args, **threaded))
 
     return rule
 

@@ -16,15 +16,16 @@ JAX refuses the same of values that such a function closes over.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
-from jaxstate.slots import Address, Cell, Holder, Lane
+from jaxstate.slots import Address, Cell, Holder
 from jaxstate.thread import read_all, settle, write_last
-from jaxstate.trace import read
+from jaxstate.trace import one_use, read
 
 
 class _RuleState(Holder):
@@ -49,7 +50,7 @@ class _RuleState(Holder):
             return owner is None or owner.age < self.age
         return any(holder.knows(address) for holder in reversed(self.below))
 
-    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | None:
+    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Any:
         return self._policy(address).lane(address, trace, notes)
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
@@ -77,7 +78,37 @@ class _RuleState(Holder):
 
 
 class _Touched(Exception):
-    """Ends the recording call of a function that touched state."""
+    """Ends the recording call of a function that touched state.
+
+    Recordings nest where one trace passes a call on to the next: ``recording`` is whose this is.
+    """
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+
+class _RecordedCell(Cell):
+    """Reads its value when it is asked for it, and notes what happens to it."""
+
+    __slots__ = ("_value", "_value_outside", "was_read", "was_written")
+
+    def __init__(self, value_outside: Callable[[], Any]) -> None:
+        self._value_outside = value_outside
+        self.was_read = self.was_written = False
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        if not (self.was_read or self.was_written):
+            self.read()
+        return self._value
+
+    def read(self) -> None:
+        self._value, self.was_read = self._value_outside(), True
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._value, self.was_written = value, True
 
 
 class _Recording(_RuleState):
@@ -85,7 +116,7 @@ class _Recording(_RuleState):
 
     def __init__(self, outside: Any) -> None:
         super().__init__(outside, slots.stack())
-        self.before: dict[Address, Any] = {}
+        self.cells: dict[Address, _RecordedCell] = {}
         self.over = False
 
     def finish(self) -> None:
@@ -95,24 +126,26 @@ class _Recording(_RuleState):
         self.below = without_values(self.below)
         self.extra = {}
         self.cells = {}
-        self.before = {}
 
     def cell(self, address: Address) -> Cell:
         if self.over:
             raise _rule_touches_more(address)
         key = address.seen_from(self)
         if key not in self.cells:
-            with slots.only_open(self.below), _compat.set_current_trace(self.outside):
-                # A rule runs under a trace further out than the function; it finds primals there.
-                value = _compat.without_tangents(_compat.canonicalize(read(key)))
-            self.before[key] = value
-            self.cells[key] = Cell(value)
+            self.cells[key] = _RecordedCell(functools.partial(self._read, key))
+            if not key.given_if_read:
+                self.cells[key].read()
         return self.cells[key]
 
+    def _read(self, key: Address) -> Any:
+        with slots.only_open(self.below), _compat.set_current_trace(self.outside):
+            # A rule runs under a trace further out than the function; it finds primals there.
+            return _compat.without_tangents(_compat.canonicalize(read(key)))
+
     def touched(self) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
-        """The slots touched, and those of them that were written."""
-        written = tuple(a for a, c in self.cells.items() if c.value is not self.before[a])
-        return tuple(self.cells), written
+        """The slots whose value the function is to be given, and those that it wrote."""
+        given = tuple(a for a, cell in self.cells.items() if cell.was_read)
+        return given, tuple(a for a, cell in self.cells.items() if cell.was_written)
 
     def recording(self, fun: Any) -> Any:
         def recorded(*args: Any) -> Any:
@@ -121,24 +154,54 @@ class _Recording(_RuleState):
                 out = fun.call_wrapped(*args)
             if self.cells and not self.over:
                 _compat.abandon_traces_inside(self.outside)
-                raise _Touched
+                raise _Touched(self)
             return out
 
         return _compat.wrap_rule_function(fun, recorded)
 
 
 class _Given(_RuleState):
-    """Answers from operands."""
+    """Answers from operands.
 
-    def __init__(self, outside: Any, below: Sequence[Holder], cells: dict[Address, Cell]) -> None:
+    Attributes:
+      written: slots that may be written without having been given.
+    """
+
+    def __init__(
+        self,
+        outside: Any,
+        below: Sequence[Holder],
+        cells: dict[Address, Cell],
+        written: Sequence[Address] = (),
+    ) -> None:
         super().__init__(outside, below)
         self.cells = cells
+        self.written = written
 
     def cell(self, address: Address) -> Cell:
-        cell = self.cells.get(address.seen_from(self))
-        if cell is None:
+        key = address.seen_from(self)
+        if key not in self.cells and key not in self.written:
             raise _rule_touches_more(address)
-        return cell
+        return self.cells.setdefault(key, _UnreadCell(address))
+
+
+class _UnreadCell(Cell):
+    """The cell of a slot that the function writes and does not read, so that nobody gives it."""
+
+    __slots__ = ("_address", "_value")
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        if not hasattr(self, "_value"):
+            raise _rule_touches_more(self._address)
+        return self._value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._value = value
 
 
 def without_values(holders: Sequence[Holder]) -> list[Holder]:
@@ -155,6 +218,19 @@ def _rule_touches_more(address: Address) -> Exception:
             @jax.custom_jvp
             def f(x, key): ...               # use the state before the call, pass it in
             f(x, jaxstate.next_key())
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def _rule_touches_less(address: Address) -> Exception:
+    return CustomRuleStateError(
+        message(
+            f"A function with a custom derivative rule makes {address}, and the rule does not.",
+            fix="""
+            def fwd(x):
+                return f(x), x          # the rule calls the function, or sows the same names
             """,
             used=_compat.user_location(),
         )
@@ -186,22 +262,32 @@ class _Explicit:
         # The holders of this moment, for names only: a rule may run after they are closed.
         self.below = without_values(slots.stack())
 
-    def run(self, fun: Any, values: Sequence[Any], *args: Any) -> tuple[list[Any], list[Any]]:
-        """The outputs of ``fun``, and what it leaves in the written slots."""
+    def run(
+        self, fun: Any, values: Sequence[Any], *args: Any
+    ) -> tuple[list[Any], dict[Address, Cell]]:
+        """The outputs of ``fun``, and the cells that it leaves."""
         before = dict(zip(self.touched, values, strict=True))
-        state = _Given(None, self.below, {a: Cell(v) for a, v in before.items()})
+        cells = {a: Cell(v) for a, v in before.items()}
+        state = _Given(None, self.below, cells, self.written)
         _compat.reset_stores(fun)
         with state.entered():
             out = fun.call_wrapped(*args)
-        for address, cell in state.cells.items():
+        for address, cell in cells.items():
             if address not in self.written and cell.value is not before[address]:
                 raise _rule_touches_more(address)
-        return out, [state.cells[a].value for a in self.written]
+        return out, cells
+
+    def results(self, cells: dict[Address, Cell]) -> list[Any]:
+        """What is left in the written slots."""
+        for address in self.written:
+            if address not in cells:
+                raise _rule_touches_less(address)
+        return [cells[a].value for a in self.written]
 
     def function(self, fun: Any) -> Any:
         def explicit(*args: Any) -> list[Any]:
-            out, written = self.run(fun, args[: self.n], *args[self.n :])
-            return [*out, *written]
+            out, cells = self.run(fun, args[: self.n], *args[self.n :])
+            return [*out, *self.results(cells)]
 
         return _compat.wrap_rule_function(fun, explicit)
 
@@ -216,7 +302,8 @@ class _Explicit:
             given = tangents[self.n :]
             if not symbolic_zeros:
                 given = [_compat.instantiate_symbolic_zero(t) for t in given]
-            out, written = self.run(jvp, primals[: self.n], *primals[self.n :], *given)
+            out, cells = self.run(jvp, primals[: self.n], *primals[self.n :], *given)
+            written = self.results(cells)
             n_out = len(out) // 2
             zeros = [_compat.symbolic_zero_like(w) for w in written]
             return [*out[:n_out], *written, *out[n_out:], *zeros]
@@ -229,8 +316,8 @@ class _Explicit:
         def explicit(*args: Any) -> list[Any]:
             state, rest = args[: 2 * self.n], args[2 * self.n :]
             self.refuse_derivatives(state[::2], state[1::2])
-            out, written = self.run(fwd, state[::2], *rest)
-            return [*out, *written]
+            out, cells = self.run(fwd, state[::2], *rest)
+            return [*out, *self.results(cells)]
 
         return _compat.wrap_rule_function(fwd, explicit)
 
@@ -255,10 +342,10 @@ class _Explicit:
                 args[n_res : n_res + self.n],
                 args[n_res + self.n : len(args) - len(self.written)],
             )
-            out, after = self.run(bwd, state, *residuals, *cts)
+            out, cells = self.run(bwd, state, *residuals, *cts)
             before = dict(zip(self.touched, state, strict=True))
-            for address, value in zip(self.written, after, strict=True):
-                if value is not before[address]:
+            for address in self.written:
+                if address in cells and cells[address].value is not before.get(address):
                     raise _backward_writes(address)
             zeros = [_compat.zero_cotangent(_compat.typeof(s)) for s in state]
             return _compat.prepend_cotangents(zeros, out)
@@ -296,11 +383,13 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
             functions = tuple(state.recording(f) for f in params["subfuns"])
             try:
                 return bind(trace, args, avals, dict(params, subfuns=functions))
-            except _Touched:
+            except _Touched as ended:
+                if ended.recording is not state:
+                    raise
                 touched, written = state.touched()
             finally:
                 state.finish()
-            with _compat.set_current_trace(trace):
+            with one_use(), _compat.set_current_trace(trace):
                 settle(touched, written)
                 values = read_all(touched)
                 explicit = _Explicit(touched, written)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _compat, sown
 from jaxstate.births import bear
+from jaxstate.slots import Address
 from jaxstate.thread import (
+    Addresses,
     Thread,
     read_all,
     register_rule,
@@ -20,19 +23,36 @@ from jaxstate.thread import (
 
 @register_rule(_compat.scan_p)
 def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
-    """(consts, carry, xs) -> (reads + consts, writes + carry, xs)."""
-    reads, writes = state_of(params["jaxpr"])
+    """(consts, carry, xs) -> (reads + consts, writes + carry, xs).
+
+    Slots with a value per step are further xs and ys.
+    """
+    state = state_of(params["jaxpr"])
+    reads, xs = _split(state.reads)
+    writes, ys = _split(state.writes)
     n_consts, _ = _compat.scan_arity(params)
-    bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], writes)
+    bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
     slots = read_all(reads + writes)
-    avals = [_compat.typeof(s) for s in slots]
-    how = Thread(reads, writes, at=n_consts, out_at=0)
-    threaded = _compat.scan_params_with(params, len(reads), len(writes))
-    threaded["jaxpr"] = thread(params["jaxpr"], how, avals)
+    steps = sown.unstacked(xs, params["length"], read_all)
+    avals = [_compat.typeof(s) for s in slots] + [a.aval() for a in xs]
+    how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys)
+    jaxpr = thread(params["jaxpr"], how, avals)
+    threaded = _compat.scan_params_with(params, len(reads), len(writes), len(xs), len(ys))
     constants, carried = slots[: len(reads)], slots[len(reads) :]
-    outs = _compat.scan_p.bind(*constants, *args[:n_consts], *carried, *args[n_consts:], **threaded)
+    outs = _compat.scan_p.bind(
+        *constants, *args[:n_consts], *carried, *args[n_consts:], *steps,
+        **dict(threaded, jaxpr=jaxpr),
+    )  # fmt: skip
+    end = len(outs) - len(ys)
     write_all(writes, outs[: len(writes)])
-    return outs[len(writes) :]
+    write_all(*sown.stacked(ys, params["length"], outs[end:]))
+    return outs[len(writes) : end]
+
+
+def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
+    """The addresses with one value for the whole loop, and those with one per step."""
+    per_step = tuple(a for a in addresses if a.per_step)
+    return tuple(a for a in addresses if not a.per_step), per_step
 
 
 @register_rule(_compat.while_p)

@@ -1,0 +1,342 @@
+"""Sowing, reaping, planting: values in the middle of a program, collected or replaced from outside.
+
+    def f(x):
+        h = jaxstate.sow("hidden", jnp.sin(x))
+        return h * 2
+
+    out, sown = jaxstate.reap(f)(x)                     # sown == {"hidden": sin(x)}
+    out = jaxstate.plant(f)({"hidden": h}, x)           # h * 2
+
+``reap`` opens a holder whose slots ``sow`` writes, ``plant`` one whose slots it reads
+(`jaxstate.sown`). Without either, ``sow`` returns its argument and that is all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstate import _compat, trace
+from jaxstate.errors import PlantMismatchError, message
+from jaxstate.handles import strong
+from jaxstate.slots import Address, Cell, open_holder
+from jaxstate.sown import Event, Kind, SownAddress, SownHolder, holder_of, numbered, types_of
+
+__all__ = ["plant", "reap", "sow"]
+
+Mode = Literal["strict", "append", "clobber", "cond_clobber"]
+_MODES = ("strict", "append", "clobber", "cond_clobber")
+
+
+def sow(name: str, value: Any, *, tag: str = "sown", mode: Mode = "strict") -> Any:
+    """Marks a value, anywhere in a program, for `reap` to collect and `plant` to replace.
+
+    Args:
+      name: what the value is collected as.
+      value: a tree of arrays of any shapes and dtypes.
+      tag: the innermost `reap`, and the innermost `plant` that has the name, of this tag see it.
+      mode: what it means to sow the name again.
+
+        * ``"strict"``: it is an error, and so is a loop around it. Every branch of a ``cond`` sows
+          the name, or none.
+        * ``"append"``: all values are kept. A ``scan`` stacks them along a new leading axis, so
+          nested scans nest axes. Several values in one place (a Python loop, two calls) are
+          stacked too, in program order; a single one is not. In a ``while_loop`` it is an error.
+        * ``"clobber"``: the last value is kept; zeros if a loop that sows it makes no step.
+        * ``"cond_clobber"``: the same, and branches of a ``cond`` may lack it. A branch without it
+          leaves what was sown before, or zeros if nothing was.
+
+    Returns:
+      ``value`` itself, or what `plant` has in its place. Without an active `reap` or `plant` that
+      sees it, nothing else happens.
+
+    Raises:
+      RepeatedSowError: if the name is sown more often than ``mode`` allows.
+      BranchSowError: if a branch lacks the name, and may not.
+      SowMismatchError: if the name is sown with another mode, structure, shape or dtype than
+        before.
+      PlantMismatchError: if the planted value has another structure, shape or dtype.
+
+    >>> import jax.numpy as jnp, jaxstate
+    >>> def f(x):
+    ...     return 2 * jaxstate.sow("square", x**2)
+    >>> f(3.0)
+    18.0
+    >>> out, sown = jaxstate.reap(f)(3.0)
+    >>> out, float(sown["square"])
+    (18.0, 9.0)
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"sow: a name is a string, not {name!r}.")
+    if mode not in _MODES:
+        raise ValueError(f"sow: mode is one of {', '.join(map(repr, _MODES))}, not {mode!r}.")
+    if holder_of("plant", tag, name) is not None:
+        value = _replaced(name, value, tag, mode)
+    if holder_of("reap", tag, name) is not None:
+        _collect(name, value, tag, mode)
+    return value
+
+
+def _collect(name: str, value: Any, tag: str, mode: str) -> None:
+    addresses, leaves = _addresses("reap", name, value, tag, mode)
+    for address, leaf in zip(addresses, leaves, strict=True):
+        trace.write(address, leaf)
+
+
+def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
+    addresses, _ = _addresses("plant", name, value, tag, mode)
+    return _tree(addresses[0].event, [trace.read(address) for address in addresses])
+
+
+def _addresses(
+    kind: Kind, name: str, value: Any, tag: str, mode: str
+) -> tuple[list[SownAddress], list[Any]]:
+    """The slots of a value that is sown, and what goes there."""
+    made = _compat.user_location()
+    leaves = _leaves(jax.tree.map(strong, value))
+    event = Event(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves))
+    return numbered(event, made).addresses(made), leaves
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The leaves of a value; one that says nothing for a tree without any."""
+    return jax.tree.leaves(value) or [np.False_]
+
+
+def _tree(event: Event, leaves: list[Any]) -> Any:
+    return event.tree.unflatten(leaves[: event.tree.num_leaves])
+
+
+# -- Reap ------------------------------------------------------------------------------------
+
+
+class _ZeroCell(Cell):
+    """A cell that is zero until it is written."""
+
+    __slots__ = ("_aval", "_place", "written")
+
+    def __init__(self, place: Any, aval: Any) -> None:
+        self._place = place
+        self._aval = aval
+        self.written: Any = None
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        if self.written is None:
+            with _compat.set_current_trace(self._place):
+                return _compat.zeros(self._aval)
+        return self.written
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.written = value
+
+
+class _Reap(SownHolder):
+    """Collects what is sown under a tag."""
+
+    def __init__(self, tag: str) -> None:
+        super().__init__()
+        self.tag = tag
+        self.cells: dict[SownAddress, _ZeroCell] = {}
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, SownAddress):
+            return False
+        return address.event.kind == "reap" and address.event.tag == self.tag
+
+    def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
+        if address not in self.cells:
+            self.cells[address] = _ZeroCell(self.anchor, address.aval())
+        return self.cells[address]
+
+    def without_values(self) -> _Reap:
+        return _Reap(self.tag)
+
+    def signature(self) -> Hashable:
+        return "reap", self.tag
+
+    def collected(self) -> dict[str, Any]:
+        """What was sown, by name, in the order of the first of each name."""
+        events: dict[Event, list[Any]] = {}
+        for address, cell in self.cells.items():
+            if cell.written is not None:
+                events.setdefault(address.event, []).append((address.leaf, cell.written))
+        values: dict[str, list[Any]] = {}
+        for event, leaves in events.items():
+            ordered = [leaf for _, leaf in sorted(leaves, key=lambda pair: pair[0])]
+            values.setdefault(event.name, []).append(_tree(event, ordered))
+        return {
+            name: several[0] if len(several) == 1 else jax.tree.map(_stack, *several)
+            for name, several in values.items()
+        }
+
+
+def _stack(*leaves: Any) -> Any:
+    return jnp.stack(leaves)
+
+
+def reap(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Makes a function that also returns the values that are sown while it runs.
+
+    Args:
+      fn: a function that calls `sow`, at any depth, inside any transformation.
+      tag: which of them to collect.
+
+    Returns:
+      A function with the arguments of ``fn`` that returns ``(fn(...), {name: value})``. It is pure,
+      and may be transformed like any other.
+
+      In a ``vmap`` inside of ``fn`` the lanes are on a new leading axis of the value; for ``scan``
+      see the modes of `sow`. Of a derivative that is computed inside of ``fn`` the primal value is
+      collected. Through the derivative of ``reap(fn)`` itself the values have gradients.
+
+      Of two nested calls of ``reap`` with one tag, the inner one takes what is sown in it.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> def f(x):
+    ...     def body(x, _):
+    ...         return jaxstate.sow("x", 2 * x, mode="append"), None
+    ...     return jax.lax.scan(body, x, length=3)[0]
+    >>> out, sown = jaxstate.reap(jax.jit(f))(1.0)
+    >>> float(out), sown["x"].tolist()
+    (8.0, [2.0, 4.0, 8.0])
+    """
+
+    @functools.wraps(fn)
+    def reaped(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        holder = _Reap(tag)
+        with open_holder(holder):
+            out = fn(*args, **kwargs)
+            return out, holder.collected()
+
+    return reaped
+
+
+# -- Plant -----------------------------------------------------------------------------------
+
+
+class _Plant(SownHolder):
+    """Has values for what is sown under a tag."""
+
+    def __init__(self, tag: str, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.tag = tag
+        self.values = dict(values)
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, SownAddress):
+            return False
+        event = address.event
+        return event.kind == "plant" and event.tag == self.tag and event.name in self.values
+
+    def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
+        event, wanted = address.event, address.aval()
+        value = self.values[event.name]
+        if jax.tree.structure(value) != event.tree:
+            raise _mismatch(event, value, address.made)
+        with _compat.set_current_trace(self.anchor):
+            leaf = jnp.asarray(_leaves(value)[address.leaf])
+            if _compat.is_weak(leaf) and jnp.result_type(leaf, wanted.dtype) == wanted.dtype:
+                leaf = leaf.astype(wanted.dtype)
+            stacked = _is_stacked(event, leaf, wanted)
+            if leaf.dtype != wanted.dtype or leaf.shape[1 if stacked else 0 :] != wanted.shape:
+                raise _mismatch(event, value, address.made)
+            if event.n >= (leaf.shape[0] if stacked else 1):
+                raise _count_mismatch(event, value, f"at least {event.n + 1} times", address.made)
+            return Cell(leaf[event.n] if stacked else leaf)
+
+    def check_counts(self) -> None:
+        """Raises if more values were planted than sown."""
+        for record in self.extra.values():
+            event, value = record.outside, self.values[record.outside.name]
+            for leaf, wanted in zip(_leaves(value), event.types, strict=True):
+                if _is_stacked(event, leaf, wanted) and jnp.shape(leaf)[0] != record.count:
+                    raise _count_mismatch(event, value, f"{record.count} times", record.made)
+
+    def without_values(self) -> _Plant:
+        return _Plant(self.tag, dict.fromkeys(self.values))
+
+    def signature(self) -> Hashable:
+        return "plant", self.tag, frozenset(self.values)
+
+
+def _is_stacked(event: Event, leaf: Any, wanted: Any) -> bool:
+    """Whether a planted leaf has one value for each time that the name is sown."""
+    return event.mode == "append" and jnp.ndim(leaf) > len(wanted.shape)
+
+
+def _mismatch(event: Event, value: Any, made: str) -> Exception:
+    found = Event("plant", "", "", "", jax.tree.structure(value), types_of(_leaves(value)))
+    return PlantMismatchError(
+        message(
+            f"The value planted as {event.name!r} is {found.shown()}, and what is sown there is"
+            f" {event.shown()}.",
+            fix=f"""
+            out, sown = jaxstate.reap(f)(x)
+            jaxstate.plant(f)({{{event.name!r}: 2 * sown[{event.name!r}]}}, x)    # of that type
+            """,
+            made=made,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def _count_mismatch(event: Event, value: Any, times: str, made: str) -> Exception:
+    planted = jax.tree.leaves(value)[0]
+    return PlantMismatchError(
+        message(
+            f"{event.name!r} is sown {times} with mode='append' as {event.shown()}, and a value of"
+            f" shape {jnp.shape(planted)} was planted.",
+            fix=f"""
+            jaxstate.plant(f)({{{event.name!r}: jnp.stack(values)}}, x)    # one for each time
+            """,
+            made=made,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def plant(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., Any]:
+    """Makes a function in which values that are sown are replaced by given ones.
+
+    Args:
+      fn: a function that calls `sow`, at any depth, inside any transformation.
+      tag: which of them to replace.
+
+    Returns:
+      A function ``(values, *args, **kwargs) -> fn(*args, **kwargs)``, where ``values`` is a dict
+      from names to values as `reap` gives them: of the structure, shapes and dtypes that are sown,
+      with a leading axis for the lanes of a ``vmap``, and for the steps of a ``scan`` with
+      ``mode="append"``. In other modes every step of a loop gets the same value.
+
+      A name that is not in ``values`` keeps its value, and one that is never sown does nothing.
+      With `reap` around or inside, the planted values are those that are collected.
+
+    Raises:
+      PlantMismatchError: if a value has another structure, shape or dtype than what is sown.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> def f(x):
+    ...     return jnp.square(jaxstate.sow("h", 3 * x))
+    >>> float(jaxstate.plant(f)({"h": 5.0}, 1.0))
+    25.0
+    >>> float(jax.grad(lambda h: jaxstate.plant(f)({"h": h}, 1.0))(5.0))   # d out / d h
+    10.0
+    """
+
+    def planted(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(values, Mapping):
+            raise TypeError(f"plant wants a dict from names to values first, not {values!r}.")
+        holder = _Plant(tag, values)
+        with open_holder(holder):
+            out = fn(*args, **kwargs)
+            holder.check_counts()
+            return out
+
+    return planted

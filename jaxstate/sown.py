@@ -1,0 +1,350 @@
+"""Sown values as slots: what the rules have to know of `jaxstate.sow`.
+
+A value that is sown is an *event*: the n-th use of a name in the place where it happens (a jaxpr
+under construction, or the ``reap`` itself). An event has one slot per leaf of its value. A ``reap``
+is the holder of slots that are written, a ``plant`` of slots that are read; so everything that
+carries slots carries sown values. Four things are special about them:
+
+* The type is part of the address, so a slot exists before anything is written. Then it is zero.
+* Going outwards, an address changes: a vmap, and with ``mode="append"`` a scan, gives the type a
+  leading axis (`Event.over`), and the event gets the number that is next where the jaxpr is bound
+  (`SownAddress.renewed`).
+* How often an event may happen is checked where it is numbered, and by loops and branches
+  (`Address.check_repeats`, `Address.check_absence`).
+* A function with a custom derivative rule hands them out, and need not take them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxstate import _compat
+from jaxstate.errors import (
+    BranchSowError,
+    ClosedStateError,
+    RepeatedSowError,
+    SowMismatchError,
+    UnsupportedPrimitiveError,
+    message,
+)
+from jaxstate.slots import Address, AllLanes, Holder, holders
+from jaxstate.trace import destination
+
+__all__ = [
+    "Event",
+    "SownAddress",
+    "SownHolder",
+    "holder_of",
+    "numbered",
+    "stacked",
+    "types_of",
+    "unstacked",
+]
+
+Kind = Literal["reap", "plant"]
+CLOBBER = ("clobber", "cond_clobber")
+
+
+class Event(NamedTuple):
+    """One use of ``sow``, as seen by one ``reap`` or ``plant``.
+
+    Attributes:
+      tree: structure of the value.
+      types: of the leaves, with the axes of the loops and lanes inside.
+      n: how many events of the name were before it in the same place.
+    """
+
+    kind: Kind
+    tag: str
+    name: str
+    mode: str
+    tree: Any
+    types: tuple[Any, ...]
+    n: int = 0
+
+    def over(self, *sizes: int) -> Event:
+        """The event as seen from outside of loops or lanes."""
+        types = [_compat.ShapedArray((*sizes, *t.shape), t.dtype) for t in self.types]
+        return self._replace(types=tuple(types))
+
+    def addresses(self, made: str) -> list[SownAddress]:
+        """One address per leaf."""
+        return [SownAddress(self, leaf, made) for leaf in range(len(self.types))]
+
+    def shown(self) -> str:
+        """The value's structure, with the types of the leaves."""
+        leaves = [_Shown(t.str_short()) for t in self.types]
+        return str(self.tree.unflatten(leaves[: self.tree.num_leaves]))
+
+
+def types_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Shape and dtype of arrays, and nothing else of their types."""
+    avals = map(_compat.typeof, leaves)
+    return tuple(_compat.ShapedArray(aval.shape, aval.dtype) for aval in avals)
+
+
+def holder_of(kind: Kind, tag: str, name: str) -> Holder | None:
+    """The innermost ``reap`` or ``plant`` that is open and wants what is sown."""
+    address = SownAddress(Event(kind, tag, name, "", None, ()), 0, "")
+    return next((holder for holder in holders() if holder.knows(address)), None)
+
+
+class _Shown(str):
+    """A text that prints without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class SownAddress(Address):
+    """One leaf of an event. ``made`` says where, for messages."""
+
+    __slots__ = ("event", "leaf", "made")
+
+    threaded = True
+    given_if_read = True
+
+    def __init__(self, event: Event, leaf: int, made: str) -> None:
+        self.event = event
+        self.leaf = leaf
+        self.made = made
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SownAddress):
+            return False
+        return self.leaf == other.leaf and self.event == other.event
+
+    def __hash__(self) -> int:
+        return hash((self.event, self.leaf))
+
+    def __repr__(self) -> str:
+        return f"the value sown as {self.event.name!r}"
+
+    @property
+    def per_step(self) -> bool:  # type: ignore[override]
+        return self.event.mode == "append"
+
+    def aval(self) -> Any:
+        return self.event.types[self.leaf]
+
+    def over(self, *sizes: int) -> SownAddress:
+        return SownAddress(self.event.over(*sizes), self.leaf, self.made)
+
+    def renewed(self, use: dict[Any, Any] | None) -> SownAddress:
+        """The address with the event's number in the place where its jaxpr is used."""
+        key = "sown", self.event
+        event = use.get(key) if use is not None else None
+        if event is None:
+            event = numbered(self.event, self.made, None if use is not None else self.leaf)
+        if use is not None:
+            use[key] = event
+        return SownAddress(event, self.leaf, self.made)
+
+    def missing(self) -> Exception:
+        what = "reap" if self.event.kind == "reap" else "plant"
+        return ClosedStateError(
+            message(
+                f"A jaxpr that was made inside jaxstate.{what}, and sows {self.event.name!r}, is"
+                " used outside of it.",
+                fix=f"""
+                jaxpr = jax.make_jaxpr(f)(x)        # outside, where sow does nothing,
+                jaxstate.{what}(use)(...)           # or evaluate it inside, tag={self.event.tag!r}
+                """,
+                made=self.made,
+                used=_compat.user_location(),
+            )
+        )
+
+    def check_repeats(self) -> None:
+        mode, name = self.event.mode, self.event.name
+        if mode in CLOBBER:
+            return
+        if mode == "strict":
+            what, where = f"{name!r} was sown with mode='strict' in a loop", "that may run it again"
+            better = '"append"      # in a scan: one value per step, stacked'
+        else:
+            what = f"{name!r} was sown with mode='append' in a while_loop"
+            where = "whose number of steps is not known, so there is no shape to stack them to"
+            better = '"clobber"     # keeps the last value'
+        raise RepeatedSowError(
+            message(
+                f"{what} (or in another primitive {where}).",
+                fix=f"""
+                jaxstate.sow({name!r}, value, mode={better})
+                """,
+                made=self.made,
+                used=_compat.user_location(),
+            )
+        )
+
+    def check_absence(self) -> None:
+        mode, name = self.event.mode, self.event.name
+        if mode == "cond_clobber":
+            return
+        raise BranchSowError(
+            message(
+                f"{name!r} was sown with mode={mode!r} as {self.event.shown()} in one branch of a"
+                " cond or switch, and not in another (or as often, or of the same type).",
+                fix=f"""
+                jaxstate.sow({name!r}, value, mode="cond_clobber")     # zeros if no branch sows it
+                """,
+                made=self.made,
+                used=_compat.user_location(),
+            )
+        )
+
+
+class SownHolder(Holder):
+    """What ``reap`` and ``plant`` have in common.
+
+    In a vmap every lane sows its own value, and outside all of them are one slot.
+    """
+
+    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> AllLanes | None:
+        assert isinstance(address, SownAddress)
+        if _compat.lanes_are_directions(trace):
+            return None
+        return AllLanes(address.over(_compat.lane_count(trace)))
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return UnsupportedPrimitiveError(
+            message(
+                f"{address} depends on the direction of the derivative that jax.jacfwd or"
+                " jax.hessian is computing.",
+                fix="""
+                jax.jacrev(f)(x)        # sows one value
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+
+# -- Numbers ---------------------------------------------------------------------------------
+
+
+class _Record:
+    """The events of one name in one place."""
+
+    def __init__(self, event: Event, outside: Event, made: str) -> None:
+        self.mode = event.mode
+        self.tree = event.tree
+        self.outside = outside
+        self.made = made
+        self.count = 0
+        self.last: tuple[Event, int] | None = None
+
+
+def numbered(event: Event, made: str, leaf: int | None = None) -> Event:
+    """The event with the number that is next in the place where its slots are.
+
+    ``leaf`` is given for one leaf of an event in a jaxpr that is evaluated equation by equation:
+    the leaves of one event come one after the other.
+
+    Raises:
+      RepeatedSowError: if the name has been sown before, and may not be again.
+      SowMismatchError: if it has been sown with another mode or type.
+    """
+    notes, vmaps = destination(SownAddress(event, 0, made).holder())
+    lanes = [_compat.lane_count(t) for t in vmaps if not _compat.lanes_are_directions(t)]
+    outside = event.over(*reversed(lanes))._replace(n=0)
+    key = "sown", event.kind, event.tag, event.name
+    record = notes.get(key)
+    if record is None:
+        record = notes[key] = _Record(event, outside, made)
+    if outside != record.outside:
+        raise _mismatch(record, outside, made)
+    if leaf is not None:
+        last, record.last = record.last, (event, leaf)
+        if last is not None and last[0] == event and last[1] < leaf:
+            return event._replace(n=max(record.count - 1, 0))
+    if event.mode in CLOBBER:
+        return event._replace(n=0)
+    if event.mode == "strict" and record.count:
+        raise _repeated(event, record, made)
+    record.count += 1
+    return event._replace(n=record.count - 1)
+
+
+def _repeated(event: Event, record: _Record, made: str) -> Exception:
+    return RepeatedSowError(
+        message(
+            f"{event.name!r} was sown twice with mode='strict'.",
+            fix=f"""
+            jaxstate.sow({event.name!r}, value, mode="append")      # keeps all values, stacked
+            jaxstate.sow({event.name!r}, value, mode="clobber")     # keeps the last
+            jaxstate.sow({event.name + "_1"!r}, value)              # another name
+            """,
+            made=record.made,
+            again=made,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def _mismatch(record: _Record, event: Event, made: str) -> Exception:
+    before = record.outside
+    if before.mode != event.mode:
+        what = f"with mode={before.mode!r} and with mode={event.mode!r}"
+    else:
+        what = f"as {before.shown()} and as {event.shown()}"
+    return SowMismatchError(
+        message(
+            f"{event.name!r} was sown {what}.",
+            fix=f"""
+            jaxstate.sow({event.name!r}, value, mode={before.mode!r})     # of one type
+            jaxstate.sow({event.name + "_1"!r}, value)                    # or another name
+            """,
+            made=record.made,
+            again=made,
+            used=_compat.user_location(),
+        )
+    )
+
+
+# -- Steps of a scan -------------------------------------------------------------------------
+
+
+def stacked(
+    addresses: Sequence[Any], length: int, values: Sequence[Any]
+) -> tuple[list[SownAddress], list[Any]]:
+    """Slots outside of a scan, and their values, from those of its body stacked over the steps.
+
+    What a body sows several times under one name is stacked behind the axis of the steps.
+    """
+    by_address = dict(zip(addresses, values, strict=True))
+    outside, results = [], []
+    for outer, inner in _groups(addresses, length):
+        parts = [by_address[a] for a in inner]
+        outside.append(outer)
+        results.append(parts[0] if len(parts) == 1 else jnp.stack(parts, axis=1))
+    return outside, results
+
+
+def unstacked(
+    addresses: Sequence[Any], length: int, read_all: Callable[[Sequence[Any]], list[Any]]
+) -> list[Any]:
+    """The values of a scan's body's slots, stacked over the steps, from the slots outside."""
+    values: dict[SownAddress, Any] = {}
+    for outer, inner in _groups(addresses, length):
+        (value,) = read_all([outer])
+        for i, address in enumerate(inner):
+            values[address] = value if len(inner) == 1 else value[:, i]
+    return [values[a] for a in addresses]
+
+
+def _groups(
+    addresses: Sequence[Any], length: int
+) -> Iterator[tuple[SownAddress, list[SownAddress]]]:
+    """The slots of one leaf of one name, and the slot outside that is all of them."""
+    groups: dict[Any, list[SownAddress]] = {}
+    for address in addresses:
+        event = address.event
+        groups.setdefault((event.kind, event.tag, event.name, address.leaf), []).append(address)
+    for inner in groups.values():
+        axes = (length,) if len(inner) == 1 else (length, len(inner))
+        yield inner[0].over(*axes), inner

@@ -1,0 +1,800 @@
+"""Sowing: what is reaped and planted equals a program that returns and takes it by hand.
+
+Acceptance, section "Sowing": modes in every transformation, the algebra of reap and plant, values
+sown in derivative code.
+
+A program is written twice: ``sowing``, where an operation sows ``h``, and ``by_hand``, where the
+operation takes ``h`` (None for the one it computes) and returns it beside its result.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxstate
+from jaxstate import plant, reap, sow
+from jaxstate.extend import StatefulTrace, new_slot, new_trace, read, write
+
+X = jnp.array([0.3, -0.7, 1.1])
+
+
+def op(mode):
+    def operation(x):
+        return x + jnp.tanh(sow("h", jnp.sin(x) * 2, mode=mode)) * 0.5
+
+    return operation
+
+
+def op_by_hand(x, h):
+    h = jnp.sin(x) * 2 if h is None else h
+    return x + jnp.tanh(h) * 0.5, h
+
+
+def operation(x):
+    """Without ``sow``."""
+    return x + jnp.tanh(jnp.sin(x) * 2) * 0.5
+
+
+class Program(NamedTuple):
+    """One transformation, as a function of an operation ``f(x)`` or ``g(x, h) -> (y, h)``."""
+
+    name: str
+    mode: str
+    sowing: Any
+    by_hand: Any
+    reverse: bool = True  # whether reverse mode exists
+    planted_derivative: bool = True  # whether it has a derivative with respect to what is planted
+    forward: bool = True  # whether forward mode exists
+
+
+def same(f):
+    return f
+
+
+def custom_jvp(f):
+    g = jax.custom_jvp(lambda x: f(x))
+    g.defjvp(lambda primals, tangents: (g(*primals), 3 * tangents[0]))
+    return g
+
+
+def custom_jvp_by_hand(g):
+    f = jax.custom_jvp(lambda x, h: g(x, h))
+
+    @f.defjvp
+    def _(primals, tangents):
+        y, h = f(*primals)
+        return (y, h), (3 * tangents[0], jnp.zeros_like(h))
+
+    return f
+
+
+def custom_vjp(f):
+    g = jax.custom_vjp(lambda x: f(x))
+    g.defvjp(lambda x: (f(x), x), lambda x, ct: (3 * ct * x,))
+    return g
+
+
+def custom_vjp_by_hand(g):
+    f = jax.custom_vjp(lambda x, h: g(x, h))
+
+    def backward(residuals, cts):
+        x, h = residuals
+        return 3 * cts[0] * x, jax.tree.map(jnp.zeros_like, h)
+
+    f.defvjp(lambda x, h: (f(x, h), (x, h)), backward)
+    return f
+
+
+def scan(length=3, **options):
+    def sowing(f):
+        def body(x, _):
+            return f(x), None
+
+        return lambda x: lax.scan(body, x, None, length=length, **options)[0]
+
+    return sowing
+
+
+def scan_by_hand(length=3, **options):
+    return lambda g: lambda x, h: lax.scan(g, x, h, length=length, **options)
+
+
+def nested_scan(f):
+    return scan(2)(scan(3)(f))
+
+
+def nested_scan_by_hand(g):
+    return scan_by_hand(2)(scan_by_hand(3)(g))
+
+
+def last_of_loop(n):
+    def by_hand(g):
+        def run(x, h):
+            steps = [(x, jnp.zeros_like(x))]
+            for _ in range(n):
+                steps.append(g(steps[-1][0], h))
+            return steps[-1]
+
+        return run
+
+    return by_hand
+
+
+def while_loop(f):
+    def body(s):
+        return s[0] + 1, f(s[1])
+
+    return lambda x: lax.while_loop(lambda s: s[0] < 3, body, (0, x))[1]
+
+
+def while_condition(f):
+    """The condition sows: one time more than the body runs."""
+
+    def condition(s):
+        return (s[0] < 2) & jnp.all(f(s[1]) < 1e9)
+
+    return lambda x: lax.while_loop(condition, lambda s: (s[0] + 1, s[1] * 2), (0, x))[1]
+
+
+def while_condition_by_hand(g):
+    return lambda x, h: (x * 4, g(x * 4, h)[1])
+
+
+def append_in_python(f):
+    return lambda x: f(f(f(x)))
+
+
+def append_in_python_by_hand(g):
+    def run(x, h):
+        hs = []
+        for i in range(3):
+            x, sown = g(x, None if h is None else h[i])
+            hs.append(sown)
+        return x, jnp.stack(hs)
+
+    return run
+
+
+def twice_per_step(f):
+    return scan(2)(lambda x: f(jax.jit(f)(x) * 2))
+
+
+def twice_per_step_by_hand(g):
+    def body(x, h):
+        x, first = g(x, None if h is None else h[0])
+        x, second = g(x * 2, None if h is None else h[1])
+        return x, jnp.stack([first, second])
+
+    return lambda x, h: lax.scan(body, x, h, length=2)
+
+
+def cond(f):
+    return lambda x: lax.cond(x.sum() > 0, f, lambda x: f(x) * 2, x)
+
+
+def cond_by_hand(g):
+    def run(x, h):
+        y, h = g(x, h)
+        return jnp.where(x.sum() > 0, y, y * 2), h
+
+    return run
+
+
+def switch(f):
+    branches = [lambda x: x, f, lambda x: f(x) * 2]
+    return lambda x: sum(lax.switch(i, branches, x) for i in (0, 2))
+
+
+def switch_by_hand(g):
+    def run(x, h):
+        y, h = g(x, h)
+        return x + y * 2, h
+
+    return run
+
+
+def absent(taken):
+    def sowing(f):
+        return lambda x: lax.cond(jnp.all(x < 9) == taken, f, lambda x: x * 3, x)
+
+    return sowing
+
+
+def absent_by_hand(taken):
+    def by_hand(g):
+        return g if taken else lambda x, h: (x * 3, jnp.zeros_like(x))
+
+    return by_hand
+
+
+def in_some_steps(f):
+    def body(i, x):
+        return lax.cond(i % 2 == 0, f, lambda x: x * 3, x)
+
+    return lambda x: lax.fori_loop(0, 4, body, x)
+
+
+def in_some_steps_by_hand(g):
+    def run(x, h):
+        for _ in range(2):
+            x, sown = g(x, h)
+            x = x * 3
+        return x, sown
+
+    return run
+
+
+def fori(f):
+    return lambda x: lax.fori_loop(0, 3, lambda i, x: f(x), x)
+
+
+def fori_traced(f):
+    return lambda x: jax.jit(lambda n, x: lax.fori_loop(0, n, lambda i, x: f(x), x))(3, x)
+
+
+def mapped(f):
+    return lambda x: lax.map(lambda s: f(x * s), jnp.arange(1.0, 3.0)).sum(0)
+
+
+def mapped_by_hand(g):
+    def run(x, h):
+        scales = jnp.arange(1.0, 3.0)
+        y, h = lax.map(lambda s: g(x * s[0], s[1]), (scales, h))
+        return y.sum(0), h
+
+    return run
+
+
+def vmapped(f):
+    return lambda x: jax.vmap(lambda s: f(x * s))(jnp.arange(1.0, 3.0)).sum(0)
+
+
+def vmapped_by_hand(g):
+    def run(x, h):
+        y, h = jax.vmap(lambda s, h: g(x * s, h))(jnp.arange(1.0, 3.0), h)
+        return y.sum(0), h
+
+    return run
+
+
+def compose(*transformations):
+    def composed(f):
+        for transformation in reversed(transformations):
+            f = transformation(f)
+        return f
+
+    return composed
+
+
+PROGRAMS = [
+    Program("call", "strict", same, same),
+    Program("jit", "strict", jax.jit, same),
+    Program("jit in jit", "strict", compose(jax.jit, jax.jit), same),
+    Program("checkpoint", "strict", jax.checkpoint, jax.checkpoint),
+    Program("checkpoint of jit", "strict", compose(jax.checkpoint, jax.jit), jax.checkpoint),
+    Program("custom_jvp", "strict", custom_jvp, custom_jvp_by_hand,
+            planted_derivative=False),
+    Program("custom_vjp", "strict", custom_vjp, custom_vjp_by_hand,
+            planted_derivative=False, forward=False),
+    Program("custom_jvp of jit", "strict", compose(custom_jvp, jax.jit), custom_jvp_by_hand,
+            planted_derivative=False),
+    Program("cond", "strict", cond, cond_by_hand),
+    Program("cond of jit", "clobber", compose(cond, jax.jit), cond_by_hand),
+    Program("vmap", "strict", vmapped, vmapped_by_hand),
+    Program("vmap of vmap", "strict", compose(vmapped, vmapped),
+            compose(vmapped_by_hand, vmapped_by_hand)),
+    Program("vmap of cond", "strict", compose(vmapped, cond),
+            compose(vmapped_by_hand, cond_by_hand)),
+    Program("scan", "append", scan(), scan_by_hand()),
+    Program("scan, backwards", "append", scan(reverse=True), scan_by_hand(reverse=True)),
+    Program("scan, unrolled", "append", scan(unroll=3), scan_by_hand()),
+    Program("scan, one step", "append", scan(1), scan_by_hand(1)),
+    Program("scan, no steps", "append", scan(0), scan_by_hand(0)),
+    Program("scan in scan", "append", nested_scan, nested_scan_by_hand),
+    Program("scan of jit of scan", "append", compose(scan(2), jax.jit, scan(3)),
+            nested_scan_by_hand),
+    Program("scan of checkpoint", "append", compose(scan(), jax.checkpoint),
+            compose(scan_by_hand(), jax.checkpoint)),
+    Program("scan of cond", "append", compose(scan(), cond), compose(scan_by_hand(), cond_by_hand)),
+    Program("scan of vmap", "append", compose(scan(2), vmapped),
+            compose(scan_by_hand(2), vmapped_by_hand)),
+    Program("vmap of scan", "append", compose(vmapped, scan(2)),
+            compose(vmapped_by_hand, scan_by_hand(2))),
+    Program("scan of custom_vjp", "append", compose(scan(), custom_vjp),
+            compose(scan_by_hand(), custom_vjp_by_hand), planted_derivative=False, forward=False),
+    Program("fori_loop", "append", fori, scan_by_hand()),
+    Program("map", "append", mapped, mapped_by_hand),
+    Program("Python loop", "append", append_in_python, append_in_python_by_hand),
+    Program("Python loop of jit", "append", compose(append_in_python, jax.jit),
+            append_in_python_by_hand),
+    Program("jit of Python loop", "append", compose(jax.jit, append_in_python),
+            append_in_python_by_hand),
+    Program("custom_jvp of Python loop", "append", compose(custom_jvp, append_in_python),
+            compose(custom_jvp_by_hand, append_in_python_by_hand), planted_derivative=False),
+    Program("scan, twice per step", "append", twice_per_step, twice_per_step_by_hand),
+    Program("Python loop, the last", "clobber", append_in_python, last_of_loop(3)),
+    Program("scan, the last", "clobber", scan(), last_of_loop(3)),
+    Program("scan in scan, the last", "clobber", nested_scan, last_of_loop(6)),
+    Program("scan of no steps, the last", "clobber", scan(0), last_of_loop(0)),
+    Program("vmap of scan, the last", "clobber", compose(vmapped, scan()),
+            compose(vmapped_by_hand, last_of_loop(3))),
+    Program("scan of custom_vjp, the last", "clobber", compose(scan(), custom_vjp),
+            compose(last_of_loop(3), custom_vjp_by_hand), planted_derivative=False, forward=False),
+    Program("while_loop", "clobber", while_loop, last_of_loop(3), reverse=False),
+    Program("while_loop of jit", "clobber", compose(while_loop, jax.jit), last_of_loop(3),
+            reverse=False),
+    Program("while_loop condition", "clobber", while_condition, while_condition_by_hand,
+            reverse=False),
+    Program("fori_loop, traced bounds", "clobber", fori_traced, last_of_loop(3), reverse=False),
+    Program("switch, sometimes", "cond_clobber", switch, switch_by_hand),
+    Program("cond, taken", "cond_clobber", absent(True), absent_by_hand(True)),
+    Program("cond, not taken", "cond_clobber", absent(False), absent_by_hand(False)),
+    Program("cond in a loop", "cond_clobber", in_some_steps, in_some_steps_by_hand),
+]  # fmt: skip
+
+every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+
+
+def check(found, wanted):
+    found, wanted = jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(wanted)
+    assert [path for path, _ in found] == [path for path, _ in wanted]
+    for (path, a), (_, b) in zip(found, wanted, strict=True):
+        assert jnp.shape(a) == jnp.shape(b), path
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=str(path))
+
+
+def total(out, h):
+    """A scalar that depends on the result and on the collected value."""
+    return jnp.sum(out) + jnp.sum(jnp.cos(h))
+
+
+# -- Values ----------------------------------------------------------------------------------
+
+
+@every_program
+def test_reaped_values_are_those_returned_by_hand(program):
+    f = program.sowing(op(program.mode))
+    out, h = program.by_hand(op_by_hand)(X, None)
+    wanted = out, {"h": h}
+    jitted = jax.jit(f)
+    jitted(X)  # traced outside of any reap
+    for reaped in (reap(f), jax.jit(reap(f)), reap(jitted), reap(jax.jit(jax.jit(f)))):
+        check(reaped(X), wanted)
+        check(reaped(X), wanted)  # from the caches
+    check(jitted(X), out)  # and outside again
+
+
+@every_program
+def test_nothing_is_left_in_the_jaxpr(program):
+    without = jax.make_jaxpr(program.sowing(operation))(X)
+    assert str(jax.make_jaxpr(program.sowing(op(program.mode)))(X)) == str(without)
+    text = str(jax.make_jaxpr(reap(program.sowing(op(program.mode))))(X))
+    assert "state_" not in text and "sow" not in text
+
+
+@every_program
+def test_lanes_are_on_the_leading_axis(program):
+    f, xs = program.sowing(op(program.mode)), jnp.stack([X, X / 2, X + 0.1, X * 2])
+    out, h = jax.vmap(lambda x: program.by_hand(op_by_hand)(x, None))(xs)
+    check(jax.vmap(reap(f))(xs), (out, {"h": h}))
+    if "Python loop" in program.name and "last" not in program.name:
+        h = jnp.moveaxis(h, 0, 1)  # several values in one place are stacked outermost
+    for reaped in (reap(jax.vmap(f)), reap(jax.jit(jax.vmap(f))), reap(jax.vmap(jax.jit(f)))):
+        check(reaped(xs), (out, {"h": h}))
+
+
+# -- Planted values --------------------------------------------------------------------------
+
+
+def to_plant(program):
+    return jnp.cos(3 * program.by_hand(op_by_hand)(X, None)[1]) + 0.1
+
+
+@every_program
+def test_planted_values_are_those_passed_by_hand(program):
+    f, h = program.sowing(op(program.mode)), to_plant(program)
+    out = program.by_hand(op_by_hand)(X, h)[0]
+    jitted = jax.jit(f)
+    jitted(X)
+    check(plant(f)({"h": h}, X), out)
+    check(plant(jitted)({"h": h}, X), out)
+    check(plant(jitted)({"h": h}, X), out)
+    check(jax.jit(plant(f))({"h": h}, X), out)
+    check(jitted(X), program.by_hand(op_by_hand)(X, None)[0])
+
+
+@every_program
+def test_a_reap_collects_what_is_planted(program):
+    f, h = program.sowing(op(program.mode)), to_plant(program)
+    wanted = program.by_hand(op_by_hand)(X, h)
+    for both in (reap(plant(f)), plant(reap(f)), reap(plant(jax.jit(f)))):
+        out, sown = both({"h": h}, X)
+        check((out, sown["h"]), wanted)
+
+
+@every_program
+def test_lanes_of_planted_values_are_on_the_leading_axis(program):
+    if "Python loop" in program.name and "last" not in program.name:
+        pytest.skip("there the lanes are the second axis: see test_lanes_are_on_the_leading_axis")
+    f, h, xs = program.sowing(op(program.mode)), to_plant(program), jnp.stack([X, X / 2])
+    hs = jnp.stack([h, h * 2])
+    out = jax.vmap(program.by_hand(op_by_hand))(xs, hs)[0]
+    check(plant(jax.vmap(f))({"h": hs}, xs), out)
+    check(jax.vmap(lambda h, x: plant(f)({"h": h}, x))(hs, xs), out)
+
+
+# -- Derivatives -----------------------------------------------------------------------------
+
+
+@every_program
+def test_derivatives_of_reap_are_those_by_hand(program):
+    f = reap(program.sowing(op(program.mode)))
+
+    def sowing(x):
+        out, sown = f(x)
+        return total(out, sown["h"])
+
+    def by_hand(x):
+        return total(*program.by_hand(op_by_hand)(x, None))
+
+    if program.forward:
+        check(jax.jvp(sowing, (X,), (X * 2,)), jax.jvp(by_hand, (X,), (X * 2,)))
+    if program.reverse:
+        check(jax.grad(sowing)(X), jax.grad(by_hand)(X))
+        check(jax.jit(jax.grad(sowing))(X), jax.grad(by_hand)(X))
+
+
+@every_program
+def test_reap_of_a_derivative_collects_the_primal_values(program):
+    f = program.sowing(op(program.mode))
+    jitted = jax.jit(f)
+    by_hand = program.by_hand(op_by_hand)
+
+    h = by_hand(X, None)[1]
+    if program.forward:
+        (out, _), (tangent, _) = jax.jvp(lambda x: by_hand(x, None), (X,), (X * 2,))
+        for g in (f, jitted):
+            check(reap(lambda x, g=g: jax.jvp(g, (x,), (x * 2,)))(X), ((out, tangent), {"h": h}))
+    if not program.reverse:
+        return
+    slope = jax.grad(lambda x: by_hand(x, None)[0].sum())(X)
+    for g in (f, jitted):
+        slope_of = jax.grad(lambda x, g=g: g(x).sum())
+        check(reap(slope_of)(X), (slope, {"h": h}))
+        check(reap(jax.jit(slope_of))(X), (slope, {"h": h}))
+        check(jax.jit(reap(slope_of))(X), (slope, {"h": h}))
+    check(reap(jax.jacrev(f))(X)[1], {"h": h})
+    check(reap(jax.linearize)(f, X)[1], {"h": h})
+
+
+@every_program
+def test_grad_of_plant_is_the_derivative_by_an_intermediate(program):
+    if not (program.reverse and program.planted_derivative):
+        pytest.skip("there is none by hand either")
+    f, h = program.sowing(op(program.mode)), to_plant(program)
+    wanted = jax.grad(lambda h, x: program.by_hand(op_by_hand)(x, h)[0].sum(), (0, 1))(h, X)
+    for g in (f, jax.jit(f), jax.checkpoint(f)):
+        check(jax.grad(lambda h, x, g=g: plant(g)({"h": h}, x).sum(), (0, 1))(h, X), wanted)
+
+
+def test_forward_over_reverse_through_reap_and_plant():
+    f = scan()(op("append"))
+
+    def hessian(f):
+        return jax.jacfwd(jax.jacrev(f))
+
+    def by_hand(x):
+        return total(*scan_by_hand()(op_by_hand)(x, None))
+
+    check(hessian(lambda x: total(reap(f)(x)[0], reap(f)(x)[1]["h"]))(X), hessian(by_hand)(X))
+    out, sown = reap(hessian(f))(X)
+    check(out, hessian(lambda x: by_hand(x) * 0 + scan_by_hand()(op_by_hand)(x, None)[0])(X))
+    check(sown, {"h": scan_by_hand()(op_by_hand)(X, None)[1]})
+
+
+# -- Rules of custom_vjp ---------------------------------------------------------------------
+
+
+def test_what_a_forward_rule_sows_is_collected_once():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (f(x), sow("residual", x * 3)), lambda r, ct: (ct * r,))
+    for g in (jax.grad(f), jax.jit(jax.grad(f)), jax.value_and_grad(f)):
+        assert reap(g)(2.0)[1] == {"residual": 6.0}
+    assert reap(jax.vmap(jax.grad(f)))(X)[1]["residual"] == pytest.approx(X * 3)
+    assert reap(f)(2.0)[1] == {}
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_a_rule_that_sows_other_names_than_its_function_is_an_error_where_it_runs_late():
+    @jax.custom_vjp
+    def more(x):
+        return jnp.sin(x)
+
+    @jax.custom_vjp
+    def less(x):
+        return sow("h", jnp.sin(x))
+
+    more.defvjp(lambda x: (more(x), sow("r", x)), lambda r, ct: (ct * r,))
+    less.defvjp(lambda x: (jnp.sin(x), x), lambda r, ct: (ct * r,))
+    for f in (more, less):
+        with pytest.raises(jaxstate.CustomRuleStateError, match=r"value sown as '[rh]'"):
+            reap(jax.grad(jax.jit(f)))(1.0)
+
+
+# -- Scopes and names ------------------------------------------------------------------------
+
+
+def test_without_a_reap_a_value_is_returned_as_it_is():
+    value = {"a": X, "b": (1, None)}
+    assert sow("h", value) is value
+    assert reap(lambda: sow("h", value), tag="other")() == (value, {})
+    assert plant(lambda: sow("h", value))({"other": X}) is value
+
+
+def test_the_inner_of_two_reaps_takes_what_is_sown_in_it():
+    def f(x):
+        y, inner = reap(jax.jit(lambda x: sow("h", x * 2)))(x)
+        return sow("h", y * inner["h"])
+
+    for g in (f, jax.jit(f)):
+        check(reap(g)(3.0), (36.0, {"h": 36.0}))
+    check(reap(reap(f))(3.0), ((36.0, {"h": 36.0}), {}))
+
+
+def test_tags_are_collected_and_planted_each_for_itself():
+    def f(x):
+        return sow("h", sow("h", x * 2, tag="a") * 3, tag="b")
+
+    for g in (f, jax.jit(f)):
+        check(reap(reap(g, tag="a"), tag="b")(1.0), ((6.0, {"h": 2.0}), {"h": 6.0}))
+        check(plant(reap(g, tag="b"), tag="a")({"h": 5.0}, 1.0), (15.0, {"h": 15.0}))
+        check(reap(g)(1.0), (6.0, {}))
+
+
+def test_of_nested_plants_the_innermost_that_has_the_name_decides():
+    f = jax.jit(lambda: sow("a", jnp.float32(1)) + sow("b", jnp.float32(2)))
+    g = plant(lambda: plant(f)({"a": 10.0}))
+    assert g({"a": 100.0, "b": 200.0}) == 210.0
+
+
+def test_one_jitted_function_serves_many_scopes():
+    f = jax.jit(lambda x: sow("h", x * 2, mode="append"))
+
+    def two(x):
+        return f(f(x))
+
+    check(f(1.0), 2.0)
+    check(reap(f)(1.0), (2.0, {"h": 2.0}))
+    check(reap(two)(1.0), (4.0, {"h": jnp.array([2.0, 4.0])}))
+    check(plant(f)({"h": 5.0}, 1.0), 5.0)
+    check(plant(two)({"h": jnp.array([5.0, 6.0])}, 1.0), 6.0)
+    check(reap(f)(3.0), (6.0, {"h": 6.0}))
+    check(f(1.0), 2.0)
+
+
+def test_a_reap_in_a_loop_body_is_a_program_of_its_own():
+    def body(x, _):
+        y, sown = reap(jax.jit(lambda x: sow("h", jnp.sin(x))))(x)
+        sow("cos", jnp.cos(x), mode="append")
+        return y, sown["h"]
+
+    def by_hand(x, _):
+        return jnp.sin(x), (jnp.sin(x), jnp.cos(x))
+
+    x, (sines, cosines) = lax.scan(by_hand, X, length=3)
+    check(reap(lambda x: lax.scan(body, x, length=3))(X), ((x, sines), {"cos": cosines}))
+
+
+# -- Values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["strict", "clobber", "append", "cond_clobber"])
+@pytest.mark.parametrize("transform", [same, jax.jit, jax.checkpoint], ids=["call", "jit", "remat"])
+def test_trees_of_any_dtype_are_collected_and_planted(transform, mode):
+    def make(x):
+        return {"a": (x, jnp.int32(3)), "key": jax.random.key(7), "none": None, "b": x > 0}
+
+    @transform
+    def f(x):
+        value = sow("tree", make(x), mode=mode)
+        sow("nothing", (), mode=mode)
+        return value["a"][0] * value["a"][1]
+
+    out, sown = reap(f)(X)
+    keys = sown["tree"].pop("key"), (wanted := make(X)).pop("key")
+    check((out, sown), (X * 3, {"tree": wanted, "nothing": ()}))
+    assert keys[0] == keys[1]
+    planted = make(X * 2) | {"a": (X * 2, jnp.int32(5))}
+    check(plant(f)({"tree": planted, "nothing": ()}, X), X * 10)
+
+
+def test_clobber_leaves_what_was_sown_before_where_nothing_follows():
+    def f(x, steps, taken):
+        sow("loop", x, mode="clobber")
+
+        def step(i):
+            sow("loop", x * i, mode="clobber")
+            return i + 1
+
+        lax.while_loop(lambda i: i < steps, step, 1)
+        sow("branch", x, mode="cond_clobber")
+        lax.cond(taken, lambda: sow("branch", x * 9, mode="cond_clobber"), lambda: x)
+        return x
+
+    for g in (reap(f), reap(jax.jit(f)), jax.jit(reap(f))):
+        check(g(2, 4, True)[1], {"loop": 6, "branch": 18})
+        check(g(2, 0, False)[1], {"loop": 2, "branch": 2})
+    xs, steps, taken = jnp.array([2, 2]), jnp.array([4, 0]), jnp.array([True, False])
+    check(
+        reap(jax.vmap(f))(xs, steps, taken)[1],
+        {"loop": jnp.array([6, 2]), "branch": jnp.array([18, 2])},
+    )
+
+
+def test_a_value_that_nobody_uses_is_collected():
+    def f(x):
+        def body(x, _):
+            sow("unused", jnp.exp(x), mode="append")
+            return x, None
+
+        jax.checkpoint(lambda x: sow("also", x * 2))(x)
+        return lax.scan(body, x, length=2)[0]
+
+    check(reap(f)(X)[1], {"unused": jnp.stack([jnp.exp(X)] * 2), "also": X * 2})
+    check(reap(jax.grad(lambda x: f(x).sum()))(X)[1]["also"], X * 2)
+
+
+def test_names_keep_the_order_of_the_program():
+    def f(x):
+        for name in "cab":
+            sow(name, x)
+
+    assert list(reap(f)(1.0)[1]) == list("cab")
+
+
+def test_a_jaxpr_that_is_evaluated_sows_each_time():
+    def f(x):
+        sow("h", (x, x * 2), mode="append")
+        return x + 1
+
+    jaxprs = []
+
+    def twice(x):
+        for g in (f, jax.jit(f)):
+            jaxprs.append(jax.make_jaxpr(g)(x))
+            for _ in range(2):
+                (x,) = jax.core.eval_jaxpr(jaxprs[-1].jaxpr, jaxprs[-1].consts, x)
+        return x
+
+    xs = jnp.arange(4.0)
+    check(reap(twice)(0.0), (4.0, {"h": (xs, xs * 2)}))
+    with pytest.raises(
+        jaxstate.ClosedStateError, match=r"made inside jaxstate\.reap, and sows 'h'"
+    ):
+        jax.core.eval_jaxpr(jaxprs[0].jaxpr, jaxprs[0].consts, 0.0)
+
+
+# -- Beside other state ----------------------------------------------------------------------
+
+
+def test_draws_parameters_and_slots_beside_sown_values(key):
+    count = new_slot(jnp.int32(0), name="count")
+
+    @jaxstate.parametrized
+    def layer(x):
+        w = jaxstate.param("w", lambda key: jnp.full(3, 0.5))
+        write(count, read(count) + 1)
+        return sow("h", x * w + jaxstate.random.normal((3,)), mode="append")
+
+    @jaxstate.parametrized
+    def net(x):
+        return jax.jit(lambda x: lax.fori_loop(0, 3, lambda i, x: layer(x), x))(x)
+
+    def by_hand(x, n):
+        h = x * 0.5 + jax.random.normal(jax.random.fold_in(key, n), (3,))
+        return h, h
+
+    params = net.init(key, X)
+    write(count, 0)
+    wanted, hs = lax.scan(by_hand, X, jnp.arange(3))
+    check(reap(lambda x: net.apply(params, x, key=key))(X), (wanted, {"h": hs}))
+    assert read(count) == 3
+    check(plant(lambda x: net.apply(params, x, key=key))({"h": hs * 2}, X), hs[-1] * 2)
+    with jaxstate.rng_stream(key) as outside:
+        draw = reap(jax.jit(lambda x: sow("h", x + jaxstate.random.normal((3,)))))
+        check(draw(X)[1]["h"], X + jax.random.normal(jax.random.fold_in(key, 0), (3,)))
+        assert outside.count == 1
+
+
+class Count(StatefulTrace):
+    def process_primitive(self, primitive, args, params):
+        if primitive.name == "sin":
+            self.state += 1
+        return super().process_primitive(primitive, args, params)
+
+
+@pytest.mark.parametrize("name", ["jit", "scan", "scan, twice per step", "cond", "while_loop"])
+def test_traces_around_and_inside_of_reap_and_plant(name):
+    program = next(p for p in PROGRAMS if p.name == name)
+    f, by_hand = program.sowing(op(program.mode)), program.by_hand(op_by_hand)
+    out, h = by_hand(X, None)
+
+    def counted(g):
+        def run(*args):
+            with new_trace(Count, state=jnp.int32(0)) as trace:
+                return g(*args), trace.state
+
+        return run
+
+    sines = {"jit": 1, "scan": 3, "scan, twice per step": 4, "cond": 1, "while_loop": 3}[name]
+    check(counted(reap(f))(X), ((out, {"h": h}), sines))
+    check(reap(counted(f))(X), ((out, sines), {"h": h}))
+    p = to_plant(program)
+    check(plant(counted(f))({"h": p}, X)[0], by_hand(X, p)[0])
+    check(counted(plant(f))({"h": p}, X)[0], by_hand(X, p)[0])
+
+
+def test_a_failed_call_leaves_nothing_open():
+    def f(x):
+        sow("h", x)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        reap(jax.jit(f))(1.0)
+    with pytest.raises(KeyError):
+        plant(f)({"h": 1.0}, 1.0)
+    assert sow("h", X) is X
+    check(reap(op("strict"))(X)[1]["h"], jnp.sin(X) * 2)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="mode is one of 'strict', 'append'"):
+        sow("h", X, mode="last")
+    with pytest.raises(TypeError, match="a name is a string"):
+        sow(3, X)
+    with pytest.raises(TypeError, match="wants a dict from names to values"):
+        plant(op("strict"))(X)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_a_backward_rule_does_not_sow():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (f(x), x), lambda x, ct: (sow("ct", ct),))
+    with pytest.raises(jaxstate.CustomRuleStateError, match="'ct'"):
+        reap(jax.grad(f))(1.0)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_devices_sow_one_value_outside_and_their_own_inside():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+
+    def mapped(f):
+        return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+    for f in (mapped(op("strict")), jax.jit(mapped(op("strict")))):
+        with pytest.raises(jaxstate.DeviceWriteError):
+            reap(f)(X)
+
+    def total(x):
+        def body(c, _):
+            return sow("h", 2 * c, mode="append"), None
+
+        return x * jax.lax.scan(body, jax.lax.psum(x.sum(), "d"), None, length=2)[0]
+
+    for f in (mapped(total), jax.jit(mapped(total))):
+        check(reap(f)(X), (4 * X * X.sum(), {"h": X.sum() * jnp.array([2.0, 4.0])}))
+    for program in (p for p in PROGRAMS if p.name in ("scan", "cond", "jit")):
+        f = reap(program.sowing(op(program.mode)))
+        inside = mapped(lambda x, f=f: f(x)[1]["h"])
+        check(inside(X), program.by_hand(op_by_hand)(X, None)[1])
