@@ -96,6 +96,15 @@ def test_floating_point_operations_are_those_of_the_textbook_and_of_xla(name):
     assert analysis["flops"] == pytest.approx(wanted, rel=0.35 if name == "sum" else 0.01)
 
 
+def test_a_linear_solver_is_one_operation():
+    a, b = jnp.array([[3.0, 1.0], [1.0, 2.0]]), jnp.ones(2)
+    x, counts = count(jax.jit(jnp.linalg.solve))(a, b)
+    assert counts.executions["custom_linear_solve"] == 1 and counts.executions["lu"] == 1
+    np.testing.assert_allclose(x, np.linalg.solve(a, b), rtol=1e-6)
+    _, found = nan_locator.locate_nan(jnp.linalg.solve)(a, b * jnp.nan)
+    assert found.name == "custom_linear_solve" and not found.made
+
+
 def test_numbers_do_not_overflow():
     w = jnp.zeros((1000, 1000))
 
