@@ -276,6 +276,19 @@ def mended_static_state_in_a_loop():
     assert trace.state["sines"] == 3
 
 
+class SinesInAnAttribute(StatefulTrace):
+    sines = 0
+
+    def process_primitive(self, primitive, args, params):
+        self.sines += primitive.name == "sin"
+        return super().process_primitive(primitive, args, params)
+
+
+def attribute_of_a_trace_in_jit():
+    with new_trace(SinesInAnAttribute):
+        jax.jit(jnp.sin)(1.0)
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -310,6 +323,8 @@ CATALOGUE = [
      "a CountSines was used inside a function that JAX is transforming"),
     (errors.TraceStateError, static_state_in_a_loop, mended_static_state_in_a_loop,
      "is {'sines': 0} before a scan and {'sines': 1} after it"),
+    (errors.TraceStateError, attribute_of_a_trace_in_jit, mended_static_state_in_a_loop,
+     "SinesInAnAttribute.sines was assigned while the trace was inside"),
 ]  # fmt: skip
 
 

@@ -289,6 +289,29 @@ def test_an_attribute_that_would_be_lost_is_an_error(jit):
         assert trace.ops == 1 and trace.names == ["sin", "sin"]
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_loop_whose_lanes_end_at_different_times(jit):
+    """The loop runs as often as its slowest lane. It steps on with the lanes that go on."""
+
+    class CountDoublings(StatefulTrace):
+        def process_primitive(self, primitive, args, params):
+            self.state = self.state + int(primitive.name == "mul")
+            return super().process_primitive(primitive, args, params)
+
+    def doubled(x, limit):
+        return jax.lax.while_loop(
+            lambda c: c[0] < limit, lambda c: (c[0] * 2.0, c[1] + limit), (x, jnp.zeros(2))
+        )
+
+    f = jax.vmap(doubled)
+    f = jax.jit(f) if jit else f
+    with new_trace(CountDoublings, state=jnp.int32(0)) as trace:
+        x, sums = f(jnp.array([1.0, 4.0, 9.0]), jnp.array([8.0, 100.0, 1.0]))
+    assert trace.state == 5
+    np.testing.assert_array_equal(x, [8.0, 128.0, 9.0])
+    np.testing.assert_array_equal(sums, [[24.0, 24.0], [500.0, 500.0], [0.0, 0.0]])
+
+
 def test_a_trace_may_close_over_arrays_anywhere():
     """In JAX >= 0.11 the jaxpr of a checkpoint may not."""
     table = np.arange(3.0, dtype=np.float32)
