@@ -546,9 +546,11 @@ def gather_rule(operation):
     """Looking up a growing sequence of indices in a table."""
     table, indices = operation.args
     numbers = operation.params["dimension_numbers"]
-    if operation.growing[0] or operation.growing[1].axis in numbers.start_indices_batching_dims:
+    if operation.growing[0]:
         raise operation.no_rule("a table that grows:")
-    _, (axis, lead) = operation.growing
+    axis, lead = operation.growing[1]
+    if axis == indices.ndim - 1 or axis in numbers.start_indices_batching_dims:
+        raise operation.no_rule("indices that grow along this axis:")
     ndim = indices.ndim - 1 + len(numbers.offset_dims)
     new = [d for d in range(ndim) if d not in numbers.offset_dims][axis]
 
