@@ -19,8 +19,8 @@ each value known, and a rule says how to compute it from known elements of the o
 The state of the trace is ``t`` and what is known of every value, in the order of the program. What
 does not depend on the input at all is computed once, before the first step.
 
-The idea (see a program that computes one pixel of an autoregressive model as a partial evaluation
-of the whole) is that of https://github.com/j-towns/fastar. Run this file for timings::
+The idea, that a causal program can be run again for what is new only, is that of
+https://github.com/j-towns/fastar. Run this file for timings::
 
     python examples/incremental.py
 """
