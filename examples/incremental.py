@@ -19,8 +19,8 @@ each value known, and a rule says how to compute it from known elements of the o
 The state of the trace is ``t`` and what is known of every value, in the order of the program. What
 does not depend on the input at all is computed once, before the first step.
 
-The idea (see a program that computes one pixel of an autoregressive model as a partial evaluation
-of the whole) is that of https://github.com/j-towns/fastar. Run this file for timings::
+The idea, that a causal program can be run again for what is new only, is that of
+https://github.com/j-towns/fastar. Run this file for timings::
 
     python examples/incremental.py
 """
@@ -546,9 +546,11 @@ def gather_rule(operation):
     """Looking up a growing sequence of indices in a table."""
     table, indices = operation.args
     numbers = operation.params["dimension_numbers"]
-    if operation.growing[0] or operation.growing[1].axis in numbers.start_indices_batching_dims:
+    if operation.growing[0]:
         raise operation.no_rule("a table that grows:")
-    _, (axis, lead) = operation.growing
+    axis, lead = operation.growing[1]
+    if axis == indices.ndim - 1 or axis in numbers.start_indices_batching_dims:
+        raise operation.no_rule("indices that grow along this axis:")
     ndim = indices.ndim - 1 + len(numbers.offset_dims)
     new = [d for d in range(ndim) if d not in numbers.offset_dims][axis]
 

@@ -158,6 +158,8 @@ class StatefulTrace(_compat.TransparentTrace):
     # -- Jaxprs ------------------------------------------------------------------------------
 
     def _through_jaxprs(self, primitive: Any, args: Any, params: Any) -> Any:
+        if primitive is _compat.while_p:
+            args, params = _with_one_condition(args, params)
         with self._state_in_slots() as entry:
             ends: list[_Form] = []
             slots: list[Slot] = []  # alive as long as the new jaxprs are
@@ -524,6 +526,43 @@ def _check_hashable(leaves: tuple[Any, ...]) -> None:
 
 
 # -- Jaxprs ----------------------------------------------------------------------------------
+
+
+def _with_one_condition(args: Any, params: Any) -> tuple[Any, Any]:
+    """A while loop over lanes, each with a condition of its own, as a loop with one for all.
+
+    A vmap makes such loops. JAX runs them as long as a lane wants to go on, and lets the others
+    stay; but then all that the loop carries needs the axis of the lanes, and the state has none.
+    """
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    if not _compat.out_avals(cond)[0].shape:
+        return args, params
+    n, m = params["cond_nconsts"], params["body_nconsts"]
+    cond, body = _one_condition(cond, body, n, m)
+    params = dict(params, cond_jaxpr=cond, body_jaxpr=body, body_nconsts=n + m)
+    return [*args[:n], *args], params
+
+
+@_compat.weakref_lru_cache
+def _one_condition(cond: Any, body: Any, n: int, m: int) -> tuple[Any, Any]:
+    def any_lane(*args: Any) -> Any:
+        return jax.numpy.any(*_compat.eval_closed_jaxpr(cond, *args))
+
+    def lanes_that_go_on(*args: Any) -> list[Any]:
+        carry = args[n + m :]
+        [goes_on] = _compat.eval_closed_jaxpr(cond, *args[:n], *carry)
+
+        def chosen(new: Any, old: Any) -> Any:
+            dims = range(goes_on.ndim)
+            return jax.lax.select(jax.lax.broadcast_in_dim(goes_on, new.shape, dims), new, old)
+
+        return [*map(chosen, _compat.eval_closed_jaxpr(body, *args[n:]), carry)]
+
+    avals = _compat.in_avals(cond)[:n] + _compat.in_avals(body)
+    return (
+        _compat.trace_flat(any_lane, _compat.in_avals(cond)),
+        _compat.trace_flat(lanes_that_go_on, avals),
+    )
 
 
 def _constants_in_slots(jaxpr: Any, may_close: bool) -> tuple[Any, tuple[Slot, ...]]:

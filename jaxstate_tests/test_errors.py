@@ -306,6 +306,19 @@ def mended_static_state_in_a_loop():
     assert trace.state["sines"] == 3
 
 
+class SinesInAnAttribute(StatefulTrace):
+    sines = 0
+
+    def process_primitive(self, primitive, args, params):
+        self.sines += primitive.name == "sin"
+        return super().process_primitive(primitive, args, params)
+
+
+def attribute_of_a_trace_in_jit():
+    with new_trace(SinesInAnAttribute):
+        jax.jit(jnp.sin)(1.0)
+
+
 def counting(**options):
     def counting(xs):
         n = jaxstate.variable("n", jnp.zeros, (), **options)
@@ -536,6 +549,10 @@ CATALOGUE = [
      "a CountSines was used inside a function that JAX is transforming"),
     (errors.TraceStateError, static_state_in_a_loop, mended_static_state_in_a_loop,
      "is {'sines': 0} before a scan and {'sines': 1} after it"),
+    (errors.TraceStateError, attribute_of_a_trace_in_jit, mended_static_state_in_a_loop,
+     "SinesInAnAttribute.sines was assigned while the trace was inside"),
+
+
     (errors.RepeatedSowError, sown_twice, mended_sown_twice,
      "'h' was sown twice with mode='strict'.*made: .*again: "),
     (errors.RepeatedSowError, sown_in_a_scan, mended_sown_in_a_scan,

@@ -220,6 +220,124 @@ def without_addresses(jaxpr):
     return [line for line in lines if "<" not in line and "name=" not in line]
 
 
+# -- What authors override ---------------------------------------------------------------------
+
+
+class AlsoCounts:
+    """Of no trace class: for traces to inherit from."""
+
+    def process_primitive(self, primitive, args, params):
+        self.state["ops"] += 1
+        return super().process_primitive(primitive, args, params)
+
+
+class CountsByInheritance(AlsoCounts, Idle):
+    pass
+
+
+class CountCalls(StatefulTrace):
+    """Looks at nothing but what is made of other operations."""
+
+    def process_higher_order(self, primitive, args, params):
+        self.state["ops"] += 1
+        return super().process_higher_order(primitive, args, params)
+
+
+class CountRules(StatefulTrace):
+    def process_custom_jvp_call(self, *args, **params):
+        self.state["ops"] += 1
+        return super().process_custom_jvp_call(*args, **params)
+
+    def process_custom_vjp_call(self, *args, **params):
+        self.state["ops"] += 1
+        return super().process_custom_vjp_call(*args, **params)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_any_method_may_be_overridden_alone_and_in_any_class(jit):
+    def f(x):
+        return jax.lax.fori_loop(0, 3, lambda i, x: cube(twice(step(x))), x)
+
+    f = jax.jit(f) if jit else f
+    ops = Reference().count(f, 0.1)
+    for cls, wanted in [(CountsByInheritance, ops), (CountCalls, 1 + jit), (CountRules, 6)]:
+        with new_trace(cls, state={"ops": jnp.int32(0)}) as trace:
+            found = f(0.1)
+        np.testing.assert_allclose(found, f(0.1), rtol=1e-6)
+        assert trace.state["ops"] == wanted
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_attribute_that_would_be_lost_is_an_error(jit):
+    class Counter(StatefulTrace):
+        def __init__(self):
+            super().__init__()
+            self.ops, self.names = 0, []
+
+        def process_primitive(self, primitive, args, params):
+            self.names.append(primitive.name)
+            if primitive.name == "sin":
+                self.ops += 1
+            return super().process_primitive(primitive, args, params)
+
+    f = jax.jit(jnp.sin) if jit else lambda x: with_rule()(x)
+    with jax.checking_leaks.func(False), new_trace(Counter) as trace:
+        jax.lax.sin(1.0)
+        assert trace.ops == 1
+        with pytest.raises(jaxstate.TraceStateError, match=r"Counter\.ops"):
+            f(1.0)
+        assert trace.ops == 1 and trace.names == ["sin", "sin"]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_loop_whose_lanes_end_at_different_times(jit):
+    """The loop runs as often as its slowest lane. It steps on with the lanes that go on."""
+
+    class CountDoublings(StatefulTrace):
+        def process_primitive(self, primitive, args, params):
+            self.state = self.state + int(primitive.name == "mul")
+            return super().process_primitive(primitive, args, params)
+
+    def doubled(x, limit):
+        return jax.lax.while_loop(
+            lambda c: c[0] < limit, lambda c: (c[0] * 2.0, c[1] + limit), (x, jnp.zeros(2))
+        )
+
+    f = jax.vmap(doubled)
+    f = jax.jit(f) if jit else f
+    with new_trace(CountDoublings, state=jnp.int32(0)) as trace:
+        x, sums = f(jnp.array([1.0, 4.0, 9.0]), jnp.array([8.0, 100.0, 1.0]))
+    assert trace.state == 5
+    np.testing.assert_array_equal(x, [8.0, 128.0, 9.0])
+    np.testing.assert_array_equal(sums, [[24.0, 24.0], [500.0, 500.0], [0.0, 0.0]])
+
+
+def test_a_trace_may_close_over_arrays_anywhere():
+    """In JAX >= 0.11 the jaxpr of a checkpoint may not."""
+    table = np.arange(3.0, dtype=np.float32)
+
+    class Add(StatefulTrace):
+        def process_primitive(self, primitive, args, params):
+            self.state = self.state + table
+            return super().process_primitive(primitive, args, params)
+
+    def body(x, _):
+        return jax.checkpoint(step)(x), None
+
+    programs = [
+        jax.checkpoint(step),
+        jax.jit(step),
+        lambda x: jax.lax.scan(body, x, length=2)[0],
+        lambda x: jax.lax.cond(x > 0, jax.checkpoint(step), step, x),
+    ]
+    for f in [*programs, *map(jax.grad, programs)]:
+        f = jax.jit(f)
+        with new_trace(Add, state=jnp.zeros(3)) as trace:
+            out = [f(0.3), f(0.3)]
+        np.testing.assert_allclose(out, [f(0.3), f(0.3)], rtol=1e-6)
+        np.testing.assert_array_equal(trace.state, 2 * Reference().count(f, 0.3) * table)
+
+
 # -- State through transformations, against hand-threaded JAX ---------------------------------
 
 
