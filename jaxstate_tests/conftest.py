@@ -1,5 +1,7 @@
 """Every test runs under the leak checker, unless it is marked ``leaks_allowed`` with a reason."""
 
+import gc
+
 import jax
 import pytest
 
@@ -12,7 +14,17 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _leak_checker(request):
+def _small_heap():
+    """The leak checker asks who refers to a trace, which looks at every object that is not frozen.
+
+    Nothing that was there before a test can be a leak of that test.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _leak_checker(request, _small_heap):
     if request.node.get_closest_marker("leaks_allowed"):
         yield
         return
