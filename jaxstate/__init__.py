@@ -15,10 +15,13 @@ from jaxstate.errors import (
     SlotTypeError,
     SplitStreamError,
     StateError,
+    UncoveredParameterError,
     UnsupportedPrimitiveError,
+    UnusedReuseError,
 )
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
+from jaxstate.reuse import Shaped
 
 __version__ = "0.1.0"
 
@@ -34,11 +37,14 @@ __all__ = [
     "ParameterConflictError",
     "ParameterMismatchError",
     "Parametrized",
+    "Shaped",
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
     "Stream",
+    "UncoveredParameterError",
     "UnsupportedPrimitiveError",
+    "UnusedReuseError",
     "extend",
     "next_key",
     "param",

@@ -24,7 +24,9 @@ __all__ = [
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
+    "UncoveredParameterError",
     "UnsupportedPrimitiveError",
+    "UnusedReuseError",
 ]
 
 
@@ -42,6 +44,14 @@ class MissingStoreError(StateError):
 
 class MissingParameterError(StateError):
     """``apply`` was given no value for a parameter."""
+
+
+class UncoveredParameterError(StateError):
+    """``parameters_from`` was given no module that has a parameter."""
+
+
+class UnusedReuseError(StateError):
+    """Parameters were given for reuse that the network has no place for."""
 
 
 class ParameterMismatchError(StateError):

@@ -28,13 +28,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxstate import _compat
+from jaxstate.arguments import split_arrays
 from jaxstate.births import sliced
 from jaxstate.errors import InitializerDataError, message
 from jaxstate.names import Level, Path, Token
 from jaxstate.random import check_key, rng_stream
+from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.slots import open_holder
 from jaxstate.stores import ApplyStore, InitStore, ParamAddress, current_home, innermost_store
 from jaxstate.trace import boundary_of
@@ -103,7 +104,7 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized:
+class Parametrized(Reusable):
     """A function with parameters: see `parametrized`."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
@@ -124,7 +125,7 @@ class Parametrized:
         if store is None:
             return self.fn(*args, **kwargs)
         with store.scopes.entered(Level(self.name, self._token), boundary_of(store)):
-            return self.fn(*args, **kwargs)
+            return store.run(self, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:
         """As a method: every instance of the class is its own module."""
@@ -132,7 +133,9 @@ class Parametrized:
             return self
         return _BoundMethod(self, instance)
 
-    def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def init(
+        self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The initial parameters.
 
         Nothing of the function itself is computed: it is traced, and of the jaxpr only what the
@@ -143,6 +146,8 @@ class Parametrized:
             ``{name: key}`` seeds several streams; the parameters take the key of "params", or
             that of "default" if there is none.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
+          reuse: ``{module: params}``, parameters that are taken instead of made: see
+            `parameters_from`.
 
         Returns:
           A new nested dict with string keys and arrays.
@@ -150,14 +155,16 @@ class Parametrized:
         Raises:
           TypeError: if ``key`` is not a key.
           InitializerDataError: if an initializer needs data of which only the shape was given.
-          Whatever `param` raises.
+          UnusedReuseError: if an entry of ``reuse`` has nothing in common with the function.
+          Whatever `param` and `parameters_from` raise.
         """
         param_key, streams = _keys(key, "init")
-        arrays, rebuild, abstract = _split_arrays((args, kwargs))
+        arrays, rebuild, abstract = split_arrays((args, kwargs))
+        given = None if reuse is None else reused(self, reuse, args, kwargs, every_part=True)
 
         def forward(param_key: Any, streams: Any, arrays: Any) -> dict[Path, Any]:
             args, kwargs = rebuild(arrays)
-            store = InitStore(self._token, param_key)
+            store = _store_for_init(self._token, param_key, given)
             with open_holder(store), _open_streams(streams):
                 self.fn(*args, **kwargs)
             return store.values()
@@ -166,7 +173,8 @@ class Parametrized:
             made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
         leaves = _run_slice(made, operands, abstract)
-        return _nested(dict(zip(shapes, _in_order(shapes, leaves), strict=True)))
+        values = dict(zip(shapes, _in_order(shapes, leaves), strict=True))
+        return nested(values if given is None else given.joined_with(values))
 
     def apply(self, params: Mapping[str, Any], *args: Any, key: Any = None, **kwargs: Any) -> Any:
         """The function, with the given parameters: pure in ``params``, ``args`` and ``key``.
@@ -314,23 +322,8 @@ def _nothing(_: Any) -> None:
     """Drops a result that `jax.eval_shape` could not describe."""
 
 
-def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], bool]:
-    """The arrays of a tree; the function that puts others in their place; is any a mere shape."""
-    leaves, structure = jax.tree.flatten(tree)
-    where = [i for i, x in enumerate(leaves) if _is_dynamic(x)]
-    arrays = [leaves[i] for i in where]
-
-    def rebuild(arrays: list[Any]) -> Any:
-        full = list(leaves)
-        for i, x in zip(where, arrays, strict=True):
-            full[i] = x
-        return structure.unflatten(full)
-
-    return arrays, rebuild, any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
-
-
-def _is_dynamic(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+def _store_for_init(root: Token, key: Any, given: Reused | None) -> InitStore:
+    return InitStore(root, key) if given is None else ReusingStore(root, key, given)
 
 
 def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
@@ -355,13 +348,3 @@ def _in_order(shapes: dict[Path, Any], leaves: list[Any]) -> Iterator[Any]:
     """The leaves of a dict, which JAX gives in sorted order, in the dict's own order."""
     by_path = dict(zip(sorted(shapes), leaves, strict=True))
     return (by_path[path] for path in shapes)
-
-
-def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree

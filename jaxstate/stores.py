@@ -209,6 +209,10 @@ class Store(Holder):
             layers.add_slot(path, slot)
         return slot
 
+    def run(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a module that is called; some stores look at what goes in and comes out."""
+        return module.fn(*args, **kwargs)
+
     def declare(self, name: str, init: Any, init_args: tuple[Any, ...], used: str) -> Any:
         """The value of a parameter that the program uses here."""
         raise NotImplementedError

@@ -84,6 +84,8 @@ def weight(x):
 
 net = jaxstate.parametrized(weight)
 jitted = jaxstate.parametrized(jax.jit(weight))
+first, second = jaxstate.parametrized(weight), jaxstate.parametrized(weight)
+pair = jaxstate.parametrized(lambda x: second(first(x)), name="pair")
 
 
 def missing_parameter():
@@ -248,6 +250,22 @@ def mended_rule_has_no_derivative():
     jax.grad(lambda p: net.apply(p, 1.0))(net.init(KEY, 1.0))
 
 
+def uncovered():
+    pair.parameters_from({first: {"weight": jnp.ones(3)}}, 1.0)
+
+
+def mended_uncovered():
+    pair.init(KEY, 1.0, reuse={first: {"weight": jnp.ones(3)}})
+
+
+def unused_reuse():
+    pair.init(KEY, 1.0, reuse={net: {"weight": jnp.ones(3)}})
+
+
+def mended_unused_reuse():
+    pair.init(KEY, 1.0, reuse={second: {"weight": jnp.ones(3)}})
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -278,6 +296,10 @@ CATALOGUE = [
     (errors.UnsupportedPrimitiveError, no_rule, mended_no_rule, "custom_vmap_call"),
     (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
      "parameter 'w', and is differentiated with respect to it"),
+    (errors.UncoveredParameterError, uncovered, mended_uncovered,
+     r"nothing for 1 of the parameters of 'pair': 'weight_1/weight' \(float32\[3\]\)"),
+    (errors.UnusedReuseError, unused_reuse, mended_unused_reuse,
+     "nothing in common with 'pair'"),
 ]  # fmt: skip
 
 
