@@ -3,6 +3,7 @@
 from jaxstate import extend, random, rules
 from jaxstate.errors import (
     ClosedStateError,
+    CopyWriteError,
     CustomRuleStateError,
     InitializerDataError,
     LaneWriteError,
@@ -15,10 +16,12 @@ from jaxstate.errors import (
     SlotTypeError,
     SplitStreamError,
     StateError,
+    StructureChangeError,
     UncoveredParameterError,
     UnsupportedPrimitiveError,
     UnusedReuseError,
 )
+from jaxstate.mutate import mutate
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.reuse import Shaped
@@ -27,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClosedStateError",
+    "CopyWriteError",
     "CustomRuleStateError",
     "InitializerDataError",
     "LaneWriteError",
@@ -42,10 +46,12 @@ __all__ = [
     "SplitStreamError",
     "StateError",
     "Stream",
+    "StructureChangeError",
     "UncoveredParameterError",
     "UnsupportedPrimitiveError",
     "UnusedReuseError",
     "extend",
+    "mutate",
     "next_key",
     "param",
     "parametrized",

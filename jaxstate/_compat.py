@@ -140,6 +140,12 @@ def is_standard_initializer(init: Any) -> bool:
     return getattr(init, "__module__", None) == "jax._src.nn.initializers"
 
 
+def children_of(x: Any) -> Sequence[Any] | None:
+    """The children of a node of a pytree; None for a leaf."""
+    found = jax.tree_util.default_registry.flatten_one_level(x)
+    return None if found is None else tuple(found[0])
+
+
 # -- Traces ----------------------------------------------------------------------------------
 
 
@@ -258,6 +264,17 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
     source_info = source_info_util.current()
     operands = [trace.to_jaxpr_tracer(x, source_info) for x in operands]
     return trace.default_process_primitive(primitive, operands, params, source_info)
+
+
+def are_its_inputs(trace: Any, values: Sequence[Any]) -> bool:
+    """Whether ``trace`` builds a jaxpr, has done nothing yet, and ``values`` are inputs of it."""
+    if not isinstance(trace, StagingTrace) or trace.frame.tracing_eqns:
+        return False
+    inputs = set(trace.frame.invars)
+    return all(
+        isinstance(v, Tracer) and v._trace is trace and getattr(v, "val", None) in inputs
+        for v in values
+    )
 
 
 def new_const(trace: Any, value: Any) -> Any:

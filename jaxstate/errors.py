@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ClosedStateError",
+    "CopyWriteError",
     "CustomRuleStateError",
     "InitializerDataError",
     "LaneWriteError",
@@ -24,6 +25,7 @@ __all__ = [
     "SlotTypeError",
     "SplitStreamError",
     "StateError",
+    "StructureChangeError",
     "UncoveredParameterError",
     "UnsupportedPrimitiveError",
     "UnusedReuseError",
@@ -88,6 +90,14 @@ class UnsupportedPrimitiveError(StateError):
 
 class CustomRuleStateError(StateError):
     """A custom derivative rule used state in a way that has no answer."""
+
+
+class StructureChangeError(StateError):
+    """A function under ``mutate`` changed the structure of its tree where it has to stay."""
+
+
+class CopyWriteError(StateError):
+    """A function under ``mutate`` assigned to a copy of its tree, which would be lost."""
 
 
 class ClosedStateError(StateError):
