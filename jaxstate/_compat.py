@@ -548,10 +548,11 @@ source_info_util.register_exclusion(_package)
 
 
 def user_location() -> str:
-    """``file:line`` of the innermost frame that is neither JAX's nor jaxstate's."""
+    """``file:line`` of the innermost frame that is neither JAX's, jaxstate's, nor Python's."""
     frame = sys._getframe(1)
     while frame is not None:
-        if source_info_util.is_user_filename(frame.f_code.co_filename):
+        name = frame.f_code.co_filename
+        if source_info_util.is_user_filename(name) and not name.startswith("<frozen "):
             return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_qualname})"
         frame = frame.f_back
     return "an unknown line"

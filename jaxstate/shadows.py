@@ -24,6 +24,7 @@ A shadow may pass through a transformation as an argument, because its class is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -77,7 +78,7 @@ class LeafAddress(Address):
         return hash((LeafAddress, self.level, self.number))
 
     def __repr__(self) -> str:
-        return f"leaf {self.label!r}"
+        return f"leaf {self.label}"
 
     def missing(self) -> Exception:
         return _closed(self.label)
@@ -199,7 +200,7 @@ class Leaves(Holder):
 def _closed(label: str) -> Exception:
     return ClosedStateError(
         message(
-            f"{label!r} is part of the object that a function under jaxstate.mutate was given, and"
+            f"{label} is part of the object that a function under jaxstate.mutate was given, and"
             " is used after that function has ended.",
             fix="""
             out, tree = jaxstate.mutate(fn)(tree)      # the new tree: use this
@@ -247,6 +248,36 @@ class _Static:
         self.value = value
 
 
+class _Gone:
+    """What was there before something else was assigned, in a jaxpr that this one is not part of:
+    there is no telling how often that was done."""
+
+    __slots__ = ()
+
+
+_gone = _Gone()
+
+
+class _Noted:
+    """An array that only a jaxpr under construction has, and that must not outlive it."""
+
+    __slots__ = ("leaves",)
+
+    def __init__(self, leaves: Leaves, value: Any, boundary: Any) -> None:
+        self.leaves = leaves
+        _extra(boundary)[self] = value
+
+    def value(self, label: str) -> Any:
+        for boundary in trace.boundaries(self.leaves):
+            if self in _extra(boundary):
+                return _extra(boundary)[self]
+        raise _ended(label)
+
+
+def _extra(boundary: Any) -> dict[Any, Any]:
+    return boundary.extra if isinstance(boundary, Holder) else trace.notes_of(boundary).extra
+
+
 class _Record:
     """Where the attributes and items of one shadow are.
 
@@ -257,10 +288,11 @@ class _Record:
       attributes: name -> entry.
       static: the names of attributes that are not data: their numbers stay numbers.
       items: of a dict, list or tuple, entries by key or index; else None.
-      number: of the shadow among those of its tree.
+      number: of the place in the tree; None for a guest.
+      home: the boundary inside which the program got the shadow (weakly), or None.
     """
 
-    __slots__ = ("attributes", "cls", "items", "label", "leaves", "number", "static")
+    __slots__ = ("attributes", "cls", "home", "items", "label", "leaves", "number", "static")
 
     def __init__(self, cls: type, leaves: Leaves | None, label: str) -> None:
         self.cls = cls
@@ -270,6 +302,29 @@ class _Record:
         self.static: frozenset[str] = frozenset()
         self.items: Any = None
         self.number: int | None = None
+        self.set_home(None if leaves is None else trace.boundary_of(leaves))
+
+    def set_home(self, boundary: Any) -> None:
+        self.home = None if boundary is None else weakref.ref(boundary)
+
+    def is_home(self, boundary: Any) -> bool:
+        return boundary is (self.home and self.home())
+
+    def seen_from(self, boundary: Any) -> _Record:
+        """The same attributes and items, for another shadow."""
+        other = copy.copy(self)
+        other.set_home(boundary)
+        return other
+
+    def with_entries(self, change: Callable[[Any], Any]) -> _Record:
+        """Other attributes and items, of the same names."""
+        other = copy.copy(self)
+        other.attributes = {name: change(e) for name, e in self.attributes.items()}
+        if isinstance(self.items, dict):
+            other.items = {key: change(e) for key, e in self.items.items()}
+        elif self.items is not None:
+            other.items = [change(e) for e in self.items]
+        return other
 
     def value(self, entry: Any) -> Any:
         """What the program sees of an entry."""
@@ -278,11 +333,15 @@ class _Record:
             return self.leaves.read(entry)
         if isinstance(entry, _Bundle):
             return entry.tree.unflatten([self.value(e) for e in entry.entries])
+        if isinstance(entry, _Noted):
+            return entry.value(self.label)
         if isinstance(entry, _Static):
             if _compat.has_ended(entry.value):
                 raise _ended(self.label)
             return entry.value
-        return entry
+        if entry is _gone:
+            raise _ended(self.label)
+        return entry if self.leaves is None else _handle(entry, trace.boundary_of(self.leaves))
 
     def assign(self, old: Any, value: Any, label: str, static: bool = False) -> Any:
         """Puts ``value`` where the entry ``old`` is (None: nowhere yet).
@@ -290,7 +349,7 @@ class _Record:
         Returns:
           The entry that is there now.
         """
-        if value is old and old is not None:
+        if is_shadow(old) and is_shadow(value) and _is_same_place(old, value):
             return old
         leaves = self.check_not_a_copy(label)
         value = plain(value)
@@ -305,7 +364,7 @@ class _Record:
             raise _structure_changed(label)
         entry = _entry(value, leaves, label, static)
         if is_shadow(old):
-            _detach(old)
+            _succeeded(old)
         signature_changed()
         return entry
 
@@ -407,7 +466,10 @@ def shadow_of(value: Any, leaves: Leaves | None, label: str) -> Any:
             _entry(v, leaves, f"{label}.{names[i]}" if names else f"{label}[{i}]", False)
             for i, v in enumerate(value)
         ]
-    return _with_record(record)
+    shadow = _with_record(record)
+    if leaves is not None:
+        record.number = leaves.number(shadow)
+    return shadow
 
 
 def _with_record(record: _Record) -> Any:
@@ -415,10 +477,12 @@ def _with_record(record: _Record) -> Any:
     for name in record.attributes:
         _add_field(cls, name)
     shadow = _builtin(record.cls).__new__(cls)
-    object.__getattribute__(shadow, "__dict__")["_jaxstate_record"] = record
-    if record.leaves is not None:
-        record.number = record.leaves.number(shadow)
+    _set_record(shadow, record)
     return shadow
+
+
+def _set_record(shadow: Any, record: _Record) -> None:
+    object.__getattribute__(shadow, "__dict__")["_jaxstate_record"] = record
 
 
 def _record_of(shadow: Any) -> _Record:
@@ -456,6 +520,10 @@ def _raw_entry(entry: Any, of_leaf: Callable[[Any], Any]) -> Any:
         return of_leaf(entry)
     if isinstance(entry, _Static):
         return entry.value
+    if isinstance(entry, _Noted):
+        return entry.value("tree")
+    if entry is _gone:
+        raise _ended("tree")
     if isinstance(entry, _Bundle):
         return entry.tree.unflatten([_raw_entry(e, of_leaf) for e in entry.entries])
     return raw(entry, of_leaf)
@@ -463,10 +531,7 @@ def _raw_entry(entry: Any, of_leaf: Callable[[Any], Any]) -> Any:
 
 def _built(cls: type, attributes: dict[str, Any], items: Any) -> Any:
     builtin: Any = _builtin(cls)
-    if issubclass(cls, tuple):
-        made = tuple.__new__(cls, items)
-    else:
-        made = builtin.__new__(cls)
+    made: Any = tuple.__new__(cls, items) if issubclass(cls, tuple) else builtin.__new__(cls)
     if issubclass(cls, dict):
         for key, value in items.items():
             builtin.__setitem__(made, key, value)
@@ -481,46 +546,65 @@ def _built(cls: type, attributes: dict[str, Any], items: Any) -> Any:
     return made
 
 
+# A part that is assigned anew keeps its slots, so the shadow that stood for the old part has to
+# become something else: Python code that still has it means the object that was there before. It
+# gets the values that the slots had, which are known inside the boundary (the jaxpr under
+# construction) in which the part is assigned, and nowhere else: in the next turn of a loop they are
+# others. So the program gets another shadow of the same part in each boundary, its `_handle`.
+
+
+def _handle(shadow: Any, boundary: Any) -> Any:
+    """The shadow of the same part for the code inside a boundary."""
+    record = _record_of(shadow)
+    if record.leaves is None or record.is_home(boundary):
+        return shadow
+    handles = record.leaves.extra if boundary is None else _extra(boundary)
+    key = _place(record)
+    if key not in handles:
+        handles[key] = _with_record(record.seen_from(boundary))
+    return handles[key]
+
+
+def _place(record: _Record) -> Hashable:
+    return ("shadow", record.leaves and record.leaves.level, record.number)
+
+
+def _is_same_place(a: Any, b: Any) -> bool:
+    place = _place(_record_of(a))
+    return place[2] is not None and place == _place(_record_of(b))  # type: ignore[index]
+
+
 def _succeeded(shadow: Any) -> Any:
-    """Another shadow with the slots of this one, which becomes a guest with the present values:
-    whoever has it keeps seeing the object that was there before."""
+    """Another shadow with the slots of this one, which becomes a guest with the present values."""
     record = _record_of(shadow)
-    successor = _Record(record.cls, record.leaves, record.label)
-    successor.static = record.static
+    leaves = record.leaves
+    assert leaves is not None and record.number is not None
+    boundaries = trace.boundaries(leaves)
+    here = boundaries[0] if boundaries else None
+    parts = [*record.attributes.values(), *_all_items(record)]
+    inner = {id(part): _handle(part, here) for part in parts if is_shadow(part)}
+    successors = {id(part): _succeeded(part) for part in parts if is_shadow(part)}
 
-    def passed_on(entry: Any) -> Any:
-        return _succeeded(entry) if is_shadow(entry) else entry
-
-    successor.attributes = {name: passed_on(e) for name, e in record.attributes.items()}
-    if isinstance(record.items, dict):
-        successor.items = {key: passed_on(e) for key, e in record.items.items()}
-    elif record.items is not None:
-        successor.items = [passed_on(e) for e in record.items]
-    _freeze(record)
-    return _with_record(successor)
-
-
-def _detach(shadow: Any) -> None:
-    """Makes a shadow that is no longer part of the tree a guest with the present values."""
-    record = _record_of(shadow)
-    for entry in [*record.attributes.values(), *_all_items(record)]:
-        if is_shadow(entry):
-            _detach(entry)
-    _freeze(record)
-
-
-def _freeze(record: _Record) -> None:
     def frozen(entry: Any) -> Any:
         if isinstance(entry, _Bundle):
             return _Bundle(entry.tree, [frozen(e) for e in entry.entries])
-        return _Static(record.value(entry)) if isinstance(entry, _Leaf) else entry
+        if isinstance(entry, _Leaf):
+            value = leaves.read(entry)
+            return _Static(value) if here is None else _Noted(leaves, value, here)
+        return inner.get(id(entry), entry)
 
-    record.attributes = {name: frozen(e) for name, e in record.attributes.items()}
-    if isinstance(record.items, dict):
-        record.items = {key: frozen(e) for key, e in record.items.items()}
-    elif record.items is not None:
-        record.items = [frozen(e) for e in record.items]
-    record.leaves = record.number = None
+    old = [shadow]
+    for handles in (leaves.extra, *map(_extra, boundaries)):
+        old += [handle for handle in [handles.pop(_place(record), None)] if handle is not None]
+    for other in old:
+        is_known = _record_of(other).is_home(here)
+        guest = record.with_entries(frozen if is_known else lambda entry: _gone)
+        guest.leaves = guest.number = guest.home = None
+        _set_record(other, guest)
+    new = record.with_entries(lambda entry: successors.get(id(entry), entry))
+    new.set_home(here)
+    successor = leaves.shadows[record.number] = _with_record(new)
+    return successor
 
 
 def _all_items(record: _Record) -> list[Any]:
@@ -532,10 +616,8 @@ def _stored(value: Any) -> dict[str, Any]:
     """The attributes that an object keeps: in its ``__dict__``, and in slots."""
     stored = dict(getattr(value, "__dict__", {}))
     for name in _slots(type(value)):
-        try:
+        with contextlib.suppress(AttributeError):
             stored[name] = object.__getattribute__(value, name)
-        except AttributeError:
-            pass
     return stored
 
 
@@ -753,17 +835,25 @@ class DictShadow(_Items):
         record = _record_of(self)
         record.check_structure_may_change(f"{record.label}[{key!r}]")
         entry = record.items.pop(key)
-        rest = record.items
-        record.items = {**rest, key: entry} if last else {key: entry, **rest}
+        rest = {} if last else dict(record.items)
+        for other in rest:
+            del record.items[other]
+        record.items.update({key: entry, **rest})
 
     keys: Any = MutableMapping.keys
     values: Any = MutableMapping.values
     items: Any = MutableMapping.items
     get: Any = MutableMapping.get
-    pop: Any = MutableMapping.pop
     clear: Any = MutableMapping.clear
     update: Any = MutableMapping.update
     setdefault: Any = MutableMapping.setdefault
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        if default and key not in self:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
 
     def popitem(self) -> Any:
         key = next(reversed(_record_of(self).items))
@@ -970,7 +1060,7 @@ def _arrived(way: _Way, leaves: list[Any], here: Any) -> Any:
     notes.extra["arrived", way] = True
     for slot, x in pairs:
         notes.values[owner.address_in(slot, here)] = x
-    return shadow
+    return _handle(shadow, here)
 
 
 # -- Errors ----------------------------------------------------------------------------------
@@ -979,7 +1069,7 @@ def _arrived(way: _Way, leaves: list[Any], here: Any) -> Any:
 def _ended(label: str) -> Exception:
     return ClosedStateError(
         message(
-            f"{label!r} was assigned anew inside a loop or another transformed function, and the"
+            f"{label} was assigned anew inside a loop or another transformed function, and the"
             " object that was there before is used outside of it.",
             fix="""
             before = jax.tree.map(lambda x: x, tree.part)      # a copy, before the loop
@@ -992,7 +1082,7 @@ def _ended(label: str) -> Exception:
 def _copy_written(label: str) -> Exception:
     return CopyWriteError(
         message(
-            f"{label!r} was assigned, but the object is a copy: it came into, or out of, a"
+            f"{label} was assigned, but the object is a copy: it came into, or out of, a"
             " transformed function, or is what another object has replaced. The assignment would"
             " be lost.",
             fix="""
@@ -1008,7 +1098,7 @@ def _copy_written(label: str) -> Exception:
 def _structure_changed(label: str) -> Exception:
     return StructureChangeError(
         message(
-            f"{label!r} was added, removed or replaced by something of another structure inside a"
+            f"{label} was added, removed or replaced by something of another structure inside a"
             " loop, a branch or a jitted function. What is compiled there has one structure.",
             fix="""
             tree.items["new"] = jnp.zeros(3)       # before the loop
@@ -1022,7 +1112,7 @@ def _structure_changed(label: str) -> Exception:
 def _type_changed(label: str, value: Any, wanted: Any) -> Exception:
     return SlotTypeError(
         message(
-            f"{label!r} has type {wanted.str_short()}, and was assigned a value of type"
+            f"{label} has type {wanted.str_short()}, and was assigned a value of type"
             f" {_compat.typeof(value).str_short()} inside a loop, a branch or a jitted function.",
             fix=f"""
             tree.part = jnp.asarray(value, "{wanted.dtype}").reshape({wanted.shape})

@@ -266,6 +266,30 @@ def mended_unused_reuse():
     pair.init(KEY, 1.0, reuse={second: {"weight": jnp.ones(3)}})
 
 
+def structure_in_a_loop():
+    jaxstate.mutate(lambda tree: jax.jit(lambda: tree.update(new=1.0))())({})
+
+
+def mended_structure_in_a_loop():
+    def f(tree):
+        tree["new"] = 0.0
+        jax.jit(lambda: tree.update(new=1.0))()
+
+    assert jaxstate.mutate(f)({})[1]["new"] == 1.0
+
+
+def add_one(tree):
+    tree["x"] = tree["x"] + 1
+
+
+def a_lane_is_a_copy():
+    jaxstate.mutate(jax.vmap(add_one))({"x": jnp.zeros(3)})
+
+
+def mended_a_lane_is_a_copy():
+    assert jax.vmap(jaxstate.mutate(add_one))({"x": jnp.zeros(3)})[1]["x"].sum() == 3
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -298,6 +322,10 @@ CATALOGUE = [
      "parameter 'w', and is differentiated with respect to it"),
     (errors.UncoveredParameterError, uncovered, mended_uncovered,
      r"nothing for 1 of the parameters of 'pair': 'weight_1/weight' \(float32\[3\]\)"),
+    (errors.StructureChangeError, structure_in_a_loop, mended_structure_in_a_loop,
+     r"tree\['new'\].*was added.*jitted function"),
+    (errors.CopyWriteError, a_lane_is_a_copy, mended_a_lane_is_a_copy,
+     r"tree\['x'\].*is a copy.*jax.vmap\(jaxstate.mutate"),
     (errors.UnusedReuseError, unused_reuse, mended_unused_reuse,
      "nothing in common with 'pair'"),
 ]  # fmt: skip

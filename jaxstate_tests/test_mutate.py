@@ -320,9 +320,9 @@ BODIES = {
     "switch": lambda f: lambda x: jax.lax.switch(1, [lambda x: x, f], x),
     "scan": lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
     "fori_loop": lambda f: lambda x: jax.lax.fori_loop(0, 1, lambda i, x: f(x), x),
-    "while_loop": lambda f: lambda x: jax.lax.while_loop(
-        lambda s: s[0] < 1, lambda s: (s[0] + 1, f(s[1])), (0, x)
-    )[1],
+    "while_loop": lambda f: (
+        lambda x: jax.lax.while_loop(lambda s: s[0] < 1, lambda s: (s[0] + 1, f(s[1])), (0, x))[1]
+    ),
     "custom_jvp": custom_jvp,
     "scan of cond of jit": lambda f: BODIES["scan"](BODIES["cond"](jax.jit(f))),
 }
@@ -378,7 +378,8 @@ def test_derivatives_flow_through_assigned_parts():
         return total * s
 
     xs = jnp.array([0.3, -0.2, 0.7])
-    for d in (lambda f: f, jax.grad, lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.grad(f)),
+    for d in (lambda f: f, jax.grad, lambda f: jax.jit(jax.grad(f)),
+              lambda f: jax.grad(jax.grad(f)),
               lambda f: lambda w, xs: jax.jvp(lambda w: f(w, xs), (w,), (1.0,))[1]):  # fmt: skip
         np.testing.assert_allclose(d(loss)(f32(0.5), xs), d(reference)(f32(0.5), xs), rtol=1e-5)
 
@@ -439,7 +440,7 @@ def test_a_jitted_method_is_traced_once_for_many_calls_of_mutate():
 
     @jax.jit
     def step(counter, x):
-        traced.append(x)
+        traced.append(None)
         counter.n += x
 
     counter = Counter(jnp.int32(0), jnp.zeros(2))
@@ -506,11 +507,10 @@ def test_trees_made_from_the_object_are_copies():
 def test_lanes_read_parts_of_their_own():
     def f(tree, xs):
         ys = jax.vmap(lambda part, x: part["w"] * x)(tree["stacked"], xs)
-        jax.vmap(lambda x: tree["log"].append(x) if False else x)(xs)
         tree["total"] += ys.sum()
         return ys
 
-    tree = {"stacked": {"w": jnp.arange(3.0)}, "total": f32(0), "log": []}
+    tree = {"stacked": {"w": jnp.arange(3.0)}, "total": f32(0)}
     ys, new = jaxstate.mutate(f)(tree, jnp.ones(3))
     assert_close((ys, new["total"]), (jnp.arange(3.0), f32(3)))
 
@@ -534,14 +534,16 @@ def test_structure_may_change_outside_of_loops():
         return sorted(tree), len(tree["list"]), "gone" in tree
 
     tree = {"list": [f32(7)], "gone": f32(0), "maybe": None, "b": jnp.int32(3)}
-    for run in (jaxstate.mutate(f), jax.jit(jaxstate.mutate(f), static_argnums=())):
-        if run is not jaxstate.mutate:
-            x = f32(3)
-        if hasattr(run, "lower"):
-            new = jax.jit(lambda tree, x: jaxstate.mutate(f)(tree, x)[1])(tree, x)
-        else:
-            (names, n, gone), new = run(tree, x)
-            assert names == ["also", "b", "list", "maybe", "new"] and n == 3 and not gone
+    seen = []
+
+    def new_tree(tree, x):
+        out, new = jaxstate.mutate(f)(tree, x)
+        seen.append(out)
+        return new
+
+    for run in (new_tree, jax.jit(new_tree)):
+        new = run(tree, f32(3))
+        assert seen.pop() == (["also", "b", "list", "maybe", "new"], 3, False)
         wanted = {
             "list": [f32(6), f32(3), f32(3)],
             "new": {"x": f32(3), "y": f32(32)},
@@ -561,7 +563,7 @@ def test_structure_may_change_under_derivatives():
 
         return jax.grad(loss)(x)
 
-    g, new = jaxstate.mutate(f)({}, f32(2)) if False else jaxstate.mutate(f)({"old": f32(0)}, f32(2))
+    g, new = jaxstate.mutate(f)({"old": f32(0)}, f32(2))
     assert_close((g, new), (f32(12), {"old": f32(0), "new": f32(4)}))
 
 
@@ -591,6 +593,35 @@ def test_whole_parts_are_assigned_in_loops():
     }
     for run in (jaxstate.mutate(f), jax.jit(jaxstate.mutate(f)), jaxstate.mutate(jax.jit(f))):
         assert_close(run(tree)[1], wanted)
+
+
+@leaks_allowed
+def test_what_was_replaced_keeps_its_values_where_it_was_replaced():
+    def f(tree, again):
+        before = tree["part"]
+        tree["part"] = {"x": tree["part"]["x"] + 10, "y": [f32(5)]}
+        kept = before["x"]
+        middle = tree["part"]
+
+        def body(i, total):
+            old, inner = tree["part"], tree["part"]["y"]
+            tree["part"] = jax.tree.map(lambda x: x * 2, tree["part"])
+            if again == "inside":
+                total = total + middle["x"]
+            return total + old["x"] + inner[0] + before["x"] + jax.jit(lambda: old["y"][0])()
+
+        total = jax.lax.fori_loop(0, 3, body, 0.0)
+        if again == "after":
+            total = total + middle["y"][0]
+        return total + before["x"] + kept
+
+    tree = {"part": {"x": f32(1), "y": [f32(0)]}}
+    total, new = jaxstate.mutate(f)(tree, None)
+    assert total == (11 + 22 + 44) + 2 * (5 + 10 + 20) + 5 * 1
+    assert_close(new, {"part": {"x": f32(88), "y": [f32(40)]}})
+    for again in ("inside", "after"):  # the same object in every turn, and nobody has its value
+        with pytest.raises(jaxstate.ClosedStateError, match=r"(?s)tree\['part'\].*assigned anew"):
+            jaxstate.mutate(f)(tree, again)
 
 
 def test_numbers_take_the_dtype_of_the_part():
@@ -735,10 +766,10 @@ def test_inheritance_and_super():
         tree.bump()
         tree(z)
         assert len(tree) == 7 and isinstance(tree, Base)
-        return tree[0], tree[1], vars(tree).keys() == {"x", "y"} or True
+        return tree[0], tree[1]
 
     out, new = jaxstate.mutate(f)(Derived(f32(1), f32(2)), 3.0)
-    assert_close(out[:2], (f32(2), f32(18)))
+    assert_close(out, (f32(2), f32(18)))
     assert_close(new, Derived(f32(2), f32(18)))
 
 
@@ -922,7 +953,7 @@ def test_lanes_and_copies_and_the_end():
 
         return jax.vmap(bump)(tree)
 
-    with pytest.raises(jaxstate.CopyWriteError, match="(?s)would be lost"):
+    with pytest.raises(jaxstate.CopyWriteError, match="would be lost"):
         jaxstate.mutate(argument)({"x": jnp.zeros(3)})
 
     def loss(tree):
@@ -968,7 +999,8 @@ def test_an_exception_leaves_the_tree_as_it_was():
 
 def test_lists_behave_like_lists():
     def f(xs):
-        trail = [len(xs), xs[-1], list(xs), xs[1:], xs + [0.0], 2 * xs[:1], xs.index(2.0)]
+        trail = [len(xs), xs[-1], list(xs), xs[1:], 2 * xs[:1], xs.index(2.0)]
+        trail.append(xs + [0.0])  # noqa: RUF005
         xs[0], xs[-1] = xs[-1], xs[0]
         xs.append(9.0)
         xs.extend([7.0, 8.0])
@@ -1025,8 +1057,8 @@ def test_dicts_behave_like_dicts():
 
 def test_named_tuples_behave_like_named_tuples():
     def f(p):
-        a, b, c = p
-        p.a = a + 1
+        first, *_ = p
+        p.a = first + 1
         return p._replace(b=0.0), p._asdict(), len(p), p[0], Parts._fields, (*p,)
 
     found, new = jaxstate.mutate(f)(Parts(1.0, 2.0, {"k": 3.0}))
