@@ -25,6 +25,8 @@ from jaxstate.mutate import mutate
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.reuse import Shaped
+from jaxstate.stack import Stack, stack
+from jaxstate.summary import ParameterRow, ScopeRow, Summary, summary
 
 __version__ = "0.1.0"
 
@@ -40,13 +42,17 @@ __all__ = [
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
+    "ParameterRow",
     "Parametrized",
+    "ScopeRow",
     "Shaped",
     "SlotTypeError",
     "SplitStreamError",
+    "Stack",
     "StateError",
     "Stream",
     "StructureChangeError",
+    "Summary",
     "UncoveredParameterError",
     "UnsupportedPrimitiveError",
     "UnusedReuseError",
@@ -59,4 +65,6 @@ __all__ = [
     "rng_stream",
     "rules",
     "scope",
+    "stack",
+    "summary",
 ]

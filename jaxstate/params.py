@@ -38,6 +38,7 @@ from jaxstate.random import check_key, rng_stream
 from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.slots import open_holder
 from jaxstate.stores import ApplyStore, InitStore, ParamAddress, current_home, innermost_store
+from jaxstate.summary import Summarizable
 from jaxstate.trace import boundary_of
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
@@ -104,7 +105,7 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized(Reusable):
+class Parametrized(Reusable, Summarizable):
     """A function with parameters: see `parametrized`."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:

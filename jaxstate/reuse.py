@@ -41,7 +41,7 @@ from jaxstate.random import StreamAddress
 from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.stores import InitStore, home_of
 
-__all__ = ["Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
+__all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
 
 Identity = Hashable
 
@@ -408,7 +408,7 @@ class _Names:
         def forward(key: Any, arrays: Any) -> dict[Path, Any]:
             args, kwargs = rebuild(arrays)
             store = _NamingStore(module._token, key, parts)
-            with open_holder(store), open_holder(_AnyStream()):
+            with open_holder(store), open_holder(AnyStream()):
                 module.fn(*args, **kwargs)
             values = store.values()
             self.identities = _identities(store.layer, values, lasting)
@@ -465,7 +465,7 @@ def _identities(layer: Layer, paths: Mapping[Path, Any], lasting: _Lasting) -> d
     return {path: identity(path) for path in paths}
 
 
-class _AnyStream(Holder):
+class AnyStream(Holder):
     """Every random stream that is not open: what is drawn is thrown away."""
 
     def __init__(self) -> None:
@@ -498,7 +498,7 @@ class _AnyStream(Holder):
             notes[self] = {name: Cell(value) for name, value in _stream().items()}
         return notes[self][address.part]
 
-    def without_values(self) -> _AnyStream:
+    def without_values(self) -> AnyStream:
         return self
 
 
