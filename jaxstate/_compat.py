@@ -35,6 +35,7 @@ from jax._src import (
     shard_map,
     source_info_util,
     traceback_util,
+    tree_util,
 )
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -482,6 +483,14 @@ def wrap_top_level_jit(wrap: Wrap) -> None:
 def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Runs one jit equation on concrete operands, compiled once per jaxpr."""
     return jit_p.impl(*args, **params)
+
+
+def wrap_tree_map(wrap: Wrap) -> None:
+    """Puts a wrapper around `jax.tree.map` and its relatives, where they are looked up."""
+    for name in ("tree_map", "tree_map_with_path"):
+        wrapped = wrap(getattr(tree_util, name))
+        setattr(tree_util, name, wrapped)
+        setattr(jax.tree_util, name, wrapped)
 
 
 def register_tracer_type(tracer_type: type, resolve: Callable[[Any], Any]) -> None:

@@ -64,6 +64,11 @@ def mutate(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     owner, function = _owner(fn), fn
     if owner is not None:
         function = fn.__func__  # type: ignore[attr-defined]
+    elif _owner(getattr(fn, "__wrapped__", None)) is not None:
+        raise TypeError(
+            f"mutate cannot see the object that {fn!r} is a method of.\n"
+            "To mend it:\n    jax.jit(jaxstate.mutate(obj.method))"
+        )
 
     @functools.wraps(fn)
     def mutated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import weakref
@@ -497,9 +498,28 @@ def plain(value: Any) -> Any:
     """A tree without shadows: the objects that they stand for, as they are now."""
     if is_shadow(value):
         return raw(value, _record_of(value).value)
-    if not any(map(is_shadow, jax.tree.leaves(value, is_leaf=is_shadow))):
+    leaves, tree = jax.tree.flatten(value, is_leaf=is_shadow)
+    if not any(map(is_shadow, leaves)):
         return value
-    return jax.tree.map(lambda x: plain(x) if is_shadow(x) else x, value, is_leaf=is_shadow)
+    return tree.unflatten([plain(x) if is_shadow(x) else x for x in leaves])
+
+
+def _of_plain_trees(tree_map: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.tree.map` of several trees: a shadow and a plain object have the same structure there.
+
+    Everywhere else a shadow is a node of another type, for which there is no remedy.
+    """
+
+    @functools.wraps(tree_map)
+    def mapped(f: Any, tree: Any, *rest: Any, **options: Any) -> Any:
+        if rest and any(isinstance(holder, Leaves) for holder in holders()):
+            tree, rest = plain(tree), tuple(map(plain, rest))
+        return tree_map(f, tree, *rest, **options)
+
+    return mapped
+
+
+_compat.wrap_tree_map(_of_plain_trees)
 
 
 def raw(shadow: Any, of_leaf: Callable[[Any], Any]) -> Any:

@@ -14,7 +14,8 @@ ORDER = [
     "_compat", "errors", "slots", "capture", "trace", "forms", "births", "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.mesh", "rules.batching", "rules",
-    "names", "random", "stores", "arguments", "reuse", "summary", "params", "stack", "shadows", "mutate", "extend", "",
+    "names", "random", "stores", "arguments", "reuse", "summary", "params", "stack", "shadows",
+    "mutate", "extend", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
             "rules.foreign", "rules.mesh", "rules.batching"}  # fmt: skip

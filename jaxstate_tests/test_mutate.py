@@ -515,6 +515,77 @@ def test_lanes_read_parts_of_their_own():
     assert_close((ys, new["total"]), (jnp.arange(3.0), f32(3)))
 
 
+def test_maps_of_parts_and_of_other_trees():
+    def train(state, x):
+        grads = jax.grad(lambda p: jnp.sum(p["w"] * x) ** 2)(state.c)
+        state.c = jax.tree.map(lambda p, g: p - 0.1 * g, state.c, grads)
+        seen = jax.tree.map(lambda g, p: g + p, grads, state.c)
+        both = jax.tree_util.tree_map_with_path(lambda _, a, b: a - b, seen, state.c)
+        return both["w"]
+
+    x, w = jnp.arange(3.0), jnp.ones(3)
+    g = 2 * jnp.sum(w * x) * x
+    for run in (jaxstate.mutate(train), jax.jit(jaxstate.mutate(train))):
+        out, new = run(Data(f32(0), f32(0), {"w": w}), x)
+        assert_close((out, new.c["w"]), (g, w - 0.1 * g))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_train_state_with_an_optimizer(jit):
+    optax = pytest.importorskip("optax")
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class TrainState:
+        params: Any
+        opt_state: Any
+        step: Any
+
+        def update(self, opt, x):
+            loss, grads = jax.value_and_grad(lambda p: jnp.sum((p["w"] * x - 1) ** 2))(self.params)
+            updates, self.opt_state = opt.update(grads, self.opt_state, self.params)
+            self.params = optax.apply_updates(self.params, updates)
+            self.step += 1
+            return loss
+
+    opt = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    params = {"w": jnp.ones(3)}
+    x = jnp.arange(3.0)
+
+    def train(state, xs):
+        return jax.lax.scan(lambda _, x: (None, state.update(opt, x)), None, xs)[1]
+
+    state = TrainState(params, opt.init(params), 0)
+    run = jaxstate.mutate(train)
+    losses, new = (jax.jit(run) if jit else run)(state, jnp.stack([x] * 4))
+    wanted, opt_state = [], opt.init(params)
+    for _ in range(4):
+        loss, grads = jax.value_and_grad(lambda p: jnp.sum((p["w"] * x - 1) ** 2))(params)
+        updates, opt_state = opt.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        wanted.append(loss)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert_close(new.params, params)
+    assert_close(new.opt_state, opt_state)
+    assert new.step == 4 and type(new) is TrainState
+
+
+def test_numpy_and_jax_take_lists_of_parts():
+    def f(tree):
+        xs = tree["xs"]
+        return (
+            jnp.stack(xs),
+            jnp.asarray(xs),
+            jnp.concatenate([jnp.stack(xs)] * 2),
+            sum(xs),
+            max(xs),
+        )
+
+    out, _ = jaxstate.mutate(f)({"xs": [f32(1), f32(3), f32(2)]})
+    x = jnp.array([1.0, 3.0, 2.0])
+    assert_close(out, (x, x, jnp.concatenate([x, x]), f32(6), f32(3)))
+
+
 # -- Structure -------------------------------------------------------------------------------
 
 
@@ -976,6 +1047,8 @@ def test_lanes_and_copies_and_the_end():
         kept[0]["x"]
     with pytest.raises(jaxstate.ClosedStateError):
         kept[0]["x"] = 1.0
+    with pytest.raises(TypeError, match="jax.jit\\(jaxstate.mutate"):
+        jaxstate.mutate(jax.jit(example(Data).step))(1.0)
     for bad in (jnp.ones(3), 3.0, None, "text"):
         with pytest.raises(TypeError, match="wants a tree with parts"):
             jaxstate.mutate(lambda tree: None)(bad)

@@ -115,7 +115,7 @@ def test_tracing_takes_as_long_for_a_deep_stack_as_for_one_layer(key):
         deep = jaxstate.stack(counted, n)
         params = jax.eval_shape(deep.init, key, X)
         traced.clear()
-        jaxpr = jax.make_jaxpr(jax.grad(lambda p: deep.apply(p, X).sum()))(params)  # noqa: B023
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: deep.apply(p, X).sum()))(params)
         sizes.add(count_equations(jaxpr.jaxpr))
         traces.add(len(traced))
     assert len(sizes) == len(traces) == 1
