@@ -29,6 +29,7 @@ import copy
 import functools
 import inspect
 import itertools
+import types
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, MutableSequence
@@ -214,7 +215,11 @@ def _closed(label: str) -> Exception:
 def _strong(value: Any) -> Any:
     """The value as an array whose dtype no Python scalar can change."""
     value = _compat.as_array(value)
-    return jax.lax.convert_element_type(value, value.dtype) if value.weak_type else value
+    return jax.lax.convert_element_type(value, value.dtype) if _is_weak(value) else value
+
+
+def _is_weak(array: Any) -> bool:
+    return getattr(array, "weak_type", False)  # arrays of keys have no such thing
 
 
 # -- Entries and records ---------------------------------------------------------------------
@@ -418,7 +423,7 @@ def _written(old: Any, value: Any, leaves: Leaves) -> Any:
 def _fitted(value: Any, aval: Any) -> Any:
     """The value as an array; a Python number takes the dtype of a leaf that can hold it."""
     array = _compat.as_array(value)
-    if array.weak_type and jnp.result_type(aval.dtype, value) == aval.dtype:
+    if _is_weak(array) and jnp.result_type(aval.dtype, value) == aval.dtype:
         return jax.lax.convert_element_type(array, aval.dtype)
     return _strong(array)
 
@@ -678,12 +683,16 @@ def _is_jax(x: Any) -> bool:
 
 
 _WITH_ITEMS = (dict, list, tuple, OrderedDict, defaultdict)
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a class statement
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def _builtin(cls: type) -> Any:
-    """The first class in the order of resolution that is not written in Python."""
-    return next(c for c in cls.__mro__ if not c.__flags__ & _HEAP_TYPE)
+    """The first class in the order of resolution that is written in C: it makes the objects."""
+    return next(
+        c for c in cls.__mro__
+        if not c.__flags__ & _HEAP_TYPE
+        or isinstance(c.__dict__.get("__new__"), types.BuiltinFunctionType)
+    )  # fmt: skip
 
 
 # -- The classes of shadows ------------------------------------------------------------------

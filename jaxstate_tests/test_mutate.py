@@ -451,6 +451,21 @@ def test_a_jitted_method_is_traced_once_for_many_calls_of_mutate():
     assert float(other.n) == 1.0 and len(traced) == 2
 
 
+def test_one_jitted_method_of_two_parts():
+    def f(tree):
+        for _ in range(2):
+            tree["a"].jitted(1)
+            tree["b"].jitted(10)
+        tree["a"], tree["b"] = tree["b"], tree["a"]
+        tree["a"].jitted(100)
+
+    tree = {name: Counter(jnp.int32(0), jnp.zeros(2)) for name in "ab"}
+    for run in (jaxstate.mutate(f), jax.jit(jaxstate.mutate(f))):
+        for _ in range(2):
+            _, new = run(tree)
+            assert (int(new["a"].n), int(new["b"].n)) == (120, 2)
+
+
 def test_the_carry_of_a_loop_is_the_object_itself():
     def f(counter):
         def body(counter, x):
@@ -723,6 +738,80 @@ def test_what_is_not_written_comes_out_as_it_was():
     assert new["n"] == 3 and type(new["n"]) is int and new["array"] is array
     assert new["x"] == 2.5 and tree["x"] == 1.5
     assert new["f"] is jnp.tanh and new["s"] == "text"
+
+
+def test_keys_as_parts(key):
+    def f(tree):
+        def body(i, _):
+            tree["key"], sub = jax.random.split(tree["key"])
+            tree["x"] += jax.random.normal(sub)
+
+        jax.lax.fori_loop(0, 2, body, None)
+
+    _, new = jaxstate.mutate(f)({"key": key, "x": f32(0)})
+    k, x = key, f32(0)
+    for _ in range(2):
+        k, sub = jax.random.split(k)
+        x += jax.random.normal(sub)
+    np.testing.assert_allclose(new["x"], x, rtol=1e-6)
+    assert (jax.random.key_data(new["key"]) == jax.random.key_data(k)).all()
+
+
+def test_parts_that_can_only_be_replaced():
+    def f(tree):
+        def body(i, total):
+            tree["f"] = jax.tree.map(lambda x: 2 * x, tree["f"])
+            return total + tree["f"](1.0)
+
+        return jax.lax.fori_loop(0, 2, body, 0.0)
+
+    tree = {"f": jax.tree_util.Partial(jnp.multiply, f32(3))}
+    total, new = jaxstate.mutate(f)(tree)
+    assert total == 6 + 12 and new["f"](1.0) == 12 and tree["f"](1.0) == 3
+    assert type(new["f"]) is jax.tree_util.Partial
+
+
+def test_operands_of_branches_are_the_object_itself():
+    def add(n):
+        return lambda tree: setattr(tree, "a", tree.a + n)
+
+    def f(tree):
+        jax.lax.cond(tree.a >= 0, add(1), lambda tree: None, tree)
+        jax.lax.switch(1, [lambda tree: None, add(10)], tree)
+        jax.checkpoint(add(100))(tree)
+        jax.lax.while_loop(lambda tree: tree.a < 1000, lambda tree: (add(500)(tree), tree)[1], tree)
+
+    assert float(jaxstate.mutate(f)(example(Data))[1].a) == 1112.0
+
+
+def test_a_copy_as_the_carry_of_a_loop():
+    def f(tree):
+        def body(copied, _):
+            return jax.tree.map(lambda x: x + 1, copied), tree.a
+
+        copied, _ = jax.lax.scan(body, copy.copy(tree), None, length=3)
+        tree.a += copied.a
+        return copied
+
+    copied, new = jaxstate.mutate(f)(example(Data))
+    assert type(copied) is Data
+    assert_close((copied.a, new.a, new.b), (f32(4), f32(5), jnp.arange(3.0)))
+
+
+def test_mutate_in_the_body_of_a_loop():
+    def step(tree, x):
+        tree.step(x)
+
+    def by_hand(tree, xs):
+        for x in xs:
+            k = tree.c["k"]
+            tree = Data(tree.a + x, tree.b * 3, {"k": [k[0] + 1, k[1]]})
+        return tree
+
+    xs = jnp.arange(4.0)
+    body = lambda tree, x: (jaxstate.mutate(step)(tree, x)[1], tree.a)  # noqa: E731
+    new, _ = jax.lax.scan(body, example(Data), xs)
+    assert_close(new, by_hand(example(Data), xs))
 
 
 # -- Classes and their rules -----------------------------------------------------------------
@@ -1047,7 +1136,7 @@ def test_lanes_and_copies_and_the_end():
         kept[0]["x"]
     with pytest.raises(jaxstate.ClosedStateError):
         kept[0]["x"] = 1.0
-    with pytest.raises(TypeError, match="jax.jit\\(jaxstate.mutate"):
+    with pytest.raises(TypeError, match=r"jax.jit\(jaxstate.mutate"):
         jaxstate.mutate(jax.jit(example(Data).step))(1.0)
     for bad in (jnp.ones(3), 3.0, None, "text"):
         with pytest.raises(TypeError, match="wants a tree with parts"):
