@@ -497,7 +497,7 @@ class AnyStream(Holder):
     def knows(self, address: Address) -> bool:
         if not isinstance(address, StreamAddress) or address.identity is not None:
             return False
-        others = (h for h in holders() if h is not self and not h.is_boundary)
+        others = (h for h in holders() if not isinstance(h, AnyStream) and not h.is_boundary)
         return not any(h.knows(address) for h in others)
 
     def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]

@@ -5,7 +5,8 @@
     y = deep.apply(params, x)        # a scan: block is traced once, however deep the stack is
 
 The stacked parameters are one parameter of the stack. Its initial value is made by the block's own
-``init`` in a loop over layers, and a `jax.lax.scan` runs the block's ``apply`` over the layers.
+``init`` in a loop over layers, and a `jax.lax.scan` runs the block's ``apply`` over the layers. So
+it is with variables: they are one variable of the stack, made in a loop over the parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxstate import _compat
+from jaxstate.entries import innermost_store
 from jaxstate.params import Parametrized, param
+from jaxstate.variables import Variable, variable
 
 __all__ = ["Stack", "stack"]
 
@@ -40,22 +43,50 @@ class Stack(Parametrized):
         super().__init__(self._forward, name or "stack")
 
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        shapes = jax.tree.map(_shape, x)  # initializers see no data: x is another for each layer
+        layers, variables = self._entries(jax.tree.map(_shape, x), *args, **kwargs)
+        store = innermost_store()
+        writes = variables is not None and store is not None and store.writable
 
-        def initial(key: Any) -> Any:
-            def layer(i: Any) -> Any:
-                return self.block.init(jax.random.fold_in(key, i), shapes, *args, **kwargs)
-
-            return jax.lax.map(layer, jnp.arange(self.n))
-
-        def turn(x: Any, params: Any) -> tuple[Any, None]:
-            return self.block.apply(params, x, *args, **kwargs), None
+        def turn(x: Any, layer: Any) -> Any:
+            params, state = layer
+            if writes:
+                return self.block.apply_with_state(params, state, x, *args, **kwargs)
+            return self.block.apply(params, x, *args, state=state, **kwargs), None
 
         if self._checkpoint:
             policy = None if self._checkpoint is True else self._checkpoint
             turn = jax.checkpoint(turn, policy=policy)  # type: ignore[arg-type]
-        layers = param("layers", initial)
-        return jax.lax.scan(turn, x, layers, length=self.n, unroll=self._unroll)[0]
+        state = None if variables is None else variables.value
+        x, state = jax.lax.scan(turn, x, (layers, state), length=self.n, unroll=self._unroll)
+        if variables is not None and writes:
+            variables.value = state
+        return x
+
+    def _entries(self, *args: Any, **kwargs: Any) -> tuple[Any, Variable | None]:
+        """The parameters of all layers, and their variables if the block has any."""
+        has_variables = False
+
+        def initial_params(key: Any) -> Any:
+            def layer(i: Any) -> Any:
+                nonlocal has_variables
+                layer_key = jax.random.fold_in(key, i)
+                params, state = self.block.init_with_state(layer_key, *args, **kwargs)
+                has_variables = bool(state)
+                return params
+
+            return jax.lax.map(layer, jnp.arange(self.n))
+
+        def initial_state() -> Any:
+            def layer(turn: Any) -> Any:
+                _, params = turn
+                key = {"params": jax.random.key(0)}  # makes nothing: every parameter is given
+                given = {self.block: params} if params else None
+                return self.block.init_with_state(key, *args, reuse=given, **kwargs)[1]
+
+            return jax.lax.map(layer, (jnp.arange(self.n), layers))
+
+        layers = param("layers", initial_params)  # traces the block, under apply too
+        return layers, variable("variables", initial_state) if has_variables else None
 
     def unstack(self, params: Mapping[str, Any]) -> list[Any]:
         """The parameters of each block.
@@ -115,6 +146,9 @@ def stack(
       is initialized with ``fold_in(k, i)``, where k is the key of the parameter "layers" (see
       `param`), so its values depend on the key, the path and i. Tracing and compiling take as
       long as for one layer.
+
+      The variables of ``block`` are ``{"variables": tree}``, likewise with a leading axis. Lanes of
+      a ``vmap`` around the stack cannot write different values into them, with ``reduce`` either.
 
       Whatever ``block`` calls belongs to it: a module that is also used elsewhere, or by another
       layer, has parameters of its own in each layer. Draws are those of a Python loop over the

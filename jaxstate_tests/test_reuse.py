@@ -186,6 +186,46 @@ def test_bound_methods_and_modules_made_in_a_jitted_function(key):
     assert_trees_equal(inside(p, 1.0), {"a": p, "b": p})
 
 
+# -- With variables --------------------------------------------------------------------------
+
+
+@jaxstate.parametrized
+def tracked(x):
+    w = jaxstate.param("w", normal, (3,))
+    mean = jaxstate.variable("mean", lambda: 2 * w)
+    out = x * w + mean.value
+    if x.shape[0] > 1:
+        mean.value = mean.value + x.mean(0)
+    return out
+
+
+def test_variables_start_from_reused_parameters(key):
+    other = dense(2)
+    net = jaxstate.parametrized(lambda x: other(tracked(x)), name="net")
+    given = {"w": jnp.arange(3.0)}
+    params, state = net.init_with_state(key, X, reuse={tracked: given})
+    assert_same_arrays(params["tracked"], given)
+    assert_trees_equal(params["dense"], net.init(key, X)["dense"])
+    assert_trees_equal(state, {"tracked": {"mean": jnp.array([0.0, 2.0, 4.0])}})
+    again = net.shaped(X).init_with_state(key, reuse={tracked: given})
+    assert_trees_equal(again, (params, state))
+
+
+def test_apply_from_passes_variables_on(key):
+    net = jaxstate.parametrized(lambda x: tracked(x) ** 2, name="net")
+    given, state = {"w": jnp.arange(3.0)}, {"tracked": {"mean": jnp.ones(3)}}
+    x = X[:1]
+    wanted = (np.asarray(x) * np.arange(3.0) + 1) ** 2
+    out = net.apply_from({tracked: given}, x, state=state)
+    np.testing.assert_allclose(out, wanted, rtol=1e-6)
+    out = net.shaped(x).apply_from({tracked: given}, x, state=state)
+    np.testing.assert_allclose(out, wanted, rtol=1e-6)
+    with pytest.raises(jaxstate.ReadOnlyVariableError):
+        net.apply_from({tracked: given}, X, state=state)
+    with pytest.raises(jaxstate.MissingVariableError):
+        net.apply_from({tracked: given}, x)
+
+
 # -- init(reuse=...) and shaped --------------------------------------------------------------
 
 

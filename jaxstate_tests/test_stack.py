@@ -249,3 +249,115 @@ def test_what_is_refused(key):
     deep = jaxstate.stack(block, N)
     with pytest.raises(jaxstate.ParameterMismatchError, match=r"layers.*float32\[3,3,5\]"):
         deep.apply(jaxstate.stack(block, 3).init(key, X), X)
+
+
+# -- Variables -------------------------------------------------------------------------------
+
+
+@jaxstate.parametrized
+def averaging(x):
+    w = jaxstate.param("w", normal, (3, 3))
+    start = jaxstate.variable("start", lambda: 2 * w)
+    with jaxstate.scope("statistics"):
+        mean = jaxstate.variable("mean", jnp.zeros, (3,))
+    mean.value = 0.9 * mean.value + 0.1 * x.mean(0)
+    return jnp.tanh(x @ (w + start.value) + jaxstate.random.normal(x.shape)) + mean.value
+
+
+def averaging_by_hand(params, state, x, key):
+    """The stack of `averaging`, as a Python loop with its state handed on by hand."""
+    means = []
+    for i in range(N):
+        w, start = params["layers"]["w"][i], state["variables"]["start"][i]
+        mean = 0.9 * state["variables"]["statistics"]["mean"][i] + 0.1 * x.mean(0)
+        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape)
+        x = jnp.tanh(x @ (w + start) + noise) + mean
+        means.append(mean)
+    start = state["variables"]["start"]
+    return x, {"variables": {"start": start, "statistics": {"mean": jnp.stack(means)}}}
+
+
+def test_variables_of_a_block_are_those_of_each_layer(key):
+    deep = jaxstate.stack(averaging, N)
+    params, state = deep.init_with_state(key, X)
+    assert_trees_equal(params, deep.init(key, X))
+    w = params["layers"]["w"]
+    assert_trees_close(
+        state, {"variables": {"start": 2 * w, "statistics": {"mean": jnp.zeros((N, 3))}}}
+    )
+    by_hand = state
+    for k in jax.random.split(key, 2):
+        out, state = jax.jit(deep.apply_with_state)(params, state, X, key=k)
+        wanted, by_hand = averaging_by_hand(params, by_hand, X, k)
+        assert_trees_close((out, state), (wanted, by_hand))
+    assert shapes(jax.eval_shape(deep.init_with_state, key, X)[1]) == shapes(state)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["plain", "checkpoint"])
+def test_derivatives_with_variables(key, options):
+    deep = jaxstate.stack(averaging, N, **options)
+    params, state = deep.init_with_state(key, X)
+
+    def loss(f):
+        def value(params, state, x):
+            out, state = f(params, state, x)
+            return (out**2).sum() + state["variables"]["statistics"]["mean"].sum()
+
+        return jax.grad(value, (0, 1, 2))(params, state, X)
+
+    assert_trees_close(
+        loss(lambda *a: deep.apply_with_state(*a, key=key)),
+        loss(lambda *a: averaging_by_hand(*a, key)),
+        rtol=1e-4,
+    )
+
+
+def test_variables_of_a_stack_inside_a_network_and_a_loop(key):
+    deep = jaxstate.stack(averaging, N)
+    net = jaxstate.parametrized(
+        lambda x: jax.lax.fori_loop(0, 2, lambda i, x: deep(x), x), name="net"
+    )
+    params, state = net.init_with_state(key, X)
+    assert_trees_close(state["stack"]["variables"]["start"], 2 * params["stack"]["layers"]["w"])
+    out, after = net.apply_with_state(params, state, X, key=key)
+    wanted, by_hand = X, state["stack"]
+    for i in range(2):
+        means = []
+        for j in range(N):
+            w = 3 * params["stack"]["layers"]["w"][j]
+            mean = 0.9 * by_hand["variables"]["statistics"]["mean"][j] + 0.1 * wanted.mean(0)
+            noise = jax.random.normal(jax.random.fold_in(key, i * N + j), X.shape)
+            wanted = jnp.tanh(wanted @ w + noise) + mean
+            means.append(mean)
+        by_hand = {"variables": {**by_hand["variables"], "statistics": {"mean": jnp.stack(means)}}}
+    assert_trees_close((out, after), (wanted, {"stack": by_hand}))
+
+
+def test_summary_of_a_stack_with_variables_and_draws(key):
+    deep = jaxstate.stack(averaging, N)
+    rows = jaxstate.parametrized(lambda x: deep(x), name="net").summary(key, X).rows
+    assert [(row.path, row.shape) for row in rows] == [("stack/layers/w", (N, 3, 3))]
+
+
+def test_variables_that_are_only_read(key):
+    @jaxstate.parametrized
+    def shifted(x):
+        return x + jaxstate.variable("shift", jnp.zeros, (3,)).value
+
+    deep = jaxstate.stack(shifted, N)
+    shift = jnp.arange(12.0).reshape(N, 3)
+    out = deep.apply({"layers": {}}, X, state={"variables": {"shift": shift}})
+    np.testing.assert_allclose(out, X + shift.sum(0), rtol=1e-6)
+    with pytest.raises(jaxstate.MissingVariableError):
+        deep.apply({"layers": {}}, X)
+
+
+def test_variables_that_cannot_be_written(key):
+    deep = jaxstate.stack(averaging, N)
+    params, state = deep.init_with_state(key, X)
+    with pytest.raises(jaxstate.ReadOnlyVariableError, match="'mean'"):
+        deep.apply(params, X, key=key, state=state)
+    net = jaxstate.parametrized(lambda xs: jax.vmap(deep)(xs), name="net")
+    lanes, params, state = jnp.stack([X, 2 * X]), {"stack": params}, {"stack": state}
+    with pytest.raises(jaxstate.LaneWriteError, match="stack/variables/statistics/mean"):
+        net.apply_with_state(params, state, lanes, key=key)
