@@ -5,6 +5,7 @@ from jaxstate.errors import (
     AheadOfTimeError,
     BranchSowError,
     ClosedStateError,
+    CopyWriteError,
     CustomRuleStateError,
     DeviceWriteError,
     InitializerDataError,
@@ -24,14 +25,21 @@ from jaxstate.errors import (
     SowMismatchError,
     SplitStreamError,
     StateError,
+    StructureChangeError,
     TraceStateError,
+    UncoveredParameterError,
     UnsupportedPrimitiveError,
+    UnusedReuseError,
     VariableConflictError,
     VariableMismatchError,
 )
+from jaxstate.mutate import mutate
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
+from jaxstate.reuse import Shaped
 from jaxstate.sow import plant, reap, sow
+from jaxstate.stack import Stack, stack
+from jaxstate.summary import ParameterRow, ScopeRow, Summary, summary
 from jaxstate.variables import Variable, variable
 
 __version__ = "0.1.0"
@@ -40,6 +48,7 @@ __all__ = [
     "AheadOfTimeError",
     "BranchSowError",
     "ClosedStateError",
+    "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
     "InitializerDataError",
@@ -51,22 +60,31 @@ __all__ = [
     "NameClashError",
     "ParameterConflictError",
     "ParameterMismatchError",
+    "ParameterRow",
     "Parametrized",
     "PlantMismatchError",
     "ReadOnlyVariableError",
     "RepeatedSowError",
+    "ScopeRow",
+    "Shaped",
     "SlotTypeError",
     "SowError",
     "SowMismatchError",
     "SplitStreamError",
+    "Stack",
     "StateError",
     "Stream",
+    "StructureChangeError",
+    "Summary",
     "TraceStateError",
+    "UncoveredParameterError",
     "UnsupportedPrimitiveError",
+    "UnusedReuseError",
     "Variable",
     "VariableConflictError",
     "VariableMismatchError",
     "extend",
+    "mutate",
     "next_key",
     "param",
     "parametrized",
@@ -77,5 +95,7 @@ __all__ = [
     "rules",
     "scope",
     "sow",
+    "stack",
+    "summary",
     "variable",
 ]

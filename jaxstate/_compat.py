@@ -198,6 +198,12 @@ def is_standard_initializer(init: Any) -> bool:
     return getattr(init, "__module__", None) == "jax._src.nn.initializers"
 
 
+def children_of(x: Any) -> Sequence[Any] | None:
+    """The children of a node of a pytree; None for a leaf."""
+    found = jax.tree_util.default_registry.flatten_one_level(x)
+    return None if found is None else tuple(found[0])
+
+
 # -- Traces ----------------------------------------------------------------------------------
 
 
@@ -339,6 +345,17 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
     source_info = source_info_util.current()
     operands = [trace.to_jaxpr_tracer(x, source_info) for x in operands]
     return trace.default_process_primitive(primitive, operands, params, source_info)
+
+
+def are_its_inputs(trace: Any, values: Sequence[Any]) -> bool:
+    """Whether ``trace`` builds a jaxpr, has done nothing yet, and ``values`` are inputs of it."""
+    if not isinstance(trace, StagingTrace) or trace.frame.tracing_eqns:
+        return False
+    inputs = set(trace.frame.invars)
+    return all(
+        isinstance(v, Tracer) and v._trace is trace and getattr(v, "val", None) in inputs
+        for v in values
+    )
 
 
 def new_const(trace: Any, value: Any) -> Any:
@@ -803,6 +820,14 @@ def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     return jit_p.impl(*args, **params)
 
 
+def wrap_tree_map(wrap: Wrap) -> None:
+    """Puts a wrapper around `jax.tree.map` and its relatives, where they are looked up."""
+    for name in ("tree_map", "tree_map_with_path"):
+        wrapped = wrap(getattr(tree_util, name))
+        setattr(tree_util, name, wrapped)
+        setattr(jax.tree_util, name, wrapped)
+
+
 _captures: list[type] = []
 
 
@@ -878,10 +903,11 @@ source_info_util.register_exclusion(_package)
 
 
 def user_location() -> str:
-    """``file:line`` of the innermost frame that is neither JAX's nor jaxstate's."""
+    """``file:line`` of the innermost frame that is neither JAX's, jaxstate's, nor Python's."""
     frame = sys._getframe(1)
     while frame is not None:
-        if source_info_util.is_user_filename(frame.f_code.co_filename):
+        name = frame.f_code.co_filename
+        if source_info_util.is_user_filename(name) and not name.startswith("<frozen "):
             return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_qualname})"
         frame = frame.f_back
     return "an unknown line"

@@ -321,6 +321,10 @@ class Store(Holder):
             layers.add_entry(path, address.kind, entry)
         return entry
 
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a module that is called; some stores look at what goes in and comes out."""
+        return module.fn(*args, **kwargs)
+
     def declare(
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
     ) -> tuple[Form, list[Any]]:

@@ -14,6 +14,7 @@ __all__ = [
     "AheadOfTimeError",
     "BranchSowError",
     "ClosedStateError",
+    "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
     "InitializerDataError",
@@ -33,8 +34,11 @@ __all__ = [
     "SowMismatchError",
     "SplitStreamError",
     "StateError",
+    "StructureChangeError",
     "TraceStateError",
+    "UncoveredParameterError",
     "UnsupportedPrimitiveError",
+    "UnusedReuseError",
     "VariableConflictError",
     "VariableMismatchError",
 ]
@@ -54,6 +58,14 @@ class MissingStoreError(StateError):
 
 class MissingParameterError(StateError):
     """``apply`` was given no value for a parameter."""
+
+
+class UncoveredParameterError(StateError):
+    """``parameters_from`` was given no module that has a parameter."""
+
+
+class UnusedReuseError(StateError):
+    """Parameters were given for reuse that the network has no place for."""
 
 
 class ParameterMismatchError(StateError):
@@ -134,6 +146,14 @@ class SowMismatchError(SowError):
 
 class PlantMismatchError(SowError):
     """A planted value is not of the type of what is sown."""
+
+
+class StructureChangeError(StateError):
+    """A function under ``mutate`` changed the structure of its tree where it has to stay."""
+
+
+class CopyWriteError(StateError):
+    """A function under ``mutate`` assigned to a copy of its tree, which would be lost."""
 
 
 class ClosedStateError(StateError):

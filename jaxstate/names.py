@@ -107,6 +107,14 @@ class Layers:
             path = (*path, self._enter(path, level))
         return path
 
+    def known_path_of(self, levels: Sequence[Level]) -> Path:
+        """The path of ``levels`` without giving out names: the bases stand for those to come."""
+        for i in range(len(levels) - 1, -1, -1):
+            known = self._known(levels[i].token)
+            if known is not None:
+                return (*known, *(level.base for level in levels[i + 1 :]))
+        return tuple(level.base for level in levels)
+
     def entry(self, path: Path, kind: str) -> Any:
         """What is noted of the parameter or variable at ``path``, or None.
 

@@ -28,9 +28,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxstate import _compat
+from jaxstate.arguments import split_arrays
 from jaxstate.births import sliced
 from jaxstate.entries import EntryAddress, current_home, innermost_store
 from jaxstate.errors import (
@@ -43,8 +43,10 @@ from jaxstate.errors import (
 )
 from jaxstate.names import Layer, Level, Path, Token
 from jaxstate.random import check_key, rng_stream
+from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.slots import open_holder
 from jaxstate.stores import ApplyStore, InitStore
+from jaxstate.summary import Summarizable
 from jaxstate.trace import boundary_of, read
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
@@ -143,7 +145,7 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized:
+class Parametrized(Reusable, Summarizable):
     """A function with parameters: see `parametrized`."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
@@ -164,7 +166,7 @@ class Parametrized:
         if store is None:
             return self.fn(*args, **kwargs)
         with store.scopes.entered(Level(self.name, self._token), boundary_of(store)):
-            return self.fn(*args, **kwargs)
+            return store.call(self, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:
         """As a method: every instance of the class is its own module."""
@@ -172,7 +174,9 @@ class Parametrized:
             return self
         return _BoundMethod(self, instance)
 
-    def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def init(
+        self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The initial parameters.
 
         Nothing of the function itself is computed: it is traced, and of the jaxpr only what the
@@ -183,6 +187,8 @@ class Parametrized:
             ``{name: key}`` seeds several streams; the parameters take the key of "params", or
             that of "default" if there is none.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
+          reuse: ``{module: params}``, parameters that are taken instead of made: see
+            `parameters_from`.
 
         Returns:
           A new nested dict with string keys and arrays.
@@ -190,16 +196,21 @@ class Parametrized:
         Raises:
           TypeError: if ``key`` is not a key.
           InitializerDataError: if an initializer needs data of which only the shape was given.
-          Whatever `param` raises.
+          UnusedReuseError: if an entry of ``reuse`` has nothing in common with the function.
+          Whatever `param` and `parameters_from` raise.
         """
-        return self._init(("parameter",), key, args, kwargs)[0]
+        return self._init(("parameter",), key, reuse, args, kwargs)[0]
 
     def init_with_state(
-        self, key: Any, *args: Any, **kwargs: Any
+        self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The initial parameters, and the values that the variables start with.
 
         Nothing of the function itself is computed, see `init`: no variable is written.
+
+        Args:
+          key, *args, reuse, **kwargs: as for `init`. What is reused are parameters; the
+            initializers of variables see these. Variables are made.
 
         Returns:
           ``(params, state)``, two new nested dicts with string keys and arrays. A variable has the
@@ -208,17 +219,20 @@ class Parametrized:
         Raises:
           What `init` raises, and whatever `variable` raises.
         """
-        params, state = self._init(("parameter", "variable"), key, args, kwargs)
+        params, state = self._init(("parameter", "variable"), key, reuse, args, kwargs)
         return params, state
 
-    def _init(self, kinds: Sequence[str], key: Any, args: Any, kwargs: Any) -> list[dict[str, Any]]:
-        """A nested dict of the initial values of each kind of entry."""
+    def _init(
+        self, kinds: Sequence[str], key: Any, reuse: Any, args: Any, kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """A nested dict of the initial values of each kind of entry, parameters first."""
         param_key, streams = _keys(key, "init")
-        arrays, rebuild, abstract = _split_arrays((args, kwargs))
+        arrays, rebuild, abstract = split_arrays((args, kwargs))
+        given = None if reuse is None else reused(self, reuse, args, kwargs, every_part=True)
 
         def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
-            store = InitStore(self._token, param_key)
+            store = _store_for_init(self._token, param_key, given)
             with open_holder(store), _open_streams(streams):
                 self.fn(*args, **kwargs)
             return [store.initial_values(kind) for kind in kinds]
@@ -227,7 +241,10 @@ class Parametrized:
             made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
         leaves = _run_slice(made, operands, abstract)
-        return [_nested(x) for x in jax.tree.unflatten(jax.tree.structure(shapes), leaves)]
+        values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        if given is not None:
+            values[0] = given.joined_with(values[0])
+        return [nested(x) for x in values]
 
     def apply(
         self,
@@ -425,23 +442,8 @@ def _open_streams(streams: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], bool]:
-    """The arrays of a tree; the function that puts others in their place; is any a mere shape."""
-    leaves, structure = jax.tree.flatten(tree)
-    where = [i for i, x in enumerate(leaves) if _is_dynamic(x)]
-    arrays = [leaves[i] for i in where]
-
-    def rebuild(arrays: list[Any]) -> Any:
-        full = list(leaves)
-        for i, x in zip(where, arrays, strict=True):
-            full[i] = x
-        return structure.unflatten(full)
-
-    return arrays, rebuild, any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
-
-
-def _is_dynamic(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+def _store_for_init(root: Token, key: Any, given: Reused | None) -> InitStore:
+    return InitStore(root, key) if given is None else ReusingStore(root, key, given)
 
 
 def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
@@ -460,13 +462,3 @@ def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
         )
     values = _compat.eval_closed_jaxpr(pure, *inputs)
     return [_compat.as_array(_compat.canonicalize(x)) for x in values]
-
-
-def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree

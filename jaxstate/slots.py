@@ -267,6 +267,11 @@ def stack() -> list[Holder]:
     return list(_thread.stack)
 
 
+def signature_changed() -> None:
+    """To be called when the signature of an open holder is another one than before."""
+    _publish_signature(_thread.stack)
+
+
 @contextmanager
 def only_open(holders: Sequence[Holder]) -> Iterator[None]:
     """For a while, ``holders`` are the open holders of this thread."""

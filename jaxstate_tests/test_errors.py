@@ -84,6 +84,8 @@ def weight(x):
 
 net = jaxstate.parametrized(weight)
 jitted = jaxstate.parametrized(jax.jit(weight))
+first, second = jaxstate.parametrized(weight), jaxstate.parametrized(weight)
+pair = jaxstate.parametrized(lambda x: second(first(x)), name="pair")
 
 
 def missing_parameter():
@@ -504,6 +506,46 @@ def mended_planted():
     assert planted(jnp.arange(9.0).reshape(3, 3), times=3).tolist() == [6.0, 7.0, 8.0]
 
 
+def uncovered():
+    pair.parameters_from({first: {"weight": jnp.ones(3)}}, 1.0)
+
+
+def mended_uncovered():
+    pair.init(KEY, 1.0, reuse={first: {"weight": jnp.ones(3)}})
+
+
+def unused_reuse():
+    pair.init(KEY, 1.0, reuse={net: {"weight": jnp.ones(3)}})
+
+
+def mended_unused_reuse():
+    pair.init(KEY, 1.0, reuse={second: {"weight": jnp.ones(3)}})
+
+
+def structure_in_a_loop():
+    jaxstate.mutate(lambda tree: jax.jit(lambda: tree.update(new=1.0))())({})
+
+
+def mended_structure_in_a_loop():
+    def f(tree):
+        tree["new"] = 0.0
+        jax.jit(lambda: tree.update(new=1.0))()
+
+    assert jaxstate.mutate(f)({})[1]["new"] == 1.0
+
+
+def add_one(tree):
+    tree["x"] = tree["x"] + 1
+
+
+def a_lane_is_a_copy():
+    jaxstate.mutate(jax.vmap(add_one))({"x": jnp.zeros(3)})
+
+
+def mended_a_lane_is_a_copy():
+    assert jax.vmap(jaxstate.mutate(add_one))({"x": jnp.zeros(3)})[1]["x"].sum() == 3
+
+
 CATALOGUE = [
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
@@ -574,6 +616,14 @@ CATALOGUE = [
      "sown at least 3 times .*a value of shape \\(2, 3\\) was planted"),
     (errors.PlantMismatchError, planted_too_many, mended_planted,
      "sown 3 times .*a value of shape \\(4, 3\\) was planted"),
+    (errors.UncoveredParameterError, uncovered, mended_uncovered,
+     r"nothing for 1 of the parameters of 'pair': 'weight_1/weight' \(float32\[3\]\)"),
+    (errors.StructureChangeError, structure_in_a_loop, mended_structure_in_a_loop,
+     r"tree\['new'\].*was added.*jitted function"),
+    (errors.CopyWriteError, a_lane_is_a_copy, mended_a_lane_is_a_copy,
+     r"tree\['x'\].*is a copy.*jax.vmap\(jaxstate.mutate"),
+    (errors.UnusedReuseError, unused_reuse, mended_unused_reuse,
+     "nothing in common with 'pair'"),
 ]  # fmt: skip
 
 

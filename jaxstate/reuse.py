@@ -1,0 +1,574 @@
+"""Reuse: the parameters of one network as parts of another one, by the identity of modules.
+
+    trained = encoder.init(key, x)                             # and training
+    params = classifier.init(key, x, reuse={encoder: trained})  # the rest is made
+    y = decoder.apply_from({encoder: trained, head: other}, x)
+
+What a path in a tree of parameters means depends on the program: ``dense_1`` is the second module
+of that name which was used. The same module may have another path in another network. So
+
+1. the given network is traced, to see which module is at which path, and
+2. each given module is traced where the network calls it, to see what the paths of *its*
+   parameters mean (or, if the network does not call it, because it is a larger one that has parts
+   in common, with the arguments of the network).
+3. What is the same in both is reused.
+
+"The same" is said by an `Identity`: the innermost module that outlives the trace, and from there
+the names. A module that is made anew whenever the function runs is known by its place among such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.arguments import split_arrays
+from jaxstate.entries import home_of
+from jaxstate.errors import (
+    MissingParameterError,
+    ParameterMismatchError,
+    StateError,
+    UncoveredParameterError,
+    UnusedReuseError,
+    message,
+    nearest,
+)
+from jaxstate.names import Home, Layer, Layers, Path, Token
+from jaxstate.random import StreamAddress
+from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
+from jaxstate.stores import InitStore
+
+__all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
+
+Identity = Hashable
+
+
+class Reusable:
+    """What a parametrized object can do with the parameters of others."""
+
+    fn: Callable[..., Any]
+    name: str
+    _token: Token
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+
+    def parameters_from(
+        self, reuse: Mapping[Any, Mapping[str, Any]], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The parameters of this network, all of them taken from others.
+
+        Args:
+          reuse: ``{module: params}``. A module is a parametrized object that this one calls, this
+            one itself, or a network that has modules in common with it. The latter is run (only
+            traced) with the same arguments; ``module.shaped(*args)`` says otherwise. Where two
+            entries have the same part, the later one wins.
+          *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
+
+        Returns:
+          A new nested dict, which holds the given arrays.
+
+        Raises:
+          UncoveredParameterError: for parameters that no entry has.
+          MissingParameterError, ParameterMismatchError: if the parameters given for a module are
+            not those it uses.
+          UnusedReuseError: if a module is not called and cannot be run with these arguments.
+          TypeError: if a key of ``reuse`` is not a parametrized object.
+
+        >>> import jax, jax.numpy as jnp, jaxstate
+        >>> @jaxstate.parametrized
+        ... def scale(x):
+        ...     return x * jaxstate.param("factor", jax.nn.initializers.ones, ())
+        >>> @jaxstate.parametrized
+        ... def loss(x, y):
+        ...     return (scale(x) - y) ** 2
+        >>> loss.parameters_from({scale: {"factor": jnp.array(2.0)}}, 1.0, 0.0)
+        {'scale': {'factor': Array(2., dtype=float32, weak_type=True)}}
+        """
+        found = reused(self, reuse, args, kwargs)
+        missing = [path for path in found.avals if path not in found.values]
+        if missing:
+            raise _uncovered(self.name, missing, found)
+        return nested({path: _compat.as_array(found.values[path]) for path in found.avals})
+
+    def apply_from(
+        self,
+        reuse: Mapping[Any, Mapping[str, Any]],
+        *args: Any,
+        key: Any = None,
+        state: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``apply`` with the parameters that `parameters_from` takes from others.
+
+        Args:
+          reuse: as for `parameters_from`. Derivatives with respect to its arrays are those of
+            ``apply``.
+          *args, **kwargs: passed to the function.
+          key, state: as for ``apply``.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          Whatever `parameters_from` and ``apply`` raise.
+        """
+        params = self.parameters_from(reuse, *args, **kwargs)
+        return self.apply(params, *args, key=key, state=state, **kwargs)
+
+    def shaped(self, *args: Any, **kwargs: Any) -> Shaped:
+        """This network with example inputs, so that they need not be given again.
+
+        Args:
+          *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
+
+        Returns:
+          A `Shaped` object.
+        """
+        return Shaped(self, args, kwargs)
+
+
+class Shaped:
+    """A parametrized object with example inputs: see `Parametrized.shaped`.
+
+    As a key of ``reuse`` it says with which arguments its parameters were made.
+    """
+
+    def __init__(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.net = net
+        self.args = args
+        self.kwargs = kwargs
+
+    def init(self, key: Any, *, reuse: Mapping[Any, Any] | None = None) -> dict[str, Any]:
+        """The initial parameters for the example inputs; see `Parametrized.init`."""
+        return self.net.init(key, *self.args, reuse=reuse, **self.kwargs)
+
+    def parameters_from(self, reuse: Mapping[Any, Any]) -> dict[str, Any]:
+        """See `Parametrized.parameters_from`."""
+        return self.net.parameters_from(reuse, *self.args, **self.kwargs)
+
+    def init_with_state(
+        self, key: Any, *, reuse: Mapping[Any, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same with the variables; see `Parametrized.init_with_state`."""
+        return self.net.init_with_state(key, *self.args, reuse=reuse, **self.kwargs)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        *args: Any,
+        key: Any = None,
+        state: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See `Parametrized.apply`; the inputs are those given here, not the example."""
+        return self.net.apply(params, *args, key=key, state=state, **kwargs)
+
+    def apply_from(
+        self,
+        reuse: Mapping[Any, Any],
+        *args: Any,
+        key: Any = None,
+        state: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See `Parametrized.apply_from`: the parts are found with the example inputs, and the
+        function is called with the inputs given here."""
+        return self.apply(self.parameters_from(reuse), *args, key=key, state=state, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<shaped {self.net!r}>"
+
+
+# -- What is reused --------------------------------------------------------------------------
+
+
+class Reused:
+    """What of the parameters of one network comes from others.
+
+    Attributes:
+      avals: all its parameters: full path of each leaf -> type.
+      values: those that are reused: full path of each leaf -> array.
+    """
+
+    def __init__(self, avals: dict[Path, Any], values: dict[Path, Any]) -> None:
+        self.avals = avals
+        self.values = values
+
+    def joined_with(self, made: Mapping[Path, Any]) -> dict[Path, Any]:
+        """The reused parameters and those that were ``made``, in the order of ``init``."""
+        reused = {path: _compat.as_array(value) for path, value in self.values.items()}
+        ordered = {p: made.get(p, reused.get(p)) for p in self.avals if p in made or p in reused}
+        return {**ordered, **made}
+
+
+def reused(
+    net: Reusable,
+    reuse: Mapping[Any, Mapping[str, Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    every_part: bool = False,
+) -> Reused:
+    """What of the parameters of ``net`` is among those of other modules.
+
+    Args:
+      net, args, kwargs: the network, and how it is called.
+      reuse: ``{module: params}``.
+      every_part: whether an entry that has nothing in common with ``net`` is an error.
+    """
+    lasting = _Lasting()
+    parts = [_Part(key, params, lasting) for key, params in reuse.items()]
+    for part in parts:
+        if part.example is not None:
+            part.trace(part.example.args, part.example.kwargs)
+        elif part.module._token is net._token:
+            part.trace(args, kwargs)
+    names = _Names(net, args, kwargs, lasting, parts)
+    for part in parts:
+        if not part.is_traced:
+            part.trace_as_larger_network(net, args, kwargs)
+    values = {}
+    for path, identity in names.identities.items():
+        for part in reversed(parts):
+            if identity in part.values:
+                values[path] = part.checked(identity, path, names.avals[path])
+                break
+    if every_part:
+        known = set(names.identities.values())
+        for part in parts:
+            if known.isdisjoint(part.values):
+                raise _nothing_in_common(part, net)
+    return Reused(names.avals, values)
+
+
+class ReusingStore(InitStore):
+    """Parameters being made, where some are given: initializers of the others see these."""
+
+    def __init__(self, root: Token, key: Any, reused: Reused) -> None:
+        super().__init__(root, key)
+        self.reused = reused
+        self._seen: set[int] = set()
+
+    def cell(self, address: Any) -> Cell:
+        cell = super().cell(address)
+        if id(cell) not in self._seen:
+            self._seen.add(id(cell))
+            path = (*self.path(Layers([self.layer]), address), *address.leaf)
+            if path in self.reused.values:
+                with _compat.set_current_trace(self.anchor):
+                    cell.value = _like(self.reused.values[path], cell.value)
+        return cell
+
+    def initial_values(self, kind: str) -> dict[Path, Any]:
+        """What was made, without what was given."""
+        made = super().initial_values(kind)
+        return {path: value for path, value in made.items() if path not in self.reused.values}
+
+
+def _like(value: Any, made: Any) -> Any:
+    """A reused value, in the dtype for which the function is being traced."""
+    value = _compat.as_array(value)
+    if value.dtype == made.dtype or _compat.is_typed_key(made):
+        return value
+    return value.astype(made.dtype)
+
+
+class _Part:
+    """One entry of ``reuse``."""
+
+    def __init__(self, key: Any, params: Any, lasting: _Lasting) -> None:
+        self.example = key if isinstance(key, Shaped) else None
+        self.module: Any = key.net if isinstance(key, Shaped) else key
+        if not isinstance(self.module, Reusable):
+            raise TypeError(
+                f"reuse wants parametrized objects as keys, and was given {key!r}.\n"
+                "To mend it:\n    net.parameters_from({layer: layer_params}, x)"
+            )
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"reuse wants the parameters of {self.module.name} as a dict (what init returned),"
+                f" and was given {type(params).__name__}.\n"
+                "To mend it:\n    net.parameters_from({layer: layer_params}, x)"
+            )
+        self.params = params
+        self.values: dict[Identity, Any] = {}
+        self.is_traced = False
+        self._lasting = lasting
+        self._calls: set[Any] = set()
+
+    def called(self, args: Any, kwargs: Any) -> None:
+        """Notes that the network calls the module."""
+        if self.example is None:
+            call = _kind_of_call(args, kwargs)
+            if call not in self._calls:
+                self.trace(args, kwargs)
+                self._calls.add(call)
+
+    def trace(self, args: Any, kwargs: Any) -> None:
+        """Finds out what the paths of the given parameters mean."""
+        names = _Names(self.module, args, kwargs, self._lasting)
+        for path, identity in names.identities.items():
+            value = self._at(path, names.avals[path])
+            self._check(value, path, names.avals[path])
+            self.values.setdefault(identity, value)
+        self.is_traced = True
+
+    def trace_as_larger_network(self, net: Any, args: Any, kwargs: Any) -> None:
+        try:
+            self.trace(args, kwargs)
+        except Exception as error:
+            raise UnusedReuseError(
+                message(
+                    f"reuse has parameters of {self.module.name!r}, which {net.name!r} does not"
+                    f" call. Run with the arguments of {net.name!r}, to see what they have in"
+                    f" common, it fails: {type(error).__name__}: {error}",
+                    fix=f"""
+                    reuse = {{{self.module.name}.shaped(*its_args): params}}   # its own arguments
+                    reuse.pop({self.module.name})                    # or leave it out
+                    """,
+                    used=_compat.user_location(),
+                )
+            ) from error
+
+    def _at(self, path: Path, aval: Any) -> Any:
+        node: Any = self.params
+        for i, name in enumerate(path):
+            if not isinstance(node, Mapping) or name not in node:
+                names = sorted(map(str, node)) if isinstance(node, Mapping) else []
+                close = nearest(name, names)
+                raise MissingParameterError(
+                    message(
+                        f"reuse has no parameter {'/'.join(path)!r} of {self.module.name!r}:"
+                        f" {path[i]!r} is not among {', '.join(map(repr, names)) or 'nothing'}."
+                        + (f" The nearest name is {close!r}." if close else ""),
+                        fix=f"""
+                        params = {self.module.name}.init(key, *its_args)     # makes all it uses
+                        net.parameters_from({{{self.module.name}: params}}, x)
+                        """,
+                        wanted=aval.str_short(),
+                        used=_compat.user_location(),
+                    )
+                )
+            node = node[name]
+        return node
+
+    def checked(self, identity: Identity, path: Path, aval: Any) -> Any:
+        value = self.values[identity]
+        self._check(value, path, aval)
+        return value
+
+    def _check(self, value: Any, path: Path, aval: Any) -> None:
+        found = _compat.typeof(value) if _compat.is_array_like(value) else None
+        if found is None or found.shape != aval.shape:
+            shown = type(value).__name__ if found is None else found.str_short()
+            raise ParameterMismatchError(
+                message(
+                    f"Parameter {'/'.join(path)!r}, reused from {self.module.name!r}, is"
+                    f" {shown}, and the function wants {aval.str_short()}.",
+                    fix="""
+                    params = net.init(key, x)      # with inputs of the shapes that apply is given
+                    """,
+                    used=_compat.user_location(),
+                )
+            )
+
+
+def _kind_of_call(args: Any, kwargs: Any) -> Hashable:
+    """Two calls of one kind use the same parameters."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+
+    def kind(x: Any) -> Hashable:
+        if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+            return x.shape, x.dtype
+        return (type(x), x) if isinstance(x, (bool, int, float, str)) else object()
+
+    return tree, tuple(map(kind, leaves))
+
+
+# -- Which module is where -------------------------------------------------------------------
+
+
+class _Lasting:
+    """Tells modules that were made before, and keep their identity, from those that a function
+    makes whenever it runs."""
+
+    def __init__(self) -> None:
+        chain = _compat.chain(_compat.current_trace())
+        self._homes: list[Home | None] = [
+            home_of(t) for t in chain if isinstance(t, _compat.StagingTrace)
+        ]
+
+    def __contains__(self, token: Token) -> bool:
+        return token.home is None or any(token.home is home for home in self._homes)
+
+
+class _Names:
+    """The parameters of a module that is called in one way: what their paths mean.
+
+    Attributes:
+      avals: full path of each leaf -> type.
+      identities: full path of each leaf -> identity.
+    """
+
+    avals: dict[Path, Any]
+    identities: dict[Path, Identity]
+
+    def __init__(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        lasting: _Lasting,
+        parts: Sequence[_Part] = (),
+    ) -> None:
+        arrays, rebuild, _ = split_arrays((args, kwargs))
+
+        def forward(key: Any, arrays: Any) -> dict[Path, Any]:
+            args, kwargs = rebuild(arrays)
+            store = _NamingStore(module._token, key, parts)
+            with open_holder(store), open_holder(AnyStream()):
+                module.fn(*args, **kwargs)
+            values = store.initial_values("parameter")
+            self.identities = _identities(store.layer, values, lasting)
+            return values
+
+        first: Exception | None = None
+        for make in (jax.random.key, jax.random.PRNGKey):  # an initializer may want a raw key
+            try:
+                with jax.disable_jit(False):  # every branch is traced
+                    key = jax.eval_shape(lambda make=make: make(0))
+                    shapes = jax.eval_shape(forward, key, arrays)
+                self.avals = {path: _compat.aval_of(x) for path, x in shapes.items()}
+                return
+            except StateError:
+                raise
+            except Exception as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+
+class _NamingStore(InitStore):
+    """Parameters that are made to see their names, and thrown away."""
+
+    def __init__(self, root: Token, key: Any, parts: Sequence[_Part]) -> None:
+        super().__init__(root, key)
+        self.parts = parts
+        self._traced = object()
+
+    def signature(self) -> Hashable:
+        """No jaxpr that was traced before is used: modules are seen when their function runs."""
+        return ("names", self._traced)
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        for part in self.parts:
+            if part.module._token is module._token:
+                part.called(args, kwargs)
+        return super().call(module, args, kwargs)
+
+
+def _identities(layer: Layer, paths: Mapping[Path, Any], lasting: _Lasting) -> dict[Path, Identity]:
+    tokens = {path: token for token, path in layer.paths.items()}
+    made_anew: dict[Path, list[Path]] = {}  # by scope, in the order of first use
+    for path, token in tokens.items():
+        if token not in lasting:
+            made_anew.setdefault(path[:-1], []).append(path)
+
+    def identity(path: Path) -> Identity:
+        if not path or (path in tokens and tokens[path] in lasting):
+            return tokens[path]
+        step = made_anew[path[:-1]].index(path) if path in tokens else path[-1]
+        return (identity(path[:-1]), step)
+
+    return {path: identity(path) for path in paths}
+
+
+class AnyStream(Holder):
+    """Every random stream that is not open: what is drawn is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = {name: Cell(value) for name, value in _stream().items()}
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, StreamAddress) or address.identity is not None:
+            return False
+        others = (h for h in holders() if not isinstance(h, AnyStream) and not h.is_boundary)
+        return not any(h.knows(address) for h in others)
+
+    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
+        return self.cells[address.part]
+
+    def lane(  # type: ignore[override]
+        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
+    ) -> Lane:
+        if self not in notes:
+            notes[self] = {name: Lane(value, None) for name, value in _stream().items()}
+        return notes[self][address.part]
+
+    def differs_by_device(self, address: Address) -> bool:
+        return True
+
+    def device_cell(  # type: ignore[override]
+        self, address: StreamAddress, notes: Any, outside: Any, index: Any
+    ) -> Cell:
+        if self not in notes:
+            notes[self] = {name: Cell(value) for name, value in _stream().items()}
+        return notes[self][address.part]
+
+    def without_values(self) -> AnyStream:
+        return self
+
+
+def _stream() -> dict[str, Any]:
+    return {"key": jax.random.key(0), "count": np.int32(0)}
+
+
+# -- Errors ----------------------------------------------------------------------------------
+
+
+def _uncovered(name: str, missing: list[Path], found: Reused) -> Exception:
+    shown = [f"{'/'.join(p)!r} ({found.avals[p].str_short()})" for p in missing[:5]]
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return UncoveredParameterError(
+        message(
+            f"reuse has nothing for {len(missing)} of the parameters of {name!r}:"
+            f" {', '.join(shown)}{more}. Modules are the same if they are the same object.",
+            fix="""
+            params = net.init(key, x, reuse=reuse)               # makes the rest
+            net.parameters_from({**reuse, layer: layer_params}, x)    # or give it
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def _nothing_in_common(part: _Part, net: Any) -> Exception:
+    name = part.module.name
+    return UnusedReuseError(
+        message(
+            f"reuse has parameters of {name!r}, which has nothing in common with {net.name!r}:"
+            " none of them would be used. Modules are the same if they are the same object.",
+            fix=f"""
+            @jaxstate.parametrized
+            def net(x):
+                return {name}(x)        # the object itself, not another one made like it
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """A nested dict out of full paths."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
+    return tree
