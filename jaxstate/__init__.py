@@ -6,6 +6,7 @@ from jaxstate.errors import (
     CustomRuleStateError,
     InitializerDataError,
     LaneWriteError,
+    MaskedWriteError,
     MissingParameterError,
     MissingStoreError,
     MissingStreamError,
@@ -17,6 +18,7 @@ from jaxstate.errors import (
     StateError,
     UnsupportedPrimitiveError,
 )
+from jaxstate.inplace import array, inplace
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
 
@@ -27,6 +29,7 @@ __all__ = [
     "CustomRuleStateError",
     "InitializerDataError",
     "LaneWriteError",
+    "MaskedWriteError",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -39,7 +42,9 @@ __all__ = [
     "StateError",
     "Stream",
     "UnsupportedPrimitiveError",
+    "array",
     "extend",
+    "inplace",
     "next_key",
     "param",
     "parametrized",

@@ -13,6 +13,7 @@ did), and scan describes its operands with trees. Both came with the module ``fl
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
@@ -60,6 +61,7 @@ set_current_trace = core.set_current_trace
 eval_trace = core.eval_trace
 
 StagingTrace = pe.DynamicJaxprTrace
+StagingTracer = pe.DynamicJaxprTracer
 JVPTrace = ad.JVPTrace
 JVPTracer = ad.JVPTracer
 LinearizeTrace = ad.LinearizeTrace
@@ -250,6 +252,90 @@ def _code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
 _jacfwd_code = frozenset(_code_objects(inspect.unwrap(api.jacfwd).__code__))
 
 
+# -- Tracers that can be written -------------------------------------------------------------
+
+# The tracers that a Python function can meet as arguments or results inside a transformation.
+TRACER_KINDS = (pe.DynamicJaxprTracer, BatchTracer, JVPTracer, LinearizeTracer)
+
+
+def choose_tracer_type(choose: Callable[[type, Any], type]) -> None:
+    """Lets ``choose(kind, trace)`` name a subclass for every tracer that JAX makes from now on."""
+
+    def wrap(kind: type) -> None:
+        new = kind.__new__
+
+        def choosing(cls: type, *args: Any, **kwargs: Any) -> Any:
+            return new(choose(cls, args[0]) if cls is kind and args else cls)
+
+        kind.__new__ = choosing  # type: ignore[method-assign]
+
+    for kind in TRACER_KINDS:
+        wrap(kind)
+
+
+def plain_copy(tracer: Any, kind: type) -> Any:
+    """A tracer of JAX's own type ``kind`` with the contents of ``tracer``."""
+    copy = object.__new__(kind)
+    for cls in kind.__mro__:
+        for name in cls.__dict__.get("__slots__", ()):
+            if name != "__weakref__":
+                with contextlib.suppress(AttributeError):  # not every kind fills all its slots
+                    setattr(copy, name, object.__getattribute__(tracer, name))
+    return copy
+
+
+def is_constant_of_jaxpr(tracer: Any) -> bool:
+    """Whether a tracer stands for a constant, which the jaxpr forgets when the tracer is gone."""
+    return (
+        isinstance(tracer, pe.DynamicJaxprTracer)
+        and isinstance(tracer.val, Var)
+        and tracer.val in tracer._trace.frame.constvar_to_val
+    )
+
+
+def wrap_operands(read: Callable[[Any, Any], Any]) -> None:
+    """Lets ``read(trace, operand)`` replace what reaches a vmap or derivative without a bind:
+    results of the function that is transformed, and operands handed on from trace to trace."""
+
+    def wrap(trace_type: type, name: str) -> None:
+        original = getattr(trace_type, name)
+        setattr(trace_type, name, lambda trace, value: original(trace, read(trace, value)))
+
+    wrap(BatchTrace, "to_batch_info")
+    wrap(JVPTrace, "to_primal_tangent_pair")
+    wrap(LinearizeTrace, "to_primal_tangent_pair")
+
+
+def is_linear_part(trace: Any) -> bool:
+    """Whether ``trace`` builds what a derivative computes later; no code of a user runs there."""
+    return (
+        isinstance(trace, StagingTrace) and trace.parent_trace is None and trace.frame.auto_dce
+    )
+
+
+def getitem(x: Any, index: Any) -> Any:
+    """``x[index]`` as JAX defines it."""
+    return Tracer.__getitem__(x, index) if isinstance(x, Tracer) else x[index]
+
+
+def has_numpy_copy(x: Any) -> bool:
+    """Whether NumPy code may hold the memory of the array."""
+    return getattr(x, "_npy_value", None) is not None
+
+
+def reference_count(x: Any) -> int:
+    """How many references there are to ``x``, this call's own not among them."""
+    return sys.getrefcount(x) - 2
+
+
+_jax_package = os.path.dirname(jax.__file__) + os.sep
+
+
+def is_called_by_jax(depth: int) -> bool:
+    """Whether the frame ``depth`` above the caller's is code of JAX itself."""
+    return sys._getframe(depth + 1).f_code.co_filename.startswith(_jax_package)
+
+
 # -- Jaxprs under construction ---------------------------------------------------------------
 
 
@@ -397,7 +483,7 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[str, Any]:
-    """``params`` for ``consts`` more constants and ``carry`` more carried values in front."""
+    """``params`` for ``consts`` more constants (or fewer) and ``carry`` more carried values."""
     if "num_consts" in params:
         return dict(
             params, num_consts=params["num_consts"] + consts, num_carry=params["num_carry"] + carry
@@ -408,7 +494,7 @@ def scan_params_with(params: dict[str, Any], consts: int, carry: int) -> dict[st
     carry_out, ys = params["ft_out"].unpack()
     return dict(
         params,
-        ft_in=pack((pack((nones(consts), old_consts)), pack((nones(carry), old_carry)), xs)),
+        ft_in=pack((nones(consts + len(old_consts)), pack((nones(carry), old_carry)), xs)),
         ft_out=pack((pack((nones(carry), carry_out)), ys)),
     )
 

@@ -15,6 +15,7 @@ __all__ = [
     "CustomRuleStateError",
     "InitializerDataError",
     "LaneWriteError",
+    "MaskedWriteError",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -62,6 +63,10 @@ class InitializerDataError(StateError):
 
 class LaneWriteError(StateError):
     """Lanes of a ``vmap`` wrote different values into one slot they share."""
+
+
+class MaskedWriteError(StateError, IndexError):
+    """A write by a mask needs the number of elements that the mask finds, and it is traced."""
 
 
 class SlotTypeError(StateError):

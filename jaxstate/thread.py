@@ -105,6 +105,8 @@ class Thread(NamedTuple):
       at: the number of other inputs in front of the incoming ``writes``.
       out_at: the number of other outputs in front of the outgoing ``writes``; None for all.
       out: whether the writes go out at all.
+      captures: (input, slot) pairs for the inputs that are captures of ``writes``, seen before the
+        first write: what comes in for the slot takes their place. They are counted in ``at``.
     """
 
     reads: Addresses
@@ -112,6 +114,7 @@ class Thread(NamedTuple):
     at: int = 0
     out_at: int | None = None
     out: bool = True
+    captures: tuple[tuple[int, Address], ...] = ()
 
 
 def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
@@ -133,7 +136,8 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     addresses = how.reads + how.writes
     incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
-    renamed: dict[Any, Any] = {}
+    inputs = list(_compat.invars(jaxpr))
+    renamed: dict[Any, Any] = {inputs[i]: incoming[a] for i, a in how.captures}
     eqns = []
 
     def rename(atom: Any) -> Any:
@@ -151,8 +155,10 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
             eqns.append(eqn)
     reads = [incoming[a] for a in how.reads]
     writes = [incoming[a] for a in how.writes]
-    invars, outvars = list(_compat.invars(jaxpr)), [rename(v) for v in _compat.outvars(jaxpr)]
-    invars = [*reads, *invars[: how.at], *writes, *invars[how.at :]]
+    outvars = [rename(v) for v in _compat.outvars(jaxpr)]
+    captured = {inputs[i] for i, _ in how.captures}
+    invars = [*reads, *inputs[: how.at], *writes, *inputs[how.at :]]
+    invars = [v for v in invars if v not in captured]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
         outvars[out_at:out_at] = [current[a] for a in how.writes]
@@ -234,7 +240,7 @@ def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
-        with one_use():
+        with one_use(args):
             return bind(*args, **params)
 
     return one_bind

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -189,6 +189,7 @@ def read(address: Address) -> Any:
 
 def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot."""
+    value = _compat.canonicalize(value)
     holder = address.holder()
     levels, base = _way_to(holder)
     _write_at(address, holder, levels, 0, base, value)
@@ -335,6 +336,7 @@ class _View(NamedTuple):
 class _Uses(threading.local):
     def __init__(self) -> None:
         self.stack: list[dict[Any, Any]] = []
+        self.operands: list[dict[int, Address]] = []
 
 
 _uses = _Uses()
@@ -345,14 +347,23 @@ def current_use() -> dict[Any, Any] | None:
     return _uses.stack[-1] if _uses.stack else None
 
 
+def captured_operands() -> dict[int, Address]:
+    """Which operands of the bind that a rule stands for are captures, and of which slots."""
+    return _uses.operands[-1] if _uses.operands else {}
+
+
 @contextmanager
-def one_use() -> Iterator[None]:
+def one_use(operands: Sequence[Any] = ()) -> Iterator[None]:
     """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
     _uses.stack.append({})
+    _uses.operands.append(
+        {i: x.address for i, x in enumerate(operands) if type(x) is StateTracer}
+    )
     try:
         yield
     finally:
         _uses.stack.pop()
+        _uses.operands.pop()
 
 
 # -- Inside a jaxpr under construction -------------------------------------------------------

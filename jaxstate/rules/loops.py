@@ -1,12 +1,18 @@
-"""scan and while: slots that a body writes are carried, slots that it only reads are constants."""
+"""scan and while: slots that a body writes are carried, slots that it only reads are constants.
+
+A body may have captured a slot, as a constant, before it wrote it. From the second turn on that
+is not what the slot holds: such a constant becomes the carried value.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from jaxstate import _compat
 from jaxstate.births import bear
+from jaxstate.slots import Address
 from jaxstate.thread import (
     Thread,
     read_all,
@@ -16,6 +22,7 @@ from jaxstate.thread import (
     thread,
     write_all,
 )
+from jaxstate.trace import captured_operands, current_use
 
 
 @register_rule(_compat.scan_p)
@@ -26,13 +33,29 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], writes)
     slots = read_all(reads + writes)
     avals = [_compat.typeof(s) for s in slots]
-    how = Thread(reads, writes, at=n_consts, out_at=0)
-    threaded = _compat.scan_params_with(params, len(reads), len(writes))
+    captures = _captures(0, n_consts, writes)
+    how = Thread(reads, writes, at=n_consts, out_at=0, captures=captures)
+    threaded = _compat.scan_params_with(params, len(reads) - len(captures), len(writes))
     threaded["jaxpr"] = thread(params["jaxpr"], how, avals)
     constants, carried = slots[: len(reads)], slots[len(reads) :]
-    outs = _compat.scan_p.bind(*constants, *args[:n_consts], *carried, *args[n_consts:], **threaded)
+    consts = _without(captures, args[:n_consts])
+    outs = _compat.scan_p.bind(*constants, *consts, *carried, *args[n_consts:], **threaded)
     write_all(writes, outs[: len(writes)])
     return outs[len(writes) :]
+
+
+def _captures(start: int, n: int, writes: Sequence[Address]) -> tuple[tuple[int, Address], ...]:
+    """Which of the ``n`` operands from ``start`` are captures of slots that the loop writes."""
+    use = current_use()
+    captured = captured_operands()
+    found = ((i, captured[start + i]) for i in range(n) if start + i in captured)
+    written = {address.renewed(use): address for address in writes}
+    return tuple((i, written[a.renewed(use)]) for i, a in found if a.renewed(use) in written)
+
+
+def _without(captures: Sequence[tuple[int, Address]], operands: Sequence[Any]) -> list[Any]:
+    dropped = {i for i, _ in captures}
+    return [x for i, x in enumerate(operands) if i not in dropped]
 
 
 @register_rule(_compat.while_p)
@@ -54,12 +77,15 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     cond_writes = bool(state_of(cond).writes)
+    in_cond, in_body = _captures(0, n_cond, writes), _captures(n_cond, n_body, writes)
 
-    body = thread(body, Thread(reads, writes, at=n_body, out_at=0), avals)
-    cond = thread(
-        cond, Thread(reads, writes, at=n_cond, out_at=0 if cond_writes else None, out=cond_writes),
-        avals,
-    )  # fmt: skip
+    how = Thread(reads, writes, at=n_body, out_at=0, captures=in_body)
+    body = thread(body, how, avals)
+    out_at = 0 if cond_writes else None
+    how = Thread(reads, writes, at=n_cond, out_at=out_at, out=cond_writes, captures=in_cond)
+    cond = thread(cond, how, avals)
+    cond_consts, body_consts = _without(in_cond, cond_consts), _without(in_body, body_consts)
+    n_cond, n_body = len(cond_consts), len(body_consts)
     if not cond_writes:
         outs = _compat.while_p.bind(
             *constants, *cond_consts, *constants, *body_consts, *carried, *carry,
