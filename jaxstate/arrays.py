@@ -19,6 +19,7 @@ There are two kinds, with the same methods (`Writable`):
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat, slots, trace, views
+from jaxstate import _compat, slots, thread, trace, views
 from jaxstate.capture import nowhere
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 from jaxstate.extend import Slot, SlotAddress
@@ -470,8 +471,7 @@ class Writable:
     def reshape(self, *shape: Any, order: str = "C", copy: bool | None = None, **more: Any) -> Any:
         """The elements in another shape: a view where NumPy gives one, else a copy."""
         new = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        plain = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        new = jax.eval_shape(lambda x: jnp.reshape(x, new), plain).shape
+        new = _resolved_shape(new, self.size)
         steps = None
         if order == "C" and not copy:
             steps = views.reshaped(self._steps, self._own_buffer_shape(), self.shape, new)
@@ -614,6 +614,17 @@ def _same_extent(a: Any, b: Any) -> bool:
         ints = isinstance(a.index, int) and isinstance(b.index, int)
         return a.index == b.index if ints else a.index is b.index
     return type(a) is type(b) and a == b
+
+
+def _resolved_shape(new: Sequence[Any], size: int) -> tuple[int, ...]:
+    """The shape of ``size`` elements, with the size that -1 stands for."""
+    shape = [operator.index(n) for n in new]
+    rest = math.prod(n for n in shape if n != -1)
+    if shape.count(-1) == 1 and rest and size % rest == 0:
+        shape[shape.index(-1)] = size // rest
+    if math.prod(shape) != size or any(n < 0 for n in shape):
+        raise ValueError(f"cannot reshape array of size {size} into shape {tuple(new)}")
+    return tuple(shape)
 
 
 def _axis(axis: Any, ndim: int) -> int:
@@ -820,6 +831,19 @@ def _read_operand(trace_: Any, value: Any) -> Any:
         return _compat.canonicalize(value)
 
 
+def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
+    """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
+    if not _thread.activations or _thread.quiet:
+        return bind(*operands, **params)
+    _thread.quiet += 1
+    try:
+        out = bind(*operands, **params)
+    finally:
+        _thread.quiet -= 1
+    is_plain = [_is_array(x) and not isinstance(x, Writable) for x in out]
+    return [fresh(x) if plain else x for x, plain in zip(out, is_plain, strict=True)]
+
+
 _installed: list[bool] = []
 
 
@@ -829,6 +853,7 @@ def install() -> None:
         _installed.append(True)
         _compat.choose_tracer_type(_choose)
         _compat.wrap_operands(_read_operand)
+        thread.around_binds.append(_around_bind)
 
 
 for _kind in (WritableArray, *_writable_kinds.values()):

@@ -236,11 +236,17 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+# What a client does around the bind of every primitive that has a rule: `arrays` lets it be.
+around_binds: list[Callable[..., Any]] = []
+
+
 def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
         with one_use(args):
+            for around in around_binds:
+                return around(bind, args, params)
             return bind(*args, **params)
 
     return one_bind
