@@ -293,13 +293,24 @@ def is_constant_of_jaxpr(tracer: Any) -> bool:
     )
 
 
-def wrap_operands(read: Callable[[Any, Any], Any]) -> None:
-    """Lets ``read(trace, operand)`` replace what reaches a vmap or derivative without a bind:
-    results of the function that is transformed, and operands handed on from trace to trace."""
+def wrap_operands(
+    read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any], Any]
+) -> None:
+    """Wraps how a vmap or derivative takes apart what reaches it: operands, and the results of
+    the function that is transformed.
+
+    ``read(trace, x)`` replaces what is taken apart, ``hand_out(trace, x)`` the value in it, which
+    is one of the trace outside.
+    """
 
     def wrap(trace_type: type, name: str) -> None:
         original = getattr(trace_type, name)
-        setattr(trace_type, name, lambda trace, value: original(trace, read(trace, value)))
+
+        def take_apart(trace: Any, x: Any) -> Any:
+            value, info = original(trace, read(trace, x))
+            return hand_out(trace, value), info
+
+        setattr(trace_type, name, take_apart)
 
     wrap(BatchTrace, "to_batch_info")
     wrap(JVPTrace, "to_primal_tangent_pair")

@@ -103,11 +103,10 @@ def _quiet() -> Iterator[None]:
     """For work on the values themselves, which makes no arrays that a program could hold."""
     _thread.quiet += 1
     try:
-        current = _compat.current_trace()
-        if isinstance(current, InplaceTrace):
-            with _compat.set_current_trace(current.parent_trace):
-                yield
-        else:
+        here = _compat.current_trace()
+        while isinstance(here, InplaceTrace):
+            here = here.parent_trace
+        with _compat.set_current_trace(here):
             yield
     finally:
         _thread.quiet -= 1
@@ -274,9 +273,10 @@ class InplaceTrace(_compat.Trace):
     It is needed where JAX would compute at once: an array that is computed cannot be written.
     """
 
-    def __init__(self, parent: Any) -> None:
+    def __init__(self, parent: Any, within: Activation) -> None:
         super().__init__()
         self.parent_trace = parent
+        self.activation = within
         self.requires_low = parent.requires_low
 
     def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
@@ -335,9 +335,10 @@ class InplaceTrace(_compat.Trace):
             return [_compat.canonicalize(x) for x in operands]
 
     def _box(self, value: Any) -> Any:
-        if isinstance(value, WritableArray) or not _is_array(value):
+        value = _compat.canonicalize(value) if isinstance(value, Writable) else value
+        if not _is_array(value):
             return value
-        return WritableArray(Buffer(value, self, slots.next_age(), activation()))
+        return WritableArray(Buffer(value, self, slots.next_age(), self.activation))
 
 
 def _is_array(value: Any) -> bool:
@@ -383,6 +384,43 @@ class Writable:
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         return np.array(self._read(), *args, **{"copy": True, **kwargs})
+
+    def __bool__(self) -> bool:
+        return self._computed("__bool__")
+
+    def __int__(self) -> int:
+        return self._computed("__int__")
+
+    def __float__(self) -> float:
+        return self._computed("__float__")
+
+    def __complex__(self) -> complex:
+        return self._computed("__complex__")
+
+    def __index__(self) -> int:
+        return self._computed("__index__")
+
+    def tolist(self) -> Any:
+        return self._computed("tolist")
+
+    def tobytes(self, order: str = "C") -> bytes:
+        return self._computed("tobytes", order)
+
+    def item(self, *args: Any) -> Any:
+        return self._computed("item", *args)
+
+    def devices(self) -> Any:
+        return self._computed("devices")
+
+    def _computed(self, method: str, *args: Any) -> Any:
+        """What the method of a computed array gives; what that of a tracer raises, for others."""
+        value = self._read()
+        concrete = _compat.concrete(value)
+        return getattr(value if concrete is None else concrete, method)(*args)
+
+    def __format__(self, spec: str) -> str:
+        value = self.to_concrete_value()
+        return object.__format__(self, spec) if value is None else format(value, spec)
 
     def __repr__(self) -> str:
         value = self.to_concrete_value()
@@ -720,11 +758,13 @@ class WritableArray(Writable, _compat.Tracer):
         if not self._steps:
             return self._buffer.read()
         here = _compat.current_trace()
+        if _way_home(self._buffer.home, here) is None:
+            here = self._buffer.home
         state = self._buffer.state()
         if self._cache is not None and self._cache[0] is here and self._cache[1] == state:
             return self._cache[2]
         value = self._buffer.read()
-        with _quiet():
+        with _compat.set_current_trace(here), _quiet():
             for step in self._steps:
                 value = step.read(value)
             value = _compat.canonicalize(value)
@@ -831,6 +871,15 @@ def _read_operand(trace_: Any, value: Any) -> Any:
         return _compat.canonicalize(value)
 
 
+def _hand_out(trace_: Any, value: Any) -> Any:
+    """What a vmap or derivative gives to the trace outside may be a result, so an array there."""
+    if not _thread.activations or _thread.quiet or isinstance(value, Writable):
+        return value
+    if not isinstance(value, _compat.Tracer) or not _is_array(value):
+        return value
+    return WritableArray(Buffer(value, trace_.parent_trace, slots.next_age(), activation()))
+
+
 def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
     if not _thread.activations or _thread.quiet:
@@ -852,7 +901,7 @@ def install() -> None:
     if not _installed:
         _installed.append(True)
         _compat.choose_tracer_type(_choose)
-        _compat.wrap_operands(_read_operand)
+        _compat.wrap_operands(_read_operand, _hand_out)
         thread.around_binds.append(_around_bind)
 
 

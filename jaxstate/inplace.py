@@ -67,13 +67,13 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
     def pure(*args: P.args, **kwargs: P.kwargs) -> R:
         outside = _compat.current_trace()
         is_staged = isinstance(outside, _compat.StagingTrace)
-        here = outside if is_staged else InplaceTrace(outside)
         values = jax.tree.map(snapshot, (args, kwargs))
-        with activated(Activation(getattr(fun, "__qualname__", repr(fun)))):
-            with _compat.set_current_trace(here):
-                inner_args, inner_kwargs = jax.tree.map(_writable, values)
-                results = fun(*inner_args, **inner_kwargs)
-                results = jax.tree.map(snapshot, results)
+        call = Activation(getattr(fun, "__qualname__", repr(fun)))
+        here = outside if is_staged else InplaceTrace(outside, call)
+        with activated(call), _compat.set_current_trace(here):
+            inner_args, inner_kwargs = jax.tree.map(_writable, values)
+            results = fun(*inner_args, **inner_kwargs)
+            results = jax.tree.map(snapshot, results)
         return jax.tree.map(_writable, results) if activation() else results
 
     return pure

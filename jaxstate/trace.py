@@ -189,7 +189,6 @@ def read(address: Address) -> Any:
 
 def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot."""
-    value = _compat.canonicalize(value)
     holder = address.holder()
     levels, base = _way_to(holder)
     _write_at(address, holder, levels, 0, base, value)
@@ -279,6 +278,7 @@ def _write_at(
 ) -> Any:
     """Writes a value that ``levels[i]`` holds, lowers it for the traces outside, and returns what
     is stored at the end of the way."""
+    value = _compat.canonicalize(value)
     if i == len(levels):
         if base is None:
             holder.cell(address).value = value
