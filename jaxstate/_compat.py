@@ -316,6 +316,10 @@ def wrap_operands(
     wrap(JVPTrace, "to_primal_tangent_pair")
     wrap(LinearizeTrace, "to_primal_tangent_pair")
 
+    # The trace under which the rule of a `custom_jvp` function runs.
+    to_jaxpr_tracer = pe.JaxprTrace.to_jaxpr_tracer
+    pe.JaxprTrace.to_jaxpr_tracer = lambda trace, x: to_jaxpr_tracer(trace, read(trace, x))
+
 
 def is_linear_part(trace: Any) -> bool:
     """Whether ``trace`` builds what a derivative computes later; no code of a user runs there."""

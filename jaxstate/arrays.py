@@ -282,8 +282,7 @@ class InplaceTrace(_compat.Trace):
     def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
         operands = self._values(operands)
         avals = [_compat.typeof(x) for x in operands]
-        with _compat.set_current_trace(self.parent_trace):
-            out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
+        out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
         return [self._box(x) for x in out] if primitive.multiple_results else self._box(out)
 
     def process_custom_jvp_call(
@@ -303,18 +302,15 @@ class InplaceTrace(_compat.Trace):
                 return functions[0].call_wrapped(*operands)
         operands = self._values(operands)
         avals = [_compat.typeof(x) for x in operands]
-        with _compat.set_current_trace(self.parent_trace):
-            out = primitive.bind_with_trace(
-                self.parent_trace, operands, avals, dict(params, subfuns=functions)
-            )
+        params = dict(params, subfuns=functions)
+        out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
         return [self._box(x) for x in out]
 
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
     ) -> Any:
         operands = self._values(operands)
-        with _compat.set_current_trace(self.parent_trace):
-            out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
+        out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
         return [self._box(x) for x in out]
 
     def stage_value(self, value: Any) -> Any:
@@ -323,8 +319,7 @@ class InplaceTrace(_compat.Trace):
 
     def process_call(self, primitive: Any, fun: Any, operands: Any, params: Any, /) -> Any:
         operands = self._values(operands)
-        with _compat.set_current_trace(self.parent_trace):
-            out = self.parent_trace.process_call(primitive, fun, operands, params)
+        out = self.parent_trace.process_call(primitive, fun, operands, params)
         return [self._box(x) for x in out]
 
     def cur_qdd(self, x: Any) -> Any:
@@ -880,9 +875,15 @@ def _hand_out(trace_: Any, value: Any) -> Any:
     return WritableArray(Buffer(value, trace_.parent_trace, slots.next_age(), activation()))
 
 
+_TRACES_OF_PROGRAMS = (
+    _compat.StagingTrace, _compat.BatchTrace, *_compat.DIFFERENTIATING, InplaceTrace
+)  # fmt: skip
+
+
 def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
-    if not _thread.activations or _thread.quiet:
+    here = _compat.current_trace()
+    if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_PROGRAMS):
         return bind(*operands, **params)
     _thread.quiet += 1
     try:
