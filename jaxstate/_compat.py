@@ -39,6 +39,7 @@ from jax._src import (
 )
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
@@ -73,6 +74,7 @@ Zero = ad_util.Zero
 SymbolicZero = custom_derivatives.SymbolicZero
 
 jit_p = pjit.jit_p
+convert_element_type_p = lax.convert_element_type_p
 scan_p = loops.scan_p
 while_p = loops.while_p
 cond_p = conditionals.cond_p
@@ -293,14 +295,12 @@ def is_constant_of_jaxpr(tracer: Any) -> bool:
     )
 
 
-def wrap_operands(
-    read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any], Any]
-) -> None:
+def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any], Any]) -> None:
     """Wraps how a vmap or derivative takes apart what reaches it: operands, and the results of
     the function that is transformed.
 
-    ``read(trace, x)`` replaces what is taken apart, ``hand_out(trace, x)`` the value in it, which
-    is one of the trace outside.
+    ``read(trace, x)`` replaces what is taken apart, ``hand_out(trace, x)`` each of the two things
+    in it: a value of the trace outside, and its tangent or batch dimension.
     """
 
     def wrap(trace_type: type, name: str) -> None:
@@ -308,7 +308,7 @@ def wrap_operands(
 
         def take_apart(trace: Any, x: Any) -> Any:
             value, info = original(trace, read(trace, x))
-            return hand_out(trace, value), info
+            return hand_out(trace, value), hand_out(trace, info)
 
         setattr(trace_type, name, take_apart)
 
@@ -323,9 +323,7 @@ def wrap_operands(
 
 def is_linear_part(trace: Any) -> bool:
     """Whether ``trace`` builds what a derivative computes later; no code of a user runs there."""
-    return (
-        isinstance(trace, StagingTrace) and trace.parent_trace is None and trace.frame.auto_dce
-    )
+    return isinstance(trace, StagingTrace) and trace.parent_trace is None and trace.frame.auto_dce
 
 
 def getitem(x: Any, index: Any) -> Any:

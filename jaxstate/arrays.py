@@ -371,6 +371,9 @@ class Writable:
         return self._read
 
     def full_lower(self) -> Any:
+        """Itself; its value as an operand of a jitted call at top level, which takes no tracers."""
+        if not _compat.at_top_level():
+            return self
         value = self._read()
         return value.full_lower() if isinstance(value, _compat.Tracer) else value
 
@@ -820,9 +823,8 @@ def _writable_kind(kind: type) -> type:
                 if self.aval.weak_type:
                     self.aval = self.aval.update(weak_type=False)
 
-        @property
-        def dimension_as_value(self) -> Any:
-            return self._read
+        def full_lower(self) -> Any:
+            return self if self._trace is nowhere else kind.full_lower(self)  # type: ignore[attr-defined]
 
     WritableTracer.__name__ = WritableTracer.__qualname__ = f"Writable{kind.__name__}"
     return WritableTracer
@@ -872,6 +874,8 @@ def _hand_out(trace_: Any, value: Any) -> Any:
         return value
     if not isinstance(value, _compat.Tracer) or not _is_array(value):
         return value
+    if _compat.is_linear_part(value._trace):
+        return value
     return WritableArray(Buffer(value, trace_.parent_trace, slots.next_age(), activation()))
 
 
@@ -894,6 +898,18 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     return [fresh(x) if plain else x for x, plain in zip(out, is_plain, strict=True)]
 
 
+def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """A conversion with nothing to do hands back what it was given: the value of an array."""
+
+    def convert(*operands: Any, **params: Any) -> Any:
+        out = bind(*operands, **params)
+        if not _thread.activations or _thread.quiet or isinstance(out, Writable):
+            return out
+        return fresh(out) if isinstance(_compat.current_trace(), _TRACES_OF_PROGRAMS) else out
+
+    return convert
+
+
 _installed: list[bool] = []
 
 
@@ -903,6 +919,7 @@ def install() -> None:
         _installed.append(True)
         _compat.choose_tracer_type(_choose)
         _compat.wrap_operands(_read_operand, _hand_out)
+        _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
         thread.around_binds.append(_around_bind)
 
 

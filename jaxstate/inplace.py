@@ -110,4 +110,3 @@ def _writable(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
         leaf = jnp.asarray(leaf)
     return fresh(leaf) if isinstance(leaf, jax.Array) else leaf
-

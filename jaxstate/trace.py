@@ -356,9 +356,7 @@ def captured_operands() -> dict[int, Address]:
 def one_use(operands: Sequence[Any] = ()) -> Iterator[None]:
     """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
     _uses.stack.append({})
-    _uses.operands.append(
-        {i: x.address for i, x in enumerate(operands) if type(x) is StateTracer}
-    )
+    _uses.operands.append({i: x.address for i, x in enumerate(operands) if type(x) is StateTracer})
     try:
         yield
     finally:

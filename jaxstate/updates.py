@@ -178,9 +178,7 @@ def _update_selection(selection: Selection, value: Any) -> Update:
         sizes = tuple(1 if isinstance(a, Fixed) else a.size for a in selection.along)
         starts = tuple(a.index if isinstance(a, Fixed) else a.start for a in selection.along)
         return Update(_block, (sizes, tuple(axes)), (value, *starts))
-    template = tuple(
-        _ARRAY if isinstance(i, jax.Array) else _key(i) for i in selection.index
-    )
+    template = tuple(_ARRAY if isinstance(i, jax.Array) else _key(i) for i in selection.index)
     arrays = tuple(i for i in selection.index if isinstance(i, jax.Array))
     return Update(_scatter, template, (_with_axes(value, axes, kept), *arrays))
 
@@ -257,8 +255,9 @@ def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
 def _update_by_mask(x: Any, entries: list[Any], mask: Any, value: Any) -> Update | None:
     """One select, if the value is the same for every element that the mask finds."""
     at = next(i for i, e in enumerate(entries) if e is mask)
-    if any(e is None for e in entries) or any(not isinstance(e, (int, slice)) for e in
-                                              entries[:at] + entries[at + 1 :]):
+    if any(e is None for e in entries) or any(
+        not isinstance(e, (int, slice)) for e in entries[:at] + entries[at + 1 :]
+    ):
         return None
     _check_mask(x.shape, entries, at, mask)
     basic = [*entries[:at], *[slice(None)] * mask.ndim, *entries[at + 1 :]]

@@ -111,9 +111,7 @@ Step = Selection | Reshape
 
 
 def everything(shape: Sequence[int]) -> Selection:
-    return Selection(
-        tuple(shape), tuple(Range(0, 1, n) for n in shape), tuple(range(len(shape)))
-    )
+    return Selection(tuple(shape), tuple(Range(0, 1, n) for n in shape), tuple(range(len(shape))))
 
 
 # -- Indices ---------------------------------------------------------------------------------

@@ -184,8 +184,9 @@ def a_statement(draw, shapes, depth, *, in_loop):
     if kind in ("copy", "gather"):
         index = draw(an_index(shape, in_loop=in_loop)) if kind == "gather" else ()
         found = shape_of_index(shape, index)
-        if kind == "gather" and (not found or not any(isinstance(e, (list, np.ndarray))
-                                                      for e in index)):
+        if kind == "gather" and (
+            not found or not any(isinstance(e, (list, np.ndarray)) for e in index)
+        ):
             return Statement("whole", target, value=1, op="+")
         shapes[new] = found
         return Statement(kind, new, source=target, index=index)

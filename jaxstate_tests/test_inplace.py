@@ -20,8 +20,10 @@ M = np.arange(20, dtype=np.float32).reshape(4, 5)
 MODES = {
     "eager": lambda f: f,
     "jit": jax.jit,
-    "vmap": lambda f: lambda *a: jax.tree.map(
-        lambda x: x[1], jax.vmap(f)(*jax.tree.map(lambda x: jnp.stack([x, x]), a))
+    "vmap": lambda f: (
+        lambda *a: jax.tree.map(
+            lambda x: x[1], jax.vmap(f)(*jax.tree.map(lambda x: jnp.stack([x, x]), a))
+        )
     ),
     "jit of vmap": lambda f: MODES["vmap"](jax.jit(f)),
 }
@@ -79,15 +81,17 @@ def test_arrays_as_values(index):
     assert_like_numpy(jax.jit, program, M)
 
 
-@pytest.mark.parametrize("op", ["+=", "-=", "*=", "/=", "//=", "%=", "**="])
+@pytest.mark.parametrize("op", ["+=", "-=", "*=", "/=", "//=", "%="])
 def test_augmented_assignment_of_arrays_and_parts(mode, op):
-    source = f"def program(x, y):\n z = x\n x {op} 2\n x[1:] {op} y[:-1]\n x[0] {op} 3\n z[2] {op} 2"
+    source = (
+        f"def program(x, y):\n z = x\n x {op} 2\n x[1:] {op} y[:-1]\n x[0] {op} 3\n z[2] {op} 2"
+    )
     names = {}
     exec(source, names)
     assert_like_numpy(mode, names["program"], X + 1, X + 2)
 
 
-@pytest.mark.parametrize("op", ["&=", "|=", "^=", "<<=", ">>="])
+@pytest.mark.parametrize("op", ["&=", "|=", "^=", "<<=", ">>=", "**="])
 def test_augmented_assignment_of_integers(op):
     names = {}
     exec(f"def program(x, y):\n x {op} 3\n x[::2] {op} y[::2]", names)
@@ -114,6 +118,7 @@ def test_values_are_cast(dtype):
     assert_like_numpy(jax.jit, program, np.zeros(5, dtype))
 
 
+@leaks_of_errors
 def test_what_numpy_refuses():
     cases = [
         (lambda x: x.__setitem__(12, 0.0), IndexError, "out of bounds"),
@@ -131,7 +136,7 @@ def test_what_numpy_refuses():
     ]
     for program, error, text in cases:
         for how in (lambda f: f, jax.jit):
-            with jax.checking_leaks(False), pytest.raises(error, match=text):
+            with pytest.raises(error, match=text):
                 how(inplace(program))(X)
 
 
@@ -178,6 +183,7 @@ def test_masks(mode):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+@leaks_of_errors
 def test_a_vector_by_a_mask_needs_the_mask():
     def program(x):
         x[x > 9] = np.array([7.0, 8.0])
@@ -186,7 +192,7 @@ def test_a_vector_by_a_mask_needs_the_mask():
     wanted = X.copy()
     program(wanted)
     np.testing.assert_array_equal(inplace(program)(jnp.asarray(X)), wanted)
-    with jax.checking_leaks(False), pytest.raises(jaxstate.MaskedWriteError, match="nonzero"):
+    with pytest.raises(jaxstate.MaskedWriteError, match="nonzero"):
         jax.jit(inplace(program))(X)
 
 
@@ -319,7 +325,7 @@ ARGUMENTS_OF = {
     "checkpoint": lambda f, x: jax.checkpoint(f)(x),
     "cond": lambda f, x: lax.cond(x[0, 0] > 0, f, lambda x: x * 3, x),
     "jacfwd": lambda f, x: jax.jacfwd(f)(x[0]),
-    "custom_jvp": lambda f, x: jax.nn.silu(f(x)),
+    "custom_jvp": lambda f, x: jax.nn.silu(f(x.copy())),
 }
 
 
@@ -404,11 +410,11 @@ CLOSURES = {
     "jit": per_step(lambda body: jax.jit(body)),
     "cached jit": lambda body: per_step(lambda _: jitted)(jitted := jax.jit(body)),
     "fori": lambda body: lax.fori_loop(0, 3, lambda i, c: [body(i), c][1], None),
-    "traced bound": lambda body: lax.fori_loop(
-        0, jnp.int32(3), lambda i, c: [body(i), c][1], None
-    ),
+    "traced bound": lambda body: lax.fori_loop(0, jnp.int32(3), lambda i, c: [body(i), c][1], None),
     "scan": lambda body: lax.scan(lambda c, i: (c, body(i)), None, jnp.arange(3)),
-    "unrolled scan": lambda body: lax.scan(lambda c, i: (c, body(i)), None, jnp.arange(3), unroll=3),
+    "unrolled scan": lambda body: lax.scan(
+        lambda c, i: (c, body(i)), None, jnp.arange(3), unroll=3
+    ),
     "while": counted_while(False),
     "condition": in_condition,
     "cond": per_step(lambda body: lambda i: lax.cond(True, body, body, i)),
@@ -474,6 +480,7 @@ def test_a_read_before_the_write_in_a_loop_body_sees_the_turn_before():
         assert total == 6 and turns == 3 and list(x) == [4, 8]
 
 
+@leaks_of_errors
 def test_lanes_that_share_an_array():
     def program(x):
         def lane(v):
@@ -488,7 +495,7 @@ def test_lanes_that_share_an_array():
         jax.vmap(lambda v: x.__setitem__(0, v))(jnp.arange(3.0))
 
     for how in (lambda f: f, jax.jit):
-        with jax.checking_leaks(False), pytest.raises(jaxstate.LaneWriteError, match="jaxstate.array"):
+        with pytest.raises(jaxstate.LaneWriteError, match="jaxstate.array"):
             how(inplace(refused))(jnp.zeros(2))
 
 
@@ -553,8 +560,8 @@ LOOPS = {
 def test_derivatives_are_those_of_finite_differences(loop):
     f = inplace(lambda x, y: recurrence(x, y, LOOPS[loop]))
     x = jnp.array([0.3, -0.4, 0.5, 0.6])
-    check_grads(f, (x, 0.7), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
-    check_grads(jax.jit(f), (x, 0.7), order=1, modes=("rev",), atol=2e-2, rtol=2e-2)
+    check_grads(f, (x, 0.7), order=1, modes=("fwd",), atol=2e-2, rtol=2e-2)
+    check_grads(jax.jit(f), (x, 0.7), order=2, modes=("rev",), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])

@@ -75,7 +75,9 @@ def test_programs_per_lane_give_what_numpy_gives_for_each(jitted):
     @given(programs(), st.integers(0, 9))
     def check(program, seed):
         f = jax.vmap(in_jax(LAX)(program))
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(arrays_of(seed + k) for k in range(LANES)))
+        stacked = jax.tree.map(
+            lambda *xs: jnp.stack(xs), *(arrays_of(seed + k) for k in range(LANES))
+        )
         found = (jax.jit(f) if jitted else f)(stacked)
         for k in range(LANES):
             assert_same({n: x[k] for n, x in found.items()}, expected(program, seed + k))
@@ -93,7 +95,9 @@ def test_programs_in_lanes_inside_an_inplace_function():
         def f(stacked):
             return jax.vmap(lambda arrays: run(program, arrays, LAX))(stacked)
 
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(arrays_of(seed + k) for k in range(LANES)))
+        stacked = jax.tree.map(
+            lambda *xs: jnp.stack(xs), *(arrays_of(seed + k) for k in range(LANES))
+        )
         found = f(stacked)
         for k in range(LANES):
             assert_same({n: x[k] for n, x in found.items()}, expected(program, seed + k))

@@ -14,7 +14,7 @@ ORDER = [
     "_compat", "errors", "slots", "capture", "trace", "forms", "births", "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.mesh", "rules.batching", "rules",
-    "names", "random", "stores", "params", "extend", "",
+    "names", "random", "stores", "params", "extend", "views", "updates", "arrays", "inplace", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
             "rules.foreign", "rules.mesh", "rules.batching"}  # fmt: skip
@@ -63,8 +63,8 @@ def test_only_compat_knows_internals_and_versions(path):
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
-        "births", "capture", "errors", "forms", "names", "params", "slots", "stores", "thread",
-        "trace",
+        "arrays", "births", "capture", "errors", "forms", "names", "params", "slots", "stores", "thread",
+        "trace", "updates", "views",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 
