@@ -2,8 +2,8 @@
 
 A *buffer* is what a writable array and its views share: the current value, and the trace under
 which the array was born, its home. Code that runs at home sees the value directly. Code further in
-(a jitted function, a loop body, lanes ...) reaches it as a slot (`jaxstate.trace`), which the buffer
-becomes the first time that happens.
+(a jitted function, a loop body, lanes ...) reaches it as a slot (`jaxstate.trace`), which the
+buffer becomes the first time that happens.
 
 What a program holds is never what JAX holds: when a writable array is an operand, JAX canonicalizes
 it, and gets the value that the array has at that moment. So a later write changes nothing that was
@@ -11,9 +11,9 @@ computed before, residuals of derivatives included.
 
 There are two kinds, with the same methods (`Writable`):
 
-* `WritableArray`, a tracer of jaxstate's own: arguments and results of the outermost function, views,
-  and what `array` makes.
-* Subclasses of JAX's own tracers. While an in-place function runs, the tracers that JAX makes are made
+* `WritableArray`, a tracer of jaxstate's own: arguments and results of the outermost function,
+  views, and what `array` makes.
+* Subclasses of JAX's own tracers. While an in-place function runs, the tracers that JAX makes are
   of these types, so that arguments and intermediate values of every loop body can be written too.
 """
 
@@ -35,7 +35,7 @@ from jaxstate.capture import nowhere
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 from jaxstate.extend import Slot, SlotAddress
 from jaxstate.slots import Address, Holder, Lane
-from jaxstate.updates import Update, update_at, update_through
+from jaxstate.updates import Update, update_at
 
 __all__ = ["Activation", "Writable", "WritableArray", "fresh", "snapshot"]
 
@@ -613,7 +613,7 @@ class Writable:
     def resize(self, *args: Any, **kwargs: Any) -> None:
         raise SlotTypeError(
             message(
-                f"A writable array has one shape, here {self.shape}, and cannot be resized in place.",
+                f"A writable array has one shape, {self.shape}, and cannot be resized in place.",
                 fix="""
                 y = jnp.resize(x, new_shape)        # a new array
                 """,

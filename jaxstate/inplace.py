@@ -35,7 +35,8 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
     """Makes a function in which arrays can be written, as in NumPy.
 
     Inside, ``x[i] = y``, ``x[a:b] += y``, ``x.sort()`` and the like work on every array: on
-    arguments, on results of `jax.numpy`, on what loop bodies and jitted functions are given or make.
+    arguments, on results of `jax.numpy`, on what loop bodies and jitted functions are given or
+    make.
     Slices, transposes and reshapes are views. A write is seen by every later read, also if it
     happens inside ``jit``, ``scan``, ``cond``, ``grad`` ... and the array is reached by closure.
 
@@ -72,7 +73,7 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
         here = outside if is_staged else InplaceTrace(outside, call)
         with activated(call), _compat.set_current_trace(here):
             inner_args, inner_kwargs = jax.tree.map(_writable, values)
-            results = fun(*inner_args, **inner_kwargs)
+            results = fun(*inner_args, **inner_kwargs)  # pyright: ignore[reportCallIssue]
             results = jax.tree.map(snapshot, results)
         return jax.tree.map(_writable, results) if activation() else results
 

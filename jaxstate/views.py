@@ -143,13 +143,14 @@ def _as_array_or_scalar(entry: Any) -> Any:
         if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(entry)):
             return jax.numpy.asarray(entry)
         entry = np.asarray(entry, dtype=None if len(entry) else int)
-    if isinstance(entry, np.generic) and not isinstance(entry, np.bool_):
-        return operator.index(entry)
+    if isinstance(entry, np.integer):
+        return int(entry)
     if isinstance(entry, (bool, np.bool_)):
         return np.asarray(entry)
     if entry is None or entry is Ellipsis or isinstance(entry, (int, slice)):
         return entry
-    if _compat.is_array_like(entry) and (is_mask(entry) or np.issubdtype(entry.dtype, np.integer)):
+    dtype = getattr(entry, "dtype", None)
+    if isinstance(dtype, np.dtype) and (dtype == np.bool_ or np.issubdtype(dtype, np.integer)):
         return entry
     raise IndexError(
         "only integers, slices (`:`), ellipsis (`...`), None and integer or boolean arrays are"

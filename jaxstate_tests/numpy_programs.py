@@ -1,7 +1,7 @@
 """Random NumPy programs: several arrays, views of views, chained writes and reads, loops, branches.
 
 A program is a list of statements, made together with the shapes it needs. `run` executes it with
-NumPy, or with JAX inside an in-place function, where its blocks are loops and branches of `jax.lax`.
+NumPy, or with JAX inside an in-place function, where its blocks are those of `jax.lax`.
 Numbers are integers, so that results are compared exactly.
 """
 

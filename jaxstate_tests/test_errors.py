@@ -267,7 +267,8 @@ def mended_vector_by_traced_mask():
 
 
 CATALOGUE = [
-    (errors.MaskedWriteError, vector_by_traced_mask, mended_vector_by_traced_mask, "shape \\(3,\\)"),
+    (errors.MaskedWriteError, vector_by_traced_mask, mended_vector_by_traced_mask,
+     "shape \\(3,\\)"),
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
     (errors.ClosedStateError, closed_stream, mended_closed_stream, "after its 'with' block ended"),

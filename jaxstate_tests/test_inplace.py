@@ -495,7 +495,7 @@ def test_lanes_that_share_an_array():
         jax.vmap(lambda v: x.__setitem__(0, v))(jnp.arange(3.0))
 
     for how in (lambda f: f, jax.jit):
-        with pytest.raises(jaxstate.LaneWriteError, match="jaxstate.array"):
+        with pytest.raises(jaxstate.LaneWriteError, match="an array per lane"):
             how(inplace(refused))(jnp.zeros(2))
 
 
@@ -560,8 +560,9 @@ LOOPS = {
 def test_derivatives_are_those_of_finite_differences(loop):
     f = inplace(lambda x, y: recurrence(x, y, LOOPS[loop]))
     x = jnp.array([0.3, -0.4, 0.5, 0.6])
-    check_grads(f, (x, 0.7), order=1, modes=("fwd",), atol=2e-2, rtol=2e-2)
-    check_grads(jax.jit(f), (x, 0.7), order=2, modes=("rev",), atol=2e-2, rtol=2e-2)
+    check_grads(f, (x, 0.7), order=1, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+    order = 2 if loop in ("fori", "cond") else 1
+    check_grads(jax.jit(f), (x, 0.7), order=order, modes=("rev",), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])

@@ -63,8 +63,8 @@ def test_only_compat_knows_internals_and_versions(path):
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
-        "arrays", "births", "capture", "errors", "forms", "names", "params", "slots", "stores", "thread",
-        "trace", "updates", "views",
+        "arrays", "births", "capture", "errors", "forms", "names", "params", "slots", "stores",
+        "thread", "trace", "updates", "views",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 
