@@ -336,9 +336,13 @@ def has_numpy_copy(x: Any) -> bool:
     return getattr(x, "_npy_value", None) is not None
 
 
-def reference_count(x: Any) -> int:
-    """How many references there are to ``x``, this call's own not among them."""
-    return sys.getrefcount(x) - 2
+def is_only_reference(held: list[Any]) -> bool:
+    """Whether the list has the only reference to its one element.
+
+    How many references the interpreter itself holds is measured, on an element that is alone.
+    """
+    alone = [object()]
+    return sys.getrefcount(held[0]) == sys.getrefcount(alone[0])
 
 
 _jax_package = os.path.dirname(jax.__file__) + os.sep

@@ -547,17 +547,18 @@ class Writable:
         with _quiet():
             write = update(base)
             if home and buffer.slot is None and _is_computed(base):
+                held = [base]
+                del base
                 buffer.value = None
-                into_x = buffer.is_own and _has_no_other_user(base)
+                into_x = buffer.is_own and _is_unused(held)
                 try:
-                    base = write.compiled(base, into_x=into_x)
+                    new = write.compiled(held[0], into_x=into_x)
                 finally:
-                    buffer.value = base
+                    buffer.value = held[0]
             else:
-                base = _compat.canonicalize(write(_strong(base)))
-        owned = _is_computed(base)
-        buffer.write(base)
-        buffer.is_own = owned
+                new = _compat.canonicalize(write(_strong(base)))
+        buffer.write(new)
+        buffer.is_own = _is_computed(new)
 
     def _detach(self) -> None:
         """From the first write on, JAX must not take the tracer for what it was."""
@@ -693,9 +694,9 @@ def _is_computed(value: Any) -> bool:
     return isinstance(value, jax.Array) and not isinstance(value, _compat.Tracer)
 
 
-def _has_no_other_user(value: Any) -> bool:
-    """Whether only the caller (of the caller ...) has the array: two frames and the argument."""
-    return _compat.reference_count(value) <= 4 and not _compat.has_numpy_copy(value)
+def _is_unused(held: list[Any]) -> bool:
+    """Whether nothing but the list ``held`` has the array in it."""
+    return _compat.is_only_reference(held) and not _compat.has_numpy_copy(held[0])
 
 
 # Augmented assignment: x += y and the like.

@@ -50,6 +50,7 @@ class Update(NamedTuple):
 
     def compiled(self, x: Any, *, into_x: bool) -> Any:
         """The same, as one program; ``into_x`` gives the memory of ``x`` to the result."""
+        into_x = into_x and self.run not in (_nothing, _replace)
         return _program(self.run, self.static, into_x)(x, *self.operands)
 
 

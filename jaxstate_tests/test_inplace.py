@@ -640,6 +640,44 @@ def test_arguments_and_results_are_snapshots(mode):
     np.testing.assert_array_equal(numpy_argument, X)
 
 
+def test_eager_writes_spare_what_others_hold():
+    """Writes in the memory of the array, after something else has got hold of its value."""
+
+    @inplace
+    def add_one(z):
+        z[0] += 1
+        return z
+
+    holders = {
+        "copy": lambda x: x.copy(),
+        "view": lambda x: x[1:].copy(),
+        "tuple": lambda x: (x + 0, x.copy())[1],
+        "numpy": np.asarray,
+        "device_put": jax.device_put,
+        "jit": jax.jit(lambda x: x),
+        "inplace": add_one,
+        "block": lambda x: x.block_until_ready().copy(),
+        "vjp": lambda x: jax.vjp(lambda y: y * x, x)[1](jnp.ones(5))[0] / 2,
+    }
+
+    for name, hold in holders.items():
+
+        @inplace
+        def program(x, hold=hold):
+            x[0] = 10.0
+            x[1] = 11.0  # in the memory of x
+            held = hold(x)
+            before = np.array(held)
+            x[2] = 12.0
+            x[1:] += 1
+            x[3] = 13.0
+            return before, jnp.asarray(held), x
+
+        before, held, x = program(jnp.arange(5.0))
+        np.testing.assert_array_equal(before, held, err_msg=name)
+        assert list(x) == [10, 12, 13, 13, 5]
+
+
 def test_nested_functions_copy_in_and_out(mode):
     @inplace
     def inner(x):
