@@ -466,7 +466,9 @@ class Writable:
         return (self[i] for i in range(self.shape[0]))
 
     def _view(self, steps: tuple[views.Step, ...]) -> WritableArray:
-        return WritableArray(self._own_buffer(), steps, self.aval)
+        buffer = self._own_buffer()
+        self._detach()  # a write may come through the view
+        return WritableArray(buffer, steps, self.aval)
 
     @property
     def T(self) -> Any:

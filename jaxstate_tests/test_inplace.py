@@ -358,6 +358,23 @@ def test_arguments_and_results_of_transformations(transform, jitted):
     assert not change.any()
 
 
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("transform", ARGUMENTS_OF)
+def test_arguments_are_written_through_views(transform, jitted):
+    def written(r):
+        view = r[..., :1]
+        view.T[...] = 3.0 + r[..., 1:2].T
+        return r
+
+    def by_hand(r):
+        return r.at[..., 0].set(3.0 + r[..., 1])
+
+    f = inplace(lambda x: ARGUMENTS_OF[transform](written, x))
+    found = (jax.jit(f) if jitted else f)(jnp.asarray(M))
+    wanted = ARGUMENTS_OF[transform](by_hand, jnp.asarray(M))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+
+
 # -- Closure ---------------------------------------------------------------------------------
 
 
