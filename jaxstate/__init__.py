@@ -9,6 +9,7 @@ from jaxstate.errors import (
     DeviceWriteError,
     InitializerDataError,
     LaneWriteError,
+    MaskedWriteError,
     MissingParameterError,
     MissingStoreError,
     MissingStreamError,
@@ -29,6 +30,7 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
+from jaxstate.inplace import array, inplace
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.sow import plant, reap, sow
@@ -44,6 +46,7 @@ __all__ = [
     "DeviceWriteError",
     "InitializerDataError",
     "LaneWriteError",
+    "MaskedWriteError",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -66,7 +69,9 @@ __all__ = [
     "Variable",
     "VariableConflictError",
     "VariableMismatchError",
+    "array",
     "extend",
+    "inplace",
     "next_key",
     "param",
     "parametrized",

@@ -15,7 +15,8 @@ ORDER = [
     "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels", "rules",
-    "stateful", "extend", "names", "random", "entries", "stores", "params", "variables", "sow", "",
+    "stateful", "extend", "names", "random", "entries", "stores", "params", "variables", "sow",
+    "views", "updates", "arrays", "inplace", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
             "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels"}  # fmt: skip
@@ -64,8 +65,8 @@ def test_only_compat_knows_internals_and_versions(path):
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
-        "births", "capture", "entries", "errors", "forms", "handles", "names", "params", "slots",
-        "sown", "stateful", "stores", "thread", "trace", "variables",
+        "arrays", "births", "capture", "entries", "errors", "forms", "handles", "names", "params",
+        "slots", "sown", "stateful", "stores", "thread", "trace", "updates", "variables", "views",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 
