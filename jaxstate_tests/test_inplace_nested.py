@@ -269,3 +269,29 @@ def test_branches_that_only_write(jitted):
     assert g(X, False).tolist() == [2, 2, 2, 2]
     both = jax.vmap(g, (None, 0))(X, jnp.array([True, False]))
     assert both.tolist() == [[6, 1, 1, 1], [2, 2, 2, 2]]
+
+
+# -- Jitted functions inside of bodies, on arrays that were written ---------------------------
+
+
+@EITHER_WAY
+def test_gradient_of_a_checkpoint_that_writes(jitted):
+    @jaxstate.inplace
+    def f(x):
+        n = jnp.zeros(2)
+
+        @jax.checkpoint
+        def g(x):
+            n[0] += x[1]
+            x[0] = n[0] * n[0]
+            return jnp.sin(x).sum() + jnp.where(x > 0, x, n[0]).sum()
+
+        return g(x) + n[0]
+
+    def functional(x):
+        n = x[1]
+        x = x.at[0].set(n * n)
+        return jnp.sin(x).sum() + jnp.where(x > 0, x, n).sum() + n
+
+    grad = jax.grad(f)
+    assert_close((jax.jit(grad) if jitted else grad)(X + 1), jax.grad(functional)(X + 1))
