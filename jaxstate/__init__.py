@@ -10,6 +10,7 @@ from jaxstate.errors import (
     DeviceWriteError,
     InitializerDataError,
     LaneWriteError,
+    MaskedWriteError,
     MissingParameterError,
     MissingStoreError,
     MissingStreamError,
@@ -33,6 +34,7 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
+from jaxstate.inplace import array, inplace
 from jaxstate.mutate import mutate
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
@@ -53,6 +55,7 @@ __all__ = [
     "DeviceWriteError",
     "InitializerDataError",
     "LaneWriteError",
+    "MaskedWriteError",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -83,7 +86,9 @@ __all__ = [
     "Variable",
     "VariableConflictError",
     "VariableMismatchError",
+    "array",
     "extend",
+    "inplace",
     "mutate",
     "next_key",
     "param",

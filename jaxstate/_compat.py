@@ -13,6 +13,7 @@ did), and scan describes its operands with trees. Both came with the module ``fl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -70,6 +71,7 @@ set_current_trace = core.set_current_trace
 eval_trace = core.eval_trace
 
 StagingTrace = pe.DynamicJaxprTrace
+StagingTracer = pe.DynamicJaxprTracer
 JVPTrace = ad.JVPTrace
 JVPTracer = ad.JVPTracer
 LinearizeTrace = ad.LinearizeTrace
@@ -81,6 +83,7 @@ Zero = ad_util.Zero
 SymbolicZero = custom_derivatives.SymbolicZero
 
 jit_p = pjit.jit_p
+convert_element_type_p = lax.convert_element_type_p
 scan_p = loops.scan_p
 while_p = loops.while_p
 cond_p = conditionals.cond_p
@@ -337,6 +340,105 @@ def _code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
 _jacfwd_code = frozenset(_code_objects(inspect.unwrap(api.jacfwd).__code__))
 
 
+# -- Tracers that can be written -------------------------------------------------------------
+
+# The tracers that a Python function can meet as arguments or results inside a transformation.
+TRACER_KINDS = (pe.DynamicJaxprTracer, BatchTracer, JVPTracer, LinearizeTracer)
+
+
+def choose_tracer_type(choose: Callable[[type, Any], type]) -> None:
+    """Lets ``choose(kind, trace)`` name a subclass for every tracer that JAX makes from now on."""
+
+    def wrap(kind: type) -> None:
+        new = kind.__new__
+
+        def choosing(cls: type, *args: Any, **kwargs: Any) -> Any:
+            return new(choose(cls, args[0]) if cls is kind and args else cls)
+
+        kind.__new__ = choosing  # type: ignore[method-assign]
+
+    for kind in TRACER_KINDS:
+        wrap(kind)
+
+
+def plain_copy(tracer: Any, kind: type) -> Any:
+    """A tracer of JAX's own type ``kind`` with the contents of ``tracer``."""
+    copy = object.__new__(kind)
+    for cls in kind.__mro__:
+        for name in cls.__dict__.get("__slots__", ()):
+            if name != "__weakref__":
+                with contextlib.suppress(AttributeError):  # not every kind fills all its slots
+                    setattr(copy, name, object.__getattribute__(tracer, name))
+    return copy
+
+
+def is_constant_of_jaxpr(tracer: Any) -> bool:
+    """Whether a tracer stands for a constant, which the jaxpr forgets when the tracer is gone."""
+    return (
+        isinstance(tracer, pe.DynamicJaxprTracer)
+        and isinstance(tracer.val, Var)
+        and tracer.val in tracer._trace.frame.constvar_to_val
+    )
+
+
+def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any], Any]) -> None:
+    """Wraps how a vmap or derivative takes apart what reaches it: operands, and the results of
+    the function that is transformed.
+
+    ``read(trace, x)`` replaces what is taken apart, ``hand_out(trace, x)`` each of the two things
+    in it: a value of the trace outside, and its tangent or batch dimension.
+    """
+
+    def wrap(trace_type: type, name: str) -> None:
+        original = getattr(trace_type, name)
+
+        def take_apart(trace: Any, x: Any) -> Any:
+            value, info = original(trace, read(trace, x))
+            return hand_out(trace, value), hand_out(trace, info)
+
+        setattr(trace_type, name, take_apart)
+
+    wrap(BatchTrace, "to_batch_info")
+    wrap(JVPTrace, "to_primal_tangent_pair")
+    wrap(LinearizeTrace, "to_primal_tangent_pair")
+
+    # The trace under which the rule of a `custom_jvp` function runs.
+    to_jaxpr_tracer = pe.JaxprTrace.to_jaxpr_tracer
+    pe.JaxprTrace.to_jaxpr_tracer = lambda trace, x: to_jaxpr_tracer(trace, read(trace, x))
+
+
+def is_linear_part(trace: Any) -> bool:
+    """Whether ``trace`` builds what a derivative computes later; no code of a user runs there."""
+    return isinstance(trace, StagingTrace) and trace.parent_trace is None and trace.frame.auto_dce
+
+
+def getitem(x: Any, index: Any) -> Any:
+    """``x[index]`` as JAX defines it."""
+    return Tracer.__getitem__(x, index) if isinstance(x, Tracer) else x[index]
+
+
+def has_numpy_copy(x: Any) -> bool:
+    """Whether NumPy code may hold the memory of the array."""
+    return getattr(x, "_npy_value", None) is not None
+
+
+def is_only_reference(held: list[Any]) -> bool:
+    """Whether the list has the only reference to its one element.
+
+    How many references the interpreter itself holds is measured, on an element that is alone.
+    """
+    alone = [object()]
+    return sys.getrefcount(held[0]) == sys.getrefcount(alone[0])
+
+
+_jax_package = os.path.dirname(jax.__file__) + os.sep
+
+
+def is_called_by_jax(depth: int) -> bool:
+    """Whether the frame ``depth`` above the caller's is code of JAX itself."""
+    return sys._getframe(depth + 1).f_code.co_filename.startswith(_jax_package)
+
+
 # -- Jaxprs under construction ---------------------------------------------------------------
 
 
@@ -526,8 +628,8 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
 def scan_params_with(
     params: dict[str, Any], consts: int, carry: int, xs: int = 0, ys: int = 0
 ) -> dict[str, Any]:
-    """``params`` for ``consts`` more constants and ``carry`` more carried values in front, and
-    ``xs`` more inputs and ``ys`` more outputs per step behind the others."""
+    """``params`` for ``consts`` more constants (or fewer) and ``carry`` more carried values in
+    front, and ``xs`` more inputs and ``ys`` more outputs per step behind the others."""
     if "num_consts" in params:
         return dict(
             params, num_consts=params["num_consts"] + consts, num_carry=params["num_carry"] + carry
@@ -540,7 +642,7 @@ def scan_params_with(
         params,
         ft_in=pack(
             (
-                pack((nones(consts), old_consts)),
+                nones(consts + len(old_consts)),
                 pack((nones(carry), old_carry)),
                 pack((old_xs, nones(xs))),
             )

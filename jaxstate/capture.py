@@ -23,7 +23,7 @@ __all__ = ["CapturedOperand", "StateTracer"]
 
 
 class _Nowhere(_compat.Trace):
-    """The trace of every `StateTracer`: always valid, never current."""
+    """The trace of tracers that are no values: always valid, never current."""
 
     parent_trace = None
 
@@ -31,7 +31,7 @@ class _Nowhere(_compat.Trace):
         raise AssertionError("a StateTracer is resolved before it reaches a trace")
 
 
-_nowhere = _Nowhere()
+nowhere = _Nowhere()
 
 
 class StateTracer(_compat.Tracer):
@@ -40,7 +40,7 @@ class StateTracer(_compat.Tracer):
     __slots__ = ("address",)
 
     def __init__(self, address: Address, aval: Any) -> None:
-        super().__init__(_nowhere, aval)
+        super().__init__(nowhere, aval)
         self.address = address
 
     def __repr__(self) -> str:

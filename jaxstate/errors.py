@@ -19,6 +19,7 @@ __all__ = [
     "DeviceWriteError",
     "InitializerDataError",
     "LaneWriteError",
+    "MaskedWriteError",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -106,6 +107,10 @@ class LaneWriteError(StateError):
 
 class DeviceWriteError(StateError):
     """Devices of a ``shard_map`` wrote different values into one slot they share."""
+
+
+class MaskedWriteError(StateError, IndexError):
+    """A write by a mask needs the number of elements that the mask finds, and it is traced."""
 
 
 class SlotTypeError(StateError):

@@ -116,7 +116,7 @@ def _a_key(make: Callable[[int], Any]) -> jax.ShapeDtypeStruct:
 
 def strong(value: Any) -> Any:
     """The value as an array whose dtype no Python scalar can change."""
-    value = jnp.asarray(value)
+    value = _compat.resolved(jnp.asarray(value))
     if not getattr(_compat.typeof(value), "weak_type", False):
         return value
     return jax.lax.convert_element_type(value, value.dtype)

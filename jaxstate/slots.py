@@ -131,6 +131,11 @@ class Cell:
 _ages = itertools.count()
 
 
+def next_age() -> int:
+    """A number that is larger the later it is taken."""
+    return next(_ages)
+
+
 class Holder:
     """Something open that answers for cells."""
 
@@ -144,7 +149,7 @@ class Holder:
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
         self.extra: dict[Any, Any] = {}  # what clients note, by their own keys
-        self.age = next(_ages)
+        self.age = next_age()
 
     def knows(self, address: Address) -> bool:
         """Whether the address is one of this holder's."""

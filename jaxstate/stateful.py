@@ -38,7 +38,7 @@ from jaxstate.forms import strong
 from jaxstate.handles import Slot, new_slot
 from jaxstate.slots import Cell
 from jaxstate.thread import has_rule
-from jaxstate.trace import read, read_p, same_trace, state_effect, write
+from jaxstate.trace import read, read_p, recaptured, same_trace, state_effect, write
 
 __all__ = ["StatefulTrace", "current_trace", "new_trace"]
 
@@ -296,11 +296,17 @@ def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
     def called(self: StatefulTrace, primitive: Any, /, *args: Any, **params: Any) -> Any:
         with _compat.set_current_trace(self.parent_trace):
             if takes_operations and has_rule(primitive):
-                return self.process_higher_order(primitive, *args)
+                return self.process_higher_order(primitive, *_with_captures(*args))
             return method(self, primitive, *args, **params)
 
     called._runs_under_the_parent = True  # type: ignore[attr-defined]
     return called
+
+
+def _with_captures(args: Any, params: Any) -> tuple[Any, Any]:
+    """The rule of a loop has to know which operands are slots that the loop writes."""
+    has_state = any(state_effect in jaxpr.effects for jaxpr in _compat.jaxprs_in(params))
+    return (recaptured(args) if has_state else args), params
 
 
 class _Inside(NamedTuple):
@@ -470,7 +476,7 @@ class _Entry:
     def store(cls, shared: _Shared, state: Any, before: _Entry | None = None) -> _Entry:
         """Puts a state into slots: all of it that is not there since ``before``."""
         leaves, tree = jax.tree.flatten(state)
-        leaves = [_strong(x) if _is_array(x) else _Static(x) for x in leaves]
+        leaves = [_strong(_compat.resolved(x)) if _is_array(x) else _Static(x) for x in leaves]
         kinds = tuple(x if isinstance(x, _Static) else _slot_type(x) for x in leaves)
         _check_hashable(kinds)
         entry = cls(shared, _Form(tree, kinds))

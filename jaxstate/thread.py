@@ -164,6 +164,8 @@ class Thread(NamedTuple):
       lasts: slots to come in, behind the other inputs.
       outs: slots that only go out, behind the other outputs.
       once: whether the primitive runs the jaxpr once, or not at all.
+      captures: (input, slot) pairs for the inputs that are captures of ``writes``, seen before the
+        first write: what comes in for the slot takes their place. They are counted in ``at``.
     """
 
     reads: Addresses
@@ -174,6 +176,7 @@ class Thread(NamedTuple):
     lasts: Addresses = ()
     outs: Addresses = ()
     once: bool = False
+    captures: tuple[tuple[int, Address], ...] = ()
 
 
 def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
@@ -198,7 +201,8 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     addresses = how.reads + how.writes + how.lasts
     incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
-    renamed: dict[Any, Any] = {}
+    inputs = list(_compat.invars(jaxpr))
+    renamed: dict[Any, Any] = {inputs[i]: incoming[a] for i, a in how.captures}
     eqns = []
 
     def rename(atom: Any) -> Any:
@@ -217,8 +221,10 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     reads = [incoming[a] for a in how.reads]
     writes = [incoming[a] for a in how.writes]
     lasts = [incoming[a] for a in how.lasts]
-    invars, outvars = list(_compat.invars(jaxpr)), [rename(v) for v in _compat.outvars(jaxpr)]
-    invars = [*reads, *invars[: how.at], *writes, *invars[how.at :], *lasts]
+    outvars = [rename(v) for v in _compat.outvars(jaxpr)]
+    captured = {inputs[i] for i, _ in how.captures}
+    invars = [*reads, *inputs[: how.at], *writes, *inputs[how.at :], *lasts]
+    invars = [v for v in invars if v not in captured]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
         outvars[out_at:out_at] = [current[a] for a in how.writes]
@@ -310,11 +316,17 @@ def has_rule(primitive: Any) -> bool:
     return primitive in _rules
 
 
+# What a client does around the bind of every primitive that has a rule: `arrays` lets it be.
+around_binds: list[Callable[..., Any]] = []
+
+
 def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
-        with one_use():
+        with one_use(args):
+            for around in around_binds:
+                return around(bind, args, params)
             return bind(*args, **params)
 
     return one_bind

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -300,6 +300,7 @@ def _write_at(
 ) -> Any:
     """Writes a value that ``levels[i]`` holds, lowers it for the traces outside, and returns what
     is stored at the end of the way."""
+    value = _compat.canonicalize(value)
     if i == len(levels):
         if base is None:
             holder.cell(address).value = value
@@ -417,6 +418,7 @@ def _put_together(kept: _Kept, levels: list[Any]) -> Any:
 class _Uses(threading.local):
     def __init__(self) -> None:
         self.stack: list[dict[Any, Any]] = []
+        self.operands: list[dict[int, Address]] = []
 
 
 _uses = _Uses()
@@ -427,14 +429,35 @@ def current_use() -> dict[Any, Any] | None:
     return _uses.stack[-1] if _uses.stack else None
 
 
+def captured_operands() -> dict[int, Address]:
+    """Which operands of the bind that a rule stands for are captures, and of which slots."""
+    return _uses.operands[-1] if _uses.operands else {}
+
+
+def _is_capture(operand: Any) -> bool:
+    return type(operand) in (StateTracer, CapturedOperand)
+
+
+def recaptured(operands: Sequence[Any]) -> list[Any]:
+    """The operands of the bind in progress with its captures as captures, to be bound again."""
+    captured = captured_operands()
+    return [
+        StateTracer(captured[i], _compat.typeof(x)) if i in captured else x
+        for i, x in enumerate(operands)
+    ]
+
+
 @contextmanager
-def one_use() -> Iterator[None]:
+def one_use(operands: Sequence[Any] = ()) -> Iterator[None]:
     """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
     _uses.stack.append({})
+    tracers = ((i, getattr(x, "tracer", x)) for i, x in enumerate(operands) if _is_capture(x))
+    _uses.operands.append({i: tracer.address for i, tracer in tracers})
     try:
         yield
     finally:
         _uses.stack.pop()
+        _uses.operands.pop()
 
 
 # -- Inside a jaxpr under construction -------------------------------------------------------

@@ -506,6 +506,24 @@ def mended_planted():
     assert planted(jnp.arange(9.0).reshape(3, 3), times=3).tolist() == [6.0, 7.0, 8.0]
 
 
+@jaxstate.inplace
+def write_by_mask(x):
+    x[x > 0] = jnp.ones(2)
+
+
+@jaxstate.inplace
+def mended_write_by_mask(x):
+    x[jnp.nonzero(x > 0, size=2)] = jnp.ones(2)
+
+
+def vector_by_traced_mask():
+    jax.jit(write_by_mask)(jnp.arange(3.0))
+
+
+def mended_vector_by_traced_mask():
+    jax.jit(mended_write_by_mask)(jnp.arange(3.0))
+
+
 def uncovered():
     pair.parameters_from({first: {"weight": jnp.ones(3)}}, 1.0)
 
@@ -547,6 +565,8 @@ def mended_a_lane_is_a_copy():
 
 
 CATALOGUE = [
+    (errors.MaskedWriteError, vector_by_traced_mask, mended_vector_by_traced_mask,
+     "shape \\(3,\\)"),
     (errors.MissingStreamError, missing_stream, mended_missing_stream,
      r"'dropuot', and no stream of that name is open. Did you mean 'dropout'?"),
     (errors.ClosedStateError, closed_stream, mended_closed_stream, "after its 'with' block ended"),

@@ -1,4 +1,8 @@
-"""scan and while: slots that a body writes are carried, slots that it only reads are constants."""
+"""scan and while: slots that a body writes are carried, slots that it only reads are constants.
+
+A body may have captured a slot, as a constant, before it wrote it. From the second turn on that
+is not what the slot holds: such a constant becomes the carried value.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from jaxstate.thread import (
     thread,
     write_all,
 )
+from jaxstate.trace import captured_operands, current_use
 
 
 @register_rule(_compat.scan_p)
@@ -35,14 +40,16 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     slots = read_all(reads + writes)
     steps = sown.unstacked(xs, params["length"], read_all)
     avals = [_compat.typeof(s) for s in slots] + [a.aval() for a in xs]
-    how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys)
+    captures = _captures(0, n_consts, writes)
+    how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys, captures=captures)
     jaxpr = thread(params["jaxpr"], how, avals)
-    threaded = _compat.scan_params_with(params, len(reads), len(writes), len(xs), len(ys))
+    more_consts = len(reads) - len(captures)
+    threaded = _compat.scan_params_with(params, more_consts, len(writes), len(xs), len(ys))
     constants, carried = slots[: len(reads)], slots[len(reads) :]
+    consts = _without(captures, args[:n_consts])
     outs = _compat.scan_p.bind(
-        *constants, *args[:n_consts], *carried, *args[n_consts:], *steps,
-        **dict(threaded, jaxpr=jaxpr),
-    )  # fmt: skip
+        *constants, *consts, *carried, *args[n_consts:], *steps, **dict(threaded, jaxpr=jaxpr)
+    )
     end = len(outs) - len(ys)
     write_all(writes, outs[: len(writes)])
     write_all(*sown.stacked(ys, params["length"], outs[end:]))
@@ -53,6 +60,20 @@ def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
     """The addresses with one value for the whole loop, and those with one per step."""
     per_step = tuple(a for a in addresses if a.per_step)
     return tuple(a for a in addresses if not a.per_step), per_step
+
+
+def _captures(start: int, n: int, writes: Sequence[Address]) -> tuple[tuple[int, Address], ...]:
+    """Which of the ``n`` operands from ``start`` are captures of slots that the loop writes."""
+    use = current_use()
+    captured = captured_operands()
+    found = ((i, captured[start + i]) for i in range(n) if start + i in captured)
+    written = {address.renewed(use): address for address in writes}
+    return tuple((i, written[a.renewed(use)]) for i, a in found if a.renewed(use) in written)
+
+
+def _without(captures: Sequence[tuple[int, Address]], operands: Sequence[Any]) -> list[Any]:
+    dropped = {i for i, _ in captures}
+    return [x for i, x in enumerate(operands) if i not in dropped]
 
 
 @register_rule(_compat.while_p)
@@ -74,12 +95,15 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     cond_writes = bool(state_of(cond).writes)
+    in_cond, in_body = _captures(0, n_cond, writes), _captures(n_cond, n_body, writes)
 
-    body = thread(body, Thread(reads, writes, at=n_body, out_at=0), avals)
-    cond = thread(
-        cond, Thread(reads, writes, at=n_cond, out_at=0 if cond_writes else None, out=cond_writes),
-        avals,
-    )  # fmt: skip
+    how = Thread(reads, writes, at=n_body, out_at=0, captures=in_body)
+    body = thread(body, how, avals)
+    out_at = 0 if cond_writes else None
+    how = Thread(reads, writes, at=n_cond, out_at=out_at, out=cond_writes, captures=in_cond)
+    cond = thread(cond, how, avals)
+    cond_consts, body_consts = _without(in_cond, cond_consts), _without(in_body, body_consts)
+    n_cond, n_body = len(cond_consts), len(body_consts)
     if not cond_writes:
         outs = _compat.while_p.bind(
             *constants, *cond_consts, *constants, *body_consts, *carried, *carry,

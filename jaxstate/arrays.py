@@ -1,0 +1,940 @@
+"""Writable arrays: the tracers that a program with ``x[i] = y`` holds.
+
+A *buffer* is what a writable array and its views share: the current value, and the trace under
+which the array was born, its home. Code that runs at home sees the value directly. Code further in
+(a jitted function, a loop body, lanes ...) reaches it as a slot (`jaxstate.trace`), which the
+buffer becomes the first time that happens.
+
+What a program holds is never what JAX holds: when a writable array is an operand, JAX canonicalizes
+it, and gets the value that the array has at that moment. So a later write changes nothing that was
+computed before, residuals of derivatives included.
+
+There are two kinds, with the same methods (`Writable`):
+
+* `WritableArray`, a tracer of jaxstate's own: arguments and results of the outermost function,
+  views, and what `array` makes.
+* Subclasses of JAX's own tracers. While an in-place function runs, the tracers that JAX makes are
+  of these types, so that arguments and intermediate values of every loop body can be written too.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstate import _compat, slots, thread, trace, views
+from jaxstate.capture import nowhere
+from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
+from jaxstate.handles import Slot, SlotAddress
+from jaxstate.slots import Address, Cell, Holder, Lane
+from jaxstate.updates import Update, update_at
+
+__all__ = ["Activation", "Writable", "WritableArray", "fresh", "snapshot"]
+
+
+# -- When arrays are writable ----------------------------------------------------------------
+
+
+class Activation(Holder):
+    """One call of an in-place function, open while it runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.ended = False
+
+    def knows(self, address: Address) -> bool:
+        return False
+
+    def signature(self) -> Any:
+        """Inside, JAX traces again what it has traced outside: ``x += y`` means something else."""
+        return Activation
+
+    def escaped(self) -> Exception:
+        return ClosedStateError(
+            message(
+                f"A writable array of the in-place function {self.name!r} is used after the"
+                " function has ended.",
+                fix="""
+                return x                    # a result of the function is an ordinary array
+                x = jaxstate.array(x)       # or make it outside, where it is used
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.activations: list[Activation] = []
+        self.quiet = 0
+
+
+_thread = _ThreadState()
+
+
+def activation() -> Activation | None:
+    """The innermost in-place function that runs on this thread."""
+    return _thread.activations[-1] if _thread.activations else None
+
+
+@contextmanager
+def activated(new: Activation) -> Iterator[None]:
+    install()
+    _thread.activations.append(new)
+    try:
+        with slots.open_holder(new):
+            yield
+    finally:
+        _thread.activations.remove(new)
+        new.ended = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """For work on the values themselves, which makes no arrays that a program could hold."""
+    _thread.quiet += 1
+    try:
+        here = _compat.current_trace()
+        while isinstance(here, InplaceTrace):
+            here = here.parent_trace
+        with _compat.set_current_trace(here):
+            yield
+    finally:
+        _thread.quiet -= 1
+
+
+# -- Buffers ---------------------------------------------------------------------------------
+
+
+def _place() -> Any:
+    """The trace that holds the arrays of the code that runs now."""
+    return _compat.holding_trace(_compat.current_trace())
+
+
+class Buffer:
+    """The value that a writable array and its views share.
+
+    Attributes:
+      value: the value at home, until the buffer is a slot.
+      home: the trace under which the array was born.
+      age: larger than that of what was there before.
+      version: counts the writes made at home.
+      is_own: whether nothing but a write has made ``value``.
+    """
+
+    __slots__ = ("activation", "age", "home", "is_own", "made", "slot", "value", "version")
+
+    def __init__(self, value: Any, home: Any, age: int, within: Activation | None) -> None:
+        self.value = value
+        self.home = home
+        self.age = age
+        self.activation = within
+        self.made: str | None = None
+        self.slot: ArraySlot | None = None
+        self.version = 0
+        self.is_own = False
+
+    def read(self) -> Any:
+        """The current value, as the current trace sees it."""
+        if self.activation is not None and self.activation.ended:
+            raise self.activation.escaped()
+        here = _compat.current_trace()
+        way = _way_home(self.home, here)
+        if self.slot is None:
+            if not any(isinstance(t, _compat.StagingTrace) for t in way or ()):
+                return self.value
+            self._become_slot()
+        assert self.slot is not None
+        if not way:
+            return self.slot.cell(self.slot.address).value
+        with _quiet(), _compat.set_current_trace(here):
+            return _compat.canonicalize(trace.read(self.slot.address))
+
+    def write(self, value: Any) -> None:
+        here = _compat.current_trace()
+        self.version += 1
+        self.is_own = False
+        if _place() is self.home:
+            if self.slot is None:
+                self.value = value
+            else:
+                self.slot.cell(self.slot.address).value = value
+            return
+        self._become_slot()
+        assert self.slot is not None
+        with _quiet(), _compat.set_current_trace(here):
+            trace.write(self.slot.address, value)
+
+    def state(self) -> Any:
+        """Equal as long as nothing was written."""
+        if self.slot is None and _place() is self.home:
+            return self.version
+        return _Same(self.read())
+
+    def _become_slot(self) -> None:
+        if self.slot is None:
+            self.slot = ArraySlot(self)
+            self.value = None
+
+
+class _Same:
+    """Equality of objects."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _way_home(home: Any, here: Any) -> list[Any] | None:
+    """The traces between here and home; None if home is not further out.
+
+    Then the value is asked for by JAX itself, which takes the results of a function when it has
+    left the trace of that function, and builds the linear part of a derivative in no other trace.
+    """
+    way: list[Any] = []
+    for t in _compat.chain(here):
+        if trace.same_trace(t, home):
+            return way
+        way.append(t)
+    return None
+
+
+class ArrayAddress(SlotAddress):
+    """The slot of a buffer. Unless a jaxpr writes it, it is a capture: an array closed over."""
+
+    __slots__ = ()
+
+    threaded = False
+
+    def __repr__(self) -> str:
+        return "a writable array"
+
+
+class ArraySlot(Slot):
+    """The slot of a buffer."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        with _compat.set_current_trace(buffer.home):
+            aval = _compat.typeof(buffer.value)
+            super().__init__(Cell(buffer.value), aval, "a writable array", buffer.made or "")
+        self.address = ArrayAddress(self)
+        self.age = buffer.age
+        self.activation = buffer.activation
+
+    def lane(self, address: Address, trace_: Any, notes: dict[Any, Any]) -> Lane | None:
+        """An array that was born in a vmap is one array per lane."""
+        if self.age < _births_of(trace_):
+            return None
+        lane = notes.get(address)
+        if lane is None:
+            with _compat.set_current_trace(_compat.parent_of(trace_)):
+                lane = notes[address] = Lane(_compat.canonicalize(trace.read(address)), None)
+        return lane
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return LaneWriteError(
+            message(
+                "Lanes of a vmap wrote different values into a writable array that was made outside"
+                " of the vmap, so that they share it.",
+                fix="""
+                x[:] = jax.vmap(f)(...)             # return the values, and write all of them
+                x = jaxstate.array(x)               # or an array per lane: inside the vmap
+                """,
+                made=self.made or None,
+                used=_compat.user_location(),
+                under=f"vmap over {_compat.lane_count(trace)} lanes",
+            )
+        )
+
+    def ended(self) -> Exception:
+        return (self.activation or Activation("array")).escaped()
+
+
+def _births_of(trace_: Any) -> float:
+    """The age of the first tracer of a vmap: what is younger was born in it."""
+    return _compat.tag_of(trace_).__dict__.get("_jaxstate_age", float("inf"))
+
+
+# -- The trace of an in-place function -------------------------------------------------------
+
+
+class InplaceTrace(_compat.Trace):
+    """Makes every result a writable array, and hands the operation on to its parent.
+
+    It is needed where JAX would compute at once: an array that is computed cannot be written.
+    """
+
+    def __init__(self, parent: Any, within: Activation) -> None:
+        super().__init__()
+        self.parent_trace = parent
+        self.activation = within
+        self.requires_low = parent.requires_low
+
+    def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
+        operands = self._values(operands)
+        avals = [_compat.typeof(x) for x in operands]
+        out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
+        return [self._box(x) for x in out] if primitive.multiple_results else self._box(out)
+
+    def process_custom_jvp_call(
+        self, primitive: Any, fun: Any, jvp: Any, operands: Any, /, **params: Any
+    ) -> Any:
+        return self._custom(primitive, (fun, jvp), operands, params)
+
+    def process_custom_vjp_call(
+        self, primitive: Any, fun: Any, fwd: Any, bwd: Any, operands: Any, /, **params: Any
+    ) -> Any:
+        return self._custom(primitive, (fun, fwd, bwd), operands, params)
+
+    def _custom(self, primitive: Any, functions: Any, operands: Any, params: Any) -> Any:
+        """Where nothing is differentiated, the function is called, and writes its own arrays."""
+        if self.parent_trace is _compat.eval_trace:
+            with _compat.set_current_trace(self):
+                return functions[0].call_wrapped(*operands)
+        operands = self._values(operands)
+        avals = [_compat.typeof(x) for x in operands]
+        params = dict(params, subfuns=functions)
+        out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
+        return [self._box(x) for x in out]
+
+    def process_shard_map(
+        self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
+    ) -> Any:
+        operands = self._values(operands)
+        out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
+        return [self._box(x) for x in out]
+
+    def stage_value(self, value: Any) -> Any:
+        (value,) = self._values([value])
+        return self._box(self.parent_trace.stage_value(value))
+
+    def process_call(self, primitive: Any, fun: Any, operands: Any, params: Any, /) -> Any:
+        operands = self._values(operands)
+        out = self.parent_trace.process_call(primitive, fun, operands, params)
+        return [self._box(x) for x in out]
+
+    def cur_qdd(self, x: Any) -> Any:
+        return self.parent_trace.cur_qdd(x)
+
+    def _values(self, operands: Any) -> list[Any]:
+        with _compat.set_current_trace(self):
+            return [_compat.canonicalize(x) for x in operands]
+
+    def _box(self, value: Any) -> Any:
+        value = _compat.canonicalize(value) if isinstance(value, Writable) else value
+        if not _is_array(value):
+            return value
+        return WritableArray(Buffer(value, self, slots.next_age(), self.activation))
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array) and isinstance(_compat.typeof(value), _compat.ShapedArray)
+
+
+# -- Writable arrays -------------------------------------------------------------------------
+
+
+class Writable:
+    """An array that can be written, as in NumPy. It is a `jax.Array` in everything else."""
+
+    __slots__ = ()
+
+    _buffer: Any
+    _steps: tuple[views.Step, ...] = ()
+    shape: tuple[int, ...]
+    dtype: Any
+    ndim: int
+    size: int
+    aval: Any
+
+    def _own_buffer(self) -> Buffer:
+        return self._buffer
+
+    def _read(self) -> Any:
+        """The current value, as an ordinary array or tracer."""
+        return self._own_buffer().read()
+
+    # What JAX asks for.
+
+    @property
+    def dimension_as_value(self) -> Any:
+        """Asked for by a jaxpr that meets this as a value without canonicalizing it."""
+        return self._read
+
+    def full_lower(self) -> Any:
+        """Itself; its value as an operand of a jitted call at top level, which takes no tracers."""
+        if not _compat.at_top_level():
+            return self
+        value = self._read()
+        return value.full_lower() if isinstance(value, _compat.Tracer) else value
+
+    def get_referent(self) -> Any:
+        """Itself: it stands for no other array."""
+        return self
+
+    def to_concrete_value(self) -> Any:
+        return _compat.concrete(self._read())
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.array(self._read(), *args, **{"copy": True, **kwargs})
+
+    def __bool__(self) -> bool:
+        return self._computed("__bool__")
+
+    def __int__(self) -> int:
+        return self._computed("__int__")
+
+    def __float__(self) -> float:
+        return self._computed("__float__")
+
+    def __complex__(self) -> complex:
+        return self._computed("__complex__")
+
+    def __index__(self) -> int:
+        return self._computed("__index__")
+
+    def tolist(self) -> Any:
+        return self._computed("tolist")
+
+    def tobytes(self, order: str = "C") -> bytes:
+        return self._computed("tobytes", order)
+
+    def item(self, *args: Any) -> Any:
+        return self._computed("item", *args)
+
+    def devices(self) -> Any:
+        return self._computed("devices")
+
+    def _computed(self, method: str, *args: Any) -> Any:
+        """What the method of a computed array gives; what that of a tracer raises, for others."""
+        value = self._read()
+        concrete = _compat.concrete(value)
+        return getattr(value if concrete is None else concrete, method)(*args)
+
+    def __format__(self, spec: str) -> str:
+        value = self.to_concrete_value()
+        return object.__format__(self, spec) if value is None else format(value, spec)
+
+    def __repr__(self) -> str:
+        value = self.to_concrete_value()
+        return object.__repr__(self) if value is None else repr(value)
+
+    def __str__(self) -> str:
+        value = self.to_concrete_value()
+        return repr(self) if value is None else str(value)
+
+    # Indexing and views.
+
+    def __getitem__(self, index: Any) -> Any:
+        index = _value_of_index(index)
+        entries = views.expanded(index, self.ndim)
+        if not views.is_view(entries):
+            return fresh(_compat.getitem(self._read(), _for_jax(index)))
+        steps = views.view(self._steps, self.shape, entries)
+        found = self._view(steps)
+        is_scalar = all(not isinstance(e, slice) and e is not None for e in entries)
+        has_ellipsis = index is Ellipsis or (
+            isinstance(index, tuple) and any(e is Ellipsis for e in index)
+        )
+        return found.copy() if is_scalar and not has_ellipsis else found
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        index = _value_of_index(index)
+        if isinstance(value, Writable) and self._is_already(index, value):
+            return
+        value = _compat.canonicalize(value) if isinstance(value, Writable) else value
+        self._write(lambda x: update_at(self._steps, x, index, value))
+
+    def _is_already(self, index: Any, value: Writable) -> bool:
+        """Whether ``value`` is the view that is to be written: the end of ``x[1:] += y``."""
+        if value._buffer is None or value._buffer is not self._buffer:
+            return False
+        entries = views.expanded(index, self.ndim)
+        if not views.is_view(entries):
+            return False
+        steps = views.view(self._steps, self.shape, entries)
+        return len(steps) == len(value._steps) and all(map(_same_step, steps, value._steps))
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(self.shape[0]))
+
+    def _view(self, steps: tuple[views.Step, ...]) -> WritableArray:
+        buffer = self._own_buffer()
+        self._detach()  # a write may come through the view
+        return WritableArray(buffer, steps, self.aval)
+
+    @property
+    def T(self) -> Any:
+        return self.transpose()
+
+    @property
+    def mT(self) -> Any:
+        if self.ndim < 2:
+            raise ValueError("matrix transpose requires at least two axes")
+        return self.swapaxes(-1, -2)
+
+    def transpose(self, *axes: Any) -> Any:
+        """A view with the axes permuted (reversed by default)."""
+        if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], (tuple, list))):
+            (axes,) = axes
+        order = range(self.ndim)[::-1] if not axes else [_axis(a, self.ndim) for a in axes]
+        if sorted(order) != list(range(self.ndim)):
+            raise ValueError(f"axes {axes} are not a permutation of the axes of the array")
+        return self._view(views.transposed(self._steps, self.shape, order))
+
+    def swapaxes(self, axis1: int, axis2: int) -> Any:
+        """A view with two axes exchanged."""
+        order = list(range(self.ndim))
+        a, b = _axis(axis1, self.ndim), _axis(axis2, self.ndim)
+        order[a], order[b] = order[b], order[a]
+        return self._view(views.transposed(self._steps, self.shape, order))
+
+    def squeeze(self, axis: Any = None) -> Any:
+        """A view without axes of size 1."""
+        if axis is None:
+            dropped = [i for i, n in enumerate(self.shape) if n == 1]
+        else:
+            dropped = [_axis(a, self.ndim) for a in (axis if isinstance(axis, tuple) else (axis,))]
+        if any(self.shape[a] != 1 for a in dropped):
+            raise ValueError("cannot select an axis to squeeze out which has size not equal to one")
+        return self[(*(0 if i in dropped else slice(None) for i in range(self.ndim)), ...)]
+
+    def reshape(self, *shape: Any, order: str = "C", copy: bool | None = None, **more: Any) -> Any:
+        """The elements in another shape: a view where NumPy gives one, else a copy."""
+        new = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        new = _resolved_shape(new, self.size)
+        steps = None
+        if order == "C" and not copy:
+            steps = views.reshaped(self._steps, self._own_buffer_shape(), self.shape, new)
+        if steps is not None:
+            return self._view(steps)
+        return fresh(jnp.reshape(self._read(), new, order=order, **more))
+
+    def ravel(self, order: str = "C", **more: Any) -> Any:
+        return self.reshape(-1, order=order, **more)
+
+    def flatten(self, order: str = "C", **more: Any) -> Any:
+        """A copy with one axis."""
+        return fresh(jnp.ravel(self._read(), order=order, **more))
+
+    @property
+    def flat(self) -> Any:
+        """All elements along one axis; writes go through."""
+        step = views.Reshape(self.shape, (self.size,))
+        return self._view((*self._steps, step))
+
+    def copy(self) -> Any:
+        """A new array with the values of this moment."""
+        return fresh(self._read())
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        return fresh(jnp.astype(self._read(), dtype, *args, **kwargs))
+
+    # Writes.
+
+    def _write(self, update: Callable[[Any], Update]) -> None:
+        buffer = self._own_buffer()
+        self._detach()
+        if buffer.made is None:
+            buffer.made = _compat.user_location()
+        base = buffer.read()
+        home = _compat.current_trace() is buffer.home
+        with _quiet():
+            write = update(base)
+            if home and buffer.slot is None and _is_computed(base):
+                held = [base]
+                del base
+                buffer.value = None
+                into_x = buffer.is_own and _is_unused(held)
+                try:
+                    new = write.compiled(held[0], into_x=into_x)
+                finally:
+                    buffer.value = held[0]
+            else:
+                new = _compat.canonicalize(write(_strong(base)))
+        buffer.write(new)
+        buffer.is_own = _is_computed(new)
+
+    def _detach(self) -> None:
+        """From the first write on, JAX must not take the tracer for what it was."""
+
+    def _own_buffer_shape(self) -> tuple[int, ...]:
+        return self._steps[0].parent if self._steps else self.shape
+
+    def _write_all(self, value: Any) -> None:
+        self[...] = value
+
+    def fill(self, value: Any) -> None:
+        """Writes one value to all elements."""
+        self[...] = value
+
+    def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> Any:
+        """Sorts in place. (Code of JAX itself gets a sorted copy, as it expects.)"""
+        if _compat.is_called_by_jax(1):
+            return jnp.sort(self._read(), axis, *args, **kwargs)
+        self[...] = jnp.sort(self._read(), axis, *args, **kwargs)
+        return None
+
+    def partition(self, kth: Any, axis: int = -1, *args: Any, **kwargs: Any) -> None:
+        """Moves the ``kth`` elements of the sorted order to their places, smaller ones before."""
+        del args, kwargs
+        for k in np.atleast_1d(kth):
+            views.check_bounds(int(k), self.shape[axis], axis)
+        self[...] = jnp.sort(self._read(), axis)
+
+    def put(self, indices: Any, values: Any, mode: str = "raise") -> None:
+        """``x.flat[indices] = values``, with the values repeated as often as needed."""
+        indices = _value_of_index(indices)
+        if not isinstance(indices, jax.Array):
+            indices = np.asarray(indices, dtype=int)
+        if mode == "wrap":
+            indices = indices % self.size
+        elif mode == "clip":
+            indices = indices.clip(0, self.size - 1)
+        indices = indices.ravel()
+        values = _compat.canonicalize(values) if isinstance(values, Writable) else values
+        values = values if isinstance(values, jax.Array) else np.asarray(values)
+        if values.size and indices.size:
+            repeated = np.arange(indices.size) % values.size
+            self.flat[indices] = values.ravel()[repeated]
+
+    def itemset(self, *args: Any) -> None:
+        """Writes one element: ``x.itemset(index, value)``, or ``x.itemset(value)`` of one."""
+        *index, value = args
+        target = self if index and isinstance(index[0], tuple) else self.flat
+        if len(index) > 1:
+            target, index = self, [tuple(index)]
+        target[index[0] if index else 0] = value
+
+    def resize(self, *args: Any, **kwargs: Any) -> None:
+        raise SlotTypeError(
+            message(
+                f"A writable array has one shape, {self.shape}, and cannot be resized in place.",
+                fix="""
+                y = jnp.resize(x, new_shape)        # a new array
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+    def _is_scalar(self) -> bool:
+        """NumPy's reductions and elements are scalars, which ``+=`` does not write."""
+        return self.ndim == 0 and not self._steps
+
+    def __getattr__(self, name: str) -> Any:
+        """What JAX defines for arrays; and what only a computed array has."""
+        try:
+            return _compat.Tracer.__getattr__(self, name)  # type: ignore[arg-type]
+        except AttributeError:
+            value = None if name.startswith("_") else self.to_concrete_value()
+            if value is None:
+                raise
+            self._own_buffer().is_own = False
+            return getattr(value, name)
+
+
+def _same_step(a: views.Step, b: views.Step) -> bool:
+    if type(a) is not type(b) or a.parent != b.parent:
+        return False
+    if isinstance(a, views.Reshape) or isinstance(b, views.Reshape):
+        return a == b
+    return a.order == b.order and all(map(_same_extent, a.along, b.along))
+
+
+def _same_extent(a: Any, b: Any) -> bool:
+    if isinstance(a, views.Fixed) and isinstance(b, views.Fixed):
+        ints = isinstance(a.index, int) and isinstance(b.index, int)
+        return a.index == b.index if ints else a.index is b.index
+    return type(a) is type(b) and a == b
+
+
+def _resolved_shape(new: Sequence[Any], size: int) -> tuple[int, ...]:
+    """The shape of ``size`` elements, with the size that -1 stands for."""
+    shape = [operator.index(n) for n in new]
+    rest = math.prod(n for n in shape if n != -1)
+    if shape.count(-1) == 1 and rest and size % rest == 0:
+        shape[shape.index(-1)] = size // rest
+    if math.prod(shape) != size or any(n < 0 for n in shape):
+        raise ValueError(f"cannot reshape array of size {size} into shape {tuple(new)}")
+    return tuple(shape)
+
+
+def _axis(axis: Any, ndim: int) -> int:
+    return views.check_bounds(operator.index(axis), ndim, 0)
+
+
+def _value_of_index(index: Any) -> Any:
+    """The index with the values that the arrays in it have now."""
+    if isinstance(index, Writable):
+        return _compat.canonicalize(index)
+    if isinstance(index, (tuple, list)):
+        return type(index)(_value_of_index(e) for e in index)
+    return index
+
+
+def _for_jax(index: Any) -> Any:
+    """JAX takes no lists in an index."""
+    entries = index if isinstance(index, tuple) else (index,)
+    return tuple(np.asarray(e, dtype=None if e else int) if isinstance(e, list) and not any(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(e)) else
+        jnp.asarray(e) if isinstance(e, list) else e for e in entries)  # fmt: skip
+
+
+def _strong(value: Any) -> Any:
+    weak = getattr(value, "weak_type", False)
+    return jax.lax.convert_element_type(value, value.dtype) if weak else value
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, jax.Array) and not isinstance(value, _compat.Tracer)
+
+
+def _is_unused(held: list[Any]) -> bool:
+    """Whether nothing but the list ``held`` has the array in it."""
+    return _compat.is_only_reference(held) and not _compat.has_numpy_copy(held[0])
+
+
+# Augmented assignment: x += y and the like.
+
+
+def _augmented(name: str) -> Callable[[Any, Any], Any]:
+    operation = getattr(operator, name)
+
+    def assign(self: Writable, other: Any) -> Any:
+        if self._is_scalar() or _compat.is_called_by_jax(1):
+            return NotImplemented
+        other = _compat.canonicalize(other) if isinstance(other, Writable) else other
+        if isinstance(other, (list, tuple)):
+            other = np.asarray(other)
+        with _quiet():
+            result = _compat.canonicalize(operation(self._read(), other))
+        if not np.can_cast(result.dtype, self.dtype, "same_kind"):
+            raise TypeError(
+                f"Cannot cast the result of {name!r} from {result.dtype} to {self.dtype} with"
+                " casting rule 'same_kind'"
+            )
+        if result.shape != self.shape:
+            raise ValueError(
+                f"non-broadcastable output operand with shape {self.shape} doesn't match the"
+                f" broadcast shape {result.shape}"
+            )
+        self[...] = result
+        return self
+
+    return assign
+
+
+for _name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift",
+    "and_", "or_", "xor",
+):  # fmt: skip
+    setattr(Writable, f"__i{_name.rstrip('_')}__", _augmented(_name))
+
+
+class WritableArray(Writable, _compat.Tracer):
+    """A writable array of jaxstate's own, or a view of one."""
+
+    __slots__ = ("_buffer", "_cache", "_steps")
+
+    def __init__(
+        self, buffer: Buffer, steps: tuple[views.Step, ...] = (), aval: Any = None
+    ) -> None:
+        aval = _compat.typeof(buffer.value) if aval is None else aval
+        if steps:
+            aval = _compat.ShapedArray(steps[-1].shape, aval.dtype)
+        _compat.Tracer.__init__(self, nowhere, aval)
+        self._line_info = None
+        self._buffer = buffer
+        self._steps = steps
+        self._cache: Any = None
+
+    def _read(self) -> Any:
+        if not self._steps:
+            return self._buffer.read()
+        here = _compat.current_trace()
+        if _way_home(self._buffer.home, here) is None:
+            here = self._buffer.home
+        state = self._buffer.state()
+        if self._cache is not None and self._cache[0] is here and self._cache[1] == state:
+            return self._cache[2]
+        value = self._buffer.read()
+        with _compat.set_current_trace(here), _quiet():
+            for step in self._steps:
+                value = step.read(value)
+            value = _compat.canonicalize(value)
+        if not isinstance(value, _compat.Tracer) or here is self._buffer.home:
+            self._cache = here, state, value
+        return value
+
+    def _detach(self) -> None:
+        if self.aval.weak_type:
+            self.aval = self.aval.update(weak_type=False)
+
+
+def fresh(value: Any) -> WritableArray:
+    """A new writable array, born here, with the given value."""
+    value = _compat.canonicalize(value)
+    return WritableArray(Buffer(value, _place(), slots.next_age(), activation()))
+
+
+def snapshot(value: Any) -> Any:
+    """The value that a writable array has now; anything else as it is."""
+    return _compat.canonicalize(value) if isinstance(value, Writable) else value
+
+
+# -- JAX's own tracers, writable -------------------------------------------------------------
+
+
+def _writable_kind(kind: type) -> type:
+    class WritableTracer(Writable, kind):  # type: ignore[misc, valid-type]
+        __slots__ = ("_activation", "_age", "_buffer")
+
+        def __init__(self, trace: Any, *args: Any, **kwargs: Any) -> None:
+            self._age = slots.next_age()
+            self._activation = activation()
+            self._buffer = None
+            _note_birth(trace, self._age)
+            if kind is not _compat.StagingTracer:
+                # What a vmap or derivative is given is the value of this moment.
+                args = tuple(fresh_like(a) for a in args)
+            kind.__init__(self, trace, *args, **kwargs)
+
+        def _own_buffer(self) -> Buffer:
+            if self._buffer is None:
+                value = _compat.plain_copy(self, kind)
+                if _compat.is_constant_of_jaxpr(self):
+                    kept = trace.notes_of(self._trace).extra
+                    kept.setdefault(Writable, []).append(self)
+                self._buffer = Buffer(value, self._trace, self._age, None)
+            return self._buffer
+
+        def _read(self) -> Any:
+            return self._own_buffer().read()
+
+        def _detach(self) -> None:
+            if self._trace is not nowhere:
+                self._own_buffer().activation = self._activation
+                self._trace = nowhere
+                if self.aval.weak_type:
+                    self.aval = self.aval.update(weak_type=False)
+
+        def full_lower(self) -> Any:
+            return self if self._trace is nowhere else kind.full_lower(self)  # type: ignore[attr-defined]
+
+    WritableTracer.__name__ = WritableTracer.__qualname__ = f"Writable{kind.__name__}"
+    return WritableTracer
+
+
+def fresh_like(value: Any) -> Any:
+    """A writable array of its own with the value that ``value`` has; anything else as it is."""
+    if isinstance(value, WritableArray):
+        return fresh_at(value)
+    if isinstance(value, Writable):
+        return value._own_buffer().read() if value._trace is nowhere else value
+    return value
+
+
+def fresh_at(value: WritableArray) -> WritableArray:
+    content = value._read()
+    return WritableArray(Buffer(content, value._buffer.home, slots.next_age(), activation()))
+
+
+def _note_birth(trace_: Any, age: int) -> None:
+    if isinstance(trace_, _compat.BatchTrace):
+        _compat.tag_of(trace_).__dict__.setdefault("_jaxstate_age", age)
+
+
+_writable_kinds = {kind: _writable_kind(kind) for kind in _compat.TRACER_KINDS}
+
+
+def _choose(kind: type, trace_: Any) -> type:
+    if not _thread.activations or _thread.quiet or _compat.is_linear_part(trace_):
+        return kind
+    return _writable_kinds[kind]
+
+
+def _read_operand(trace_: Any, value: Any) -> Any:
+    """What reaches a vmap or derivative without a bind is read there."""
+    if not isinstance(value, Writable) or (
+        not isinstance(value, WritableArray) and value._trace is not nowhere  # type: ignore[attr-defined]
+    ):
+        return value
+    with _compat.set_current_trace(trace_):
+        return _compat.canonicalize(value)
+
+
+def _hand_out(trace_: Any, value: Any) -> Any:
+    """What a vmap or derivative gives to the trace outside may be a result, so an array there."""
+    if not _thread.activations or _thread.quiet or isinstance(value, Writable):
+        return value
+    if not isinstance(value, _compat.Tracer) or not _is_array(value):
+        return value
+    if _compat.is_linear_part(value._trace):
+        return value
+    home = _compat.holding_trace(trace_.parent_trace)
+    return WritableArray(Buffer(value, home, slots.next_age(), activation()))
+
+
+_TRACES_OF_PROGRAMS = (
+    _compat.StagingTrace, _compat.BatchTrace, *_compat.DIFFERENTIATING, InplaceTrace
+)  # fmt: skip
+
+
+def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
+    """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
+    here = _compat.current_trace()
+    if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_PROGRAMS):
+        return bind(*operands, **params)
+    _thread.quiet += 1
+    try:
+        out = bind(*operands, **params)
+    finally:
+        _thread.quiet -= 1
+    is_plain = [_is_array(x) and not isinstance(x, Writable) for x in out]
+    return [fresh(x) if plain else x for x, plain in zip(out, is_plain, strict=True)]
+
+
+def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """A conversion with nothing to do hands back what it was given: the value of an array."""
+
+    def convert(*operands: Any, **params: Any) -> Any:
+        out = bind(*operands, **params)
+        if not _thread.activations or _thread.quiet or isinstance(out, Writable):
+            return out
+        return fresh(out) if isinstance(_compat.current_trace(), _TRACES_OF_PROGRAMS) else out
+
+    return convert
+
+
+_installed: list[bool] = []
+
+
+def install() -> None:
+    """Once, when the first in-place function is called: outside, nothing of JAX is touched."""
+    if not _installed:
+        _installed.append(True)
+        _compat.choose_tracer_type(_choose)
+        _compat.wrap_operands(_read_operand, _hand_out)
+        _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
+        thread.around_binds.append(_around_bind)
+
+
+for _kind in (WritableArray, *_writable_kinds.values()):
+    _compat.register_tracer_type(_kind, lambda array: array._read())

@@ -1,0 +1,113 @@
+"""In-place functions: ``x[i] = y`` inside, pure from outside.
+
+`inplace` runs a function so that every array in it is a writable array (`jaxstate.arrays`).
+Arguments are copied in, results are copied out, so the caller sees a pure function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.arrays import (
+    Activation,
+    InplaceTrace,
+    activated,
+    activation,
+    fresh,
+    install,
+    snapshot,
+)
+
+__all__ = ["array", "inplace"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def inplace(fun: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function in which arrays can be written, as in NumPy.
+
+    Inside, ``x[i] = y``, ``x[a:b] += y``, ``x.sort()`` and the like work on every array: on
+    arguments, on results of `jax.numpy`, on what loop bodies and jitted functions are given or
+    make.
+    Slices, transposes and reshapes are views. A write is seen by every later read, also if it
+    happens inside ``jit``, ``scan``, ``cond``, ``grad`` ... and the array is reached by closure.
+
+    Args:
+      fun: a function of any pytrees.
+
+    Returns:
+      A pure function: its arguments (arrays of NumPy included) are never modified, its results are
+      ordinary JAX arrays.
+
+    Raises:
+      IndexError: for an index that is out of bounds and known when the program is traced (others
+        are dropped, as by ``x.at[i].set(y)``).
+      LaneWriteError: if lanes of a vmap write different values into an array from outside.
+      ClosedStateError: if one of its arrays is used after it has ended.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> @jaxstate.inplace
+    ... def running_sum(x):
+    ...     def add(i, _):
+    ...         x[i] += x[i - 1]
+    ...     jax.lax.fori_loop(1, len(x), add, None)
+    ...     return x
+    >>> running_sum(jnp.arange(5))
+    Array([ 0,  1,  3,  6, 10], dtype=int32)
+    """
+
+    @functools.wraps(fun)
+    def pure(*args: P.args, **kwargs: P.kwargs) -> R:
+        outside = _compat.current_trace()
+        is_staged = isinstance(outside, _compat.StagingTrace)
+        values = jax.tree.map(snapshot, (args, kwargs))
+        call = Activation(getattr(fun, "__qualname__", repr(fun)))
+        here = outside if is_staged else InplaceTrace(outside, call)
+        with activated(call), _compat.set_current_trace(here):
+            inner_args, inner_kwargs = jax.tree.map(_writable, values)
+            results = fun(*inner_args, **inner_kwargs)  # pyright: ignore[reportCallIssue]
+            results = jax.tree.map(snapshot, results)
+        return jax.tree.map(_writable, results) if activation() else results
+
+    return pure
+
+
+def array(x: Any, dtype: Any = None) -> jax.Array:
+    """Makes a writable array, in an `inplace` function or outside of one.
+
+    Args:
+      x: anything that `jax.numpy.array` takes.
+      dtype: of the array; that of ``x`` by default.
+
+    Returns:
+      A new array with the values of ``x``. It lives as long as the object does, under the
+      transformation in which it was made.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> seen = jaxstate.array(jnp.zeros(3))
+    >>> @jax.jit
+    ... def visit(i):
+    ...     seen[i] += 1
+    >>> visit(2)
+    >>> visit(2)
+    >>> seen
+    Array([0., 0., 2.], dtype=float32)
+    """
+    install()
+    value = jnp.array(snapshot(x), dtype=dtype)
+    return fresh(jax.lax.convert_element_type(value, value.dtype))
+
+
+def _writable(leaf: Any) -> Any:
+    """A writable array of its own for every array."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+        leaf = jnp.asarray(leaf)
+    return fresh(leaf) if isinstance(leaf, jax.Array) else leaf
