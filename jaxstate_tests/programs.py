@@ -11,6 +11,7 @@ variables ``v`` and ``mean``, the second of which is reduced to a mean over lane
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,13 @@ class Operation(NamedTuple):
     has_param: bool = False
     variable: str | None = None
     has_handle: bool = False
+
+    @property
+    def changes(self) -> set[str]:
+        """The parts of the state that come out other than they went in."""
+        written = self.variable or "slot"
+        changed = {written} if self.writes or self.variable == "mean" else set()
+        return changed | ({"count"} if self.draws else set())
 
 
 def _draw(x, s):
@@ -188,8 +196,6 @@ class Transformation(NamedTuple):
     by_hand: Callable[[ByHand, bool], ByHand]  # given whether the body draws
     lanes: bool = False  # maps over lanes
     directions: bool = False  # maps over directions of a derivative
-    opaque_solver: bool = False  # calls the body as often as it likes
-    counts_calls: bool = False  # ... and where it works, state counts those calls
 
 
 def _simple(name, transform, by_hand):
@@ -410,33 +416,94 @@ def _eval_shape():
 
 
 def _custom_root():
-    def solve(g, x0):
-        return lax.fori_loop(0, 20, lambda _, y: y - g(y), x0)
+    """The calls of the solve count; derivatives start from the state before it."""
 
-    def root(f, x):
-        return lax.custom_root(
-            lambda y: y - 0.1 * f(y) - x, x, solve, lambda g, b: b / g(jnp.float32(1))
-        )
+    def tangent_solve(g, b):
+        return b / g(jnp.float32(1))
 
-    return (lambda f: lambda x: root(f, x)), (
-        lambda f: lambda x, s: (root(lambda y: f(y, s)[0], x), s)
-    )
+    def stateful(f):
+        def solve(g, x0):
+            return lax.fori_loop(0, 5, lambda _, y: y - g(y), x0)
+
+        return lambda x: lax.custom_root(lambda y: y - 0.1 * f(y) - x, x, solve, tangent_solve)
+
+    def by_hand(f):
+        def run(x, s):
+            def turn(_, carry):
+                y, s = carry
+                f_y, s = f(y, s)
+                return y - (y - 0.1 * f_y - x), s
+
+            def solve(_, x0):
+                y, after = lax.fori_loop(0, 5, turn, (x0, s))
+                return y, _as_auxiliary(after)
+
+            root = lax.custom_root(
+                lambda y: y - 0.1 * f(y, s)[0] - x, x, solve, tangent_solve, has_aux=True
+            )
+            return root[0], _from_auxiliary(root[1], s)
+
+        return run
+
+    return stateful, by_hand
 
 
 def _linear_solve():
     """An operator that does not depend linearly on anything but its argument."""
 
-    def solve(f, x):
-        def matvec(v):
-            return v * (2 + 0.1 * jnp.tanh(f(jnp.float32(0.3))))
+    def factor(y):
+        return 2 + 0.1 * jnp.tanh(y)
 
-        return lax.custom_linear_solve(
-            matvec, x, lambda mv, b: b / mv(jnp.float32(1)), lambda mv, b: b / mv(jnp.float32(1))
-        )
+    def stateful(f):
+        def run(x):
+            def solve(matvec, b):
+                return b / matvec(jnp.float32(1))
 
-    return (lambda f: lambda x: solve(f, x)), (
-        lambda f: lambda x, s: (solve(lambda y: f(y, s)[0], x), s)
-    )
+            return lax.custom_linear_solve(
+                lambda v: v * factor(f(jnp.float32(0.3))), x, solve, solve
+            )
+
+        return run
+
+    def by_hand(f):
+        def run(x, s):
+            def solve(_, b):
+                y, after = f(jnp.float32(0.3), s)
+                return b / factor(y), _as_auxiliary(after)
+
+            y, after = lax.custom_linear_solve(
+                lambda v: v * factor(f(jnp.float32(0.3), s)[0]), x, solve, solve, has_aux=True
+            )
+            return y, _from_auxiliary(after, s)
+
+        return run
+
+    return stateful, by_hand
+
+
+def _as_auxiliary(s):
+    """What has changed, as floats: JAX 0.10 has no derivatives of functions with integers beside.
+
+    What has not changed does not go through a solver, which would take its derivative for zero.
+    """
+    return {name: jnp.float32(s[name]) for name in _changed}
+
+
+def _from_auxiliary(floats, s):
+    return same_update(s, **{name: x.astype(s[name].dtype) for name, x in floats.items()})
+
+
+_changed: set[str] = set()
+
+
+@contextlib.contextmanager
+def changing(names):
+    """While the program of an operation that changes these parts of the state runs by hand."""
+    _changed.update(names)
+    try:
+        yield
+    finally:
+        _changed.clear()
 
 
 def _map():
@@ -515,6 +582,6 @@ TRANSFORMATIONS = [
     _simple("closure_convert", *_closure_convert()),
     _simple("eval_jaxpr", *_eval_jaxpr()),
     _simple("eval_shape", *_eval_shape()),
-    _simple("custom_root", *_custom_root())._replace(opaque_solver=True, counts_calls=True),
-    _simple("linear_solve", *_linear_solve())._replace(opaque_solver=True),
+    _simple("custom_root", *_custom_root()),
+    _simple("linear_solve", *_linear_solve()),
 ]

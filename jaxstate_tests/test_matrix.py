@@ -19,7 +19,7 @@ import pytest
 
 import jaxstate
 from jaxstate.extend import new_slot, read
-from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, normal, variable
+from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, changing, normal, variable
 
 KEY = jax.random.key(7)
 X, V = jnp.float32(0.6), jnp.float32(0.4)
@@ -34,11 +34,9 @@ def in_sample(*names):
 
 def cells():
     for op in OPERATIONS:
-        # custom_root with state that is written: see test_solvers.py.
-        columns = [t for t in TRANSFORMATIONS if op.has_param or not t.counts_calls]
-        for t in columns:
+        for t in TRANSFORMATIONS:
             yield pytest.param(op, (t,), id=f"{op.name}-{t.name}")
-        for outer, inner in itertools.product(columns, repeat=2):
+        for outer, inner in itertools.product(TRANSFORMATIONS, repeat=2):
             names = op.name, outer.name, inner.name
             marks = () if in_sample(*names) else (pytest.mark.slow,)
             yield pytest.param(op, (outer, inner), id="-".join(names), marks=marks)
@@ -53,8 +51,6 @@ def expected_error(op, transformations):
             return jaxstate.LaneWriteError
         if t.directions and op.draws:
             return jaxstate.SplitStreamError
-        if t.opaque_solver and (op.draws or op.writes or op.variable == "mean"):
-            return jaxstate.UnsupportedPrimitiveError
     return None
 
 
@@ -98,7 +94,8 @@ def run_by_hand(op, transformations):
             f = t.by_hand(f, draws)
             draws = draws and t.name != "eval_shape"
         s = {"key": KEY, "count": jnp.int32(0), "slot": jnp.float32(0.4)}
-        y, s = f(x, {**s, "w": w, "v": v, "mean": v})
+        with changing(op.changes):
+            y, s = f(x, {**s, "w": w, "v": v, "mean": v})
         return y, {name: s[name] for name in ("count", "slot", "v", "mean")}
 
     return run
