@@ -1,4 +1,5 @@
-"""State for JAX: random streams, parameters and slots that go through every transformation."""
+"""State for JAX: random streams, parameters, variables, arrays written in place, sown values and
+slots that go through every transformation."""
 
 from jaxstate import extend, random, rules
 from jaxstate.errors import (
