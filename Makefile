@@ -51,7 +51,8 @@ test-with:
 	    $(MAKE) test TEST=.venv-test-python$$version-jax$(JAX)
 
 matrix: $(TEST)/installed
-	$(TEST)/bin/python -m pytest -n auto -m 'slow or not slow' jaxstate_tests/test_matrix.py
+	$(TEST)/bin/python -m pytest -n auto -m 'slow or not slow' \
+	    jaxstate_tests/test_matrix.py jaxstate_tests/test_sow.py
 
 lint: $(LINT)/installed
 	$(LINT)/bin/ruff check .

@@ -7,6 +7,7 @@ A program is written twice: ``sowing``, where an operation sows ``h``, and ``by_
 operation takes ``h`` (None for the one it computes) and returns it beside its result.
 """
 
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -336,7 +337,16 @@ PROGRAMS = [
     Program("cond in a loop", "cond_clobber", in_some_steps, in_some_steps_by_hand),
 ]  # fmt: skip
 
-every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+
+def every_program(test):
+    """Every program: a third of them in `make test`, another third for each property, and all of
+    them in `make matrix`."""
+    shift = zlib.crc32(test.__name__.encode())
+    cells = [
+        pytest.param(p, id=p.name, marks=() if (i + shift) % 3 == 0 else pytest.mark.slow)
+        for i, p in enumerate(PROGRAMS)
+    ]
+    return pytest.mark.parametrize("program", cells)(test)
 
 
 def check(found, wanted):
