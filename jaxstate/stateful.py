@@ -258,6 +258,7 @@ class StatefulTrace(_compat.TransparentTrace):
         with _compat.set_current_trace(self.parent_trace):
             entry = self._entry or _Entry.store(self._shared, self._value, self._stored)
             start = entry.form
+            self._stored = None  # what the slots hold after an error is not known
             yield entry
             if entry.form is not start or entry.changed():
                 self._value, self._entry = entry.load(), None

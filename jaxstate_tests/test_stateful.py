@@ -591,6 +591,27 @@ def test_an_error_inside_leaves_no_trace():
     assert jax.jit(step)(0.0) == 0.0
 
 
+def test_a_state_put_back_after_an_error_is_what_counts():
+    class Picky(CountOps):
+        def process_primitive(self, primitive, args, params):
+            if primitive.name == "cos":
+                raise ZeroDivisionError
+            return super().process_primitive(primitive, args, params)
+
+    one = jnp.float32(1.0)
+    f = jax.jit(step)
+    with jax.checking_leaks.func(False):
+        with new_trace(Picky, state={"ops": jnp.int32(0)}) as trace:
+            f(one)
+            before = dict(trace.state)
+            jax.lax.sin(one)
+            with pytest.raises(ZeroDivisionError):
+                jax.jit(jnp.cos)(one)
+            trace.state = before
+            f(one)
+    assert trace.state["ops"] == 2 * Reference().count(f, one)
+
+
 def test_new_trace_wants_a_class_of_traces():
     with pytest.raises(TypeError, match="StatefulTrace"), new_trace(dict):
         pass
