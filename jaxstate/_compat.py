@@ -19,6 +19,7 @@ import inspect
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ from jax._src import (
     tree_util,
     xla_metadata,
 )
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import ad, batching, mlir, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
@@ -863,14 +864,153 @@ def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:
     primitive.def_bind_with_trace(wrap(primitive.bind_with_trace))
 
 
-def wrap_top_level_jit(wrap: Wrap) -> None:
-    """Wraps what a jitted call runs at top level, where ``jit_p.bind`` is not on the path.
+# -- Jitted calls at top level ---------------------------------------------------------------
 
-    The function takes the flat operands and the parameters of ``jit_p`` and returns
-    ``(outputs, executable, profiler, const_args)``; without an executable JAX does not store the
-    call on its C++ fast path.
+
+class JitCall(NamedTuple):
+    """What JAX makes of a call of a jitted function.
+
+    Attributes:
+      params: of the ``jit_p`` equation that the call is.
+      consts: its first operands, what the function closes over and traces.
+      operands: its other operands, the flat arguments.
+      out_tree: how its results are returned.
     """
-    pjit._pjit_call_impl_python = wrap(pjit._pjit_call_impl_python)
+
+    params: dict[str, Any]
+    consts: list[Any]
+    operands: list[Any]
+    out_tree: Any
+
+
+class Jitted(NamedTuple):
+    """A function and how it is jitted."""
+
+    fun: Any
+    info: Any
+
+    def infer(self, args: Any, kwargs: Any) -> JitCall:
+        """Traces the function, unless JAX knows the jaxpr for such arguments."""
+        p, flat = _infer_params(self.fun, self.info, args, kwargs)
+        n = len(p.consts)
+        return JitCall(p.params, flat[:n], flat[n:], p.out_tree)
+
+
+_infer_params = pjit._infer_params
+_cache_miss_code = next(
+    code
+    for code in pjit._cpp_pjit.__code__.co_consts
+    if isinstance(code, types.CodeType) and code.co_name == "cache_miss"
+)
+
+
+class _Done(NamedTuple):
+    """Takes the place of what JAX infers about a call: the call has been made."""
+
+    results: Any
+
+
+_NO_JAXPR = types.SimpleNamespace(effects=(), consts=())
+
+
+def wrap_jitted_calls(call: Callable[[Jitted, Any, Any], Any]) -> None:
+    """Asks ``call(jitted, args, kwargs)`` before JAX calls a jitted function at top level.
+
+    JAX does so in Python for operands for which its C++ dispatch has no executable. If ``call``
+    returns `NotImplemented`, JAX goes on; else that is the result, and JAX keeps no executable.
+    """
+    run = pjit._run_python_pjit
+
+    def infer_params(fun: Any, info: Any, args: Any, kwargs: Any) -> Any:
+        # `lower` and `trace` infer too.
+        is_call = sys._getframe(1).f_code is _cache_miss_code
+        if is_call and core.trace_state_clean() and not config.debug_key_reuse.value:
+            results = call(Jitted(fun, info), args, kwargs)
+            if results is not NotImplemented:
+                return _Done(results), ()
+        return _infer_params(fun, info, args, kwargs)
+
+    def run_python_pjit(p: Any, flat: Any, fun: Any, args: Any, kwargs: Any) -> Any:
+        if type(p) is _Done:
+            return p.results, (), None, flat, _NO_JAXPR, None, None, ()
+        return run(p, flat, fun, args, kwargs)
+
+    pjit._infer_params = infer_params
+    pjit._run_python_pjit = run_python_pjit
+
+
+def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[..., Any]:
+    """``f(values, *args, **kwargs)`` on a C++ dispatch of its own, jitted like ``jitted``.
+
+    For operands of new types ``prepare(jitted, values, args, kwargs)`` says what to run. What JAX
+    keeps does not keep the function of ``jitted``.
+    """
+    fun, info = weakref.ref(jitted.fun), jitted.info
+
+    def cache_miss(values: Any, /, *args: Any, **kwargs: Any) -> Any:
+        call = prepare(Jitted(fun(), info), values, args, kwargs)
+        flat = [*call.consts, *call.operands]
+        p = pjit.PjitParams([], call.params, (), None, call.out_tree, ("",) * len(flat))
+        outs, out_flat, out_tree, flat, jaxpr, executable, profiler, consts = _run_python_pjit(
+            p, flat, fun(), args, kwargs
+        )
+        data = pjit._get_fastpath_data(
+            executable, out_tree, flat, out_flat, jaxpr.effects, jaxpr.consts, profiler, consts
+        )
+        return outs, data, pjit._need_to_rebuild_with_fdo(profiler)
+
+    def never_called(values: Any, /, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the dispatch calls executables, or `cache_miss`")
+
+    statics = [i + 1 if i >= 0 else i for i in info.static_argnums]
+    return pjit._jax.pjit(
+        getattr(jitted.fun, "__name__", "call"), never_called, cache_miss, statics, info.static_argnames,
+        pxla.JitGlobalCppCacheKeys(), tree_util.dispatch_registry, pxla.cc_shard_arg,
+        pjit._cpp_pjit_cache_fun_only,
+    )  # fmt: skip
+
+
+_run_python_pjit = pjit._run_python_pjit
+
+
+def with_constants_inside(call: JitCall, which: Callable[[Any], bool]) -> JitCall:
+    """A call whose jaxpr has constants of a kind inside; the others are its first inputs."""
+    inside = tuple(i for i, c in enumerate(call.consts) if which(c))
+    if not inside:
+        return call
+    constants = _ByIdentity(call.consts[i] for i in inside)
+    per_input = ("in_shardings", "in_layouts", "donated_invars")
+    left_out = {
+        name: tuple(x for i, x in enumerate(call.params[name]) if i not in inside)
+        for name in per_input
+    }
+    jaxpr = _with_constants(call.params["jaxpr"], inside, constants)
+    return call._replace(
+        params=dict(call.params, jaxpr=jaxpr, **left_out),
+        consts=[c for i, c in enumerate(call.consts) if i not in inside],
+    )
+
+
+class _ByIdentity(tuple):
+    """A tuple that is equal to another if it has the same objects in it."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and [*map(id, self)] == [*map(id, other)]
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self)))
+
+
+@weakref_lru_cache
+def _with_constants(jaxpr: Any, inputs: tuple[int, ...], constants: _ByIdentity) -> Any:
+    inner = _open(jaxpr)
+    left = [v for i, v in enumerate(inner.invars) if i not in inputs]
+    return _new_jaxpr(
+        inner, [*inner.constvars, *(inner.invars[i] for i in inputs)], [*jaxpr.consts, *constants],
+        left, inner.outvars, inner.eqns, inner.effects,
+    )  # fmt: skip
 
 
 def wrap_ahead_of_time(check: Callable[[Any, Sequence[Any]], None]) -> None:
@@ -915,11 +1055,6 @@ def wrap_kernels_imported_since() -> None:
 def resolved(x: Any) -> Any:
     """``x``; if it is a capture, what it stands for."""
     return canonicalize(x) if type(x) in _captures else x
-
-
-def run_jit_primitive(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    """Runs one jit equation on concrete operands, compiled once per jaxpr."""
-    return jit_p.impl(*args, **params)
 
 
 def wrap_tree_map(wrap: Wrap) -> None:

@@ -88,6 +88,12 @@ def bear_at(addresses: Sequence[Address], birth: Birth, data: Sequence[Any]) -> 
     return addresses[0].bear(addresses, birth, data)  # type: ignore[attr-defined]
 
 
+@_compat.weakref_lru_cache
+def has_births(jaxpr: Any) -> bool:
+    """Whether a jaxpr makes slots from data."""
+    return any(eqn.primitive is birth_p for eqn in _compat.equations(jaxpr))
+
+
 class _Needs(NamedTuple):
     """What a birth in a jaxpr needs, and the equations that compute its data from that."""
 

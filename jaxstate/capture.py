@@ -19,7 +19,7 @@ import numpy as np
 from jaxstate import _compat
 from jaxstate.slots import Address
 
-__all__ = ["CapturedOperand", "StateTracer"]
+__all__ = ["StateTracer"]
 
 
 class _Nowhere(_compat.Trace):
@@ -50,14 +50,6 @@ class StateTracer(_compat.Tracer):
         """The current value. A jaxpr builder asks for it before it makes a constant."""
         return _compat.canonicalize(self)
 
-    def full_lower(self) -> Any:
-        """Itself; in a jitted call at top level, an operand that passes for a value.
-
-        JAX lowers the operands of such a call and refuses tracers. The wrapper of the call
-        (`rules.calls`) puts in the value.
-        """
-        return CapturedOperand(self) if _compat.at_top_level() else self
-
     def to_concrete_value(self) -> Any:
         return _compat.concrete(_compat.canonicalize(self))
 
@@ -67,17 +59,3 @@ class StateTracer(_compat.Tracer):
     def _contents(self) -> list[tuple[str, Any]]:
         """What it contains may carry a tangent, says the JVP tracer: see `jax.closure_convert`."""
         return [("value", _compat.PERTURBED)] if _compat.has_tangent(self.aval) else []
-
-
-class CapturedOperand:
-    """A `StateTracer` among the operands of a jitted call at top level.
-
-    (On jax 0.10 JAX also lowers operands at other places where nothing tells them from top level.
-    So a bind resolves it, too.)
-    """
-
-    __slots__ = ("aval", "tracer")
-
-    def __init__(self, tracer: StateTracer) -> None:
-        self.tracer = tracer
-        self.aval = tracer.aval

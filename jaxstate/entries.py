@@ -109,6 +109,10 @@ class EntryAddress(Address):
             raise self.missing()
         return store
 
+    def only_reads(self) -> bool:
+        store = innermost_store()
+        return store is not None and self.renewed({}) is self and store.has(self)
+
     def seen_from(self, boundary: Any) -> EntryAddress:
         store = self.store()
         boundary = None if boundary is store else boundary
@@ -320,6 +324,18 @@ class Store(Holder):
             entry = Entry(address.kind, address.birth and address.birth.form, address.used)
             layers.add_entry(path, address.kind, entry)
         return entry
+
+    def has(self, address: EntryAddress) -> bool:
+        """Whether the entry has a value here, and all that the address goes through a name."""
+        layers = self.layers()
+        try:
+            levels = self._above(address) + address.levels
+        except ClosedStateError:
+            return False
+        if not layers.know(levels):
+            return False
+        entry = self.layer.entries.get((*layers.known_path_of(levels), address.name))
+        return entry is not None and address.leaf in entry.cells
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         """Runs a module that is called; some stores look at what goes in and comes out."""

@@ -44,6 +44,10 @@ class Slot(Holder):
             raise self.ended()
         return cell
 
+    def is_there(self) -> bool:
+        """Whether the slot has a value: the function that made it has not ended."""
+        return self in self._cells()
+
     def close(self) -> None:
         """Forgets the value, and the place where it was made."""
         self._cells().pop(self, None)
@@ -98,6 +102,10 @@ class SlotAddress(Address):
     @property
     def own_holder(self) -> Any:  # type: ignore[override]
         return self._slot
+
+    def only_reads(self) -> bool:
+        slot = self._slot()
+        return slot is not None and slot.is_there()
 
     def __repr__(self) -> str:
         return f"slot {self.name!r}"

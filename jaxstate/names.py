@@ -107,6 +107,10 @@ class Layers:
             path = (*path, self._enter(path, level))
         return path
 
+    def know(self, levels: Sequence[Level]) -> bool:
+        """Whether all modules among ``levels`` have a name."""
+        return all(v.token is None or self._known(v.token) is not None for v in levels)
+
     def known_path_of(self, levels: Sequence[Level]) -> Path:
         """The path of ``levels`` without giving out names: the bases stand for those to come."""
         for i in range(len(levels) - 1, -1, -1):

@@ -75,6 +75,9 @@ class StreamAddress(Address):
     def threaded(self) -> bool:  # type: ignore[override]
         return self.part == "count"
 
+    def only_reads(self) -> bool:
+        return any(holder.knows(self) for holder in holders())
+
     def seen_from(self, boundary: Any) -> StreamAddress:
         """A handle's count goes by its name where that means the same stream.
 

@@ -69,6 +69,11 @@ class Address:
         """The type of the value, without making it."""
         return self.holder().aval(self)
 
+    def only_reads(self) -> bool:
+        """Whether to read the slot here is possible, and changes nothing: makes no cell, and gives
+        out no name or number."""
+        return False
+
     def seen_from(self, boundary: Any) -> Address:
         """The address as it stands in the jaxpr, or the holder, ``boundary``.
 

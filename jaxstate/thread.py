@@ -85,6 +85,16 @@ class Uses(NamedTuple):
     writes: Addresses  # in and out
     outs: Addresses  # only out: each of the jaxprs writes them, and none reads them before
 
+    @property
+    def ins(self) -> Addresses:
+        """What comes in, in this order."""
+        return self.reads + self.writes
+
+    @property
+    def results(self) -> Addresses:
+        """What goes out, in this order."""
+        return self.writes + self.outs
+
 
 def uses_of(jaxprs: Sequence[Any]) -> Uses:
     """The slots that jaxprs use which run at most once, one of them."""
@@ -123,13 +133,13 @@ def settle(addresses: Sequence[Address], writes: Addresses) -> None:
 def settle_jaxprs(jaxprs: Iterable[Any]) -> None:
     """`settle` for the slots that jaxprs use."""
     stateful = [jaxpr for jaxpr in jaxprs if state_effect in jaxpr.effects]
-    addresses = [a for jaxpr in stateful for a in _in_order(jaxpr)]
+    addresses = [a for jaxpr in stateful for a in in_order(jaxpr)]
     if len(addresses) > 1:
         settle(addresses, state_of_all(stateful).writes)
 
 
 @_compat.weakref_lru_cache
-def _in_order(jaxpr: Any) -> Addresses:
+def in_order(jaxpr: Any) -> Addresses:
     """The slots that a jaxpr uses, in the order of first use."""
     eqns = (e for e in _compat.equations(jaxpr) if e.primitive in (read_p, birth_p, write_p))
     return tuple(dict.fromkeys(a for eqn in eqns for a in addresses_of(eqn)))
@@ -234,7 +244,7 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     )
 
 
-def read_all(addresses: Iterable[Address]) -> list[Any]:
+def read_all(addresses: Sequence[Address]) -> list[Any]:
     """The current values of the slots that a jaxpr uses, in the place where a rule runs.
 
     Args:
@@ -243,16 +253,22 @@ def read_all(addresses: Iterable[Address]) -> list[Any]:
     Returns:
       One array per address, typed as a jaxpr takes it.
     """
+    values = [_compat.canonicalize(value) for value in read_as_stored(addresses)]
+    for address, value in zip(addresses, values, strict=True):
+        check_type(address, address.wanted, value)
+    return values
+
+
+def read_as_stored(addresses: Iterable[Address]) -> list[Any]:
+    """`read_all`, for a caller who sees to the types."""
     use = current_use()
-    return [_value_for(address, address.renewed(use)) for address in addresses]
+    return [read(address.renewed(use)) for address in addresses]
 
 
-def _value_for(address: Address, here: Address) -> Any:
-    """The value of the slot that ``address``, which stands in a jaxpr, means here."""
-    value = _compat.canonicalize(read(here))
-    if address.wanted is not None and not _compat.same_type(value, address.wanted):
-        raise here.changed(address.wanted, value)
-    return value
+def check_type(address: Address, wanted: Any, value: Any) -> None:
+    """Raises if the slot that ``address`` means here is not of the type that a jaxpr expects."""
+    if wanted is not None and not _compat.same_type(value, wanted):
+        raise address.renewed(current_use()).changed(wanted, value)
 
 
 def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxstate import _compat
-from jaxstate.capture import CapturedOperand, StateTracer
+from jaxstate.capture import StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, AllLanes, Holder, Lane, holders
 
@@ -188,6 +187,8 @@ def _drop_ended(tables: dict[int, Any]) -> None:
 def read(address: Address) -> Any:
     """The current value of the slot."""
     holder = address.holder()
+    if holder.anchor is _compat.current_trace():
+        return holder.cell(address).value
     levels, base = _way_to(holder)
     return _read_at(address, holder, levels, 0, base)[0]
 
@@ -195,6 +196,9 @@ def read(address: Address) -> Any:
 def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot."""
     holder = address.holder()
+    if holder.anchor is _compat.current_trace():
+        holder.cell(address).value = _compat.canonicalize(value)
+        return
     levels, base = _way_to(holder)
     _write_at(address, holder, levels, 0, base, value)
 
@@ -207,6 +211,8 @@ def boundaries(holder: Holder) -> list[Any]:
     """
     found: list[Any] = []
     trace = _compat.current_trace()
+    if trace is holder.anchor and next(holders(), None) is holder:
+        return found
     for inner in holders():
         if inner is not holder and inner.outside is None and not inner.is_boundary:
             continue
@@ -434,10 +440,6 @@ def captured_operands() -> dict[int, Address]:
     return _uses.operands[-1] if _uses.operands else {}
 
 
-def _is_capture(operand: Any) -> bool:
-    return type(operand) in (StateTracer, CapturedOperand)
-
-
 def recaptured(operands: Sequence[Any]) -> list[Any]:
     """The operands of the bind in progress with its captures as captures, to be bound again."""
     captured = captured_operands()
@@ -447,15 +449,20 @@ def recaptured(operands: Sequence[Any]) -> list[Any]:
     ]
 
 
-@contextmanager
-def one_use(operands: Sequence[Any] = ()) -> Iterator[None]:
+class one_use:  # noqa: N801  (a context manager, as a class because it is entered in every call)
     """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
-    _uses.stack.append({})
-    tracers = ((i, getattr(x, "tracer", x)) for i, x in enumerate(operands) if _is_capture(x))
-    _uses.operands.append({i: tracer.address for i, tracer in tracers})
-    try:
-        yield
-    finally:
+
+    __slots__ = ("operands",)
+
+    def __init__(self, operands: Sequence[Any] = ()) -> None:
+        self.operands = operands
+
+    def __enter__(self) -> None:
+        tracers = ((i, x) for i, x in enumerate(self.operands) if type(x) is StateTracer)
+        _uses.stack.append({})
+        _uses.operands.append({i: tracer.address for i, tracer in tracers})
+
+    def __exit__(self, *_: object) -> None:
         _uses.stack.pop()
         _uses.operands.pop()
 
@@ -465,7 +472,6 @@ def one_use(operands: Sequence[Any] = ()) -> Iterator[None]:
 # A capture is resolved by the `bind` that takes it as an operand, or by the jaxpr that closes over
 # it: from the trace that is current there.
 _compat.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
-_compat.register_tracer_type(CapturedOperand, lambda operand: resolve(operand.tracer))
 
 
 def resolve(tracer: StateTracer) -> Any:

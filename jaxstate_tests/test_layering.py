@@ -14,13 +14,13 @@ ORDER = [
     "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "sown", "births",
     "thread",
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-    "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels", "rules",
+    "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels", "rules",
     "stateful", "extend", "names", "random", "entries", "stores", "arguments", "reuse", "summary",
     "params", "variables", "stack", "shadows", "mutate", "sow", "views", "updates", "arrays",
     "inplace", "",
 ]  # fmt: skip
 FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-            "rules.foreign", "rules.mesh", "rules.batching", "rules.kernels"}  # fmt: skip
+            "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels"}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

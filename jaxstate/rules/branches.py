@@ -23,16 +23,16 @@ from jaxstate.thread import (
 def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     """A slot that a branch leaves alone passes through it."""
     index, *operands = args
-    reads, writes, outs = uses_of(params["branches"])
+    uses = reads, writes, outs = uses_of(params["branches"])
     for branch in params["branches"]:
         bear(branch, operands)
         _check_absent(writes, branch)
-    slots = read_all(reads + writes)
+    slots = read_all(uses.ins)
     avals = [_compat.typeof(s) for s in slots]
     how = Thread(reads, writes, outs=outs, once=True)
     branches = tuple(thread(j, how, avals) for j in params["branches"])
     results = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
-    return write_last(writes + outs, results)
+    return write_last(uses.results, results)
 
 
 def _check_absent(writes: Sequence[Address], branch: Any) -> None:

@@ -1,0 +1,209 @@
+"""jit: slots go in front of the operands, and behind the results.
+
+    y = jit[f] x      -->      s = read;  y, s' = jit[f threaded] s x;  write s'
+
+Inside a transformation a jitted call is an equation like others. At top level there is none: JAX's
+C++ dispatch looks for an executable for operands of these types, and asks Python where it has none.
+There `_call_at_top_level` goes first:
+
+* The function has no state: JAX goes on, and the next such call stays in C++.
+* It has state: a `_ThreadedCall` makes the call. That is the threaded function on a C++ dispatch of
+  its own, so what is left to do in Python is to read the cells, call it, and write the cells.
+
+Which slots a call uses is known when JAX has traced the function for the types of its operands, but to
+ask JAX takes longer than the call. So the threaded call that was right for the last call is tried
+first: its dispatch has executables only for types for which it is right, and asks for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxstate import _compat
+from jaxstate.births import bear, has_births
+from jaxstate.capture import StateTracer
+from jaxstate.errors import AheadOfTimeError, message
+from jaxstate.slots import any_open
+from jaxstate.thread import (
+    Addresses,
+    Thread,
+    Uses,
+    check_type,
+    in_order,
+    read_all,
+    read_as_stored,
+    register_rule,
+    settle,
+    state_of,
+    thread,
+    uses_of,
+    write_all,
+    write_last,
+)
+from jaxstate.trace import one_use
+
+
+@register_rule(_compat.jit_p)
+def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
+    uses = uses_of([params["jaxpr"]])
+    bear(params["jaxpr"], args)
+    slots = read_all(uses.ins)
+    threaded = _threaded(params, uses, [_compat.typeof(s) for s in slots])
+    return write_last(uses.results, _compat.jit_p.bind(*slots, *args, **threaded))
+
+
+def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[str, Any]:
+    """The parameters of a ``jit`` equation that also takes slots of the types ``avals``."""
+    reads, writes, outs = uses
+    more_in, more_out = len(avals), len(uses.results)
+    return dict(
+        params,
+        jaxpr=thread(params["jaxpr"], Thread(reads, writes, outs=outs, once=True), avals),
+        in_shardings=(_compat.UNSPECIFIED,) * more_in + params["in_shardings"],
+        in_layouts=(None,) * more_in + params["in_layouts"],
+        donated_invars=(False,) * more_in + params["donated_invars"],
+        out_shardings=params["out_shardings"] + (_compat.UNSPECIFIED,) * more_out,
+        out_layouts=params["out_layouts"] + (None,) * more_out,
+    )
+
+
+# -- At top level ----------------------------------------------------------------------------
+
+
+@_compat.wrap_jitted_calls
+def _call_at_top_level(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
+    """The results of a call that uses state; `NotImplemented` if the call is JAX's."""
+    if not any_open():
+        return NotImplemented
+    calls = _calls_of(jitted.fun, jitted.info)
+    if calls.last is not None and calls.last.may_be_tried():
+        try:
+            return calls.last(args, kwargs)
+        except _OtherStateError:
+            pass
+    call = jitted.infer(args, kwargs)
+    calls.last = calls.threaded(jitted, call)
+    if calls.last is not None:
+        return calls.last(args, kwargs)
+    return _bound(call) if has_births(call.params["jaxpr"]) else NotImplemented
+
+
+def _bound(call: _compat.JitCall) -> Any:
+    """The results of a call that is made as an equation is. (Births look at its operands.)"""
+    outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
+    return jax.tree.unflatten(call.out_tree, outs)
+
+
+class _OtherStateError(Exception):
+    """A threaded call was tried, and the call uses other state."""
+
+
+class _Calls:
+    """The threaded calls of one jitted function, by the state that they use."""
+
+    def __init__(self) -> None:
+        self.last: _ThreadedCall | None = None
+        self._by_state: dict[_StateOfCall, _ThreadedCall] = {}
+
+    def threaded(self, jitted: _compat.Jitted, call: _compat.JitCall) -> _ThreadedCall | None:
+        """The threaded call for a call; None if that has no state, or births."""
+        state = _state_of_call(call)
+        if not state or has_births(call.params["jaxpr"]):
+            return None
+        threaded = self._by_state.get(state)
+        if threaded is None:
+            threaded = self._by_state[state] = _ThreadedCall(jitted, state)
+        return threaded
+
+
+@_compat.weakref_lru_cache
+def _calls_of(fun: Any, info: Any) -> _Calls:
+    return _Calls()
+
+
+class _StateOfCall(NamedTuple):
+    captured: Addresses
+    uses: Uses
+    order: Addresses  # of first use
+
+    def __bool__(self) -> bool:
+        return bool(self.captured or self.order)
+
+
+def _state_of_call(call: _compat.JitCall) -> _StateOfCall:
+    jaxpr = call.params["jaxpr"]
+    captured = tuple(c.address for c in call.consts if isinstance(c, StateTracer))
+    return _StateOfCall(captured, uses_of([jaxpr]), in_order(jaxpr))
+
+
+class _ThreadedCall:
+    """A jitted function as one that is given the slots it reads, and returns those it writes."""
+
+    def __init__(self, jitted: _compat.Jitted, state: _StateOfCall) -> None:
+        self._state = state
+        self._aliases = tuple(a for a in state.order if a.may_alias)
+        self._run = _compat.dispatched(jitted, self._prepare)
+
+    def may_be_tried(self) -> bool:
+        """Whether it does no harm to read the state, should the call use other state."""
+        return all(a.only_reads() for a in (*self._state.captured, *self._state.order))
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        captured, uses, _ = self._state
+        with one_use():
+            captures = read_as_stored(captured)
+            if len(self._aliases) > 1:
+                settle(self._aliases, uses.results)
+            slots = read_as_stored(uses.ins)
+            outs, written = self._run([*slots, *captures], *args, **kwargs)
+            write_all(uses.results, written)
+        return outs
+
+    def _prepare(
+        self, jitted: _compat.Jitted, values: list[Any], args: Any, kwargs: Any
+    ) -> _compat.JitCall:
+        """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
+        call = jitted.infer(args, kwargs)
+        if _state_of_call(call) != self._state or has_births(call.params["jaxpr"]):
+            raise _OtherStateError
+        uses = uses_of([call.params["jaxpr"]])
+        n = len(uses.ins)
+        slots, captures = values[:n], values[n:]
+        for address, value in zip(uses.ins, slots, strict=True):
+            check_type(address, address.wanted, value)
+        tracers = [c for c in call.consts if isinstance(c, StateTracer)]
+        for tracer, value in zip(tracers, captures, strict=True):
+            check_type(tracer.address, tracer.aval, value)
+        call = _compat.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
+        avals = [_compat.typeof(_compat.canonicalize(s)) for s in slots]
+        return call._replace(
+            params=_threaded(call.params, uses, avals),
+            consts=[*slots, *captures],
+            out_tree=_compat.tree_with_leaves(call.out_tree, len(uses.results)),
+        )
+
+
+@_compat.wrap_ahead_of_time
+def _refuse_state_from_outside(jaxpr: Any, constants: Sequence[Any]) -> None:
+    """What is compiled ahead of time is called without JAX's Python: none could pass the state."""
+    reads, writes = state_of(jaxpr)
+    captures = [c.address for c in constants if isinstance(c, StateTracer)]
+    used = [*writes, *reads, *captures]
+    if used:
+        raise AheadOfTimeError(
+            message(
+                f"A function that uses {used[0]} was compiled ahead of time, and that state is"
+                " open outside of it: the compiled function has nowhere to take it from when it"
+                " is called.",
+                fix="""
+                def g(key, x):
+                    with jaxstate.rng_stream(key):        # open the state inside,
+                        return f(x)
+                jax.jit(g).lower(key, x).compile()        # (net.apply does so), pass what it needs
+                """,
+                used=_compat.user_location(),
+            )
+        )
