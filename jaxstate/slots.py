@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
@@ -145,6 +144,7 @@ class Holder:
     """Something open that answers for cells."""
 
     anchor: Any = None
+    _remains: Holder | None = None
 
     # A custom rule that is given its state as operands answers for every address, and what stands
     # outside of it is seen from the trace `outside`.
@@ -172,6 +172,12 @@ class Holder:
         """What is left of the holder for a function that runs when it may be closed: its names
         and its policy, and no arrays or tracers."""
         return self
+
+    def remains(self) -> Holder:
+        """`without_values`, for one who only asks what it knows: made once."""
+        if self._remains is None:
+            self._remains = self.without_values()
+        return self._remains
 
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | AllLanes | None:
         """The lanes' own cell of the address in the vmap of ``trace``; None if lanes share it.
@@ -231,6 +237,7 @@ class AllLanes(NamedTuple):
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.stack: list[Holder] = []
+        self.published: tuple[Hashable, ...] = ()
 
 
 _thread = _ThreadState()
@@ -252,24 +259,34 @@ def any_open() -> bool:
     return bool(_thread.stack or loose_holders)
 
 
-@contextmanager
-def open_holder(holder: Holder) -> Iterator[None]:
+class open_holder:  # noqa: N801  (a context manager; a class, since generators take longer)
     """Opens ``holder`` on this thread, anchored at the trace that is current.
 
     Closing removes this very holder: a generator may close it when others were opened since.
     """
-    for notice in on_open:
-        notice()
-    stack = _thread.stack
-    holder.anchor = _compat.holding_trace(_compat.current_trace())
-    stack.append(holder)
-    try:
-        _publish_signature(stack)
-        yield
-    finally:
-        _remove(stack, holder)
-        _publish_signature(stack)
-        holder.anchor = None
+
+    __slots__ = ("_holder", "_stack")
+
+    def __init__(self, holder: Holder) -> None:
+        self._holder = holder
+
+    def __enter__(self) -> None:
+        for notice in on_open:
+            notice()
+        self._stack = _thread.stack
+        self._holder.anchor = _compat.holding_trace(_compat.current_trace())
+        self._stack.append(self._holder)
+        try:
+            _publish_signature(self._stack)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        _remove(self._stack, self._holder)
+        if self._stack is _thread.stack:  # a generator may be closed by another thread
+            _publish_signature(self._stack)
+        self._holder.anchor = None
 
 
 def stack() -> list[Holder]:
@@ -282,18 +299,23 @@ def signature_changed() -> None:
     _publish_signature(_thread.stack)
 
 
-@contextmanager
-def only_open(holders: Sequence[Holder]) -> Iterator[None]:
+class only_open:  # noqa: N801
     """For a while, ``holders`` are the open holders of this thread."""
-    stack = _thread.stack
-    hidden = list(stack)
-    stack[:] = holders
-    _publish_signature(stack)
-    try:
-        yield
-    finally:
-        stack[:] = hidden
-        _publish_signature(stack)
+
+    __slots__ = ("_hidden", "_holders", "_stack")
+
+    def __init__(self, holders: Sequence[Holder]) -> None:
+        self._holders = holders
+
+    def __enter__(self) -> None:
+        self._stack = _thread.stack
+        self._hidden = list(self._stack)
+        self._stack[:] = self._holders
+        _publish_signature(self._stack)
+
+    def __exit__(self, *_: object) -> None:
+        self._stack[:] = self._hidden
+        _publish_signature(self._stack)
 
 
 def _remove(stack: list[Holder], holder: Holder) -> None:
@@ -317,10 +339,12 @@ _signatures_lock = threading.Lock()
 
 
 def _publish_signature(stack: list[Holder]) -> None:
-    signatures = tuple(s for holder in stack if (s := holder.signature()) is not None)
-    if not signatures:
-        _compat.set_context_signature(None)
+    signatures = tuple([s for holder in stack if (s := holder.signature()) is not None])
+    if signatures == _thread.published:
         return
-    with _signatures_lock:
-        token = _signatures.setdefault(signatures, _Signature(signatures))
+    token = None
+    if signatures:
+        with _signatures_lock:
+            token = _signatures.setdefault(signatures, _Signature(signatures))
     _compat.set_context_signature(token)
+    _thread.published = signatures

@@ -350,16 +350,20 @@ def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if isinstance(trace, _compat.TransparentTrace):  # it runs the jaxprs, state and all
-            return bind(trace, args, avals, params)
-        jaxprs = list(_compat.jaxprs_in(params))
-        if not any(state_effect in jaxpr.effects for jaxpr in jaxprs):
-            return bind(trace, args, avals, params)
+        if not _has_state(params) or isinstance(trace, _compat.TransparentTrace):
+            return bind(trace, args, avals, params)  # such a trace runs the jaxprs, state and all
         with _compat.set_current_trace(trace):
-            settle_jaxprs(jaxprs)
+            settle_jaxprs(list(_compat.jaxprs_in(params)))
             return _rules[primitive](args, params)
 
     return bind_with_trace
+
+
+def _has_state(params: dict[str, Any]) -> bool:
+    for jaxpr in _compat.jaxprs_in(params):
+        if jaxpr.effects and state_effect in jaxpr.effects:
+            return True
+    return False
 
 
 _hidden_rules: dict[Any, Rule] = {}

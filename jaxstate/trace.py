@@ -458,9 +458,12 @@ class one_use:  # noqa: N801  (a context manager, as a class because it is enter
         self.operands = operands
 
     def __enter__(self) -> None:
-        tracers = ((i, x) for i, x in enumerate(self.operands) if type(x) is StateTracer)
+        captured: dict[int, Address] = {}
+        if StateTracer in map(type, self.operands):
+            tracers = ((i, x) for i, x in enumerate(self.operands) if type(x) is StateTracer)
+            captured = {i: tracer.address for i, tracer in tracers}
         _uses.stack.append({})
-        _uses.operands.append({i: tracer.address for i, tracer in tracers})
+        _uses.operands.append(captured)
 
     def __exit__(self, *_: object) -> None:
         _uses.stack.pop()

@@ -73,8 +73,12 @@ class _RuleState(Holder):
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        with slots.only_open(self.below), slots.open_holder(self):
-            yield
+        self.anchor = _compat.holding_trace(_compat.current_trace())
+        try:
+            with slots.only_open([*self.below, self]):
+                yield
+        finally:
+            self.anchor = None
 
 
 class _Touched(Exception):
@@ -123,7 +127,7 @@ class _Recording(_RuleState):
         """From now on the function runs, if it does, as a rule of an equation: keep no values."""
         self.over = True
         self.outside = None
-        self.below = without_values(self.below)
+        self.below = [holder.remains() for holder in self.below]
         self.extra = {}
         self.cells = {}
 

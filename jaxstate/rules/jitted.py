@@ -85,16 +85,17 @@ def _call_at_top_level(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
         except _OtherStateError:
             pass
     call = jitted.infer(args, kwargs)
+    if _looks_at_operands(call):
+        outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
+        return jax.tree.unflatten(call.out_tree, outs)
     calls.last = calls.threaded(jitted, call)
-    if calls.last is not None:
-        return calls.last(args, kwargs)
-    return _bound(call) if has_births(call.params["jaxpr"]) else NotImplemented
+    return NotImplemented if calls.last is None else calls.last(args, kwargs)
 
 
-def _bound(call: _compat.JitCall) -> Any:
-    """The results of a call that is made as an equation is. (Births look at its operands.)"""
-    outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
-    return jax.tree.unflatten(call.out_tree, outs)
+def _looks_at_operands(call: _compat.JitCall) -> bool:
+    """Whether what the state is depends on the operands: a birth's data, or a capture among them
+    (a function that somebody has converted to an object has its captures in the object)."""
+    return has_births(call.params["jaxpr"]) or StateTracer in map(type, call.operands)
 
 
 class _OtherStateError(Exception):
@@ -109,9 +110,9 @@ class _Calls:
         self._by_state: dict[_StateOfCall, _ThreadedCall] = {}
 
     def threaded(self, jitted: _compat.Jitted, call: _compat.JitCall) -> _ThreadedCall | None:
-        """The threaded call for a call; None if that has no state, or births."""
+        """The threaded call for a call; None if that has no state."""
         state = _state_of_call(call)
-        if not state or has_births(call.params["jaxpr"]):
+        if not state:
             return None
         threaded = self._by_state.get(state)
         if threaded is None:
@@ -167,7 +168,7 @@ class _ThreadedCall:
     ) -> _compat.JitCall:
         """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
         call = jitted.infer(args, kwargs)
-        if _state_of_call(call) != self._state or has_births(call.params["jaxpr"]):
+        if _looks_at_operands(call) or _state_of_call(call) != self._state:
             raise _OtherStateError
         uses = uses_of([call.params["jaxpr"]])
         n = len(uses.ins)
