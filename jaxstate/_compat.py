@@ -1006,10 +1006,11 @@ class _ByIdentity(tuple):
 @weakref_lru_cache
 def _with_constants(jaxpr: Any, inputs: tuple[int, ...], constants: _ByIdentity) -> Any:
     inner = _open(jaxpr)
+    constvars = [*inner.constvars, *(inner.invars[i] for i in inputs)]
     left = [v for i, v in enumerate(inner.invars) if i not in inputs]
     return _new_jaxpr(
-        inner, [*inner.constvars, *(inner.invars[i] for i in inputs)], [*jaxpr.consts, *constants],
-        left, inner.outvars, inner.eqns, inner.effects,
+        inner, constvars, [*jaxpr.consts, *constants], left, inner.outvars, inner.eqns,
+        inner.effects,
     )  # fmt: skip
 
 

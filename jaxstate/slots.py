@@ -259,7 +259,7 @@ def any_open() -> bool:
     return bool(_thread.stack or loose_holders)
 
 
-class open_holder:  # noqa: N801  (a context manager; a class, since generators take longer)
+class open_holder:  # a class: generators take longer
     """Opens ``holder`` on this thread, anchored at the trace that is current.
 
     Closing removes this very holder: a generator may close it when others were opened since.
@@ -299,7 +299,7 @@ def signature_changed() -> None:
     _publish_signature(_thread.stack)
 
 
-class only_open:  # noqa: N801
+class only_open:
     """For a while, ``holders`` are the open holders of this thread."""
 
     __slots__ = ("_hidden", "_holders", "_stack")

@@ -449,7 +449,7 @@ def recaptured(operands: Sequence[Any]) -> list[Any]:
     ]
 
 
-class one_use:  # noqa: N801  (a context manager, as a class because it is entered in every call)
+class one_use:  # a class: it is entered in every call, and generators take longer
     """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
 
     __slots__ = ("operands",)

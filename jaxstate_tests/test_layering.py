@@ -19,8 +19,7 @@ ORDER = [
     "params", "variables", "stack", "shadows", "mutate", "sow", "views", "updates", "arrays",
     "inplace", "",
 ]  # fmt: skip
-FAMILIES = {"rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-            "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels"}  # fmt: skip
+FAMILIES = {name for name in ORDER if name.startswith("rules.")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -10,9 +10,9 @@ There `_call_at_top_level` goes first:
 * It has state: a `_ThreadedCall` makes the call. That is the threaded function on a C++ dispatch of
   its own, so what is left to do in Python is to read the cells, call it, and write the cells.
 
-Which slots a call uses is known when JAX has traced the function for the types of its operands, but to
-ask JAX takes longer than the call. So the threaded call that was right for the last call is tried
-first: its dispatch has executables only for types for which it is right, and asks for others.
+Which slots a call uses is known when JAX has traced the function for the types of its operands, but
+to ask JAX takes longer than the call. So the threaded call that was right for the last call is
+tried first: its dispatch has executables only for types for which it is right, and asks for others.
 """
 
 from __future__ import annotations
