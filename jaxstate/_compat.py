@@ -165,9 +165,39 @@ def is_weak(x: Any) -> bool:
     return bool(getattr(typeof(x), "weak_type", False))
 
 
+def axes_of(aval: Any) -> frozenset[Any]:
+    """The mesh axes of a shard_map over which values of a type differ."""
+    return frozenset(aval.mat.varying) if isinstance(aval, ShapedArray) else frozenset()
+
+
 def varying_axes(x: Any) -> frozenset[Any]:
     """The mesh axes of a shard_map over which a value differs, according to its type."""
-    return frozenset(typeof(x).mat.varying)
+    return axes_of(typeof(x))
+
+
+def device_axes() -> frozenset[Any]:
+    """The mesh axes of the shard_map that the program is in, if types say what varies over them."""
+    return frozenset(mesh.get_abstract_mesh().manual_axes if config._check_vma.value else ())
+
+
+def vary(x: Any, axes: frozenset[Any]) -> Any:
+    """A value as one of a type that varies over ``axes`` too."""
+    more = tuple(axes - varying_axes(x))
+    return core.pvary(x, more) if more else x
+
+
+def with_axes(aval: Any, axes: frozenset[Any]) -> Any:
+    """A type whose values vary over ``axes`` too."""
+    if axes <= axes_of(aval):
+        return aval
+    return aval.update_manual_axis_type(aval.mat.update(varying=aval.mat.varying | axes))
+
+
+def varying_equation(atom: Any, axes: frozenset[Any]) -> Any:
+    """The equation of a jaxpr whose result is ``atom`` as one that varies over ``axes`` too."""
+    jaxpr = jax.make_jaxpr(lambda x: vary(x, axes))(atom.aval)
+    (eqn,) = equations(jaxpr)
+    return eqn.replace(invars=[atom])
 
 
 abstract_mesh = mesh.get_abstract_mesh
@@ -962,9 +992,10 @@ def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[...,
     def never_called(values: Any, /, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the dispatch calls executables, or `cache_miss`")
 
+    name = getattr(jitted.fun, "__name__", "call")
     statics = [i + 1 if i >= 0 else i for i in info.static_argnums]
     return pjit._jax.pjit(
-        getattr(jitted.fun, "__name__", "call"), never_called, cache_miss, statics, info.static_argnames,
+        name, never_called, cache_miss, statics, info.static_argnames,
         pxla.JitGlobalCppCacheKeys(), tree_util.dispatch_registry, pxla.cc_shard_arg,
         pjit._cpp_pjit_cache_fun_only,
     )  # fmt: skip

@@ -94,6 +94,7 @@ class SlotAddress(Address):
     __slots__ = ("_slot", "name")
 
     threaded = True
+    has_axes = True
 
     def __init__(self, slot: Slot) -> None:
         self._slot = weakref.ref(slot)

@@ -41,8 +41,12 @@ class Address:
     threaded = False
 
     # Makes one value of the lanes' values, ``reduce(values, axis=0)``, for a slot that the lanes
-    # of a vmap share; None if such values are refused.
+    # of a vmap (or the devices of a shard_map) share; None if such values are refused.
     reduce: Callable[..., Any] | None = None
+
+    # Whether its type says over which mesh axes of a shard_map it varies, as that of a value does.
+    # (What it holds may vary sooner or later than it was made.)
+    has_axes = False
 
     # The type that a jaxpr expects in which the address stands, if the slot's type may change.
     wanted: Any = None
@@ -167,6 +171,13 @@ class Holder:
     def aval(self, address: Address) -> Any:
         """The type of a slot, without making the slot."""
         return _compat.typeof(self.cell(address).value)
+
+    def varies_over(self, address: Address, read: Callable[[], Any]) -> frozenset[Any]:
+        """The mesh axes over which a slot varies as a jaxpr sees it that is traced now.
+
+        ``read()`` is what the slot holds outside of that jaxpr.
+        """
+        return _compat.varying_axes(read())
 
     def without_values(self) -> Holder:
         """What is left of the holder for a function that runs when it may be closed: its names

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.births import addresses_of, birth_p
-from jaxstate.errors import UnsupportedPrimitiveError, message
+from jaxstate.errors import DeviceWriteError, UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, any_open
 from jaxstate.trace import current_use, one_use, read, read_p, state_effect, write, write_p
 
@@ -218,10 +218,18 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     def rename(atom: Any) -> Any:
         return renamed.get(atom, atom) if isinstance(atom, _compat.Var) else atom
 
+    def varying_like(like: Any, atom: Any) -> Any:
+        """``atom`` as one that varies over the mesh axes over which ``like`` does."""
+        if _compat.axes_of(like.aval) <= _compat.axes_of(atom.aval):
+            return atom
+        eqns.append(_compat.varying_equation(atom, _compat.axes_of(like.aval)))
+        return eqns[-1].outvars[0]
+
     for eqn in _compat.equations(jaxpr):
         if eqn.primitive is read_p or eqn.primitive is birth_p:
-            values = [current[a] for a in addresses_of(eqn)]
-            renamed.update(zip(eqn.outvars, values, strict=True))
+            for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
+                _check_axes(address, current[address].aval, outvar.aval)
+                renamed[outvar] = varying_like(outvar, current[address])
         elif eqn.primitive is write_p:
             current[eqn.params["address"]] = rename(eqn.invars[0])
         elif renamed:
@@ -237,11 +245,48 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     invars = [v for v in invars if v not in captured]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
-        outvars[out_at:out_at] = [current[a] for a in how.writes]
+        outs = [varying_like(incoming[a], current[a]) for a in how.writes]
+        if not how.once:
+            for address, out in zip(how.writes, outs, strict=True):
+                _check_turn(address, incoming[address].aval, out.aval)
+        outvars[out_at:out_at] = outs
     outvars += [current[a] for a in how.outs]
     return _compat.remade(
         jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
     )
+
+
+def _check_axes(address: Address, found: Any, wanted: Any) -> None:
+    """A jaxpr that was traced with a value that is the same on all devices is right only for such."""
+    axes = sorted(map(str, _compat.axes_of(found) - _compat.axes_of(wanted)))
+    if axes and address.has_axes:
+        raise DeviceWriteError(
+            message(
+                f"{address} varies over the mesh axes {', '.join(axes)} here, and a function that"
+                " was traced before, when it did not, is used again.",
+                fix=f"""
+                value = jax.lax.pcast(value, {tuple(axes)}, to="varying")   # before the first use
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+
+def _check_turn(address: Address, first: Any, last: Any) -> None:
+    """What a loop carries is, in every turn, the same on all devices or not."""
+    axes = sorted(map(str, _compat.axes_of(last) - _compat.axes_of(first)))
+    if axes:
+        raise DeviceWriteError(
+            message(
+                f"The body of a loop in a shard_map wrote a value that varies over the mesh axes"
+                f" {', '.join(axes)} into {address}, which did not vary before the loop.",
+                fix=f"""
+                value = jax.lax.pmean(value, {tuple(axes)})                 # the same on all devices
+                value = jax.lax.pcast(value, {tuple(axes)}, to="varying")   # or: it starts like that
+                """,
+                used=_compat.user_location(),
+            )
+        )
 
 
 def read_all(addresses: Sequence[Address]) -> list[Any]:

@@ -492,12 +492,30 @@ def _read_staged(address: Address, trace: Any) -> Any:
     value = notes.values.get(key)
     if value is None:
         if address.threaded:
-            params = dict(address=key, aval=address.aval())
+            params = dict(address=key, aval=_staged_aval(address, trace))
             value = _compat.stage(trace, read_p, (), params)
         else:
             value = _compat.new_const(trace, StateTracer(key, address.aval()))
         notes.values[key] = value
     return value
+
+
+def _staged_aval(address: Address, trace: Any) -> Any:
+    """The type of a slot in the jaxpr that ``trace`` builds.
+
+    In a shard_map it depends on what the slot holds around that jaxpr: a derivative sums over
+    devices where a value that does not vary becomes one that does.
+    """
+    aval = address.aval()
+    parent = _compat.parent_of(trace)
+    if not address.has_axes or parent is None or not _compat.device_axes():
+        return aval
+
+    def outside() -> Any:
+        with _compat.set_current_trace(parent):
+            return read(address)
+
+    return _compat.with_axes(aval, address.holder().varies_over(address, outside))
 
 
 def _write_staged(address: Address, trace: Any, value: Any) -> None:

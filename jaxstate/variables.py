@@ -55,6 +55,7 @@ class VariableAddress(EntryAddress):
 
     kind = "variable"
     takes_key = False
+    has_axes = True
     missing_error = MissingVariableError
     mismatch_error = VariableMismatchError
     conflict_error = VariableConflictError

@@ -31,8 +31,44 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     how = Thread(reads, writes, outs=outs, once=True)
     branches = tuple(thread(j, how, avals) for j in params["branches"])
+    axes = _axes(uses.results, branches, index)
+    branches = tuple(_varying_last(j, axes) for j in branches)
     results = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
     return write_last(uses.results, results)
+
+
+def _axes(written: Sequence[Address], branches: Sequence[Any], index: Any) -> tuple[Any, ...]:
+    """For each slot that a branch writes, the mesh axes of a shard_map over which it varies then.
+
+    It does if it does in one branch, or if devices take different branches.
+    """
+    n = len(written)
+    avals = zip(*(_compat.out_avals(j)[-n:] for j in branches), strict=True) if n else ()
+    chosen = _compat.varying_axes(index)
+    return tuple(
+        frozenset().union(chosen if address.has_axes else (), *map(_compat.axes_of, outs))
+        for address, outs in zip(written, avals, strict=True)
+    )
+
+
+def _varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
+    """The branch with its last results varying over ``axes``."""
+    last = _compat.out_avals(branch)[len(_compat.out_avals(branch)) - len(axes) :]
+    if all(more <= _compat.axes_of(aval) for more, aval in zip(axes, last, strict=True)):
+        return branch
+    return _with_varying_last(branch, axes)
+
+
+@_compat.weakref_lru_cache
+def _with_varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
+    outvars, eqns = list(_compat.outvars(branch)), list(_compat.equations(branch))
+    for i, more in enumerate(axes, len(outvars) - len(axes)):
+        if not more <= _compat.axes_of(outvars[i].aval):
+            eqns.append(_compat.varying_equation(outvars[i], more))
+            outvars[i] = eqns[-1].outvars[0]
+    return _compat.remade(
+        branch, invars=_compat.invars(branch), outvars=outvars, eqns=eqns, effs=branch.effects
+    )
 
 
 def _check_absent(writes: Sequence[Address], branch: Any) -> None:

@@ -110,7 +110,7 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
             cond_nconsts=len(reads) + n_cond, cond_jaxpr=cond,
             body_nconsts=len(reads) + n_body, body_jaxpr=body,
         )  # fmt: skip
-        write_all(writes, outs[: len(writes)])
+        _write_ended(writes, outs[: len(writes)], _compat.out_avals(cond)[-1])
         return outs[len(writes) :]
 
     *carried, verdict = _compat.eval_closed_jaxpr(cond, *constants, *cond_consts, *carried, *carry)
@@ -121,8 +121,17 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
         cond_nconsts=0, cond_jaxpr=_first_of(tuple(_compat.in_avals(body)[n_consts:])),
         body_nconsts=n_consts, body_jaxpr=body,
     )  # fmt: skip
-    write_all(writes, outs[1 : 1 + len(writes)])
+    _write_ended(writes, outs[1 : 1 + len(writes)], _compat.out_avals(cond)[-1])
     return outs[1 + len(writes) :]
+
+
+def _write_ended(writes: Addresses, values: Sequence[Any], verdict: Any) -> None:
+    """Writes what a loop leaves, which differs between devices if they end it at different turns."""
+    axes = _compat.axes_of(verdict)
+    if axes:
+        pairs = zip(writes, values, strict=True)
+        values = [_compat.vary(x, axes) if a.has_axes else x for a, x in pairs]
+    write_all(writes, values)
 
 
 @_compat.weakref_lru_cache

@@ -8,6 +8,10 @@ A slot that is written is one value for all devices. It comes in as what the fun
 and goes out as a further result with the spec ``P()``. So what is written must be the same on every
 device, and JAX knows of every value whether it is: from its type, which lists the mesh axes it
 varies over (if ``check_vma`` is on). A value that varies is refused by name.
+
+A slot that knows how to make one value of many (a variable with ``reduce``) is a value per device
+inside. It comes in as one that varies, and goes out as an array over all devices, with the spec
+``P(axes)`` for a new leading axis. One value is made of it outside.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxstate import _compat, slots
 from jaxstate.errors import DeviceWriteError, message
@@ -62,8 +67,11 @@ class _Devices(Holder):
             return owner.device_cell(address, self.notes, self.from_outside, self.index)
         key = address.seen_from(self)
         if key not in self.shared:
-            self.before[key] = self.from_outside(lambda: _compat.canonicalize(read(key)))
-            self.shared[key] = Cell(self.before[key])
+            value = self.from_outside(lambda: _compat.canonicalize(read(key)))
+            if address.reduce is not None:
+                value = _compat.vary(value, frozenset(self.axes))
+            self.before[key] = value
+            self.shared[key] = Cell(value)
         return self.shared[key]
 
     def written(self) -> dict[Address, Any]:
@@ -148,7 +156,8 @@ class _Call:
         values = list(results)
         n = len(values) - len(self.written)
         with _compat.set_current_trace(self.trace):
-            write_all(self.written, values[n:])
+            pairs = zip(self.written, values[n:], strict=True)
+            write_all(self.written, [x if a.reduce is None else a.reduced(x) for a, x in pairs])
         return self.results.update(values[:n])
 
     def on_device(self, *operands: Any) -> Any:
@@ -165,11 +174,17 @@ class _Call:
         self.written = tuple(values)
         if not values:
             return results
-        for address, value in values.items():
-            self.refuse_varying(address, value)
         results, specs = results.unpack_aux()
         self.results = results.map(lambda _: None)
-        specs = (*specs, *[_replicated] * len(values))
+        per_device = jax.sharding.PartitionSpec(tuple(self.devices.axes))
+        for address, value in values.items():
+            if address.reduce is None:
+                self.refuse_varying(address, value)
+                specs = (*specs, _replicated)
+            else:
+                value = _compat.vary(value, frozenset(self.devices.axes))
+                values[address] = jnp.expand_dims(value, 0)
+                specs = (*specs, per_device)
         return _compat.flat_list([*results, *values.values()]).with_aux(specs)
 
     def refuse_varying(self, address: Address, value: Any) -> None:
@@ -180,6 +195,7 @@ class _Call:
                     " where nothing says whether the devices wrote the same value.",
                     fix="""
                     jax.shard_map(f, check_vma=True, ...)   # JAX knows which values are the same
+                    jaxstate.variable(..., reduce=jnp.mean) # or it does not matter: one value of all
                     y, value = mapped(x)                    # or return the value,
                     write(slot, value.mean())               # and write it outside
                     """,
@@ -194,6 +210,7 @@ class _Call:
                     f" share: the value varies over the mesh axes {', '.join(axes)}.",
                     fix="""
                     write(slot, jax.lax.pmean(value, axes))   # one value, from all devices
+                    jaxstate.variable(..., reduce=jnp.mean)   # or: makes one value of them outside
                     """,
                     used=_compat.user_location(),
                 )
