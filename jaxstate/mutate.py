@@ -23,7 +23,9 @@ from typing import Any
 import jax
 
 from jaxstate import _compat
-from jaxstate.shadows import Leaves, plain, raw, shadow_of
+from jaxstate.leaves import Leaves
+from jaxstate.records import shadow_of
+from jaxstate.shadows import plain, raw
 from jaxstate.slots import open_holder, signature_changed
 
 __all__ = ["mutate"]
@@ -98,7 +100,7 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     with open_holder(holder):
         try:
             shadow = shadow_of(structure.unflatten(leaves), holder, "tree")
-            holder.remember_originals(leaves, shadow)
+            holder.remember_originals(leaves, jax.tree.leaves(raw(shadow, lambda leaf: leaf)))
             signature_changed()
             out = plain(function(shadow, *args, **kwargs))
             new = raw(shadow, holder.result)

@@ -16,8 +16,8 @@ ORDER = [
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels", "rules",
     "stateful", "extend", "names", "random", "entries", "stores", "arguments", "reuse", "summary",
-    "params", "variables", "stack", "shadows", "mutate", "sow", "views", "updates", "arrays",
-    "inplace", "",
+    "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
+    "records", "mutate", "sow", "views", "updates", "arrays", "inplace", "",
 ]  # fmt: skip
 FAMILIES = {name for name in ORDER if name.startswith("rules.")}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -65,9 +65,10 @@ def test_only_compat_knows_internals_and_versions(path):
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
-        "arguments", "arrays", "births", "capture", "entries", "errors", "forms", "handles",
-        "names", "params", "reuse", "shadows", "slots", "sown", "stateful", "stores", "thread",
-        "trace", "updates", "variables", "views",
+        "arguments", "arrays", "births", "capture", "containers", "entries", "errors", "forms",
+        "handles", "leaves", "names", "objects", "params", "records", "reuse", "shadows", "slots",
+        "sown", "stateful", "stores", "successors", "thread", "trace", "updates", "variables",
+        "views",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 
