@@ -1,131 +1,98 @@
-"""Prints the table of `jaxstate_tests.bench`."""
+"""``python -m jaxstate_tests.bench``: prints the table, and writes a plot and a JSON."""
 
+import argparse
+import pathlib
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 
-import jaxstate
-
-REPEATS, CALLS = 31, 200
-
-Side = Callable[[], float]  # runs one side of a comparison, returns seconds per call
-
-
-def clock(run: Callable[[], Any], calls: int = CALLS) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+from jaxstate_tests.bench import programs, table
+from jaxstate_tests.bench.figures import BY_HAND, measured, peak_bytes
+from jaxstate_tests.bench.measure import Timing, compare
+from jaxstate_tests.bench.models import MODELS, QUICK, libraries
+from jaxstate_tests.bench.table import Row
 
 
-def pure_call() -> tuple[Side, Side]:
-    """A pure jitted function, inside an open stream and outside."""
-    f, x = jax.jit(lambda x: x * 2 + 1), jnp.float32(1)
-
-    def inside() -> float:
-        with jaxstate.rng_stream(jax.random.key(0)):
-            return clock(lambda: f(x))
-
-    return inside, lambda: clock(lambda: f(x))
-
-
-def one_draw() -> tuple[Side, Side]:
-    """A jitted function that draws once; by hand with the key and the count passed and returned."""
-    key, x = jax.random.key(0), jnp.float32(1)
-    stateful = jax.jit(lambda x: x + jax.random.uniform(jaxstate.next_key()))
-    by_hand = jax.jit(
-        lambda x, key, count: (x + jax.random.uniform(jax.random.fold_in(key, count)), count + 1)
-    )
-
-    def with_stream() -> float:
-        with jaxstate.rng_stream(key):
-            return clock(lambda: stateful(x))
-
-    def with_count() -> float:
-        count = jnp.int32(0)
-
-        def step() -> None:
-            nonlocal count
-            _, count = by_hand(x, key, count)
-
-        return clock(step)
-
-    return with_stream, with_count
+def rows(quick: bool, repeats: int, only: str) -> Iterator[Row]:
+    """The lines of the table, as they are measured."""
+    found, missing = libraries()
+    for name, why in missing.items():
+        print(f"left out: {name}, which cannot be imported here ({why})")
+    chosen = {k: v for k, v in (QUICK if quick else MODELS).items() if only in k}
+    for model, figure, timings in measured(chosen, found, repeats):
+        yield table.row(f"{model}: {figure.name}", figure.target, timings, BY_HAND)
+    for model, sizes in chosen.items():
+        key, x = jax.random.key(0), sizes.input()
+        nets = {name: sizes.written_in(found[name]) for name in ("jaxstate", BY_HAND)}
+        peaks = {
+            name: float(peak_bytes(net, (*net.init(key, x), x, key)))
+            for name, net in nets.items()
+            if net is not None
+        }
+        ratios = {name: peak / peaks[BY_HAND] for name, peak in peaks.items() if name != BY_HAND}
+        yield Row(f"{model}: memory of a step", 1.0, ratios, {})
+    for program in programs.QUICK if quick else programs.PROGRAMS:
+        if only in program.name:
+            sides = program.sides()
+            reference = list(sides)[1]
+            timings = compare(sides, reference, repeats)
+            yield table.row(program.name, program.target, timings, reference)
+    if only in "import":
+        seconds = programs.import_seconds(1 if quick else 5)
+        timing = {"jaxstate": Timing(seconds, seconds / 0.06), "60 ms": Timing(0.06, 1.0)}
+        yield table.row("import, against 60 ms", 1.0, timing, "60 ms")
 
 
-def eager_key() -> tuple[Side, Side]:
-    """``next_key()`` against ``fold_in`` with a Python count."""
-    key = jax.random.key(0)
-
-    def with_stream() -> float:
-        with jaxstate.rng_stream(key):
-            return clock(jaxstate.next_key)
-
-    def with_count() -> float:
-        counts = iter(range(CALLS))
-        return clock(lambda: jax.random.fold_in(key, next(counts)))
-
-    return with_stream, with_count
-
-
-def trace_apply() -> tuple[Side, Side]:
-    """Tracing a 20-layer perceptron: ``apply`` against parameters passed by hand."""
-    lecun = jax.nn.initializers.lecun_normal()
-    zeros = jax.nn.initializers.zeros
-
-    def layer() -> Any:
-        @jaxstate.parametrized
-        def dense(x: Any) -> Any:
-            w = jaxstate.param("w", lecun, (x.shape[-1], 64))
-            return jnp.tanh(x @ w + jaxstate.param("b", zeros, (64,)))
-
-        return dense
-
-    layers = [layer() for _ in range(20)]
-
-    @jaxstate.parametrized
-    def net(x: Any) -> Any:
-        for f in layers:
-            x = f(x)
-        return x
-
-    x = jnp.ones((8, 64))
-    params = net.init(jax.random.key(0), x)
-
-    def by_hand(params: Any, x: Any) -> Any:
-        for name in ["dense", *(f"dense_{i}" for i in range(1, 20))]:
-            x = jnp.tanh(x @ params[name]["w"] + params[name]["b"])
-        return x
-
-    def side(f: Callable[..., Any]) -> Side:
-        return lambda: clock(lambda: jax.make_jaxpr(lambda p, x: f(p, x))(params, x), calls=1)
-
-    return side(net.apply), side(by_hand)
-
-
-PROGRAMS = [
-    ("pure jitted call inside a stream", pure_call),
-    ("jitted call with one draw", one_draw),
-    ("next_key() eagerly", eager_key),
-    ("trace of apply, 20 layers", trace_apply),
-]
+def commit() -> str:
+    """The commit that is checked out, if this is a checkout."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> None:
-    print(f"Python {sys.version.split()[0]}, jax {jax.__version__}, {jax.devices()[0].platform}")
-    print(f"{'us per call':36}{'jaxstate':>10}{'by hand':>10}{'ratio':>8}")
-    for name, program in PROGRAMS:
-        sides = program()
-        for side in sides:  # compile
-            side()
-        times = [[side() for side in sides] for _ in range(REPEATS)]
-        ours, theirs = (statistics.median(t) * 1e6 for t in zip(*times, strict=True))
-        print(f"{name:36}{ours:10.1f}{theirs:10.1f}{ours / theirs:8.2f}")
+    parser = argparse.ArgumentParser(prog="python -m jaxstate_tests.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models, few repeats")
+    parser.add_argument("--repeats", type=int, help="rounds of each comparison")
+    parser.add_argument("--only", default="", help="only what has this in its name")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/bench"))
+    parser.add_argument(
+        "--compare", nargs=2, type=pathlib.Path, metavar=("OLD", "NEW"),
+        help="show what changed between two JSON files, and measure nothing",
+    )  # fmt: skip
+    options = parser.parse_args()
+    if options.compare:
+        table.show_comparison(*options.compare)
+        return
+    about = {
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    table.show_header()
+    done = []
+    for row in rows(options.quick, options.repeats or (2 if options.quick else 15), options.only):
+        table.show(row)
+        done.append(row)
+    met = statistics.mean(row.is_met for row in done) if done else 0
+    print(f"{met:.0%} of {len(done)} targets met, with a tolerance of {table.TOLERANCE:.0%}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"jax-{jax.__version__}"
+    table.save(options.out / f"{name}.json", about, done)
+    try:
+        from jaxstate_tests.bench import plot
+
+        plot.draw(options.out / f"{name}.png", ", ".join(map(str, about.values())), done)
+    except ImportError as error:
+        print(f"no plot: {error}")
+    print(f"written to {options.out / name}.*")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""Timing: all sides of a comparison run in turns in one process.
+
+A round runs every side once, so that what disturbs the machine disturbs all of them. A side's
+figure is the median of its times, a ratio the median of the ratios of each round.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Run = Callable[[], Any]
+
+
+class Side(NamedTuple):
+    """One side of a comparison.
+
+    Attributes:
+      run: what is timed; its result is waited for.
+      calls: how often it runs for one time.
+      setup: returns a context that is open around the calls, or None.
+    """
+
+    run: Run
+    calls: int = 1
+    setup: Callable[[], Any] | None = None
+
+    def seconds(self) -> float:
+        """Seconds per call."""
+        if self.setup is None:
+            return self._clock()
+        with self.setup():
+            return self._clock()
+
+    def _clock(self) -> float:
+        run = self.run
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            out = run()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / self.calls
+
+
+class Timing(NamedTuple):
+    """What was measured of one side.
+
+    Attributes:
+      seconds: median per call.
+      ratio: to the reference side.
+    """
+
+    seconds: float
+    ratio: float
+
+
+def compare(sides: Mapping[str, Side], reference: str, repeats: int) -> dict[str, Timing]:
+    """Times every side ``repeats`` times, in turns, after one round that compiles."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(repeats + 1):
+        gc.collect()
+        gc.disable()
+        try:
+            for name, side in sides.items():
+                seconds = side.seconds()
+                if i:
+                    times[name].append(seconds)
+        finally:
+            gc.enable()
+    return {
+        name: Timing(
+            statistics.median(found),
+            statistics.median(a / b for a, b in zip(found, times[reference], strict=True)),
+        )
+        for name, found in times.items()
+    }
