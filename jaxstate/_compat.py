@@ -969,6 +969,18 @@ def wrap_jitted_calls(call: Callable[[Jitted, Any, Any], Any]) -> None:
     pjit._run_python_pjit = run_python_pjit
 
 
+def wrap_clear_cache(forget: Callable[[Any], None]) -> None:
+    """Calls ``forget(fun)`` when the caches of the jitted function of ``fun`` are cleared."""
+    plain = pjit.jit_evict_fn
+
+    def clear_cache(jitted: Any) -> None:
+        plain(jitted)
+        forget(jitted._fun)
+
+    # JAX sets the method again whenever it makes a jitted function.
+    pjit.jit_evict_fn = type(jax.jit(lambda: None)).clear_cache = clear_cache
+
+
 def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[..., Any]:
     """``f(values, *args, **kwargs)`` on a C++ dispatch of its own, jitted like ``jitted``.
 

@@ -125,6 +125,9 @@ def _calls_of(fun: Any, info: Any) -> _Calls:
     return _Calls()
 
 
+_compat.wrap_clear_cache(_calls_of.evict_weakref)
+
+
 class _StateOfCall(NamedTuple):
     captured: Addresses
     uses: Uses

@@ -1,0 +1,202 @@
+"""Jitted calls at top level: which state a call uses, and what JAX keeps of it."""
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate.extend import new_slot, read, write
+
+KEY = jax.random.key(3)
+
+
+def nth_uniform(n, key=KEY):
+    return jax.random.uniform(jax.random.fold_in(key, n))
+
+
+def test_one_function_that_uses_other_slots_for_other_types():
+    """The threaded call of the last call is tried first, and must not draw, or fail, for this one."""
+
+    @jax.jit
+    def f(x):
+        if x.dtype == jnp.int32:
+            return x + 1
+        if x.ndim:
+            return x + jaxstate.random.uniform(stream="other")
+        return x + jaxstate.random.uniform()
+
+    other = jax.random.key(4)
+    with jaxstate.rng_stream(KEY) as stream, jaxstate.rng_stream(other, "other") as second:
+        for n in range(3):
+            assert f(1.0) == 1 + nth_uniform(n)
+            assert f(jnp.ones(2)).tolist() == [1 + nth_uniform(n, other)] * 2
+            assert f(jnp.int32(1)) == 2
+        assert stream.count == 3 and second.count == 3
+
+
+def test_static_arguments_choose_the_slots():
+    a, b = new_slot(0.0), new_slot(0.0)
+
+    @jax.jit
+    def unchanged(x):
+        return x
+
+    def f(x, which, *, twice=False):
+        if which is not None:
+            slot = {"a": a, "b": b}[which]
+            write(slot, read(slot) + (2 * x if twice else x))
+        return unchanged(x)
+
+    f = jax.jit(f, static_argnums=(-1,), static_argnames=("twice",))
+    for _ in range(2):
+        f(1.0, "a")
+        f(1.0, "b", twice=True)
+        f(1.0, None)
+    assert (read(a), read(b)) == (2, 4)
+
+
+def test_a_slot_that_is_gone_is_missed_only_where_it_is_used():
+    slots = {"a": new_slot(0.0), "b": new_slot(0.0)}
+
+    def f(x, name):
+        write(slots[name], x)
+
+    f = jax.jit(f, static_argnames=("name",))
+    f(1.0, "b")
+    f(1.0, "a")
+    del slots["a"]
+    gc.collect()
+    f(2.0, "b")
+    assert read(slots["b"]) == 2
+
+
+def test_modules_get_their_names_in_the_order_of_each_apply():
+    """A call of the last apply must not give out names in this one."""
+
+    def module():
+        @jaxstate.parametrized
+        def scale(x):
+            return x * jaxstate.param("w", jax.nn.initializers.ones, ())
+
+        return scale
+
+    first, second = module(), module()
+    f = jax.jit(lambda x, flag: first(x) if flag else second(x), static_argnames=("flag",))
+
+    def program(x):
+        return f(f(x, flag=False), flag=True)  # second is "scale", first is "scale_1"
+
+    net = jaxstate.parametrized(program)
+    params = net.init(KEY, 1.0)
+    assert sorted(params) == ["scale", "scale_1"]
+    params = {"scale": {"w": 3.0}, "scale_1": {"w": 5.0}}
+    for _ in range(3):
+        assert net.apply(params, 1.0) == 15
+    reverse = jaxstate.parametrized(lambda x: f(x, flag=True) - f(x, flag=False))
+    for _ in range(2):
+        assert reverse.apply(params, 1.0) == 3 - 5
+        assert net.apply(params, 1.0) == 15
+
+
+def test_a_cleared_cache_is_cleared():
+    traces = []
+
+    @jax.jit
+    def f(x):
+        traces.append(1)
+        return x + jaxstate.random.uniform()
+
+    with jaxstate.rng_stream(KEY):
+        f(1.0), f(1.0)
+        assert len(traces) == 1
+        f.clear_cache()
+        f(1.0), f(1.0)
+        assert len(traces) == 2
+        jax.clear_caches()
+        f(1.0), f(1.0)
+        assert len(traces) == 3
+
+
+def test_a_thousand_calls_are_traced_once_and_keep_nothing():
+    traces = []
+
+    @jax.jit
+    def f(x):
+        traces.append(1)
+        return x * jaxstate.random.uniform()
+
+    with jaxstate.rng_stream(KEY) as stream:
+        x = 1.0
+        for _ in range(1000):
+            x = f(x)
+        assert stream.count == 1000
+    assert len(traces) <= 2  # a Python float first, then arrays
+    traces.clear()
+    ref = weakref.ref(f._fun)
+    del f
+    gc.collect()
+    assert ref() is None
+
+
+def test_donated_arguments_and_arguments_named_like_ours():
+    def f(values, state):
+        return values + jaxstate.random.uniform(), state * 2
+
+    f = jax.jit(f, donate_argnames=("state",))
+    with jaxstate.rng_stream(KEY):
+        for n in range(3):
+            x, state = jnp.zeros(3), jnp.ones(3)
+            y, doubled = f(values=x, state=state)
+            np.testing.assert_allclose(y, jnp.full(3, nth_uniform(n)))
+            assert doubled.tolist() == [2, 2, 2]
+            assert state.is_deleted() and not x.is_deleted()
+
+
+def test_arrays_that_the_function_closes_over_beside_what_it_captures():
+    table = jnp.arange(4.0)
+
+    @jax.jit
+    def f(i):
+        return table[i] + jaxstate.random.uniform()
+
+    with jaxstate.rng_stream(KEY):
+        assert [f(i) for i in range(4)] == [i + nth_uniform(i) for i in range(4)]
+    with jaxstate.rng_stream(jax.random.key(5)):
+        assert f(1) == 1 + nth_uniform(0, jax.random.key(5))
+
+
+def test_after_an_error_in_a_call_the_state_is_as_before():
+    slot = new_slot(0.0)
+
+    @jax.jit
+    def f(x):
+        write(slot, read(slot) + jaxstate.random.uniform())
+        return x.reshape(2)
+
+    with jaxstate.rng_stream(KEY) as stream:
+        f(jnp.ones(2))
+        after = read(slot)
+        with pytest.raises(TypeError):
+            f(jnp.ones(3))
+        assert read(slot) == after and stream.count == 1
+        f(jnp.ones(2))
+        assert stream.count == 2
+
+
+def test_effects_and_results_that_are_no_arrays():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        jax.debug.callback(lambda u: seen.append(float(u)), jaxstate.random.uniform(), ordered=True)
+        return {"x": x, "none": None}
+
+    with jaxstate.rng_stream(KEY):
+        for _ in range(3):
+            assert f(1.0) == {"x": 1.0, "none": None}
+    jax.effects_barrier()
+    assert seen == [nth_uniform(n) for n in range(3)]
