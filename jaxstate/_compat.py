@@ -610,6 +610,16 @@ def consts_of(jaxpr: Any) -> Sequence[Any]:
     return jaxpr.consts
 
 
+def without_dead_code(jaxpr: Any) -> Any:
+    """The closed jaxpr without the equations and constants that its outputs do not need."""
+    inner = _open(jaxpr)
+    keep = [False] * len(inner.constvars) + [True] * len(invars(jaxpr))
+    pruned, used, _ = pe.dce_jaxpr_consts(inner, [True] * len(outvars(jaxpr)), keep)
+    if _flattree is not None:
+        return pruned
+    return core.ClosedJaxpr(pruned, [c for c, u in zip(jaxpr.consts, used, strict=True) if u])
+
+
 def hoist_constants(jaxpr: Any, which: Callable[[Any], bool]) -> Any:
     """The closed jaxpr with the constants of a kind as leading inputs, in their order."""
     inner = _open(jaxpr)

@@ -45,14 +45,17 @@ class Birth:
         return _compat.eval_closed_jaxpr(self.jaxpr, *data, *keys)
 
 
-def trace_initializer(init: Callable[..., Any], *key_avals: Any) -> tuple[Birth, list[Any]]:
-    """The function ``init(*keys)`` as a `Birth`, and the tracers that it looks at."""
+def trace_initializer(
+    address: Address, init: Callable[..., Any], *key_avals: Any
+) -> tuple[Birth, list[Any]]:
+    """The function ``init(*keys)`` of ``address`` as a `Birth`, and the tracers it looks at."""
     closed, shape = jax.make_jaxpr(init, return_shape=True)(*key_avals)
     if state_effect in closed.effects:
         raise InitializerDataError(
             message(
-                "An initializer uses state that is written (a draw writes the count of its"
-                " stream). It runs once, where the slot is made, and not where it is called.",
+                f"The initializer of {address} uses state that is written (a draw writes the count"
+                " of its stream). It runs once, where the slot is made, and not where it is"
+                " called.",
                 fix="""
                 jaxstate.param("w", lambda key: jax.random.normal(key, (3,)))   # it is given a key
                 value = jaxstate.random.normal((3,))          # or use the state before
@@ -61,6 +64,9 @@ def trace_initializer(init: Callable[..., Any], *key_avals: Any) -> tuple[Birth,
                 used=_compat.user_location(),
             )
         )
+    if any(map(_compat.is_tracer, _compat.consts_of(closed))):
+        # What initializes a module of another package runs its forward pass for the shapes.
+        closed = _compat.without_dead_code(closed)
     data = [c for c in _compat.consts_of(closed) if _compat.is_tracer(c)]
     if data:
         closed = _compat.hoist_constants(closed, _compat.is_tracer)

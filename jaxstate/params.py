@@ -337,6 +337,10 @@ class Parametrized(Reusable, Summarizable):
                 f" {type(given).__name__}.\nTo mend it:\n    {fix}"
             )
 
+    def __copy__(self) -> Parametrized:
+        """A module of its own, as a deep copy is."""
+        return type(self)(self.fn, self._explicit_name)
+
     def __repr__(self) -> str:
         return f"<parametrized {self.name}>"
 
@@ -394,6 +398,9 @@ class _BoundMethod(Parametrized):
             name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(instance).__name__).lower()
         super().__init__(types.MethodType(method.fn, instance), name)
         self._token = method._instances.token(instance)
+
+    def __copy__(self) -> _BoundMethod:
+        return self
 
 
 class _PerInstance:

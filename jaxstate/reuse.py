@@ -220,6 +220,11 @@ def reused(
       reuse: ``{module: params}``.
       every_part: whether an entry that has nothing in common with ``net`` is an error.
     """
+    if not isinstance(reuse, Mapping):
+        raise TypeError(
+            f"reuse wants a dict {{module: params}}, and was given {type(reuse).__name__}.\n"
+            "To mend it:\n    net.parameters_from({layer: layer_params}, x)"
+        )
     lasting = _Lasting()
     parts = [_Part(key, params, lasting) for key, params in reuse.items()]
     for part in parts:

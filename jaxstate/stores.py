@@ -52,6 +52,7 @@ class InitStore(Store):
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
     ) -> tuple[Form, list[Any]]:
         birth, data = trace_initializer(
+            address,
             lambda *keys: address.initial(init, init_args, *keys),
             *([self.key_aval] if address.takes_key else []),
         )

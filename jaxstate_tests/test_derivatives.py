@@ -36,6 +36,10 @@ def _scan(f):
     return jax.lax.scan(lambda c, _: (f(c), None), jnp.float32(0), None, length=3)[0]
 
 
+def _scan_once(f):
+    return lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=1)[0]
+
+
 def _python_hazard(name, y, s):
     """The same programs as straight Python, on a list that holds the state."""
 
@@ -214,6 +218,44 @@ def test_pure_functions_with_rules_are_untouched(key):
         inside = jax.make_jaxpr(jax.grad(lambda x: jax.nn.relu(x).sum()))(x)
     outside = jax.make_jaxpr(jax.grad(lambda x: jax.nn.relu(x).sum()))(x)
     assert str(inside) == str(outside)
+
+
+@pytest.mark.parametrize("around", [jax.custom_jvp, jax.custom_vjp])
+@pytest.mark.parametrize(
+    "inner", [jax.jit, jax.checkpoint, _scan_once], ids=["jit", "remat", "scan"]
+)
+def test_a_module_in_a_jaxpr_in_a_function_with_a_rule(key, around, inner):
+    """Its type is asked for inside of both; that is no use of the slot, and needs all levels."""
+
+    def layer(name, shape):
+        normal = jax.nn.initializers.normal()
+        return jaxstate.parametrized(lambda x: x * jaxstate.param("w", normal, shape), name=name)
+
+    one, two = layer("one", (3,)), layer("two", ())
+
+    @jaxstate.parametrized
+    def net(x):
+        @around
+        def f(x):
+            return inner(lambda x: two(one(x)))(x)
+
+        if around is jax.custom_jvp:
+            f.defjvp(lambda primals, tangents: (f(*primals), 5 * tangents[0]))
+        else:
+            f.defvjp(lambda x: (f(x), None), lambda _, ct: (5 * ct,))
+        scale = jaxstate.param("w", jax.nn.initializers.ones, (2,))
+        return f(x).sum() * scale.sum()
+
+    x = jnp.arange(3.0)
+    params = net.init(key, x)
+    shapes = jax.tree.map(jnp.shape, params)
+    assert shapes == {"w": (2,), "one": {"w": (3,)}, "two": {"w": ()}}
+    wanted = (x * params["one"]["w"] * params["two"]["w"]).sum() * 2
+    for apply in (net.apply, jax.jit(net.apply)):
+        for cast in (jnp.float32, jnp.bfloat16):
+            p = jax.tree.map(lambda a, cast=cast: a.astype(cast), params)
+            np.testing.assert_allclose(apply(p, x), wanted, rtol=0.02)
+        np.testing.assert_allclose(jax.grad(apply, 1)(params, x), np.full(3, 10.0), rtol=1e-6)
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")

@@ -1,5 +1,6 @@
 """Parameters: names, sharing, birth, and apply as a pure function."""
 
+import copy
 import dataclasses
 import pickle
 import subprocess
@@ -611,6 +612,34 @@ def test_an_initializer_that_reads_a_global(key):
 
 def by_global_size(key):
     return jnp.zeros(by_global_size.n)
+
+
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_an_initializer_that_runs_a_forward_pass_for_the_shapes(key, inner):
+    """As a module of Flax does: what it computes from the data is thrown away."""
+
+    def init(key, x):
+        def forward(key, x):
+            w = normal(key, (x.shape[-1], 3))
+            return w, jnp.tanh(x @ w)
+
+        return inner(forward)(key, x)[0]
+
+    net = jaxstate.parametrized(
+        lambda x: jax.lax.fori_loop(0, 2, lambda i, x: x @ jaxstate.param("w", init, x), x)
+    )
+    x = jnp.ones((2, 3))
+    p = net.init(key, x)
+    np.testing.assert_allclose(net.apply(p, x), x @ p["w"] @ p["w"], rtol=1e-6)
+    lanes = jaxstate.parametrized(jax.vmap(lambda x: x @ jaxstate.param("w", init, x)), name="net")
+    assert_trees_equal(lanes.init(key, x), p)
+
+
+def test_copies_are_modules_of_their_own(key):
+    layer = scaled()
+    for copied in (copy.copy(layer), copy.deepcopy(layer)):
+        net = jaxstate.parametrized(lambda x, copied=copied: copied(layer(x)))
+        assert shapes(net.init(key, 1.0)) == {"scale": {"s": ()}, "scale_1": {"s": ()}}
 
 
 def test_initializers_may_want_a_raw_key():

@@ -25,7 +25,7 @@ from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
 from jaxstate.slots import Address, Cell, Holder
 from jaxstate.thread import read_all, settle, write_last
-from jaxstate.trace import one_use, read
+from jaxstate.trace import boundaries, one_use, read
 
 
 class _RuleState(Holder):
@@ -49,6 +49,11 @@ class _RuleState(Holder):
             owner = address.own_holder()
             return owner is None or owner.age < self.age
         return any(holder.knows(address) for holder in reversed(self.below))
+
+    def aval(self, address: Address) -> Any:
+        # Asked where a jaxpr inside of the function is built: only the holder outside knows all
+        # levels on the way to its slot, and to ask for the type is not to use the slot.
+        return self._policy(address).aval(address)
 
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Any:
         return self._policy(address).lane(address, trace, notes)
@@ -181,6 +186,11 @@ class _Given(_RuleState):
         super().__init__(outside, below)
         self.cells = cells
         self.written = written
+
+    def aval(self, address: Address) -> Any:
+        for boundary in boundaries(self):
+            address = address.seen_from(boundary)
+        return _compat.typeof(self.cell(address).value)
 
     def cell(self, address: Address) -> Cell:
         key = address.seen_from(self)
