@@ -151,9 +151,11 @@ class Holder:
     _remains: Holder | None = None
 
     # A custom rule that is given its state as operands answers for every address, and what stands
-    # outside of it is seen from the trace `outside`.
+    # outside of it is seen from the trace `outside`, with the holders `below` open. (So it is for a
+    # shard_map, which is no boundary: its jaxpr, if it has one, is.)
     is_boundary = False
     outside: Any = None
+    below: Sequence[Holder] = ()
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, AllLanes, Holder, Lane, holders
+from jaxstate.slots import Address, AllLanes, Holder, Lane, stack
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 
@@ -211,15 +211,21 @@ def boundaries(holder: Holder) -> list[Any]:
     """
     found: list[Any] = []
     trace = _compat.current_trace()
-    if trace is holder.anchor and next(holders(), None) is holder:
+    open_holders = stack()
+    if trace is holder.anchor and open_holders and open_holders[-1] is holder:
         return found
-    for inner in holders():
+    while open_holders:
+        inner = open_holders.pop()
         if inner is not holder and inner.outside is None and not inner.is_boundary:
             continue
-        # The jaxpr of a shard_map does not know its parent: `outside` does.
-        end = inner.anchor if inner is holder or inner.is_boundary else holder.anchor
+        # The jaxpr of a shard_map does not know its parent: `outside` does. So in a shard_map the
+        # chain ends by itself. (A copy of the holder's anchor may be in it: a derivative or vmap
+        # re-enters its trace there.)
+        ends_by_itself = inner is not holder and not inner.is_boundary
+        if ends_by_itself:
+            open_holders = list(inner.below)
         for t in _compat.chain(trace):
-            if same_trace(t, end):
+            if not ends_by_itself and same_trace(t, inner.anchor):
                 break
             if isinstance(t, _compat.StagingTrace) and not any(t is f for f in found):
                 found.append(t)
@@ -492,7 +498,7 @@ def _read_staged(address: Address, trace: Any) -> Any:
     value = notes.values.get(key)
     if value is None:
         if address.threaded:
-            params = dict(address=key, aval=_staged_aval(address, trace))
+            params = dict(address=key, aval=_staged_aval(address, key, trace))
             value = _compat.stage(trace, read_p, (), params)
         else:
             value = _compat.new_const(trace, StateTracer(key, address.aval()))
@@ -500,8 +506,8 @@ def _read_staged(address: Address, trace: Any) -> Any:
     return value
 
 
-def _staged_aval(address: Address, trace: Any) -> Any:
-    """The type of a slot in the jaxpr that ``trace`` builds.
+def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
+    """The type of a slot in the jaxpr that ``trace`` builds, in which it is ``key``.
 
     In a shard_map it depends on what the slot holds around that jaxpr: a derivative sums over
     devices where a value that does not vary becomes one that does.
@@ -513,7 +519,7 @@ def _staged_aval(address: Address, trace: Any) -> Any:
 
     def outside() -> Any:
         with _compat.set_current_trace(parent):
-            return read(address)
+            return read(key)
 
     return _compat.with_axes(aval, address.holder().varies_over(address, outside))
 

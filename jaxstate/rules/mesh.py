@@ -26,7 +26,7 @@ from jaxstate import _compat, slots
 from jaxstate.errors import DeviceWriteError, message
 from jaxstate.slots import Address, Cell, Holder
 from jaxstate.thread import write_all
-from jaxstate.trace import read
+from jaxstate.trace import boundaries, read
 
 _replicated = jax.sharding.PartitionSpec()
 
@@ -57,7 +57,9 @@ class _Devices(Holder):
         return owner is not None and (owner.differs_by_device(address) or address.threaded)
 
     def cell(self, address: Address) -> Cell:
-        with _compat.set_current_trace(self.anchor):  # a loop in the function may ask first
+        for boundary in boundaries(self):  # a loop in the function may ask first
+            address = address.seen_from(boundary)
+        with _compat.set_current_trace(self.anchor):
             return self._cell(address)
 
     def _cell(self, address: Address) -> Cell:
@@ -65,7 +67,7 @@ class _Devices(Holder):
         assert owner is not None
         if owner.differs_by_device(address):
             return owner.device_cell(address, self.notes, self.from_outside, self.index)
-        key = address.seen_from(self)
+        key = address.seen_from(self.jaxpr_or_self())
         if key not in self.shared:
             value = self.from_outside(lambda: _compat.canonicalize(read(key)))
             if address.reduce is not None:
@@ -73,6 +75,11 @@ class _Devices(Holder):
             self.before[key] = value
             self.shared[key] = Cell(value)
         return self.shared[key]
+
+    def jaxpr_or_self(self) -> Any:
+        """What names inside the function are relative to: its jaxpr, if it has one."""
+        chain = _compat.chain(self.anchor)
+        return next((t for t in chain if isinstance(t, _compat.StagingTrace)), self)
 
     def written(self) -> dict[Address, Any]:
         """What the function has left in the shared slots that it wrote."""
