@@ -23,6 +23,7 @@ import jaxstate
 from jaxstate.extend import new_slot, read
 from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, changing, normal, variable
 
+
 def initial_parameter(key, path):
     """The documented derivation: two words of the path's SHA-256 digest, folded into the key."""
     digest = hashlib.sha256(path.encode()).digest()
