@@ -273,6 +273,9 @@ class TransparentTrace(core.Trace):
 
     parent_trace: Any = None
 
+    # What the trace has in common with its copies further in.
+    family: Any = None
+
     def stage_value(self, val: Any) -> Any:
         return self.parent_trace.stage_value(val)
 

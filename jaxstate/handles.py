@@ -115,6 +115,9 @@ class SlotAddress(Address):
         for holder in holders():
             if holder.knows(self):
                 return holder
+            other = holder.passed_on(self)
+            if other is not None:
+                return other
         slot = self._slot()
         if slot is None:
             raise self.missing()

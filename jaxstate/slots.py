@@ -157,6 +157,9 @@ class Holder:
     outside: Any = None
     below: Sequence[Holder] = ()
 
+    # The `family` of the transparent trace whose slot this is.
+    family: Any = None
+
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
         self.extra: dict[Any, Any] = {}  # what clients note, by their own keys
@@ -165,6 +168,10 @@ class Holder:
     def knows(self, address: Address) -> bool:
         """Whether the address is one of this holder's."""
         raise NotImplementedError
+
+    def passed_on(self, address: Address) -> Holder | None:
+        """The holder outside that answers instead, for an address that this one leaves alone."""
+        return None
 
     def cell(self, address: Address) -> Cell:
         """The cell of an address that the holder knows; made now if the holder makes cells."""

@@ -85,6 +85,10 @@ class StatefulTrace(_compat.TransparentTrace):
             if not hasattr(method, "_runs_under_the_parent"):
                 setattr(cls, name, _under_the_parent(method))
 
+    @property
+    def family(self) -> Any:
+        return self._shared.family
+
     # -- What authors use and override -------------------------------------------------------
 
     @property
@@ -260,7 +264,7 @@ class StatefulTrace(_compat.TransparentTrace):
             start = entry.form
             self._stored = None  # what the slots hold after an error is not known
             yield entry
-            if entry.form is not start or entry.changed():
+            if entry.form != start or entry.changed():
                 self._value, self._entry = entry.load(), None
             self._stored = entry
 
@@ -438,6 +442,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.place: Any = None
+        self.family = object()
         self.slots: dict[tuple[int, Any], Slot] = {}
         self.processed: weakref.WeakKeyDictionary[Any, dict[Any, _Processed]] = (
             weakref.WeakKeyDictionary()
@@ -449,6 +454,7 @@ class _Shared:
         if slot is None:
             with _compat.set_current_trace(self.place):
                 slot = Slot(_ZeroCell(self.place, aval), aval, f"leaf {n} of a trace", "")
+                slot.family = self.family
             self.slots[n, aval] = slot
         return slot
 

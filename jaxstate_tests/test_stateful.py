@@ -89,12 +89,12 @@ class Reference:
                     carry = self.run(p["body_jaxpr"], [*body, *carry])
                 return carry
             case "scan":
-                return self.scan(p, args, len(eqn.outvars))
+                return self.scan(p, args, [v.aval for v in eqn.outvars])
         self.ops += 1
         out = eqn.primitive.bind(*args, **p)
         return out if eqn.primitive.multiple_results else [out]
 
-    def scan(self, p, args, n_out):
+    def scan(self, p, args, avals):
         if "num_consts" in p:
             n, m = p["num_consts"], p["num_carry"]
         else:
@@ -102,11 +102,14 @@ class Reference:
             n, m = len(consts), len(carry)
         consts, carry, xs = args[:n], args[n : n + m], args[n + m :]
         rows = []
-        for t in range(p["length"]):
+        order = 1 - 2 * p["reverse"]
+        for t in range(p["length"])[::order]:
             outs = self.run(p["jaxpr"], [*consts, *carry, *(x[t] for x in xs)])
             carry, row = outs[:m], outs[m:]
             rows.append(row)
-        return [*carry, *(jnp.stack(ys) for ys in zip(*rows, strict=True))]
+        if not rows:
+            return [*carry, *(jnp.zeros(a.shape, a.dtype) for a in avals[m:])]
+        return [*carry, *(jnp.stack(ys) for ys in zip(*rows[::order], strict=True))]
 
 
 def with_rule():

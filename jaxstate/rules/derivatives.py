@@ -34,9 +34,14 @@ class _RuleState(Holder):
     Attributes:
       outside: the trace under which the function is called.
       below: the holders that were open there.
+      families: of the transparent traces around the code inside. Its operations come to these as
+        they run, so their slots are no state of the function.
+      around: the holders that were open where the code inside runs, which may be elsewhere.
     """
 
     is_boundary = True
+    families: tuple[Any, ...] = ()
+    around: tuple[Holder, ...] = ()
 
     def __init__(self, outside: Any, below: Sequence[Holder]) -> None:
         super().__init__()
@@ -47,13 +52,25 @@ class _RuleState(Holder):
     def knows(self, address: Address) -> bool:
         if address.own_holder is not None:
             owner = address.own_holder()
-            return owner is None or owner.age < self.age
+            if owner is None:
+                return True
+            return owner.age < self.age and owner.family not in self.families
         return any(holder.knows(address) for holder in reversed(self.below))
 
     def aval(self, address: Address) -> Any:
         # Asked where a jaxpr inside of the function is built: only the holder outside knows all
         # levels on the way to its slot, and to ask for the type is not to use the slot.
         return self._policy(address).aval(address)
+
+    def passed_on(self, address: Address) -> Holder | None:
+        owner = address.own_holder and address.own_holder()
+        if owner is None or owner.family not in self.families:
+            return None
+        for holder in reversed(self.around):
+            found = holder if holder.knows(address) else holder.passed_on(address)
+            if found is not None:
+                return found
+        return owner
 
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Any:
         return self._policy(address).lane(address, trace, notes)
@@ -78,12 +95,22 @@ class _RuleState(Holder):
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        self.anchor = _compat.holding_trace(_compat.current_trace())
+        before = self.families, self.around
+        current = _compat.current_trace()
+        self.anchor = _compat.holding_trace(current)
+        self.families = _families_of(current)
+        self.around = tuple(slots.stack()) if self.families else ()
         try:
             with slots.only_open([*self.below, self]):
                 yield
         finally:
             self.anchor = None
+            self.families, self.around = before
+
+
+def _families_of(trace: Any) -> tuple[Any, ...]:
+    traces = (t for t in _compat.chain(trace) if isinstance(t, _compat.TransparentTrace))
+    return tuple(t.family for t in traces if t.family is not None)
 
 
 class _Touched(Exception):
