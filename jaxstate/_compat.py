@@ -29,6 +29,7 @@ from jax._src import (
     ad_checkpoint,
     ad_util,
     api,
+    array,
     compute_on,
     config,
     core,
@@ -113,13 +114,28 @@ def concrete(x: Any) -> Any:
     return core.to_concrete_value(x)
 
 
+# JAX's own arrays and tracers: what needs no conversion.
+_plain_arrays = frozenset(
+    {array.ArrayImpl, pe.DynamicJaxprTracer, BatchTracer, JVPTracer, LinearizeTracer}
+)
+
+
+def is_plain_array(x: Any) -> bool:
+    """Whether ``x`` is an array or tracer of JAX's own, and no subclass or relative of these."""
+    return type(x) in _plain_arrays
+
+
 def as_array(x: Any) -> Any:
     """``x`` as a JAX array or tracer."""
-    return x if isinstance(x, (jax.Array, Tracer)) else jax.numpy.asarray(x)
+    if type(x) in _plain_arrays or isinstance(x, (jax.Array, Tracer)):
+        return x
+    return jax.numpy.asarray(x)
 
 
 def is_array_like(x: Any) -> bool:
     """Whether JAX takes ``x`` as one array."""
+    if type(x) in _plain_arrays:
+        return True
     try:
         typeof(x)
     except TypeError:
@@ -135,6 +151,8 @@ def aval_of(x: Any) -> Any:
 def same_type(value: Any, aval: Any) -> bool:
     """Whether a value can stand where a jaxpr expects ``aval``."""
     found = typeof(value)
+    if found is aval:
+        return True
     if isinstance(found, ShapedArray) and isinstance(aval, ShapedArray):
         return found.shape == aval.shape and found.dtype == aval.dtype
     return found == aval
@@ -229,7 +247,7 @@ def is_typed_key(x: Any) -> bool:
 def is_standard_initializer(init: Any) -> bool:
     """Whether ``init(key, shape, ...)`` is one of `jax.nn.initializers`: its first argument is the
     shape of what it makes."""
-    return getattr(init, "__module__", None) == "jax._src.nn.initializers"
+    return getattr(init, "__module__", None) in ("jax._src.nn.initializers", "jax.nn.initializers")
 
 
 def children_of(x: Any) -> Sequence[Any] | None:
@@ -873,6 +891,17 @@ _context_signature = core.config_ext.Config(
 def trace_context() -> Hashable:
     """All of the configuration that shapes a trace."""
     return config.trace_context()
+
+
+def trace_context_without_state() -> Hashable:
+    """The same for a trace that uses no state."""
+    signature = _context_signature.value
+    return tuple(None if x is signature else x for x in config.trace_context())
+
+
+def type_context() -> Hashable:
+    """The configuration that shapes the type of a new array."""
+    return jax.config.jax_enable_x64, mesh.get_abstract_mesh()
 
 
 def set_context_signature(signature: Any) -> None:

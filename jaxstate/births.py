@@ -13,6 +13,7 @@ closes over decides how it gets there:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +21,11 @@ import jax
 
 from jaxstate import _compat
 from jaxstate.errors import InitializerDataError, message
-from jaxstate.forms import Form, form_of
+from jaxstate.forms import Form, form_of, takes_shape
 from jaxstate.slots import Address
 from jaxstate.trace import current_use, read, read_p, state_effect, write_p
 
-__all__ = ["Birth", "bear", "birth_p", "trace_initializer"]
+__all__ = ["Birth", "bear", "birth_p", "born"]
 
 
 class Birth:
@@ -33,27 +34,107 @@ class Birth:
     Attributes:
       jaxpr: closed, and closed over arrays only.
       form: structure and types of the value.
+      jitted: what makes the value from a key and two words, if many slots share the birth.
     """
 
-    __slots__ = ("form", "jaxpr")
+    __slots__ = ("_looks_at_key", "form", "jaxpr", "jitted")
 
     def __init__(self, jaxpr: Any, form: Form) -> None:
         self.jaxpr = jaxpr
         self.form = form
+        self.jitted: Callable[..., Any] | None = None
+        self._looks_at_key = _looks_at_last_input(jaxpr)
 
     def run(self, data: Sequence[Any], *keys: Any) -> list[Any]:
         return _compat.eval_closed_jaxpr(self.jaxpr, *data, *keys)
 
+    def run_with_key(self, data: Sequence[Any], key: Any, words: Sequence[Any]) -> list[Any]:
+        """Runs it with a key of its own: ``key``, with the ``words`` folded in."""
+        if not self._looks_at_key:
+            return self.run(data, key)
+        if self.jitted is not None:
+            return self.jitted(key, *words)
+        return self.run(data, _folded(key, words))
+
+
+def _folded(key: Any, words: Sequence[Any]) -> Any:
+    for word in words:
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+def _looks_at_last_input(jaxpr: Any) -> bool:
+    last = _compat.invars(jaxpr)[-1:]
+    used = [v for eqn in _compat.equations(jaxpr) for v in eqn.invars]
+    return any(v is last[0] for v in (*used, *_compat.outvars(jaxpr))) if last else False
+
+
+def born(
+    address: Any, init: Callable[..., Any], init_args: tuple[Any, ...], *key_avals: Any
+) -> tuple[Birth, list[Any]]:
+    """What makes the entry at ``address``, and the tracers that it looks at."""
+    if takes_shape(init, init_args, address.takes_key):
+        maker = _Maker(type(address), init, init_args)
+        if maker.is_hashable:
+            return _shared_birth(maker, key_avals, _compat.trace_context_without_state()), []
+    initial = address.initial
+    return trace_initializer(address, lambda *keys: initial(init, init_args, *keys), *key_avals)
+
+
+class _Maker:
+    """An initializer of JAX's and its arguments. Equal ones make equal values.
+
+    (``jax.nn.initializers.lecun_normal()`` is another function whenever it is called.)
+    """
+
+    __slots__ = ("_key", "init", "init_args", "is_hashable", "kind")
+
+    def __init__(self, kind: Any, init: Any, init_args: tuple[Any, ...]) -> None:
+        self.kind = kind
+        self.init = init
+        self.init_args = init_args
+        contents = tuple(cell.cell_contents for cell in getattr(init, "__closure__", None) or ())
+        defaults = getattr(init, "__defaults__", None) or ()
+        function = getattr(init, "__code__", init)
+        values = (*contents, *defaults)
+        shape, *dtype = init_args
+        self._key = kind, function, values, tuple(map(type, values)), tuple(shape), tuple(dtype)
+        try:
+            hash(self._key)
+            self.is_hashable = True
+        except TypeError:
+            self.is_hashable = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Maker) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(1024)
+def _shared_birth(maker: _Maker, key_avals: tuple[Any, ...], context: Any) -> Birth:
+    """A birth that is traced and compiled once, for all slots that are made like it."""
+    initial, init, init_args = maker.kind.initial, maker.init, maker.init_args
+    birth, _ = trace_initializer(init, lambda *keys: initial(init, init_args, *keys), *key_avals)
+
+    @jax.jit
+    def initializer(key: Any, *words: Any) -> list[Any]:
+        return birth.run((), _folded(key, words))
+
+    birth.jitted = initializer
+    return birth
+
 
 def trace_initializer(
-    address: Address, init: Callable[..., Any], *key_avals: Any
+    entry: Any, init: Callable[..., Any], *key_avals: Any
 ) -> tuple[Birth, list[Any]]:
-    """The function ``init(*keys)`` of ``address`` as a `Birth`, and the tracers it looks at."""
+    """The function ``init(*keys)`` of ``entry`` as a `Birth`, and the tracers it looks at."""
     closed, shape = jax.make_jaxpr(init, return_shape=True)(*key_avals)
     if state_effect in closed.effects:
         raise InitializerDataError(
             message(
-                f"The initializer of {address} uses state that is written (a draw writes the count"
+                f"The initializer of {entry} uses state that is written (a draw writes the count"
                 " of its stream). It runs once, where the slot is made, and not where it is"
                 " called.",
                 fix="""

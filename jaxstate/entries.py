@@ -11,9 +11,8 @@ What is special to either is in the subclass of `EntryAddress` that it has (`jax
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.births import Birth
@@ -21,7 +20,7 @@ from jaxstate.errors import ClosedStateError, StateError, message
 from jaxstate.forms import Form, wanted_form
 from jaxstate.names import Home, Layer, Layers, Level, Path, ScopeStack, Token
 from jaxstate.slots import Address, Cell, Holder, holders
-from jaxstate.trace import boundaries, boundary_of, notes_of
+from jaxstate.trace import boundaries, boundary_of, notes_of, read
 
 __all__ = [
     "Entry",
@@ -30,6 +29,7 @@ __all__ = [
     "current_home",
     "current_place",
     "innermost_store",
+    "place_of",
 ]
 
 
@@ -73,15 +73,25 @@ class EntryAddress(Address):
         self.wanted: Any = None
         self.place: Home | None = None
 
+    def __init_subclass__(cls) -> None:
+        cls._attributes = (*EntryAddress.__slots__, *cls.__slots__)
+
+    _attributes: tuple[str, ...]
+
     def having(self, **changes: Any) -> Any:
         """A copy with other attributes."""
-        new = copy.copy(self)
+        new = object.__new__(type(self))
+        for name in self._attributes:
+            setattr(new, name, getattr(self, name))
         for name, value in changes.items():
             setattr(new, name, value)
         return new
 
     def leaves(self, form: Form, birth: Birth | None) -> list[Any]:
-        """The addresses of the leaves of an entry of that form."""
+        """The addresses of the leaves of an entry of that form; its own, if there is only one."""
+        if form.leaves == ((),):
+            self.birth, self.wanted = birth, form.avals[0]
+            return [self]
         return [
             self.having(leaf=leaf, birth=birth, wanted=aval)
             for leaf, aval in zip(form.leaves, form.avals, strict=True)
@@ -151,7 +161,8 @@ class EntryAddress(Address):
             )
         )
 
-    def initial(self, init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
+    @staticmethod
+    def initial(init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
         """What the initializer makes."""
         return init(*keys, *init_args)
 
@@ -165,8 +176,9 @@ class EntryAddress(Address):
         """What is kept of a value that the user gives."""
         return _compat.as_array(value)
 
-    def type_as_stored(self, value: Any) -> Any:
-        return _compat.typeof(value)
+    def type_as_stored(self, aval: Any) -> Any:
+        """The type of what is kept of a value of type ``aval``."""
+        return aval
 
     def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
         return self.store().bear(addresses, birth, data)
@@ -237,27 +249,68 @@ def current_home() -> Home | None:
 
 def current_place(store: Store) -> tuple[Home, tuple[Level, ...]]:
     """Where in the tree the program is: levels, and what they are relative to."""
-    boundary = boundary_of(store)
+    boundary = place_of(store)
     return home_of(boundary), store.scopes.inside(boundary)
+
+
+def place_of(store: Store) -> Any:
+    """The innermost boundary between the program and the store, or None."""
+    return None if store.is_here() else boundary_of(store)
 
 
 # -- Stores ----------------------------------------------------------------------------------
 
 
 class Entry:
-    """What is known of one parameter or variable: its form, who used it first, its leaves.
+    """What is known of one parameter or variable: its path, its form, who used it first, its leaves.
 
     The form is None if only a leaf was used so far, by a jaxpr.
     """
 
-    __slots__ = ("cells", "form", "initial", "kind", "used")
+    __slots__ = ("__weakref__", "cells", "form", "initial", "kind", "path", "used")
 
-    def __init__(self, kind: str, form: Form | None, used: str) -> None:
+    def __init__(self, kind: str, path: Path, form: Form | None, used: str) -> None:
         self.kind = kind
+        self.path = path
         self.form = form
         self.used = used
         self.cells: dict[Path, Cell] = {}
         self.initial: dict[Path, Any] = {}
+
+
+class Located(NamedTuple):
+    """Where an address is, seen from the program.
+
+    Attributes:
+      here: whether nothing of JAX stands between the program and the store (`Store.is_here`).
+      layers: the names visible to the program.
+      path: of the entry, among these.
+    """
+
+    here: bool
+    layers: Layers
+    path: Path
+
+
+class Use(NamedTuple):
+    """One use of a parameter or variable by the program.
+
+    Attributes:
+      form: of the entry.
+      addresses: of its leaves.
+      entry: the entry, if the store is here (`Store.is_here`) and has the cells of all leaves.
+    """
+
+    form: Form
+    addresses: list[Any]
+    entry: Entry | None
+
+    def values(self) -> list[Any]:
+        """The current values of the leaves."""
+        if self.entry is None:
+            return [read(a) for a in self.addresses]
+        cells = self.entry.cells
+        return [cells[a.leaf].value for a in self.addresses]
 
 
 class Store(Holder):
@@ -277,6 +330,20 @@ class Store(Holder):
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
 
+    def is_here(self) -> bool:
+        """Whether nothing of JAX stands between the program and the store.
+
+        Then a cell is all there is to a slot: this is the short way of most reads and writes.
+        """
+        if _compat.current_trace() is not self.anchor:
+            return False
+        for holder in holders():
+            if holder is self:
+                return True
+            if holder.is_boundary or holder.outside is not None:
+                return False
+        return False
+
     def layers(self) -> Layers:
         """The names visible here: of the boundaries around the program, then the store's own."""
         return Layers([*(self._layer_of(b) for b in boundaries(self)), self.layer])
@@ -287,6 +354,17 @@ class Store(Holder):
 
     def without_values(self) -> RuleStore:
         return RuleStore(self)
+
+    def located(self, address: EntryAddress) -> Located:
+        here = self.is_here()
+        layers = Layers([self.layer]) if here else self.layers()
+        if here and address.place is None and not address.levels:
+            path = (*self.scopes.own_path(layers), address.name)
+        elif here and address.place is _OUTSIDE:
+            path = (*layers.path_of(address.levels), address.name)
+        else:
+            path = self.path(layers, address)
+        return Located(here, layers, path)
 
     def path(self, layers: Layers, address: EntryAddress) -> Path:
         return (*layers.path_of(self._above(address) + address.levels), address.name)
@@ -313,16 +391,18 @@ class Store(Holder):
 
     def meaning_of(self, address: EntryAddress) -> Hashable:
         """What two addresses have in common that mean the same slot here."""
-        return self.path(self.layers(), address), address.leaf
+        return self.located(address).path, address.leaf
 
     def entry(self, address: EntryAddress) -> Entry:
         """What is known here of the entry; noted here if it was not known yet."""
-        layers = self.layers()
-        path = self.path(layers, address)
-        entry = layers.entry(path, address.kind)
+        return self.entry_at(self.located(address), address)
+
+    def entry_at(self, place: Located, address: EntryAddress) -> Entry:
+        entry = place.layers.entry(place.path, address.kind)
         if entry is None:
-            entry = Entry(address.kind, address.birth and address.birth.form, address.used)
-            layers.add_entry(path, address.kind, entry)
+            form = address.birth and address.birth.form
+            entry = Entry(address.kind, place.path, form, address.used)
+            place.layers.add_entry(place.path, address.kind, entry)
         return entry
 
     def has(self, address: EntryAddress) -> bool:
@@ -337,14 +417,25 @@ class Store(Holder):
         entry = self.layer.entries.get((*layers.known_path_of(levels), address.name))
         return entry is not None and address.leaf in entry.cells
 
+    def cell(self, address: EntryAddress) -> Cell:  # type: ignore[override]
+        entry = self.entry(address)
+        cell = entry.cells.get(address.leaf)
+        if cell is None:
+            cell = self.new_cell(entry, address, self.path(Layers([self.layer]), address))
+        return cell
+
+    def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
+        """Makes the cell of a leaf of an entry, or takes what was given at ``path``."""
+        raise NotImplementedError
+
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         """Runs a module that is called; some stores look at what goes in and comes out."""
         return module.fn(*args, **kwargs)
 
     def declare(
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> tuple[Form, list[Any]]:
-        """The form of an entry that the program uses here, and the addresses of its leaves."""
+    ) -> Use:
+        """The use of an entry by the program, here."""
         raise NotImplementedError
 
     def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
@@ -372,10 +463,13 @@ class RuleStore(Store):
 
     def declare(
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> tuple[Form, list[Any]]:
+    ) -> Use:
         form = address.form_of_initial(init, init_args, self.forms)
-        return form, address.leaves(form, None)
+        return Use(form, address.leaves(form, None), None)
 
 
 def innermost_store() -> Store | None:
-    return next((h for h in holders() if isinstance(h, Store)), None)
+    for holder in holders():
+        if isinstance(holder, Store):
+            return holder
+    return None

@@ -35,12 +35,15 @@ class Form(NamedTuple):
         return "{" + ", ".join(f"{'/'.join(p)}: {a.str_short()}" for p, a in pairs) + "}"
 
     def same_shapes(self, other: Form) -> bool:
+        if self is other:
+            return True
         shapes = [[a.shape for a in form.avals] for form in (self, other)]
         return self.tree == other.tree and shapes[0] == shapes[1]
 
     def strong(self) -> Form:
         """The form of the value made of arrays whose dtype no Python scalar can change."""
-        return self._replace(avals=tuple(map(strong_type, self.avals)))
+        avals = tuple(map(strong_type, self.avals))
+        return self if avals == self.avals else self._replace(avals=avals)
 
 
 def form_of(value: Any) -> Form:
@@ -67,11 +70,12 @@ def wanted_form(
 
     ``known`` are the forms that one ``apply`` has asked for (an initializer may look at globals).
     """
-    takes_shape = _compat.is_standard_initializer(init) if takes_key else init in _FILLED
-    if takes_shape and len(init_args) in (1, 2) and _is_shape(init_args[0]):
+    if takes_shape(init, init_args, takes_key):
         shape, *dtype = init_args
-        aval = _compat.ShapedArray(tuple(shape), jnp.result_type(*dtype or [float]))
-        return Form(_ONE_ARRAY, ((),), (aval,))
+        try:
+            return _array_form(tuple(shape), tuple(dtype), _compat.type_context())
+        except TypeError:  # a dtype that cannot be hashed
+            return _array_form.__wrapped__(tuple(shape), tuple(dtype), None)
     if isinstance(init, types.FunctionType) and init.__closure__ is None:
         try:
             form = known.get((init, init_args, takes_key))
@@ -83,7 +87,19 @@ def wanted_form(
     return _form(init, init_args, takes_key)
 
 
+def takes_shape(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> bool:
+    """Whether ``init([key,] shape[, dtype])`` makes one array, as JAX's own initializers do."""
+    known = _compat.is_standard_initializer(init) if takes_key else init in _FILLED
+    return known and len(init_args) in (1, 2) and _is_shape(init_args[0])
+
+
 _FILLED = (jnp.zeros, jnp.ones)
+
+
+@functools.lru_cache(4096)
+def _array_form(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) -> Form:
+    aval = _compat.ShapedArray(shape, jnp.result_type(*dtype or [float]))
+    return Form(_ONE_ARRAY, ((),), (aval,))
 
 
 def _is_shape(x: Any) -> bool:
@@ -116,6 +132,8 @@ def _a_key(make: Callable[[int], Any]) -> jax.ShapeDtypeStruct:
 
 def strong(value: Any) -> Any:
     """The value as an array whose dtype no Python scalar can change."""
+    if _compat.is_plain_array(value) and not _compat.is_weak(value):
+        return value
     value = _compat.resolved(jnp.asarray(value))
     if not getattr(_compat.typeof(value), "weak_type", False):
         return value

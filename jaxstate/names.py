@@ -14,8 +14,7 @@ address.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from jaxstate import _compat
@@ -70,7 +69,8 @@ class Layer:
 
     def __init__(self) -> None:
         self.paths: dict[Token, Path] = {}
-        self.taken: dict[Path, dict[str, str]] = {}  # by scope: name -> what it names, see `_WHAT`
+        self.taken: dict[Path, str] = {}  # what each name is given to, see `_WHAT`
+        self.numbers: dict[Path, int] = {}  # the first suffix that may be free
         self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
         self.renewed: dict[Token, Token] = {}  # see `Address.renewed`
 
@@ -81,7 +81,7 @@ class Layer:
             if token.home is None:
                 names.paths[token] = path
                 if path:
-                    names.taken.setdefault(path[:-1], {})[path[-1]] = "module"
+                    names.taken[path] = "module"
         return names
 
 
@@ -99,22 +99,30 @@ class Layers:
         path: Path = ()
         start = 0
         for i in range(len(levels) - 1, -1, -1):
-            known = self._known(levels[i].token)
+            known = self.known(levels[i].token)
             if known is not None:
                 path, start = known, i + 1
                 break
         for level in levels[start:]:
-            path = (*path, self._enter(path, level))
+            path = (*path, self.enter(path, level))
         return path
 
     def know(self, levels: Sequence[Level]) -> bool:
         """Whether all modules among ``levels`` have a name."""
-        return all(v.token is None or self._known(v.token) is not None for v in levels)
+        return all(v.token is None or self.known(v.token) is not None for v in levels)
+
+    def known(self, token: Token | None) -> Path | None:
+        """The path of a module, if it has one already."""
+        if token is not None:
+            for layer in self.layers:
+                if token in layer.paths:
+                    return layer.paths[token]
+        return None
 
     def known_path_of(self, levels: Sequence[Level]) -> Path:
         """The path of ``levels`` without giving out names: the bases stand for those to come."""
         for i in range(len(levels) - 1, -1, -1):
-            known = self._known(levels[i].token)
+            known = self.known(levels[i].token)
             if known is not None:
                 return (*known, *(level.base for level in levels[i + 1 :]))
         return tuple(level.base for level in levels)
@@ -125,45 +133,46 @@ class Layers:
         Raises:
           NameClashError: if the name is taken by something else.
         """
-        found = self._kind(path[:-1], path[-1])
-        if found not in (None, kind):
+        found = self._kind(path)
+        if found is None:
+            return None
+        if found != kind:
             raise _clash(path, kind, found)
-        return next((layer.entries[path] for layer in self.layers if path in layer.entries), None)
+        for layer in self.layers:
+            if path in layer.entries:
+                return layer.entries[path]
+        return None
 
     def add_entry(self, path: Path, kind: str, entry: Any) -> None:
-        self._take(path[:-1], path[-1], kind)
+        self.layers[0].taken[path] = kind
         self.layers[0].entries[path] = entry
 
-    def _known(self, token: Token | None) -> Path | None:
-        if token is not None:
-            for layer in self.layers:
-                if token in layer.paths:
-                    return layer.paths[token]
-        return None
-
-    def _enter(self, scope: Path, level: Level) -> str:
+    def enter(self, scope: Path, level: Level) -> str:
+        """The name of ``level`` in ``scope``, given out now."""
+        base = (*scope, level.base)
         if level.token is None:
-            kind = self._kind(scope, level.base)
+            kind = self._kind(base)
             if kind not in (None, "scope"):
-                raise _clash((*scope, level.base), "scope", kind)
-            self._take(scope, level.base, "scope")
+                raise _clash(base, "scope", kind)
+            self.layers[0].taken[base] = "scope"
             return level.base
-        name, n = level.base, 0
-        while self._kind(scope, name) is not None:
+        n = max(layer.numbers.get(base, 0) for layer in self.layers)
+        name = f"{level.base}_{n}" if n else level.base
+        while self._kind((*scope, name)) is not None:
             n += 1
             name = f"{level.base}_{n}"
-        self._take(scope, name, "module")
-        self.layers[0].paths[level.token] = (*scope, name)
+        layer = self.layers[0]
+        layer.numbers[base] = n + 1
+        layer.taken[*scope, name] = "module"
+        layer.paths[level.token] = (*scope, name)
         return name
 
-    def _kind(self, scope: Path, name: str) -> str | None:
+    def _kind(self, path: Path) -> str | None:
         for layer in self.layers:
-            if name in layer.taken.get(scope, ()):
-                return layer.taken[scope][name]
+            kind = layer.taken.get(path)
+            if kind is not None:
+                return kind
         return None
-
-    def _take(self, scope: Path, name: str, kind: str) -> None:
-        self.layers[0].taken.setdefault(scope, {})[name] = kind
 
 
 _WHAT = {
@@ -195,20 +204,59 @@ class ScopeStack(threading.local):
     """
 
     def __init__(self) -> None:
-        self.entries: list[tuple[Level, Any]] = []
+        self.entries: list[_Entered] = []
 
     def inside(self, *boundaries: Any) -> tuple[Level, ...]:
         """The levels entered directly inside one of ``boundaries``, outermost first."""
-        return tuple(level for level, b in self.entries if any(b is x for x in boundaries))
+        return tuple(e.level for e in self.entries if any(e.boundary is b for b in boundaries))
 
-    @contextmanager
-    def entered(self, level: Level, boundary: Any) -> Iterator[None]:
-        entry = (level, boundary)
-        self.entries.append(entry)
-        try:
-            yield
-        finally:
-            for i in range(len(self.entries) - 1, -1, -1):
-                if self.entries[i] is entry:
-                    del self.entries[i]
+    def own_path(self, layers: Layers) -> Path:
+        """The path of the program where no boundary is around it; see `Layers.path_of`.
+
+        Each level keeps its path, so that this takes as long at every depth.
+        """
+        entries, path = self.entries, ()
+        i = len(entries)
+        while i:
+            entered = entries[i - 1]
+            if entered.boundary is None:
+                if entered.path is None:
+                    entered.path = layers.known(entered.level.token)
+                if entered.path is not None:
+                    path = entered.path
                     break
+            i -= 1
+        for entered in entries[i:]:
+            if entered.boundary is None:
+                entered.path = path = (*path, layers.enter(path, entered.level))
+        return path
+
+    def entered(self, level: Level, boundary: Any) -> _Entered:
+        """A context in which the program is in ``level``."""
+        return _Entered(self.entries, level, boundary)
+
+
+class _Entered:
+    """One level that the program is in, while it is.
+
+    Attributes:
+      path: of the level, once it is known; only in the holder's own place.
+    """
+
+    __slots__ = ("boundary", "entries", "level", "path")
+
+    def __init__(self, entries: list[_Entered], level: Level, boundary: Any) -> None:
+        self.entries = entries
+        self.level = level
+        self.boundary = boundary
+        self.path: Path | None = None
+
+    def __enter__(self) -> None:
+        self.entries.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        entries = self.entries
+        for i in range(len(entries) - 1, -1, -1):  # a generator may leave it late
+            if entries[i] is self:
+                del entries[i]
+                break

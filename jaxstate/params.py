@@ -32,7 +32,7 @@ import jax
 from jaxstate import _compat
 from jaxstate.arguments import split_arrays
 from jaxstate.births import sliced
-from jaxstate.entries import EntryAddress, current_home, innermost_store
+from jaxstate.entries import EntryAddress, current_home, innermost_store, place_of
 from jaxstate.errors import (
     InitializerDataError,
     MissingParameterError,
@@ -47,7 +47,6 @@ from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.slots import open_holder
 from jaxstate.stores import ApplyStore, InitStore
 from jaxstate.summary import Summarizable
-from jaxstate.trace import boundary_of, read
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
 
@@ -118,8 +117,8 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
             f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
         )
     address = ParamAddress(name, used)
-    form, addresses = address.store().declare(address, init, init_args)
-    return form.tree.unflatten([read(a) for a in addresses])
+    use = address.store().declare(address, init, init_args)
+    return use.form.tree.unflatten(use.values())
 
 
 @contextmanager
@@ -141,7 +140,7 @@ def scope(name: str) -> Iterator[None]:
     if store is None:
         yield
         return
-    with store.scopes.entered(Level(name, None), boundary_of(store)):
+    with store.scopes.entered(Level(name, None), place_of(store)):
         yield
 
 
@@ -165,7 +164,7 @@ class Parametrized(Reusable, Summarizable):
         store = innermost_store()
         if store is None:
             return self.fn(*args, **kwargs)
-        with store.scopes.entered(Level(self.name, self._token), boundary_of(store)):
+        with store.scopes.entered(Level(self.name, self._token), place_of(store)):
             return store.call(self, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.arguments import split_arrays
-from jaxstate.entries import home_of
+from jaxstate.entries import Entry, home_of
 from jaxstate.errors import (
     MissingParameterError,
     ParameterMismatchError,
@@ -37,7 +37,7 @@ from jaxstate.errors import (
     message,
     nearest,
 )
-from jaxstate.names import Home, Layer, Layers, Path, Token
+from jaxstate.names import Home, Layer, Path, Token
 from jaxstate.random import StreamAddress
 from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.stores import InitStore
@@ -256,17 +256,14 @@ class ReusingStore(InitStore):
     def __init__(self, root: Token, key: Any, reused: Reused) -> None:
         super().__init__(root, key)
         self.reused = reused
-        self._seen: set[int] = set()
 
-    def cell(self, address: Any) -> Cell:
-        cell = super().cell(address)
-        if id(cell) not in self._seen:
-            self._seen.add(id(cell))
-            path = (*self.path(Layers([self.layer]), address), *address.leaf)
-            if path in self.reused.values:
+    def make(self, entry: Entry, address: Any, data: Sequence[Any], path: Path) -> None:
+        super().make(entry, address, data, path)
+        for leaf, cell in entry.cells.items():
+            value = self.reused.values.get((*path, *leaf))
+            if value is not None:
                 with _compat.set_current_trace(self.anchor):
-                    cell.value = _like(self.reused.values[path], cell.value)
-        return cell
+                    cell.value = _like(value, cell.value)
 
     def initial_values(self, kind: str) -> dict[Path, Any]:
         """What was made, without what was given."""

@@ -10,15 +10,17 @@ In a custom derivative rule, `entries.RuleStore` stands for either.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.births import Birth, bear_at, birth_p, trace_initializer
-from jaxstate.entries import Entry, EntryAddress, Store
+from jaxstate.births import Birth, bear_at, birth_p, born
+from jaxstate.entries import Entry, EntryAddress, Store, Use
 from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.forms import Form
 from jaxstate.names import Layers, Path, Token
@@ -50,50 +52,51 @@ class InitStore(Store):
 
     def declare(
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> tuple[Form, list[Any]]:
-        birth, data = trace_initializer(
-            address,
-            lambda *keys: address.initial(init, init_args, *keys),
-            *([self.key_aval] if address.takes_key else []),
-        )
-        addresses = address.leaves(birth.form, birth)
-        layers = self.layers()
-        path = self.path(layers, address)
-        entry = layers.entry(path, address.kind)
+    ) -> Use:
+        birth, data = born(address, init, init_args, *[self.key_aval] * address.takes_key)
+        address.birth = birth
+        place = self.located(address)
+        entry = place.layers.entry(place.path, address.kind)
         if entry is not None:
             if entry.form != birth.form:
-                raise address.conflict(path, entry.used, entry.form, birth.form)
+                raise address.conflict(place.path, entry.used, entry.form, birth.form)
         elif data:
-            bear_at(addresses, birth, data)
-        return birth.form, addresses
-
-    def cell(self, address: EntryAddress) -> Cell:  # type: ignore[override]
-        entry = self.entry(address)
+            bear_at(address.leaves(birth.form, birth), birth, data)
+        elif place.here:
+            entry = self.entry_at(place, address)
+        addresses = address.leaves(birth.form, birth)
+        if entry is None or not place.here:
+            return Use(birth.form, addresses, None)
         if not entry.cells:
-            assert address.birth is not None
-            self._make(entry, address, ())
+            self.make(entry, address, (), place.path)
+        return Use(birth.form, addresses, entry)
+
+    def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
+        self.make(entry, address, (), path)
         return entry.cells[address.leaf]
 
-    def _make(self, entry: Entry, address: EntryAddress, data: Sequence[Any]) -> None:
+    def make(self, entry: Entry, address: EntryAddress, data: Sequence[Any], path: Path) -> None:
+        """Makes an entry from the birth in its address."""
         birth = address.birth
         assert birth is not None
-        path = self.path(Layers([self.layer]), address)
         with _compat.set_current_trace(self.anchor):
-            keys = [_param_key(self.key, path)] if address.takes_key else []
-            leaves = [_compat.as_array(value) for value in birth.run(data, *keys)]
+            if address.takes_key:
+                values = birth.run_with_key(data, self.key, _words(path))
+            else:
+                values = birth.run(data)
+            leaves = [_compat.as_array(value) for value in values]
         entry.initial = dict(zip(birth.form.leaves, leaves, strict=True))
         entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
 
     def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
-        layers = self.layers()
         address = addresses[0].having(birth=birth)
-        path = self.path(layers, address)
-        if layers.entry(path, address.kind) is None:
-            entry = self.entry(address)
+        place = self.located(address)
+        if place.layers.entry(place.path, address.kind) is None:
+            entry = self.entry_at(place, address)
             data = [_lowered(d, address) for d in map(_compat.canonicalize, data)]
             boundary = boundary_of(self)
             if boundary is None:
-                self._make(entry, address, data)
+                self.make(entry, address, data, self.path(Layers([self.layer]), address))
             elif isinstance(boundary, Holder):
                 raise _data_in_custom_rule(address)
             else:
@@ -110,6 +113,25 @@ class InitStore(Store):
             if entry.kind == kind
             for leaf, value in entry.initial.items()
         }
+
+
+class _Interned:
+    """Stands for a key. Signatures are hashed and compared whenever a holder is opened."""
+
+    __slots__ = ("__weakref__", "key")
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+
+
+_interned: WeakValueDictionary[Hashable, _Interned] = WeakValueDictionary()
+_interned_lock = threading.Lock()
+
+
+def interned(key: Hashable) -> Hashable:
+    """One object for all equal keys, which is hashed and compared by identity."""
+    with _interned_lock:
+        return _interned.setdefault(key, _Interned(key))
 
 
 class ApplyStore(Store):
@@ -132,42 +154,48 @@ class ApplyStore(Store):
         super().__init__(root)
         self.writable = writable
         self._given = {"parameter": params, "variable": state}
-        leaves, tree = jax.tree.flatten(self._given)
-        types = tuple(_compat.typeof(x) if _compat.is_array_like(x) else type(x) for x in leaves)
-        self._signature = ("apply", writable, tree, types)
+        self._scopes: dict[tuple[str, Path], Mapping[str, Any]] = {}
+        self._guesses: dict[str, _Guess] = {}
+        self._leaves, tree = jax.tree.flatten(self._given)
+        types = tuple(map(_type_of, self._leaves))
+        self._types = dict(zip(map(id, self._leaves), types, strict=True))
+        self._signature = interned(("apply", writable, tree, types))
 
     def signature(self) -> Hashable:
         return self._signature
 
     def declare(
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> tuple[Form, list[Any]]:
+    ) -> Use:
         if self._given[address.kind] is None:
             raise address.not_given()
         wanted = address.form_of_initial(init, init_args, self.forms)
-        layers = self.layers()
-        path = self.path(layers, address)
-        entry = self.entry(address)
+        place = self.located(address)
+        entry = self.entry_at(place, address)
         if entry.form is None:
-            inside = layers.layers[0] is not self.layer
+            inside = place.layers.layers[0] is not self.layer
             guess_or_find = self._guess if inside else self._found
-            entry.form = guess_or_find(address, path, wanted)
+            entry.form = guess_or_find(address, place.path, wanted)
         elif not entry.form.same_shapes(wanted):
-            raise address.conflict(path, entry.used, entry.form, wanted)
-        return entry.form, address.leaves(entry.form, None)
+            raise address.conflict(place.path, entry.used, entry.form, wanted)
+        addresses = address.leaves(entry.form, None)
+        if not place.here:
+            return Use(entry.form, addresses, None)
+        for a in addresses:
+            if a.leaf not in entry.cells:
+                self.new_cell(entry, a, place.path)
+        return Use(entry.form, addresses, entry)
 
     def aval(self, address: EntryAddress) -> Any:  # type: ignore[override]
         form = self.entry(address).form
         return form.avals[form.leaves.index(address.leaf)] if form else address.wanted
 
-    def cell(self, address: EntryAddress) -> Cell:  # type: ignore[override]
-        entry = self.entry(address)
-        cell = entry.cells.get(address.leaf)
-        if cell is None:
-            path = self.path(Layers([self.layer]), address)
-            value = self._leaf(address, (*path, *address.leaf), address.wanted)
-            value = entry.initial[address.leaf] = address.as_stored(value)
-            cell = entry.cells[address.leaf] = Cell(value)
+    def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
+        value, aval = self._leaf(address, (*path, *address.leaf), address.wanted)
+        if not _compat.is_plain_array(value) or address.type_as_stored(aval) is not aval:
+            value = address.as_stored(value)
+        entry.initial[address.leaf] = value
+        cell = entry.cells[address.leaf] = Cell(value)
         return cell
 
     def state(self) -> dict[str, Any]:
@@ -185,8 +213,11 @@ class ApplyStore(Store):
 
     def _found(self, address: EntryAddress, path: Path, wanted: Form) -> Form:
         """The form of what was given; an error if it is not of the wanted structure and shapes."""
-        values = [self._leaf(address, (*path, *leaf), wanted) for leaf in wanted.leaves]
-        found = Form(wanted.tree, wanted.leaves, tuple(map(address.type_as_stored, values)))
+        given = [self._leaf(address, (*path, *leaf), wanted) for leaf in wanted.leaves]
+        types = tuple([address.type_as_stored(aval) for _, aval in given])
+        if types == wanted.avals:
+            return wanted
+        found = Form(wanted.tree, wanted.leaves, types)
         if not found.same_shapes(wanted):
             raise address.mismatch(path, str(found), str(wanted))
         return found
@@ -199,38 +230,73 @@ class ApplyStore(Store):
         ``path``, if it fits, or of the only entry of that name and shape, are right unless
         jaxprs are bound in another order than they were traced.
         """
-        given = _arrays(self._given[address.kind] or {})
-        known = {path: address.type_as_stored(x) for path, x in given}
-        return Form(wanted.tree, wanted.leaves, tuple(
-            _guess_type((*path, *leaf), len(leaf) + 1, aval, known)
+        guess = self._guesses.get(address.kind)
+        if guess is None:
+            given = _arrays(self._given[address.kind] or {})
+            guess = self._guesses[address.kind] = _Guess(
+                {path: address.type_as_stored(_compat.typeof(x)) for path, x in given}
+            )
+        avals = [
+            guess((*path, *leaf), len(leaf) + 1, aval)
             for leaf, aval in zip(wanted.leaves, wanted.avals, strict=True)
-        ))  # fmt: skip
+        ]
+        return Form(wanted.tree, wanted.leaves, tuple(avals))
 
-    def _leaf(self, address: EntryAddress, path: Path, wanted: Any) -> Any:
-        """The array at ``path``; an error that says what was ``wanted`` (a form or a type)."""
-        node: Any = self._given[address.kind]
-        for i, name in enumerate(path):
-            if not isinstance(node, Mapping) or name not in node:
-                raise _missing(address, path, i, node, wanted)
-            node = node[name]
-        if isinstance(node, Mapping) or not _compat.is_array_like(node):
-            found = f"a dict with {sorted(node)}" if isinstance(node, Mapping) else repr(node)
-            raise address.mismatch(path, found, _shown(wanted))
-        return node
+    def _leaf(self, address: EntryAddress, path: Path, wanted: Any) -> tuple[Any, Any]:
+        """The array at ``path`` and its type; an error that says what was ``wanted`` (a form or a
+        type)."""
+        scope = self._scope(address.kind, path[:-1])
+        if scope is None or path[-1] not in scope:
+            raise _missing(address, path, self._given[address.kind], wanted)
+        found = scope[path[-1]]
+        aval = self._types.get(id(found)) or _type_of(found)
+        if isinstance(aval, type):
+            shown = f"a dict with {sorted(found)}" if isinstance(found, Mapping) else repr(found)
+            raise address.mismatch(path, shown, _shown(wanted))
+        return found, aval
+
+    def _scope(self, kind: str, path: Path) -> Any:
+        """The given dict at ``path``, or None. Each is looked up in the one around it, once."""
+        scope = self._scopes.get((kind, path))
+        if scope is None:
+            if path:
+                around = self._scope(kind, path[:-1])
+                scope = None if around is None else around.get(path[-1])
+            else:
+                scope = self._given[kind]
+            if not isinstance(scope, Mapping):
+                return None
+            self._scopes[kind, path] = scope
+        return scope
 
 
-def _guess_type(path: Path, n: int, wanted: Any, known: Mapping[Path, Any]) -> Any:
-    def fits(other: Path) -> bool:
-        return other[-n:] == path[-n:] and known[other].shape == wanted.shape
+class _Guess:
+    """The type of a leaf that may get another path: see `ApplyStore._guess`."""
 
-    if path in known and fits(path):
-        return known[path]
-    dtypes = {known[other].dtype for other in known if fits(other)}
-    return _compat.ShapedArray(wanted.shape, dtypes.pop() if len(dtypes) == 1 else wanted.dtype)
+    def __init__(self, types: dict[Path, Any]) -> None:
+        self.types = types
+        self._dtypes: dict[int, dict[Any, set[Any]]] = {}  # by how many last names are compared
+
+    def __call__(self, path: Path, n: int, wanted: Any) -> Any:
+        found = self.types.get(path)
+        if found is not None and found.shape == wanted.shape:
+            return found
+        dtypes = self._dtypes_of(n).get((path[-n:], wanted.shape), ())
+        return _compat.ShapedArray(wanted.shape, *dtypes if len(dtypes) == 1 else [wanted.dtype])
+
+    def _dtypes_of(self, n: int) -> dict[Any, set[Any]]:
+        if n not in self._dtypes:
+            dtypes = self._dtypes[n] = {}
+            for path, aval in self.types.items():
+                dtypes.setdefault((path[-n:], aval.shape), set()).add(aval.dtype)
+        return self._dtypes[n]
 
 
-def _missing(address: EntryAddress, path: Path, i: int, node: Any, wanted: Any) -> Exception:
-    """The error for a path of which element ``i`` is not in ``node``."""
+def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exception:
+    """The error for a path that is not in the given dict."""
+    node, i = given, 0
+    while isinstance(node, Mapping) and path[i] in node:
+        node, i = node[path[i]], i + 1
     names = sorted(map(str, node)) if isinstance(node, Mapping) else []
     close = nearest(path[i], names)
     where = f"in {'/'.join(path[:i])!r}" if i else "at the top"
@@ -299,9 +365,12 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def _param_key(key: Any, path: Path) -> Any:
-    """The key of the initial value of one parameter: a hash of its path, folded in."""
+def _type_of(x: Any) -> Any:
+    """The type of an array; of anything else, its class."""
+    return _compat.typeof(x) if _compat.is_array_like(x) else type(x)
+
+
+def _words(path: Path) -> np.ndarray:
+    """What is folded into the key of the initial value of one parameter: a hash of its path."""
     digest = hashlib.sha256("/".join(path).encode()).digest()
-    for i in (0, 4):
-        key = jax.random.fold_in(key, np.uint32(int.from_bytes(digest[i : i + 4], "little")))
-    return key
+    return np.frombuffer(digest, "<u4", 2)

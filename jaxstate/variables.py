@@ -16,6 +16,7 @@ A variable is a slot for each array of its value, found by name in the same tree
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.entries import EntryAddress, Store, current_place, innermost_store
+from jaxstate.entries import EntryAddress, Store, Use, current_place, innermost_store
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -90,7 +91,8 @@ class VariableAddress(EntryAddress):
             )
         )
 
-    def initial(self, init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
+    @staticmethod
+    def initial(init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
         return jax.tree.map(strong, init(*init_args))
 
     def form_of_initial(
@@ -101,8 +103,8 @@ class VariableAddress(EntryAddress):
     def as_stored(self, value: Any) -> Any:
         return strong(value)
 
-    def type_as_stored(self, value: Any) -> Any:
-        return strong_type(_compat.typeof(value))
+    def type_as_stored(self, aval: Any) -> Any:
+        return strong_type(aval)
 
     def reduced(self, values: Any) -> Any:
         assert self.reduce is not None
@@ -144,12 +146,16 @@ class VariableAddress(EntryAddress):
 class Variable:
     """A handle of a variable: see `variable`."""
 
-    def __init__(self, name: str, store: Store, form: Form, addresses: list[VariableAddress]):
+    def __init__(self, name: str, store: Store, use: Use):
         self.name = name
         self._run = store.run
-        self._form = form
+        self._form = use.form
         home, levels = current_place(store)
-        self._addresses = [a.having(place=home, levels=levels) for a in addresses]
+        self._addresses = use.addresses
+        for address in use.addresses:
+            address.place, address.levels = home, levels
+        # Weak, or a handle that is kept would keep the values.
+        self._entry = None if use.entry is None else weakref.ref(use.entry)
 
     @property
     def value(self) -> Any:
@@ -161,22 +167,32 @@ class Variable:
           ReadOnlyVariableError: under ``apply``, which hands on no variables.
           LaneWriteError: if lanes of a `vmap` write different values and there is no ``reduce``.
         """
-        self._store()
-        return self._form.tree.unflatten([read(a) for a in self._addresses])
+        cells = self._cells_here(self._store())
+        if cells is None:
+            return self._form.tree.unflatten([read(a) for a in self._addresses])
+        return self._form.tree.unflatten([cells[a.leaf].value for a in self._addresses])
 
     @value.setter
     def value(self, value: Any) -> None:
-        used = _compat.user_location()
-        if not self._store().writable:
-            raise self._read_only(used)
+        store = self._store()
+        if not store.writable:
+            raise self._read_only()
         leaves, tree = jax.tree.flatten(value)
         if tree != self._form.tree:
-            raise self._wrong_type(str(tree), used)
-        values = [
-            self._fitted(x, a.wanted, used) for x, a in zip(leaves, self._addresses, strict=True)
-        ]
+            raise self._wrong_type(str(tree))
+        values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
+        cells = self._cells_here(store)
+        used = _compat.user_location() if cells is None else ""
         for address, x in zip(self._addresses, values, strict=True):
-            write(address.having(used=used), x)
+            if cells is None:
+                write(address.having(used=used), x)
+            else:
+                cells[address.leaf].value = x
+
+    def _cells_here(self, store: Store) -> Any:
+        """The cells of the leaves, if nothing stands between the program and them."""
+        entry = self._entry and self._entry()
+        return entry.cells if entry is not None and store.is_here() else None
 
     def _store(self) -> Store:
         """The store that the variable is in, if it is the one that is asked here."""
@@ -196,10 +212,12 @@ class Variable:
             )
         return store
 
-    def _fitted(self, value: Any, wanted: Any, used: str) -> Any:
+    def _fitted(self, value: Any, wanted: Any) -> Any:
         """The value as an array of the variable's type."""
+        if _compat.is_plain_array(value) and _compat.typeof(value) is wanted:
+            return value
         if not _compat.is_array_like(value):
-            raise self._wrong_type(repr(value), used)
+            raise self._wrong_type(repr(value))
         # The variable keeps an array of its own: the user may go on to write to his.
         value = jnp.array(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
         found = _compat.typeof(value)
@@ -207,10 +225,10 @@ class Variable:
             value = jax.lax.convert_element_type(value, wanted.dtype)
         value = strong(value)
         if not _compat.same_type(value, wanted):
-            raise self._wrong_type(found.str_short(), used)
+            raise self._wrong_type(found.str_short())
         return value
 
-    def _wrong_type(self, found: str, used: str) -> Exception:
+    def _wrong_type(self, found: str) -> Exception:
         example = "value"
         if self._form.leaves == ((),):
             (aval,) = self._form.avals
@@ -224,11 +242,11 @@ class Variable:
                 {self.name}.value = {example}    # or write what fits
                 """,
                 made=self._addresses[0].used if self._addresses else None,
-                used=used,
+                used=_compat.user_location(),
             )
         )
 
-    def _read_only(self, used: str) -> Exception:
+    def _read_only(self) -> Exception:
         return ReadOnlyVariableError(
             message(
                 f"Variable {self.name!r} was written under apply, which has no way to return its"
@@ -237,7 +255,7 @@ class Variable:
                 y, state = net.apply_with_state(params, state, x)
                 """,
                 made=self._addresses[0].used if self._addresses else None,
-                used=used,
+                used=_compat.user_location(),
             )
         )
 
@@ -296,9 +314,12 @@ def variable(
     address = VariableAddress(name, _compat.user_location(), reduce)
     store = address.store()
     address.threaded = store.writable
-    form, addresses = store.declare(address, init, init_args)
+    use = store.declare(address, init, init_args)
     # To declare it is to use it: it gets its name here, and `init` makes it.
-    values = [read(a) for a in addresses]
-    types = tuple(map(_compat.typeof, values))
-    addresses = [a.having(wanted=t) for a, t in zip(addresses, types, strict=True)]
-    return Variable(name, store, form._replace(avals=types), addresses)
+    types = use.form.avals
+    if use.entry is None:
+        types = tuple(map(_compat.typeof, use.values()))
+    if types != use.form.avals:
+        addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
+        use = use._replace(form=use.form._replace(avals=types), addresses=addresses)
+    return Variable(name, store, use)

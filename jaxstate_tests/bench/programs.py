@@ -173,6 +173,22 @@ def many_parameters(n: int) -> Any:
     return _module(net, "net")
 
 
+def many_modules(n: int) -> Any:
+    """A network of ``n`` modules of one name, each with a parameter."""
+
+    def level(x: Any) -> Any:
+        return x + jaxstate.param("b", jax.nn.initializers.ones, ())
+
+    modules = [_module(level, "level") for _ in range(n)]
+
+    def net(x: Any) -> Any:
+        for module in modules:
+            x = module(x)
+        return x
+
+    return _module(net, "net")
+
+
 def many_variables(n: int) -> Any:
     """A network of ``n`` variables, all of them updated in a scan."""
 
@@ -237,6 +253,7 @@ PROGRAMS = [
     Program("eager write, n = 1e7 / 1e3", 2.0, eager_write),
     Program("loop of writes, n = 1e6", 1.0, loop_of_writes),
     Program("trace, 1000 / 100 parameters", 1.1, _growth(many_parameters, 100)),
+    Program("trace, 1000 / 100 modules", 1.1, _growth(many_modules, 100)),
     Program("trace, 1000 / 100 variables in a scan", 1.1, _growth(many_variables, 100)),
     Program("trace, 100 / 10 levels", 1.1, _growth(deep, 10)),
     Program("trace, 100 / 10 jitted levels", 1.1, _growth(jitted_deep, 10)),

@@ -1,0 +1,285 @@
+"""The deterministic figures of the benchmarks: what is traced and compiled is what one would write
+by hand, and the work of tracing grows like the program.
+
+The programs are those of `jaxstate_tests.bench`, in small sizes. By hand, parameters, statistics,
+keys and counts are passed and returned explicitly.
+"""
+
+import re
+import sys
+from collections import Counter
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+import jaxstate
+from jaxstate_tests.bench import programs
+from jaxstate_tests.bench.models import QUICK, train_step
+from jaxstate_tests.bench.peers import by_hand, with_jaxstate
+
+
+def equations(jaxpr):
+    """How often each primitive occurs in a jaxpr and all jaxprs inside."""
+    counts = Counter()
+    for eqn in jaxpr.eqns:
+        counts[eqn.primitive.name] += 1
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            counts += equations(getattr(inner, "jaxpr", inner))
+    return counts
+
+
+def constants(jaxpr):
+    """The constants of a closed jaxpr and of all jaxprs inside."""
+    found = list(getattr(jaxpr, "consts", ()))
+    for eqn in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            found += constants(inner)
+    return found
+
+
+def operations(fun, *args):
+    """How often each operation occurs in the compiled program."""
+    text = jax.jit(lambda *args: fun(*args)).lower(*args).compile().as_text()
+    return Counter(re.findall(r"= \S+ ([a-z][\w-]*)\(", text))
+
+
+def check_counts(ours, hand, *args):
+    """Both functions have the same equations, and compile to the same operations."""
+    jaxpr = jax.make_jaxpr(lambda *args: ours(*args))(*args)
+    found = equations(jaxpr)
+    assert found == equations(jax.make_jaxpr(lambda *args: hand(*args))(*args))
+    assert not [name for name in found if name.startswith("state_")]
+    assert not [c for c in constants(jaxpr) if jnp.shape(c)]
+    assert operations(ours, *args) == operations(hand, *args)
+
+
+def check_equal(ours, hand):
+    assert jax.tree.structure(ours) == jax.tree.structure(hand)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(hand), strict=True):
+        assert a.dtype == b.dtype
+        assert (a == b).all()
+
+
+# -- Models ----------------------------------------------------------------------------------
+
+
+def both(name):
+    """A model with jaxstate and by hand, and arguments for either."""
+    model, key = QUICK[name], jax.random.key(0)
+    ours, hand = model.written_in(with_jaxstate), model.written_in(by_hand)
+    x = model.input()
+    return ours, hand, (*hand.init(key, x), x, key)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_init_and_forward_are_those_by_hand(name, key):
+    ours, hand, args = both(name)
+    check_equal(ours.init(key, args[2]), args[:2])
+    check_equal(ours.forward(*args), hand.forward(*args))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_forward_has_the_equations_and_operations_of_the_function_by_hand(name):
+    ours, hand, args = both(name)
+    check_counts(ours.forward, hand.forward, *args)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_train_step_has_the_equations_and_operations_of_the_one_by_hand(name):
+    ours, hand, args = both(name)
+    check_counts(train_step(ours), train_step(hand), *args)
+
+
+# -- Other programs --------------------------------------------------------------------------
+
+
+def test_many_parameters_are_as_many_by_hand():
+    net = programs.many_parameters(30)
+    params = net.init(jax.random.key(0), 1.0)
+
+    def hand(params, x):
+        for i in range(30):
+            x = x + params[f"w{i}"]
+        return x
+
+    check_counts(net.apply, hand, params, 1.0)
+
+
+def test_deep_nets_are_as_deep_by_hand():
+    net = programs.deep(30)
+    params = net.init(jax.random.key(0), 1.0)
+
+    def hand(params, x):
+        while params:
+            x = x + params["b"]
+            params = params.get("level")
+        return x
+
+    check_counts(net.apply, hand, params, 1.0)
+
+
+def test_jitted_levels_stay_jitted_as_by_hand():
+    net = programs.jitted_deep(5)
+    params = net.init(jax.random.key(0), 1.0)
+
+    def hand(params, x):
+        inner = params.get("level")
+        x = x + params["b"]
+        return jax.jit(lambda p, x: hand(p, x))(inner, x) if inner else jax.jit(lambda x: x)(x)
+
+    check_counts(net.apply, hand, params, 1.0)
+
+
+def test_scan_of_scan_of_cond_is_that_by_hand():
+    @jaxstate.parametrized
+    def net(x):
+        count = jaxstate.variable("count", jnp.zeros, (), jnp.int32)
+
+        def draw(x):
+            count.value += 1
+            return x + jax.random.uniform(jaxstate.next_key())
+
+        def step(x, i):
+            return jax.lax.cond(x > 1, draw, lambda x: 2 * x, x), None
+
+        def outer(x, _):
+            return jax.lax.scan(step, x, length=3)[0], None
+
+        return jax.lax.scan(outer, x, length=2)[0]
+
+    def hand(params, state, x, key):
+        def draw(n, count, x):
+            x = x + jax.random.uniform(jax.random.fold_in(key, n))
+            return n + 1, count + 1, x
+
+        def step(carry, _):
+            n, count, x = carry
+            return jax.lax.cond(x > 1, draw, lambda n, c, x: (n, c, 2 * x), n, count, x), None
+
+        def outer(carry, _):
+            return jax.lax.scan(step, carry, length=3)[0], None
+
+        start = (jnp.int32(0), state["count"], x)
+        _, count, x = jax.lax.scan(outer, start, length=2)[0]
+        return x, {"count": count}
+
+    def ours(params, state, x, key):
+        return net.apply_with_state(params, state, x, key=key)
+
+    args = ({}, {"count": jnp.int32(0)}, jnp.float32(0.3), jax.random.key(0))
+    check_equal(ours(*args), hand(*args))
+    check_counts(ours, hand, *args)
+
+
+def test_loop_of_writes_is_that_by_hand():
+    @jaxstate.inplace
+    def ours(x):
+        def body(i, _):
+            x[i + 1] = x[i] + 1
+
+        jax.lax.fori_loop(0, 5, body, None)
+        return x
+
+    def hand(x):
+        return jax.lax.fori_loop(0, 5, lambda i, x: x.at[i + 1].set(x[i] + 1), x)
+
+    x = jnp.zeros(10)
+    check_equal(ours(x), hand(x))
+    assert operations(ours, x) == operations(hand, x)
+
+
+def test_jit_of_apply_equals_apply():
+    ours, _, args = both("mlp")
+    for a, b in zip(*map(jax.tree.leaves, (jax.jit(ours.forward)(*args), ours.forward(*args))),
+                    strict=True):  # fmt: skip
+        assert jnp.allclose(a, b, atol=1e-6)
+
+
+# -- Traces ----------------------------------------------------------------------------------
+
+
+def test_eager_loop_of_stateful_calls_traces_once(key):
+    traces = 0
+
+    @jax.jit
+    def f(x):
+        nonlocal traces
+        traces += 1
+        return x + jax.random.uniform(jaxstate.next_key())
+
+    x = jnp.float32(0)
+    with jaxstate.rng_stream(key) as stream:
+        for _ in range(1000):
+            x = f(x)
+    assert (traces, stream.count) == (1, 1000)
+
+
+def test_eager_loop_of_applies_traces_once():
+    traces = 0
+
+    @jaxstate.parametrized
+    def net(x):
+        count = jaxstate.variable("count", jnp.zeros, ())
+
+        @jax.jit
+        def f(x):
+            count.value += x
+            return x
+
+        return f(x)
+
+    @jax.jit
+    def step(state, x):
+        nonlocal traces
+        traces += 1
+        return net.apply_with_state({}, state, x)[1]
+
+    state = {"count": jnp.float32(0)}
+    for _ in range(1000):
+        state = step(state, 1.0)
+    assert (traces, state["count"]) == (1, 1000)
+
+
+# -- The work of tracing ---------------------------------------------------------------------
+
+
+def python_calls(fun):
+    """The number of calls of Python and C functions that ``fun()`` makes."""
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        fun()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+# The calls of one more element when there are ten times as many, against one more of a few: linear
+# growth is 1. The jitted levels hand the parameters of all levels inside through every level, so
+# that their work is quadratic by hand too; see below.
+@pytest.mark.leaks_allowed("the leak checker's own calls grow with the number of objects")
+@pytest.mark.parametrize(
+    ("make", "n"),
+    [
+        pytest.param(programs.many_parameters, 20, id="parameters"),
+        pytest.param(programs.many_variables, 10, id="variables in a scan"),
+        pytest.param(programs.deep, 5, id="levels"),
+        pytest.param(programs.many_modules, 10, id="modules"),
+    ],
+)
+def test_trace_grows_like_the_program(make, n):
+    def calls(n):
+        trace = programs.trace_of(make(n))
+        trace()
+        return python_calls(trace)
+
+    few, more, many, many_more = map(calls, (n, 2 * n, 10 * n, 11 * n))
+    assert many_more - many <= 1.1 * (more - few)
