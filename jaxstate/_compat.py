@@ -963,9 +963,12 @@ class Jitted(NamedTuple):
 
     def infer(self, args: Any, kwargs: Any) -> JitCall:
         """Traces the function, unless JAX knows the jaxpr for such arguments."""
-        p, flat = _infer_params(self.fun, self.info, args, kwargs)
-        n = len(p.consts)
-        return JitCall(p.params, flat[:n], flat[n:], p.out_tree)
+        return _jit_call(*_infer_params(self.fun, self.info, args, kwargs))
+
+
+def _jit_call(p: Any, flat: list[Any]) -> JitCall:
+    n = len(p.consts)
+    return JitCall(p.params, flat[:n], flat[n:], p.out_tree)
 
 
 _infer_params = pjit._infer_params
@@ -985,22 +988,30 @@ class _Done(NamedTuple):
 _NO_JAXPR = types.SimpleNamespace(effects=(), consts=())
 
 
-def wrap_jitted_calls(call: Callable[[Jitted, Any, Any], Any]) -> None:
-    """Asks ``call(jitted, args, kwargs)`` before JAX calls a jitted function at top level.
+def wrap_jitted_calls(
+    call: Callable[[Jitted, Any, Any], Any], call_traced: Callable[[Jitted, JitCall, Any, Any], Any]
+) -> None:
+    """Comes between when JAX calls a jitted function at top level.
 
-    JAX does so in Python for operands for which its C++ dispatch has no executable. If ``call``
-    returns `NotImplemented`, JAX goes on; else that is the result, and JAX keeps no executable.
+    JAX does so in Python for operands for which its C++ dispatch has no executable. First
+    ``call(jitted, args, kwargs)`` is asked, then, when the function is traced for such operands,
+    ``call_traced(jitted, call, args, kwargs)``. If both return `NotImplemented`, JAX goes on; else
+    that is the result, and JAX keeps no executable.
     """
     run = pjit._run_python_pjit
 
     def infer_params(fun: Any, info: Any, args: Any, kwargs: Any) -> Any:
         # `lower` and `trace` infer too.
         is_call = sys._getframe(1).f_code is _cache_miss_code
-        if is_call and core.trace_state_clean() and not config.debug_key_reuse.value:
-            results = call(Jitted(fun, info), args, kwargs)
-            if results is not NotImplemented:
-                return _Done(results), ()
-        return _infer_params(fun, info, args, kwargs)
+        if not is_call or not core.trace_state_clean() or config.debug_key_reuse.value:
+            return _infer_params(fun, info, args, kwargs)
+        jitted = Jitted(fun, info)
+        results = call(jitted, args, kwargs)
+        if results is not NotImplemented:
+            return _Done(results), ()
+        p, flat = _infer_params(fun, info, args, kwargs)
+        results = call_traced(jitted, _jit_call(p, flat), args, kwargs)
+        return (p, flat) if results is NotImplemented else (_Done(results), ())
 
     def run_python_pjit(p: Any, flat: Any, fun: Any, args: Any, kwargs: Any) -> Any:
         if type(p) is _Done:

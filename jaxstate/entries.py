@@ -119,9 +119,9 @@ class EntryAddress(Address):
             raise self.missing()
         return store
 
-    def only_reads(self) -> bool:
+    def cell_here(self) -> Cell | None:
         store = innermost_store()
-        return store is not None and self.renewed({}) is self and store.has(self)
+        return store.known_cell(self) if store is not None and self.renewed({}) is self else None
 
     def seen_from(self, boundary: Any) -> EntryAddress:
         store = self.store()
@@ -405,17 +405,18 @@ class Store(Holder):
             place.layers.add_entry(place.path, address.kind, entry)
         return entry
 
-    def has(self, address: EntryAddress) -> bool:
-        """Whether the entry has a value here, and all that the address goes through a name."""
-        layers = self.layers()
-        try:
-            levels = self._above(address) + address.levels
-        except ClosedStateError:
-            return False
+    def known_cell(self, address: EntryAddress) -> Cell | None:
+        """The cell of a leaf, if it exists and nothing stands between the program and it."""
+        if not self.is_here() or address.place not in (None, _OUTSIDE):
+            return None
+        levels = address.levels
+        if address.place is None:
+            levels = self.scopes.inside(None) + levels
+        layers = Layers([self.layer])
         if not layers.know(levels):
-            return False
+            return None
         entry = self.layer.entries.get((*layers.known_path_of(levels), address.name))
-        return entry is not None and address.leaf in entry.cells
+        return entry and entry.cells.get(address.leaf)
 
     def cell(self, address: EntryAddress) -> Cell:  # type: ignore[override]
         entry = self.entry(address)
@@ -432,9 +433,7 @@ class Store(Holder):
         """Runs a module that is called; some stores look at what goes in and comes out."""
         return module.fn(*args, **kwargs)
 
-    def declare(
-        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> Use:
+    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         """The use of an entry by the program, here."""
         raise NotImplementedError
 
@@ -461,9 +460,7 @@ class RuleStore(Store):
     def meaning_of(self, address: EntryAddress) -> Hashable:
         return address
 
-    def declare(
-        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> Use:
+    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         form = address.form_of_initial(init, init_args, self.forms)
         return Use(form, address.leaves(form, None), None)
 

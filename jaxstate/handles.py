@@ -39,14 +39,14 @@ class Slot(Holder):
         return self.__dict__
 
     def cell(self, address: Address) -> Cell:
-        cell = self._cells().get(self)
+        cell = self.known_cell()
         if cell is None:
             raise self.ended()
         return cell
 
-    def is_there(self) -> bool:
-        """Whether the slot has a value: the function that made it has not ended."""
-        return self in self._cells()
+    def known_cell(self) -> Cell | None:
+        """The cell; None if the function that made the slot has ended."""
+        return self._cells().get(self)
 
     def close(self) -> None:
         """Forgets the value, and the place where it was made."""
@@ -104,9 +104,11 @@ class SlotAddress(Address):
     def own_holder(self) -> Any:  # type: ignore[override]
         return self._slot
 
-    def only_reads(self) -> bool:
+    def cell_here(self) -> Cell | None:
         slot = self._slot()
-        return slot is not None and slot.is_there()
+        if slot is None or slot.anchor is not _compat.current_trace():
+            return None
+        return None if any(h.knows(self) for h in holders()) else slot.known_cell()
 
     def __repr__(self) -> str:
         return f"slot {self.name!r}"

@@ -75,8 +75,10 @@ class StreamAddress(Address):
     def threaded(self) -> bool:  # type: ignore[override]
         return self.part == "count"
 
-    def only_reads(self) -> bool:
-        return any(holder.knows(self) for holder in holders())
+    def cell_here(self) -> Cell | None:
+        holder = next((h for h in holders() if h.knows(self)), None)
+        here = isinstance(holder, _StreamHolder) and holder.anchor is _compat.current_trace()
+        return holder.cell(self) if here else None
 
     def seen_from(self, boundary: Any) -> StreamAddress:
         """A handle's count goes by its name where that means the same stream.

@@ -72,10 +72,13 @@ class Address:
         """The type of the value, without making it."""
         return self.holder().aval(self)
 
-    def only_reads(self) -> bool:
-        """Whether to read the slot here is possible, and changes nothing: makes no cell, and gives
-        out no name or number."""
-        return False
+    def cell_here(self) -> Cell | None:
+        """The cell of the slot, if nothing stands between the program and the cell.
+
+        To ask changes nothing: it makes no cell, and gives out no name or number. None is always
+        right, and sends the caller the long way.
+        """
+        return None
 
     def seen_from(self, boundary: Any) -> Address:
         """The address as it stands in the jaxpr, or the holder, ``boundary``.

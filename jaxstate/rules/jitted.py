@@ -4,7 +4,7 @@
 
 Inside a transformation a jitted call is an equation like others. At top level there is none: JAX's
 C++ dispatch looks for an executable for operands of these types, and asks Python where it has none.
-There `_call_at_top_level` goes first:
+There `_call_at_top_level` sees the jaxpr first:
 
 * The function has no state: JAX goes on, and the next such call stays in C++.
 * It has state: a `_ThreadedCall` makes the call. That is the threaded function on a C++ dispatch of
@@ -12,7 +12,8 @@ There `_call_at_top_level` goes first:
 
 Which slots a call uses is known when JAX has traced the function for the types of its operands, but
 to ask JAX takes longer than the call. So the threaded call that was right for the last call is
-tried first: its dispatch has executables only for types for which it is right, and asks for others.
+tried before (`_call_like_last`): its dispatch has executables only for types for which it is right,
+and asks for others.
 """
 
 from __future__ import annotations
@@ -73,29 +74,39 @@ def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[
 # -- At top level ----------------------------------------------------------------------------
 
 
-@_compat.wrap_jitted_calls
-def _call_at_top_level(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
-    """The results of a call that uses state; `NotImplemented` if the call is JAX's."""
+def _call_like_last(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
+    """The results of a call that uses the state of the last one; else `NotImplemented`."""
     if not any_open():
         return NotImplemented
-    calls = _calls_of(jitted.fun, jitted.info)
-    if calls.last is not None and calls.last.may_be_tried():
-        try:
-            return calls.last(args, kwargs)
-        except _OtherStateError:
-            pass
-    call = jitted.infer(args, kwargs)
+    threaded = _calls_of(jitted.fun, jitted.info).last
+    return NotImplemented if threaded is None else threaded.try_here(args, kwargs)
+
+
+def _call_at_top_level(
+    jitted: _compat.Jitted, call: _compat.JitCall, args: Any, kwargs: Any
+) -> Any:
+    """The results of a call that uses state; `NotImplemented` if the call is JAX's."""
     if _looks_at_operands(call):
         outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
         return jax.tree.unflatten(call.out_tree, outs)
-    calls.last = calls.threaded(jitted, call)
-    return NotImplemented if calls.last is None else calls.last(args, kwargs)
+    state = _state_of_call(call)
+    if not state:
+        return NotImplemented
+    return _calls_of(jitted.fun, jitted.info).threaded(jitted, state)(args, kwargs)
+
+
+_compat.wrap_jitted_calls(_call_like_last, _call_at_top_level)
 
 
 def _looks_at_operands(call: _compat.JitCall) -> bool:
-    """Whether what the state is depends on the operands: a birth's data, or a capture among them
-    (a function that somebody has converted to an object has its captures in the object)."""
-    return has_births(call.params["jaxpr"]) or StateTracer in map(type, call.operands)
+    """Whether the operands say what the state is: a birth's data, or a tracer among them.
+
+    (A function that somebody has converted to an object has its captures in the object. And arrays
+    that can be written are tracers.) Such a call is bound, as an equation is.
+    """
+    if has_births(call.params["jaxpr"]) or any(map(_compat.is_tracer, call.operands)):
+        return True
+    return any(_compat.is_tracer(c) and type(c) is not StateTracer for c in call.consts)
 
 
 class _OtherStateError(Exception):
@@ -109,15 +120,11 @@ class _Calls:
         self.last: _ThreadedCall | None = None
         self._by_state: dict[_StateOfCall, _ThreadedCall] = {}
 
-    def threaded(self, jitted: _compat.Jitted, call: _compat.JitCall) -> _ThreadedCall | None:
-        """The threaded call for a call; None if that has no state."""
-        state = _state_of_call(call)
-        if not state:
-            return None
-        threaded = self._by_state.get(state)
-        if threaded is None:
-            threaded = self._by_state[state] = _ThreadedCall(jitted, state)
-        return threaded
+    def threaded(self, jitted: _compat.Jitted, state: _StateOfCall) -> _ThreadedCall:
+        self.last = self._by_state.get(state)
+        if self.last is None:
+            self.last = self._by_state[state] = _ThreadedCall(jitted, state)
+        return self.last
 
 
 @_compat.weakref_lru_cache
@@ -148,19 +155,32 @@ class _ThreadedCall:
 
     def __init__(self, jitted: _compat.Jitted, state: _StateOfCall) -> None:
         self._state = state
-        self._aliases = tuple(a for a in state.order if a.may_alias)
+        captured, uses, order = state
+        self._aliases = tuple(a for a in order if a.may_alias)
+        self._slots = (*uses.ins, *captured, *uses.outs)
         self._run = _compat.dispatched(jitted, self._prepare)
 
-    def may_be_tried(self) -> bool:
-        """Whether it does no harm to read the state, should the call use other state."""
-        return all(a.only_reads() for a in (*self._state.captured, *self._state.order))
+    def try_here(self, args: Any, kwargs: Any) -> Any:
+        """The results, if all cells are here and the call uses this state; else `NotImplemented`."""
+        cells = [address.cell_here() for address in self._slots]
+        if None in cells or (self._aliases and len(set(map(id, cells))) < len(cells)):
+            return NotImplemented
+        captured, (reads, writes, _), _ = self._state
+        n = len(reads) + len(writes)
+        n_in = n + len(captured)
+        try:
+            outs, written = self._run([c.value for c in cells[:n_in]], *args, **kwargs)
+        except _OtherStateError:
+            return NotImplemented
+        for cell, value in zip((*cells[len(reads) : n], *cells[n_in:]), written, strict=True):
+            cell.value = value
+        return outs
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         captured, uses, _ = self._state
         with one_use():
             captures = read_as_stored(captured)
-            if len(self._aliases) > 1:
-                settle(self._aliases, uses.results)
+            settle(self._aliases, uses.results)
             slots = read_as_stored(uses.ins)
             outs, written = self._run([*slots, *captures], *args, **kwargs)
             write_all(uses.results, written)
