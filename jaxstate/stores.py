@@ -23,7 +23,7 @@ from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.forms import Form
 from jaxstate.names import Layers, Path, Token
 from jaxstate.slots import Cell, Holder
-from jaxstate.trace import boundary_of, notes_of, read
+from jaxstate.trace import boundary_of, notes_of, read, same_trace
 
 __all__ = ["ApplyStore", "InitStore"]
 
@@ -86,7 +86,7 @@ class InitStore(Store):
         path = self.path(layers, address)
         if layers.entry(path, address.kind) is None:
             entry = self.entry(address)
-            data = [_lowered(d, address) for d in map(_compat.canonicalize, data)]
+            data = [_lowered(d, address, self.anchor) for d in map(_compat.canonicalize, data)]
             boundary = boundary_of(self)
             if boundary is None:
                 self._make(entry, address, data)
@@ -242,9 +242,12 @@ def _missing(address: EntryAddress, path: Path, i: int, node: Any, wanted: Any) 
     )
 
 
-def _lowered(data: Any, address: EntryAddress) -> Any:
-    """The value that an initializer may keep of data in the middle of a transformation."""
+def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
+    """The value under ``anchor`` that an initializer may keep of data in the middle of a
+    transformation inside of it."""
     while isinstance(data, (_compat.JVPTracer, _compat.LinearizeTracer, _compat.BatchTracer)):
+        if any(same_trace(data._trace, trace) for trace in _compat.chain(anchor)):
+            break
         if isinstance(data, _compat.BatchTracer):
             if data.batch_dim is not None:
                 raise InitializerDataError(
