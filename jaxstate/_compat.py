@@ -537,6 +537,17 @@ def notes_of(trace: Any, make: Callable[[], Any]) -> Any:
     return constants.notes
 
 
+def builds_jaxpr(outside: Any) -> bool:
+    """Whether the program builds a jaxpr that ``outside`` does not know: it computes nothing."""
+    known = list(chain(outside))
+    for trace in chain(current_trace()):
+        if any(trace is t for t in known):
+            return False
+        if isinstance(trace, StagingTrace):
+            return True
+    return False
+
+
 def abandon_traces_inside(outside: Any) -> None:
     """Ends the jaxprs under construction that ``outside`` does not know: nobody will finish them.
 
@@ -1182,8 +1193,28 @@ PERTURBED.aval = ShapedArray((), dtypes.float0)
 # -- Functions with custom derivative rules --------------------------------------------------
 
 
+def is_of_jax(fun: Any) -> bool:
+    """Whether a ``WrappedFun`` is of a function of JAX itself, or of a jaxpr."""
+    function = getattr(fun.f, "func", fun.f)
+    return (getattr(function, "__module__", None) or "").split(".")[0] == "jax"
+
+
+def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Calls ``fun`` without computing anything: arguments that are arrays are traced."""
+    where = [i for i, x in enumerate(args) if isinstance(x, (jax.Array, np.ndarray, np.generic))]
+
+    def traced(*arrays: Any) -> None:
+        full = list(args)
+        for i, x in zip(where, arrays, strict=True):
+            full[i] = x
+        fun(*full)
+
+    jax.make_jaxpr(traced)(*(typeof(args[i]) for i in where))
+
+
 def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:
     """The ``WrappedFun`` that runs ``replace`` and can be called like ``fun``."""
+    replace.__module__ = getattr(fun.f, "__module__", None)  # type: ignore[assignment]
     return linear_util.wrap_init(replace, debug_info=fun.debug_info.with_unknown_names())
 
 

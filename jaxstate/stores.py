@@ -25,7 +25,7 @@ from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.forms import Form
 from jaxstate.names import Layers, Path, Token
 from jaxstate.slots import Cell, Holder
-from jaxstate.trace import boundary_of, notes_of, read
+from jaxstate.trace import boundary_of, notes_of, read, same_trace
 
 __all__ = ["ApplyStore", "InitStore"]
 
@@ -91,7 +91,7 @@ class InitStore(Store):
         place = self.located(address)
         if place.layers.entry(place.path, address.kind) is None:
             entry = self.entry_at(place, address)
-            data = [_lowered(d, address) for d in map(_compat.canonicalize, data)]
+            data = [_lowered(d, address, self.anchor) for d in map(_compat.canonicalize, data)]
             boundary = boundary_of(self)
             if boundary is None:
                 self.make(entry, address, data, self.path(Layers([self.layer]), address))
@@ -308,9 +308,12 @@ def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exce
     )
 
 
-def _lowered(data: Any, address: EntryAddress) -> Any:
-    """The value that an initializer may keep of data in the middle of a transformation."""
+def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
+    """The value under ``anchor`` that an initializer may keep of data in the middle of a
+    transformation inside of it."""
     while isinstance(data, (_compat.JVPTracer, _compat.LinearizeTracer, _compat.BatchTracer)):
+        if any(same_trace(data._trace, trace) for trace in _compat.chain(anchor)):
+            break
         if isinstance(data, _compat.BatchTracer):
             if data.batch_dim is not None:
                 raise InitializerDataError(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 import jaxstate
 from jaxstate.extend import new_slot, read, write
@@ -256,6 +257,59 @@ def test_a_module_in_a_jaxpr_in_a_function_with_a_rule(key, around, inner):
             p = jax.tree.map(lambda a, cast=cast: a.astype(cast), params)
             np.testing.assert_allclose(apply(p, x), wanted, rtol=0.02)
         np.testing.assert_allclose(jax.grad(apply, 1)(params, x), np.full(3, 10.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("around", [jax.custom_jvp, jax.custom_vjp])
+@pytest.mark.parametrize("uses", ["draws", "nothing"])
+def test_effects_of_a_function_with_a_rule_happen_once(key, around, uses):
+    """Also where the function is called again because it uses state."""
+    calls = []
+
+    @around
+    def f(x):
+        io_callback(lambda x: calls.append(None), None, x)
+        return x * (jaxstate.random.uniform() if uses == "draws" else 2.0)
+
+    if around is jax.custom_jvp:
+        f.defjvp(lambda primals, tangents: (f(*primals), 5 * tangents[0]))
+    else:
+        f.defvjp(lambda x: (f(x), None), lambda _, ct: (5 * ct,))
+    programs = [f, jax.jit(f), jax.grad(f), jax.jit(jax.grad(f)), jax.vjp, jax.vmap(f)]
+    for program in programs:
+        calls.clear()
+        with jaxstate.rng_stream(key) as stream:
+            if program is jax.vjp:
+                jax.vjp(f, Y)
+            else:
+                program(jnp.stack([Y]) if program is programs[-1] else Y)
+        jax.effects_barrier()
+        assert len(calls) == 1 and stream.count == (uses == "draws")
+    ref = jax.new_ref(jnp.float32(0))
+
+    @jax.custom_jvp
+    def counts(x):
+        ref[...] += 1.0
+        return x * jaxstate.random.uniform()
+
+    counts.defjvp(lambda primals, tangents: (counts(*primals), tangents[0]))
+    with jaxstate.rng_stream(key):
+        jax.grad(counts)(Y)
+    assert ref[...] == 1.0
+
+
+def test_a_function_with_a_rule_may_look_at_values(key):
+    @jax.custom_jvp
+    def f(x):
+        return x * jaxstate.random.uniform() if x > 0 else x
+
+    f.defjvp(lambda primals, tangents: (f(*primals), 5 * tangents[0]))
+    for x, draws in ((2.0, 1), (-2.0, 0)):
+        with jaxstate.rng_stream(key) as stream:
+            y, t = jax.jvp(f, (x,), (1.0,))
+        assert (t, stream.count) == (5.0, draws)
+        np.testing.assert_allclose(
+            y, x * jax.random.uniform(jax.random.fold_in(key, 0)) if draws else x
+        )
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")

@@ -635,6 +635,23 @@ def test_an_initializer_that_runs_a_forward_pass_for_the_shapes(key, inner):
     assert_trees_equal(lanes.init(key, x), p)
 
 
+def test_an_initializer_that_closes_over_values_of_a_transformation_around_init(key):
+    def initial(scale):
+        def f(x):
+            def body(i, x):
+                return x * jaxstate.param("w", lambda key: scale * normal(key, (3,)))
+
+            return jax.lax.fori_loop(0, 2, body, x)
+
+        return jaxstate.parametrized(f).init(key, jnp.ones(3))["w"]
+
+    w, scales = initial(1.0), jnp.arange(1.0, 4.0)
+    for transformed in (jax.vmap(initial), jax.jit(jax.vmap(initial))):
+        np.testing.assert_allclose(transformed(scales), scales[:, None] * w, rtol=1e-6)
+    for derivative in (jax.jacrev(initial), jax.jacfwd(initial), jax.jit(jax.jacrev(initial))):
+        np.testing.assert_allclose(derivative(2.0), w, rtol=1e-6)
+
+
 def test_copies_are_modules_of_their_own(key):
     layer = scaled()
     for copied in (copy.copy(layer), copy.deepcopy(layer)):

@@ -5,7 +5,9 @@ much later, when the streams and parameters of this moment are gone. So the stat
 uses becomes explicit where it is called:
 
 1. Call the primitive with the function *recording*: every slot it touches is noted. If it touches
-   none (nearly always), that was the call.
+   none (nearly always), that was the call. (Where the call would compute something, the function
+   is traced first and the jaxpr thrown away, so that no effect of it happens twice. Functions of
+   JAX itself have none.)
 2. Otherwise read those slots here, and call the primitive again with their values as further
    operands, and what the function writes as further outputs. Function and rules find the state in
    a holder that answers from the operands they are given.
@@ -146,12 +148,21 @@ class _RecordedCell(Cell):
     def value(self, value: Any) -> None:
         self._value, self.was_written = value, True
 
+    def forget(self) -> None:
+        """Keeps what happened, and not the value, which may be of a trace that ends."""
+        self._value = None
+
 
 class _Recording(_RuleState):
-    """Notes which slots a function touches, and answers with their values outside."""
+    """Notes which slots a function touches, and answers with their values outside.
 
-    def __init__(self, outside: Any) -> None:
+    Attributes:
+      traces_first: whether a function that would compute something is only traced at first.
+    """
+
+    def __init__(self, outside: Any, traces_first: bool) -> None:
         super().__init__(outside, slots.stack())
+        self.traces_first = traces_first
         self.cells: dict[Address, _RecordedCell] = {}
         self.over = False
 
@@ -184,16 +195,39 @@ class _Recording(_RuleState):
         return given, tuple(a for a, cell in self.cells.items() if cell.was_written)
 
     def recording(self, fun: Any) -> Any:
-        def recorded(*args: Any) -> Any:
+        def call(*args: Any) -> Any:
             _compat.reset_stores(fun)
             with self.entered():
-                out = fun.call_wrapped(*args)
-            if self.cells and not self.over:
-                _compat.abandon_traces_inside(self.outside)
-                raise _Touched(self)
+                return fun.call_wrapped(*args)
+
+        def recorded(*args: Any) -> Any:
+            if self.traces_first and not self.over and not _compat.builds_jaxpr(self.outside):
+                self._trace(call, args)
+            out = call(*args)
+            self._end_if_touched()
             return out
 
         return _compat.wrap_rule_function(fun, recorded)
+
+    def _trace(self, call: Callable[..., Any], args: Sequence[Any]) -> None:
+        def traced(*args: Any) -> None:
+            call(*args)
+            for cell in self.cells.values():
+                cell.forget()
+
+        try:
+            _compat.trace_and_forget(traced, args)
+        except _Touched:  # of a recording around this one
+            raise
+        except Exception:  # Python looks at values (or it is an error): the call itself will tell
+            self.cells.clear()
+            self.extra.clear()
+        self._end_if_touched()
+
+    def _end_if_touched(self) -> None:
+        if self.cells and not self.over:
+            _compat.abandon_traces_inside(self.outside)
+            raise _Touched(self)
 
 
 class _Given(_RuleState):
@@ -420,7 +454,7 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
                 return bind(trace, args, avals, params)
             if isinstance(trace, _compat.TransparentTrace):  # it binds again under its parent
                 return bind(trace, args, avals, params)
-            state = _Recording(trace)
+            state = _Recording(trace, not _compat.is_of_jax(params["subfuns"][0]))
             functions = tuple(state.recording(f) for f in params["subfuns"])
             try:
                 return bind(trace, args, avals, dict(params, subfuns=functions))
