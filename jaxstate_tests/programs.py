@@ -361,7 +361,7 @@ def _custom_jvp():
         @g.defjvp
         def rule(primals, tangents):
             y, s = f(*primals)
-            return (y, s), (3 * tangents[0], zero_from_primal(s))
+            return (y, s), (3 * tangents[0], _kept(primals[1], s, tangents[1]))
 
         return g
 
@@ -382,10 +382,27 @@ def _custom_vjp():
         def g(x, s):
             return f(x, s)
 
-        g.defvjp(lambda x, s: (f(x, s), s), lambda s, ct: (3 * ct[0], zero_from_primal(s)))
+        kept = {}
+
+        def forward(x, s):
+            y, after = f(x, s)
+            kept.update({name: after[name] is s[name] for name in s})
+            return (y, after), s
+
+        def backward(s, ct):
+            zero = zero_from_primal(s)
+            return 3 * ct[0], {name: ct[1][name] if kept[name] else zero[name] for name in s}
+
+        g.defvjp(forward, backward)
         return g
 
     return stateful, by_hand
+
+
+def _kept(before, after, tangents):
+    """What a rule by hand says of the state: what the function leaves alone keeps its tangent."""
+    zero = zero_from_primal(after)
+    return {n: tangents[n] if after[n] is before[n] else zero[n] for n in after}
 
 
 def _closure_convert():
