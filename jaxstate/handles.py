@@ -150,6 +150,9 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
       A `Slot`, which lives as long as the object does, under the transformation in which it was
       made: a slot made inside a vmap has a value per lane.
 
+    Raises:
+      TypeError: if ``value`` is no array or scalar.
+
     >>> import jax, jax.numpy as jnp
     >>> from jaxstate.extend import new_slot, read, write
     >>> total = new_slot(0.0)
@@ -166,6 +169,9 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
 def read(slot: Slot) -> jax.Array:
     """The current value of a slot.
 
+    Args:
+      slot: made by `new_slot`, anywhere outside.
+
     Returns:
       An array of the slot's shape and dtype.
 
@@ -180,6 +186,10 @@ def read(slot: Slot) -> jax.Array:
 
 def write(slot: Slot, value: Any) -> None:
     """Makes ``value`` the value of a slot.
+
+    Args:
+      slot: made by `new_slot`, anywhere outside.
+      value: an array or scalar of the slot's shape and dtype.
 
     Gradients flow through a value written and read inside one differentiated function; what
     leaves that function is the value.

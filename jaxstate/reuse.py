@@ -115,6 +115,16 @@ class Reusable:
 
         Raises:
           Whatever `parameters_from` and ``apply`` raise.
+
+        >>> import jax, jax.numpy as jnp, jaxstate
+        >>> @jaxstate.parametrized
+        ... def scale(x):
+        ...     return x * jaxstate.param("factor", jax.nn.initializers.ones, ())
+        >>> @jaxstate.parametrized
+        ... def loss(x, y):
+        ...     return (scale(x) - y) ** 2
+        >>> float(loss.apply_from({scale: {"factor": jnp.array(2.0)}}, 3.0, 1.0))
+        25.0
         """
         params = self.parameters_from(reuse, *args, **kwargs)
         return self.apply(params, *args, key=key, state=state, **kwargs)
@@ -126,7 +136,16 @@ class Reusable:
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
 
         Returns:
-          A `Shaped` object.
+          A `Shaped` object: ``init``, ``parameters_from`` and ``init_with_state`` take no inputs
+          there. As a key of ``reuse`` it stands for the network.
+
+        >>> import jax, jax.numpy as jnp, jaxstate
+        >>> @jaxstate.parametrized
+        ... def scale(x):
+        ...     return x * jaxstate.param("s", jax.nn.initializers.ones, x.shape)
+        >>> net = scale.shaped(jax.ShapeDtypeStruct((2,), jnp.float32))
+        >>> net.init(jax.random.key(0))
+        {'s': Array([1., 1.], dtype=float32)}
         """
         return Shaped(self, args, kwargs)
 

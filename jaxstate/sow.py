@@ -61,6 +61,9 @@ def sow(name: str, value: Any, *, tag: str = "sown", mode: Mode = "strict") -> A
       SowMismatchError: if the name is sown with another mode, structure, shape or dtype than
         before.
       PlantMismatchError: if the planted value has another structure, shape or dtype.
+      TypeError, ValueError: if ``name`` is no string, or ``mode`` none of these.
+
+    The modes are those of ``harvest`` in Oryx (https://github.com/jax-ml/oryx).
 
     >>> import jax.numpy as jnp, jaxstate
     >>> def f(x):
@@ -198,6 +201,9 @@ def reap(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., tuple[Any, 
 
       Of two nested calls of ``reap`` with one tag, the inner one takes what is sown in it.
 
+    Raises:
+      Whatever `sow` raises, when the function is called.
+
     >>> import jax, jax.numpy as jnp, jaxstate
     >>> def f(x):
     ...     def body(x, _):
@@ -319,7 +325,9 @@ def plant(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., Any]:
       With `reap` around or inside, the planted values are those that are collected.
 
     Raises:
-      PlantMismatchError: if a value has another structure, shape or dtype than what is sown.
+      PlantMismatchError: if a value has another structure, shape or dtype than what is sown, or
+        another number of values with ``mode="append"``.
+      TypeError: if ``values`` is no dict.
 
     >>> import jax, jax.numpy as jnp, jaxstate
     >>> def f(x):

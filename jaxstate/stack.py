@@ -96,6 +96,17 @@ class Stack(Parametrized):
 
         Returns:
           A list of n trees, each as ``block.init`` makes it.
+
+        >>> import jax, jax.numpy as jnp, jaxstate
+        >>> @jaxstate.parametrized
+        ... def block(x):
+        ...     return x + jaxstate.param("b", jax.nn.initializers.zeros, ())
+        >>> deep = jaxstate.stack(block, 2)
+        >>> layers = deep.unstack({"layers": {"b": jnp.array([1.0, 2.0])}})
+        >>> [float(layer["b"]) for layer in layers]
+        [1.0, 2.0]
+        >>> deep.restack(layers)
+        {'layers': {'b': Array([1., 2.], dtype=float32)}}
         """
         return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(self.n)]
 
@@ -106,7 +117,7 @@ class Stack(Parametrized):
           layers: n trees, each as ``block.init`` makes it.
 
         Returns:
-          What ``init`` of the stack makes.
+          What ``init`` of the stack makes. See `unstack` for an example.
 
         Raises:
           ValueError: if there are not n of them.

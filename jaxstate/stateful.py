@@ -121,6 +121,10 @@ class StatefulTrace(_compat.TransparentTrace):
 
         Returns:
           What ``primitive.bind`` returns: an array or, with ``primitive.multiple_results``, a list.
+
+        Raises:
+          TraceStateError: inside a loop or a branch, if a method that overrides this one returns
+            values of other types there.
         """
         with _compat.set_current_trace(self.parent_trace):
             return primitive.bind(*args, **params)
@@ -664,6 +668,12 @@ def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Ite
     Yields:
       The trace. After the block ``trace.state`` is the state that the block left.
 
+    Raises:
+      TypeError: if ``cls`` is no subclass of `StatefulTrace`, or a static part of ``state`` has no
+        hash.
+      TraceStateError: if a loop, a branch or a custom rule inside changes the structure of the
+        state, or the type of one of its arrays.
+
     >>> import jax, jax.numpy as jnp
     >>> from jaxstate.extend import StatefulTrace, new_trace
     >>> class CountOps(StatefulTrace):
@@ -698,10 +708,23 @@ def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Ite
 
 
 def current_trace(cls: type[T] = StatefulTrace) -> T | None:
-    """The innermost open trace of the class ``cls`` around this code, or None.
+    """The innermost open trace of a class around this code.
 
-    In a function that JAX is tracing, that is the trace its operations will come to; its ``state``
-    is not at hand there.
+    Args:
+      cls: a subclass of `StatefulTrace`; subclasses of it count too.
+
+    Returns:
+      The trace that `new_trace` has given, or None. In a function that JAX is tracing, it is the
+      trace that the operations of the function will come to; its ``state`` is not at hand there.
+
+    >>> from jaxstate.extend import StatefulTrace, current_trace, new_trace
+    >>> class Idle(StatefulTrace):
+    ...     pass
+    >>> with new_trace(Idle) as trace:
+    ...     current_trace(Idle) is trace
+    True
+    >>> current_trace(Idle) is None
+    True
     """
     for trace in _compat.chain(_compat.current_trace()):
         if isinstance(trace, cls):

@@ -47,7 +47,14 @@ stateless = State((), ())
 
 
 def state_of(jaxpr: Any) -> State:
-    """The slots that a (closed or open) jaxpr uses: ``(reads, writes)``, two tuples of addresses.
+    """The slots that a jaxpr uses.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      ``(reads, writes)``, two tuples of addresses: slots that are only read, and those that are
+      written.
 
     Raises:
       UnsupportedPrimitiveError: if an equation of the jaxpr has state and no rule.
@@ -199,6 +206,10 @@ def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
 
     Returns:
       A jaxpr of the same kind. The same arguments give the same object, so it is compiled once.
+
+    Raises:
+      StateError: if a slot may not be used in a jaxpr that runs any number of times, and this one
+        may (``how.once`` is False).
     """
     if not how.once:
         for address in how.reads + how.writes:
@@ -297,6 +308,10 @@ def read_all(addresses: Sequence[Address]) -> list[Any]:
 
     Returns:
       One array per address, typed as a jaxpr takes it.
+
+    Raises:
+      StateError: if nothing that is open here has such a slot, or its type is not the one for
+        which the jaxpr was traced.
     """
     values = [_compat.canonicalize(value) for value in read_as_stored(addresses)]
     for address, value in zip(addresses, values, strict=True):
@@ -334,6 +349,9 @@ def write_last(addresses: Sequence[Address], outs: Sequence[Any]) -> list[Any]:
     Args:
       addresses: as `state_of` gives them; the last ``len(addresses)`` results are theirs.
       outs: all results.
+
+    Returns:
+      The results that are not of slots, a list.
     """
     n = len(outs) - len(addresses)
     write_all(addresses, outs[n:])
@@ -360,6 +378,18 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
       A decorator for the rule. Typically a rule asks `state_of` which slots the jaxpr uses, takes
       their values with `read_all`, makes a pure jaxpr with `thread`, binds the same primitive with
       the values as further operands, and hands the further results to `write_all`.
+
+    Here for a primitive that calls its jaxpr once:
+
+    >>> from jaxstate.extend import Thread, read_all, register_rule, state_of, thread, write_last
+    >>> def rule_for(call_p):
+    ...     @register_rule(call_p)
+    ...     def rule(args, params):
+    ...         reads, writes = state_of(params["jaxpr"])
+    ...         slots = read_all(reads + writes)
+    ...         how = Thread(reads, writes, once=True)
+    ...         jaxpr = thread(params["jaxpr"], how, [jax.typeof(s) for s in slots])
+    ...         return write_last(writes, call_p.bind(*slots, *args, jaxpr=jaxpr))
     """
 
     def register(rule: Rule) -> Rule:

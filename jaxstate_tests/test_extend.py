@@ -199,3 +199,78 @@ def test_a_rule_makes_a_foreign_primitive_stateful():
     assert jax.jit(lambda x: foreign_call(f, x))(1.0) == 2.0
     assert foreign_call(f, 2.0) == 4.0
     assert read(slot) == 3.0
+
+
+def test_a_foreign_primitive_under_derivatives_lanes_and_traces():
+    """A primitive that runs a jaxpr twice, with rules for derivatives and lanes of its own."""
+    twice_p = jax.extend.core.Primitive("foreign_twice")
+    twice_p.multiple_results = True
+
+    def run(*args, jaxpr):
+        """What a jaxpr returns takes the place of its last inputs."""
+        f = jax.extend.core.jaxpr_as_fun(jaxpr)
+        outs = f(*args)
+        return f(*args[: len(args) - len(outs)], *outs)
+
+    twice_p.def_impl(run)
+    twice_p.def_effectful_abstract_eval(lambda *_, jaxpr: (list(jaxpr.out_avals), jaxpr.effects))
+    jax.interpreters.mlir.register_lowering(
+        twice_p, jax.interpreters.mlir.lower_fun(run, multiple_results=True)
+    )
+
+    def jvp(primals, tangents, *, jaxpr):
+        tangents = map(jax.interpreters.ad.instantiate_zeros, tangents)
+        return jax.jvp(lambda *args: run(*args, jaxpr=jaxpr), tuple(primals), tuple(tangents))
+
+    def batch(args, dims, *, jaxpr):
+        outs = jax.vmap(lambda *args: run(*args, jaxpr=jaxpr), in_axes=tuple(dims))(*args)
+        return outs, [0] * len(outs)
+
+    jax.interpreters.ad.primitive_jvps[twice_p] = jvp
+    jax.interpreters.batching.primitive_batchers[twice_p] = batch
+
+    @extend.register_rule(twice_p)
+    def rule(args, params):
+        reads, writes = extend.state_of(params["jaxpr"])
+        slots = extend.read_all(reads + writes)
+        how = extend.Thread(reads, writes, out_at=0)
+        jaxpr = extend.thread(params["jaxpr"], how, [jax.typeof(s) for s in slots])
+        outs = twice_p.bind(*slots, *args, jaxpr=jaxpr)
+        extend.write_all(writes, outs[: len(writes)])
+        return outs[len(writes) :]
+
+    def twice(f, x):
+        return twice_p.bind(x, jaxpr=jax.make_jaxpr(f)(x))[0]
+
+    def with_a_slot(x):
+        total = new_slot(jnp.float32(0.0))
+
+        def step(x):
+            write(total, read(total) + x)
+            return jnp.sin(x)
+
+        return twice(step, x) * read(total)
+
+    class Sines(extend.StatefulTrace):
+        """Adds up what the sine is taken of."""
+
+        def process_primitive(self, primitive, args, params):
+            if primitive.name == "sin":
+                self.state = self.state + jnp.sum(args[0])
+            return super().process_primitive(primitive, args, params)
+
+    def with_a_trace(x):
+        with extend.new_trace(Sines, state=jnp.float32(0.0)) as trace:
+            y = twice(jnp.sin, x)
+        return y * trace.state
+
+    def by_hand(x):
+        return jnp.sin(jnp.sin(x)) * (x + jnp.sin(x))
+
+    xs = jnp.array([0.3, -1.2])
+    for f in (with_a_slot, with_a_trace):
+        for mode in (lambda f: f, jax.jit):
+            for transform in (lambda f: f, jax.grad, jax.jacfwd):
+                found, wanted = (mode(transform(g))(xs[0]) for g in (f, by_hand))
+                np.testing.assert_allclose(found, wanted, rtol=1e-6)
+            np.testing.assert_allclose(mode(jax.vmap(f))(xs), jax.vmap(by_hand)(xs), rtol=1e-6)
