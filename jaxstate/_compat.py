@@ -855,7 +855,7 @@ def trace_context_without_state() -> Hashable:
     if signature is None:
         return context
     i = context.index(signature)
-    return context[:i] + (None,) + context[i + 1 :]
+    return (*context[:i], None, *context[i + 1 :])
 
 
 def type_context() -> Hashable:

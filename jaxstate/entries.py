@@ -258,7 +258,7 @@ def place_of(store: Store) -> Any:
 
 
 class Entry:
-    """What is known of one parameter or variable: its path, its form, who used it first, its leaves.
+    """What is known of one parameter or variable: path, form, who used it first, leaves.
 
     The form is None if only a leaf was used so far, by a jaxpr.
     """
@@ -416,9 +416,7 @@ class Store(Holder):
         """Runs a module that is called; some stores look at what goes in and comes out."""
         return module.fn(*args, **kwargs)
 
-    def declare(
-        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> Use:
+    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         """The use of an entry by the program, here."""
         raise NotImplementedError
 
@@ -445,9 +443,7 @@ class RuleStore(Store):
     def meaning_of(self, address: EntryAddress) -> Hashable:
         return address
 
-    def declare(
-        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> Use:
+    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         form = address.form_of_initial(init, init_args, self.forms)
         return Use(form, address.leaves(form, None), None)
 

@@ -46,9 +46,7 @@ class InitStore(Store):
         assert form is not None
         return form.avals[form.leaves.index(address.leaf)]
 
-    def declare(
-        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> Use:
+    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         birth, data = born(address, init, init_args, *[self.key_aval] * address.takes_key)
         address.birth = birth
         place = self.located(address)
@@ -160,9 +158,7 @@ class ApplyStore(Store):
     def signature(self) -> Hashable:
         return self._signature
 
-    def declare(
-        self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
-    ) -> Use:
+    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         if self._given[address.kind] is None:
             raise address.not_given()
         wanted = address.form_of_initial(init, init_args, self.forms)

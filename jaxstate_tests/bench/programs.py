@@ -51,9 +51,7 @@ def one_draw() -> dict[str, Side]:
     """An eager loop of calls that draw once; by hand, key and count are passed and returned."""
     key, x = jax.random.key(0), jnp.float32(1)
     draw = jax.jit(lambda x: x + jax.random.uniform(jaxstate.next_key()))
-    by_hand = jax.jit(
-        lambda x, key, n: (x + jax.random.uniform(jax.random.fold_in(key, n)), n + 1)
-    )
+    by_hand = jax.jit(lambda x, key, n: (x + jax.random.uniform(jax.random.fold_in(key, n)), n + 1))
     count = jnp.int32(0)
     ref = jax.new_ref(jnp.int32(0))
 
