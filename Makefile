@@ -6,7 +6,8 @@
 #   make test-with PYTHON=python3.12 JAX=0.11.2 the same on another Python and JAX
 #   make matrix                                 every kind of state under every transformation
 #   make fuzz MINUTES=60 SEED=1                 new random programs for so long, from that seed
-#   make lint format types docs notebooks bench
+#   make bench                                  timings against hand-written JAX and other libraries
+#   make lint format types docs notebooks
 #   make clean
 
 PYTHON ?= python3
@@ -80,7 +81,7 @@ notebooks: $(DOCS)/installed
 	done
 
 bench: $(BENCH)/installed
-	$(BENCH)/bin/python -m jaxstate_tests.bench
+	$(BENCH)/bin/python -m jaxstate_tests.bench $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv-* build dist docs/_build examples/output \

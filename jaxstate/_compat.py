@@ -906,8 +906,11 @@ def trace_context() -> Hashable:
 
 def trace_context_without_state() -> Hashable:
     """The same for a trace that uses no state."""
-    signature = _context_signature.value
-    return tuple(None if x is signature else x for x in config.trace_context())
+    context, signature = config.trace_context(), _context_signature.value
+    if signature is None:
+        return context
+    i = context.index(signature)
+    return (*context[:i], None, *context[i + 1 :])
 
 
 def type_context() -> Hashable:

@@ -262,7 +262,7 @@ def place_of(store: Store) -> Any:
 
 
 class Entry:
-    """What is known of one parameter or variable: its path, its form, who used it first, its leaves.
+    """What is known of one parameter or variable: path, form, who used it first, leaves.
 
     The form is None if only a leaf was used so far, by a jaxpr.
     """

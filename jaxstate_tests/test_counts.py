@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxstate
-from jaxstate_tests.bench import programs
+from jaxstate_tests.bench import nets, programs
 from jaxstate_tests.bench.models import QUICK, train_step
 from jaxstate_tests.bench.peers import by_hand, with_jaxstate
 
@@ -94,100 +94,22 @@ def test_train_step_has_the_equations_and_operations_of_the_one_by_hand(name):
 
 # -- Other programs --------------------------------------------------------------------------
 
-
-def test_many_parameters_are_as_many_by_hand():
-    net = programs.many_parameters(30)
-    params = net.init(jax.random.key(0), 1.0)
-
-    def hand(params, x):
-        for i in range(30):
-            x = x + params[f"w{i}"]
-        return x
-
-    check_counts(net.apply, hand, params, 1.0)
+PAIRS = {
+    "parameters": nets.many_parameters(30),
+    "modules": nets.many_modules(10),
+    "variables in a scan": nets.many_variables(10),
+    "levels": nets.deep(30),
+    "jitted levels": nets.jitted_deep(5),
+    "scan of a scan of a cond": nets.nested_loops(3),
+    "loop of writes": nets.loop_of_writes(5, 10),
+}
 
 
-def test_deep_nets_are_as_deep_by_hand():
-    net = programs.deep(30)
-    params = net.init(jax.random.key(0), 1.0)
-
-    def hand(params, x):
-        while params:
-            x = x + params["b"]
-            params = params.get("level")
-        return x
-
-    check_counts(net.apply, hand, params, 1.0)
-
-
-def test_jitted_levels_stay_jitted_as_by_hand():
-    net = programs.jitted_deep(5)
-    params = net.init(jax.random.key(0), 1.0)
-
-    def hand(params, x):
-        inner = params.get("level")
-        x = x + params["b"]
-        return jax.jit(lambda p, x: hand(p, x))(inner, x) if inner else jax.jit(lambda x: x)(x)
-
-    check_counts(net.apply, hand, params, 1.0)
-
-
-def test_scan_of_scan_of_cond_is_that_by_hand():
-    @jaxstate.parametrized
-    def net(x):
-        count = jaxstate.variable("count", jnp.zeros, (), jnp.int32)
-
-        def draw(x):
-            count.value += 1
-            return x + jax.random.uniform(jaxstate.next_key())
-
-        def step(x, i):
-            return jax.lax.cond(x > 1, draw, lambda x: 2 * x, x), None
-
-        def outer(x, _):
-            return jax.lax.scan(step, x, length=3)[0], None
-
-        return jax.lax.scan(outer, x, length=2)[0]
-
-    def hand(params, state, x, key):
-        def draw(n, count, x):
-            x = x + jax.random.uniform(jax.random.fold_in(key, n))
-            return n + 1, count + 1, x
-
-        def step(carry, _):
-            n, count, x = carry
-            return jax.lax.cond(x > 1, draw, lambda n, c, x: (n, c, 2 * x), n, count, x), None
-
-        def outer(carry, _):
-            return jax.lax.scan(step, carry, length=3)[0], None
-
-        start = (jnp.int32(0), state["count"], x)
-        _, count, x = jax.lax.scan(outer, start, length=2)[0]
-        return x, {"count": count}
-
-    def ours(params, state, x, key):
-        return net.apply_with_state(params, state, x, key=key)
-
-    args = ({}, {"count": jnp.int32(0)}, jnp.float32(0.3), jax.random.key(0))
+@pytest.mark.parametrize("name", PAIRS)
+def test_program_is_that_by_hand(name):
+    ours, hand, args = PAIRS[name]
     check_equal(ours(*args), hand(*args))
     check_counts(ours, hand, *args)
-
-
-def test_loop_of_writes_is_that_by_hand():
-    @jaxstate.inplace
-    def ours(x):
-        def body(i, _):
-            x[i + 1] = x[i] + 1
-
-        jax.lax.fori_loop(0, 5, body, None)
-        return x
-
-    def hand(x):
-        return jax.lax.fori_loop(0, 5, lambda i, x: x.at[i + 1].set(x[i] + 1), x)
-
-    x = jnp.zeros(10)
-    check_equal(ours(x), hand(x))
-    assert operations(ours, x) == operations(hand, x)
 
 
 def test_jit_of_apply_equals_apply():
@@ -262,22 +184,23 @@ def python_calls(fun):
     return calls
 
 
-# The calls of one more element when there are ten times as many, against one more of a few: linear
-# growth is 1. The jitted levels hand the parameters of all levels inside through every level, so
-# that their work is quadratic by hand too; see below.
+# The calls of one more element when there are ten times as many, against one more of a few:
+# linear growth is 1. (Jitted levels are not here: each hands on the parameters of all levels
+# inside, so they are quadratic by hand too.)
 @pytest.mark.leaks_allowed("the leak checker's own calls grow with the number of objects")
 @pytest.mark.parametrize(
     ("make", "n"),
     [
-        pytest.param(programs.many_parameters, 20, id="parameters"),
-        pytest.param(programs.many_variables, 10, id="variables in a scan"),
-        pytest.param(programs.deep, 5, id="levels"),
-        pytest.param(programs.many_modules, 10, id="modules"),
+        pytest.param(nets.many_parameters, 20, id="parameters"),
+        pytest.param(nets.many_modules, 10, id="modules"),
+        pytest.param(nets.many_variables, 10, id="variables in a scan"),
+        pytest.param(nets.deep, 5, id="levels"),
     ],
 )
 def test_trace_grows_like_the_program(make, n):
     def calls(n):
-        trace = programs.trace_of(make(n))
+        pair = make(n)
+        trace = programs.trace_of(pair.ours, pair.args)
         trace()
         return python_calls(trace)
 

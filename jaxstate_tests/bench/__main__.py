@@ -5,7 +5,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -21,7 +21,7 @@ def rows(quick: bool, repeats: int, only: str) -> Iterator[Row]:
     found, missing = libraries()
     for name, why in missing.items():
         print(f"left out: {name}, which cannot be imported here ({why})")
-    chosen = {k: v for k, v in (QUICK if quick else MODELS).items() if only in k}
+    chosen = {k: v for k, v in (QUICK if quick else MODELS).items() if only in f"{k}: "}
     for model, figure, timings in measured(chosen, found, repeats):
         yield table.row(f"{model}: {figure.name}", figure.target, timings, BY_HAND)
     for model, sizes in chosen.items():
@@ -55,7 +55,7 @@ def commit() -> str:
         return "unknown"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jaxstate_tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small models, few repeats")
     parser.add_argument("--repeats", type=int, help="rounds of each comparison")
@@ -65,7 +65,7 @@ def main() -> None:
         "--compare", nargs=2, type=pathlib.Path, metavar=("OLD", "NEW"),
         help="show what changed between two JSON files, and measure nothing",
     )  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.compare:
         table.show_comparison(*options.compare)
         return

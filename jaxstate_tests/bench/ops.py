@@ -55,5 +55,3 @@ def conv(x: Any, w: Any) -> Any:
 def cell(carry: Any, x: Any, w: Any, b: Any) -> Any:
     """One step of a recurrent network."""
     return jnp.tanh(jnp.concatenate([carry, x], -1) @ w + b)
-
-

@@ -17,7 +17,9 @@ def draw(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
     sides = list(dict.fromkeys(side for r in rows for side in list(r.ratios)[1:]))
     places = range(len(rows))
     for side in sides:
-        points = [(r.ratios[side], y) for y, r in zip(places, rows, strict=True) if side in r.ratios]
+        points = [
+            (r.ratios[side], y) for y, r in zip(places, rows, strict=True) if side in r.ratios
+        ]
         axes.plot(*zip(*points, strict=True), "o", alpha=0.5, label=side)
     axes.plot([r.reached for r in rows], places, "k|", markersize=12, label="jaxstate")
     axes.plot([r.target for r in rows], places, "r<", markersize=4, label="target")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxstate
+from jaxstate_tests.bench import nets
 from jaxstate_tests.bench.measure import Side
 
 CALLS = 200
@@ -50,9 +51,7 @@ def one_draw() -> dict[str, Side]:
     """An eager loop of calls that draw once; by hand, key and count are passed and returned."""
     key, x = jax.random.key(0), jnp.float32(1)
     draw = jax.jit(lambda x: x + jax.random.uniform(jaxstate.next_key()))
-    by_hand = jax.jit(
-        lambda x, key, n: (x + jax.random.uniform(jax.random.fold_in(key, n)), n + 1)
-    )
+    by_hand = jax.jit(lambda x, key, n: (x + jax.random.uniform(jax.random.fold_in(key, n)), n + 1))
     count = jnp.int32(0)
     ref = jax.new_ref(jnp.int32(0))
 
@@ -137,112 +136,48 @@ def eager_write() -> dict[str, Side]:
 
 def loop_of_writes() -> dict[str, Side]:
     """A jitted loop that writes 1,000 elements of an array of a million."""
-    n, x = 1000, jnp.zeros(10**6)
-
-    @jax.jit
-    @jaxstate.inplace
-    def ours(x: Any) -> Any:
-        def body(i: Any, _: Any) -> None:
-            x[i + 1] = x[i] + 1
-
-        jax.lax.fori_loop(0, n, body, None)
-        return x
-
-    @jax.jit
-    def by_hand(x: Any) -> Any:
-        return jax.lax.fori_loop(0, n, lambda i, x: x.at[i + 1].set(x[i] + 1), x)
-
-    return {OURS: Side(lambda: ours(x), 5), BY_HAND: Side(lambda: by_hand(x), 5)}
+    pair = nets.loop_of_writes(1000, 10**6)
+    ours, by_hand = jax.jit(pair.ours), jax.jit(pair.by_hand)
+    return {
+        OURS: Side(lambda: ours(*pair.args), 5),
+        BY_HAND: Side(lambda: by_hand(*pair.args), 5),
+    }
 
 
-# -- How costs grow --------------------------------------------------------------------------
+# -- Traces ----------------------------------------------------------------------------------
 
 
-def _module(fn: Callable[..., Any], name: str) -> Any:
-    return jaxstate.parametrized(name=name)(fn)
-
-
-def many_parameters(n: int) -> Any:
-    """A network of ``n`` parameters in one level."""
-
-    def net(x: Any) -> Any:
-        for i in range(n):
-            x = x + jaxstate.param(f"w{i}", jax.nn.initializers.ones, ())
-        return x
-
-    return _module(net, "net")
-
-
-def many_modules(n: int) -> Any:
-    """A network of ``n`` modules of one name, each with a parameter."""
-
-    def level(x: Any) -> Any:
-        return x + jaxstate.param("b", jax.nn.initializers.ones, ())
-
-    modules = [_module(level, "level") for _ in range(n)]
-
-    def net(x: Any) -> Any:
-        for module in modules:
-            x = module(x)
-        return x
-
-    return _module(net, "net")
-
-
-def many_variables(n: int) -> Any:
-    """A network of ``n`` variables, all of them updated in a scan."""
-
-    def body(x: Any, _: Any) -> Any:
-        for i in range(n):
-            count = jaxstate.variable(f"v{i}", jnp.zeros, ())
-            count.value += x
-        return x, None
-
-    return _module(lambda x: jax.lax.scan(body, x, length=3)[0], "net")
-
-
-def deep(n: int) -> Any:
-    """A network of ``n`` levels, each with a parameter."""
-    inner: Any = lambda x: x  # noqa: E731
-    for _ in range(n):
-
-        def level(x: Any, inner: Any = inner) -> Any:
-            return inner(x + jaxstate.param("b", jax.nn.initializers.ones, ()))
-
-        inner = _module(level, "level")
-    return inner
-
-
-def jitted_deep(n: int) -> Any:
-    """The same with a jit around every level."""
-    inner: Any = lambda x: x  # noqa: E731
-    for _ in range(n):
-
-        def level(x: Any, inner: Any = inner) -> Any:
-            return jax.jit(inner)(x + jaxstate.param("b", jax.nn.initializers.ones, ()))
-
-        inner = _module(level, "level")
-    return inner
-
-
-def trace_of(net: Any) -> Callable[[], Any]:
-    """Traces ``apply_with_state`` anew with each call."""
-    x = jnp.float32(1)
-    params, state = net.init_with_state(jax.random.key(0), x)
-    apply = net.apply_with_state
+def trace_of(fun: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
+    """Traces ``fun(*args)`` anew with each call."""
 
     def trace() -> None:
-        jax.make_jaxpr(lambda p, s, x: apply(p, s, x))(params, state, x)
+        jax.make_jaxpr(lambda *args: fun(*args))(*args)
 
     return trace
 
 
-def _growth(make: Callable[[int], Any], n: int) -> Callable[[], dict[str, Side]]:
-    """Time per element of something ten times as large."""
-    return lambda: {
-        f"n = {10 * n}": Side(trace_of(make(10 * n)), calls=1),
-        f"n = {n}": Side(lambda trace=trace_of(make(n)): [trace() for _ in range(10)] and None),
-    }
+def _traces(pair: Callable[[], nets.Pair]) -> Callable[[], dict[str, Side]]:
+    def sides() -> dict[str, Side]:
+        ours, by_hand, args = pair()
+        return {OURS: Side(trace_of(ours, args)), BY_HAND: Side(trace_of(by_hand, args))}
+
+    return sides
+
+
+def _growth(make: Callable[[int], nets.Pair], n: int) -> Callable[[], dict[str, Side]]:
+    """One program that is ten times as large, against ten programs."""
+
+    def sides() -> dict[str, Side]:
+        few, many = make(n), make(10 * n)
+        trace, trace_many = trace_of(few.ours, few.args), trace_of(many.ours, many.args)
+
+        def ten() -> None:
+            for _ in range(10):
+                trace()
+
+        return {f"n = {10 * n}": Side(trace_many), f"10 times n = {n}": Side(ten)}
+
+    return sides
 
 
 PROGRAMS = [
@@ -252,11 +187,14 @@ PROGRAMS = [
     Program("next_key() eagerly", 1.3, eager_key),
     Program("eager write, n = 1e7 / 1e3", 2.0, eager_write),
     Program("loop of writes, n = 1e6", 1.0, loop_of_writes),
-    Program("trace, 1000 / 100 parameters", 1.1, _growth(many_parameters, 100)),
-    Program("trace, 1000 / 100 modules", 1.1, _growth(many_modules, 100)),
-    Program("trace, 1000 / 100 variables in a scan", 1.1, _growth(many_variables, 100)),
-    Program("trace, 100 / 10 levels", 1.1, _growth(deep, 10)),
-    Program("trace, 100 / 10 jitted levels", 1.1, _growth(jitted_deep, 10)),
+    Program("trace, 1000 parameters", 1.15, _traces(lambda: nets.many_parameters(1000))),
+    Program("trace, 100 levels", 1.15, _traces(lambda: nets.deep(100))),
+    Program("trace, 30 jitted levels", 1.15, _traces(lambda: nets.jitted_deep(30))),
+    Program("trace, scan of a scan of a cond", 1.15, _traces(lambda: nets.nested_loops(10))),
+    Program("trace, 1000 / 100 parameters", 1.1, _growth(nets.many_parameters, 100)),
+    Program("trace, 1000 / 100 modules", 1.1, _growth(nets.many_modules, 100)),
+    Program("trace, 1000 / 100 variables in a scan", 1.1, _growth(nets.many_variables, 100)),
+    Program("trace, 100 / 10 levels", 1.1, _growth(nets.deep, 10)),
 ]
 
 QUICK = PROGRAMS[:6]

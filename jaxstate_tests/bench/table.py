@@ -58,10 +58,9 @@ def show(row: Row) -> None:
 
 
 def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
-            break
-    return f"{seconds * scale:.3g} {unit}"
+    if seconds >= 1e-3:
+        return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def save(path: pathlib.Path, about: Mapping[str, Any], rows: Iterable[Row]) -> None:

@@ -3,6 +3,7 @@
 A recurrent cell with statistics does not go through `jax.lax.scan`, and is left out.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,7 @@ class Conv(nnx.Module):
 class ConvNet(nnx.Module):
     def __init__(self, depth: int, channels: int, rngs: nnx.Rngs) -> None:
         widths = [3, *[channels] * depth]
-        self.convs = nnx.List([Conv(a, b, rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.convs = nnx.List([Conv(a, b, rngs) for a, b in itertools.pairwise(widths)])
         self.norms = nnx.List([BatchNorm(channels) for _ in range(depth)])
         self.head = Dense(channels, 10, rngs)
 
