@@ -35,6 +35,7 @@ class InitStore(Store):
         super().__init__(root)
         self.key = key
         self.key_aval = _compat.typeof(key)
+        self.mesh = _compat.abstract_mesh()
 
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
@@ -51,10 +52,11 @@ class InitStore(Store):
     def declare(
         self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]
     ) -> tuple[Form, list[Any]]:
-        birth, data = trace_initializer(
-            lambda *keys: address.initial(init, init_args, *keys),
-            *([self.key_aval] if address.takes_key else []),
-        )
+        with _compat.out_of_devices(self.mesh):
+            birth, data = trace_initializer(
+                lambda *keys: address.initial(init, init_args, *keys),
+                *([self.key_aval] if address.takes_key else []),
+            )
         addresses = address.leaves(birth.form, birth)
         layers = self.layers()
         path = self.path(layers, address)
@@ -77,7 +79,7 @@ class InitStore(Store):
         birth = address.birth
         assert birth is not None
         path = self.path(Layers([self.layer]), address)
-        with _compat.set_current_trace(self.anchor):
+        with _compat.set_current_trace(self.anchor), _compat.out_of_devices(self.mesh):
             keys = [_param_key(self.key, path)] if address.takes_key else []
             leaves = [_compat.as_array(value) for value in birth.run(data, *keys)]
         entry.initial = dict(zip(birth.form.leaves, leaves, strict=True))
