@@ -155,6 +155,23 @@ def test_a_loop_that_makes_a_value_differ_says_so(mode):
     close(mode(mapped(partial(f, vary)))(X), 2 * X)
 
 
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+@both
+def test_a_function_traced_for_one_value_is_not_used_for_several(mode):
+    def f(first, x):
+        own = new_slot(first, name="own")
+        double = jax.jit(lambda: write(own, read(own) * 2))
+        double()
+        write(own, read(own) + x.sum())
+        double()
+        return read(own)[None]
+
+    with pytest.raises(jaxstate.DeviceWriteError, match="slot 'own' varies.*is used again"):
+        mode(mapped(partial(f, 1.0)))(X)
+    vary = partial(jax.lax.pcast, axis_name=AXES, to="varying")
+    close(mode(mapped(lambda x: f(vary(jnp.float32(1)), x)))(X), 2 * (2 + X))
+
+
 @both
 def test_all_devices_take_a_branch_together(mode):
     slot = new_slot(1.0)
