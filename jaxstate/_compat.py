@@ -222,6 +222,12 @@ abstract_mesh = mesh.get_abstract_mesh
 use_abstract_mesh = mesh.use_abstract_mesh
 
 
+def out_of_devices(outside: Any) -> Any:
+    """A context in which the mesh is ``outside``, if the program is in a shard_map."""
+    inside = mesh.get_abstract_mesh().manual_axes
+    return use_abstract_mesh(outside) if inside else contextlib.nullcontext()
+
+
 def into_mesh(x: Any) -> Any:
     """A value from outside of a shard_map as every device of that shard_map sees it."""
     here = abstract_mesh()

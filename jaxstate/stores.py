@@ -37,6 +37,7 @@ class InitStore(Store):
         super().__init__(root)
         self.key = key
         self.key_aval = _compat.typeof(key)
+        self.mesh = _compat.abstract_mesh()
 
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
@@ -51,7 +52,8 @@ class InitStore(Store):
         return _compat.device_axes()
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
-        birth, data = born(address, init, init_args, *[self.key_aval] * address.takes_key)
+        with _compat.out_of_devices(self.mesh):
+            birth, data = born(address, init, init_args, *[self.key_aval] * address.takes_key)
         address.birth = birth
         place = self.located(address)
         entry = place.layers.entry(place.path, address.kind)
@@ -77,7 +79,7 @@ class InitStore(Store):
         """Makes an entry from the birth in its address."""
         birth = address.birth
         assert birth is not None
-        with _compat.set_current_trace(self.anchor):
+        with _compat.set_current_trace(self.anchor), _compat.out_of_devices(self.mesh):
             if address.takes_key:
                 values = birth.run_with_key(data, self.key, _words(path))
             else:

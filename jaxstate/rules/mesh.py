@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jaxstate import _compat, slots
 from jaxstate.errors import DeviceWriteError, message
 from jaxstate.slots import Address, Cell, Holder
-from jaxstate.thread import write_all
-from jaxstate.trace import boundaries, read
+from jaxstate.trace import boundaries, current_use, one_use, read, write
 
 _replicated = jax.sharding.PartitionSpec()
 
@@ -40,6 +39,7 @@ class _Devices(Holder):
       notes: the cells that every device has of its own, while the function runs.
       shared: the cells of slots that all devices share, while the function runs.
       before: what these held when the function first used them.
+      use: what the bind makes of what was made inside the function, see `trace.current_use`.
     """
 
     def __init__(self, outside: Any, below: Sequence[Holder], axes: Sequence[Any]) -> None:
@@ -51,6 +51,7 @@ class _Devices(Holder):
         self.notes: dict[Any, Any] = {}
         self.shared: dict[Address, Cell] = {}
         self.before: dict[Address, Any] = {}
+        self.use: Any = None
 
     def knows(self, address: Address) -> bool:
         owner = self._owner(address)
@@ -69,7 +70,7 @@ class _Devices(Holder):
             return owner.device_cell(address, self.notes, self.from_outside, self.index)
         key = address.seen_from(self.jaxpr_or_self())
         if key not in self.shared:
-            value = self.from_outside(lambda: _compat.canonicalize(read(key)))
+            value = self.from_outside(lambda: _compat.canonicalize(read(key.renewed(self.use))))
             if address.reduce is not None:
                 value = _compat.vary(value, frozenset(self.axes))
             self.before[key] = value
@@ -157,18 +158,24 @@ class _Call:
     def bind(self, bind: Callable[..., Any], args: Any, avals: Any) -> Any:
         debug_info = self.params["debug_info"].with_unknown_names()
         params = dict(self.params, subfuns=(self.on_device,), debug_info=debug_info)
-        results = bind(self.trace, args, avals, params)
+        with one_use():
+            results = bind(self.trace, args, avals, params)
         if not self.written:
             return results
         values = list(results)
         n = len(values) - len(self.written)
         with _compat.set_current_trace(self.trace):
-            pairs = zip(self.written, values[n:], strict=True)
-            write_all(self.written, [x if a.reduce is None else a.reduced(x) for a, x in pairs])
+            for address, value in zip(self.written, values[n:], strict=True):
+                if address.reduce is not None:
+                    value = address.reduced(value)
+                write(address.renewed(self.devices.use), value)
         return self.results.update(values[:n])
 
     def on_device(self, *operands: Any) -> Any:
         (fun,) = self.params["subfuns"]
+        # JAX may bind the function again under the trace outside, with this one in it: of that bind
+        # are the operands that the function captures.
+        self.devices.use = current_use()
         try:
             with slots.open_holder(self.devices):
                 results = fun(*operands)
