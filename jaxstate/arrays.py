@@ -886,9 +886,10 @@ def _hand_out(trace_: Any, value: Any) -> Any:
         return value
     if not isinstance(value, _compat.Tracer) or not _is_array(value):
         return value
-    if _compat.is_linear_part(value._trace):
-        return value
     home = _compat.holding_trace(trace_.parent_trace)
+    known = isinstance(trace_.parent_trace, (*_TRACES_OF_PROGRAMS, _compat.PartialTrace))
+    if not known or _compat.is_linear_part(value._trace):  # another library's trace has its own
+        return value
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
 
 

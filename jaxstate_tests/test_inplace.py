@@ -13,7 +13,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxstate
-from jaxstate import inplace
+from jaxstate import _compat, inplace
 
 X = np.arange(12, dtype=np.float32)
 M = np.arange(20, dtype=np.float32).reshape(4, 5)
@@ -685,6 +685,56 @@ def test_the_rule_of_a_custom_jvp_in_an_inplace_function(rule, derivative):
     wanted = DERIVATIVES[derivative](by_hand)(x)
     found = inplace(lambda x: DERIVATIVES[derivative](function(written))(x))(x)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+# -- Traces of other libraries ---------------------------------------------------------------
+
+
+class Metres(_compat.Tracer):
+    """A value of another library's trace."""
+
+    def __init__(self, trace, value):
+        super().__init__(trace, _compat.typeof(value))
+        self.value = value
+
+
+class Units(_compat.Trace):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent_trace = parent
+
+    def process_primitive(self, primitive, args, params, /):
+        with _compat.set_current_trace(self.parent_trace):
+            values = (x.value if isinstance(x, Metres) else x for x in args)
+            out = primitive.bind(*values, **params)
+        return [Metres(self, x) for x in out] if primitive.multiple_results else Metres(self, out)
+
+
+def in_metres(f):
+    def run(x):
+        trace = Units(_compat.current_trace())
+        with _compat.set_current_trace(trace):
+            out = f(Metres(trace, x))
+        assert all(type(x) is Metres for x in jax.tree.leaves(out))
+        return jax.tree.map(lambda x: x.value, out)
+
+    return run
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "jit", "linearize"])
+def test_a_trace_of_another_library_gets_its_own_tracers_back(transform, jitted):
+    """As quax has them: they are no arrays of ours, though a vmap inside hands them out."""
+    apply = {
+        "vmap": lambda x: jax.vmap(jnp.sin)(x),
+        "grad": lambda x: jax.grad(lambda x: jnp.sin(x).sum())(x),
+        "jvp": lambda x: jax.jvp(jnp.sin, (x,), (x,)),
+        "jit": lambda x: jax.jit(jnp.sin)(x),
+        "linearize": lambda x: jax.linearize(jnp.sin, x)[0],
+    }[transform]
+    program = in_metres(apply)
+    found = inplace(jax.jit(program) if jitted else program)(jnp.asarray(X))
+    jax.tree.map(np.testing.assert_array_equal, found, program(jnp.asarray(X)))
 
 
 # -- Purity ----------------------------------------------------------------------------------
