@@ -79,6 +79,8 @@ JVPTracer = ad.JVPTracer
 LinearizeTrace = ad.LinearizeTrace
 LinearizeTracer = ad.LinearizeTracer
 DIFFERENTIATING = (JVPTrace, LinearizeTrace)
+PartialTrace = pe.JaxprTrace
+PartialTracer = pe.JaxprTracer
 BatchTrace = batching.BatchTrace
 BatchTracer = batching.BatchTracer
 Zero = ad_util.Zero
@@ -461,8 +463,8 @@ def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any]
     wrap(LinearizeTrace, "to_primal_tangent_pair")
 
     # The trace under which the rule of a `custom_jvp` function runs.
-    to_jaxpr_tracer = pe.JaxprTrace.to_jaxpr_tracer
-    pe.JaxprTrace.to_jaxpr_tracer = lambda trace, x: to_jaxpr_tracer(trace, read(trace, x))
+    to_jaxpr_tracer = PartialTrace.to_jaxpr_tracer
+    PartialTrace.to_jaxpr_tracer = lambda trace, x: to_jaxpr_tracer(trace, read(trace, x))
 
 
 def is_linear_part(trace: Any) -> bool:

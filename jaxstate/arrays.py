@@ -886,9 +886,10 @@ def _hand_out(trace_: Any, value: Any) -> Any:
         return value
     if not isinstance(value, _compat.Tracer) or not _is_array(value):
         return value
-    if _compat.is_linear_part(value._trace):
-        return value
     home = _compat.holding_trace(trace_.parent_trace)
+    known = isinstance(trace_.parent_trace, (*_TRACES_OF_PROGRAMS, _compat.PartialTrace))
+    if not known or _compat.is_linear_part(value._trace):  # another library's trace has its own
+        return value
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
 
 
@@ -899,16 +900,26 @@ _TRACES_OF_PROGRAMS = (
 
 def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
-    here = _compat.current_trace()
-    if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_PROGRAMS):
+    if not _thread.activations or _thread.quiet:
         return bind(*operands, **params)
     _thread.quiet += 1
     try:
         out = bind(*operands, **params)
     finally:
         _thread.quiet -= 1
-    is_plain = [_is_array(x) and not isinstance(x, Writable) for x in out]
-    return [fresh(x) if plain else x for x, plain in zip(out, is_plain, strict=True)]
+    here = _compat.current_trace()
+    if isinstance(here, _compat.PartialTrace):  # a rule of custom_jvp; it holds no known values
+        here = here.parent_trace
+    if not isinstance(here, _TRACES_OF_PROGRAMS):
+        return out
+    with _compat.set_current_trace(here):
+        return [_array_of_program(x) for x in out]
+
+
+def _array_of_program(x: Any) -> Any:
+    """A result of JAX as the program gets it: what an array is known to hold can be written."""
+    unknown = isinstance(x, _compat.PartialTracer)
+    return x if unknown or not _is_array(x) or isinstance(x, Writable) else fresh(x)
 
 
 def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:

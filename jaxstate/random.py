@@ -66,14 +66,15 @@ class StreamAddress(Address):
 
     __slots__ = ("identity", "name", "part")
 
+    # The key too, though nobody writes it: where a function was made a pytree of its constants, and
+    # that pytree is an argument of a jitted function, a captured key would be the key outside, and
+    # the count in a vmap inside the count of the lanes. Key and count have to be read in one place.
+    threaded = True
+
     def __init__(self, name: str, part: Literal["key", "count"], identity: Any = None) -> None:
         self.name = name
         self.part = part
         self.identity = identity
-
-    @property
-    def threaded(self) -> bool:  # type: ignore[override]
-        return self.part == "count"
 
     def cell_here(self) -> Cell | None:
         holder = next((h for h in holders() if h.knows(self)), None)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxstate
-from jaxstate import inplace
+from jaxstate import _compat, inplace
 
 X = np.arange(12, dtype=np.float32)
 M = np.arange(20, dtype=np.float32).reshape(4, 5)
@@ -631,6 +631,110 @@ def test_custom_rules_and_implicit_functions():
     wanted = jax.grad(by_hand)(p)
     np.testing.assert_allclose(jax.grad(inplace(program))(p), wanted, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(jax.grad(inplace(program)))(p), wanted, rtol=1e-5)
+
+
+# -- Rules of custom_jvp ---------------------------------------------------------------------
+
+
+def _cell_by_cell(c, d):
+    return lax.scan(lambda total, v: (total + (c * v).sum() / 3, None), 0.0, d)[0]
+
+
+# The tangent, linear in ``d``, with the slope in ``c``.
+RULES = {
+    "product": lambda c, d: (c * d).sum(),
+    "jit": lambda c, d: jax.jit(lambda c, d: (c * d).sum())(c, d),
+    "scan": lambda c, d: lax.scan(lambda t, v: (t + v[0] * v[1], None), 0.0, (c, d))[0],
+    "scan, slope from outside": lambda c, d: _cell_by_cell(c * jnp.eye(3), d),
+    "fori_loop": lambda c, d: lax.fori_loop(0, 3, lambda i, t: t + c[i] * d[i], 0.0),
+    "cond": lambda c, d: lax.cond(c[0] > 0, lambda c, d: (c * d).sum(), lambda c, d: d[0], c, d),
+    "checkpoint": lambda c, d: jax.checkpoint(lambda c, d: (jnp.abs(c) * d).sum())(c, d),
+    "vmap": lambda c, d: jax.vmap(lambda c, d: c * d)(c, d).sum(),
+    "another rule": lambda c, d: (jax.nn.relu(c) * d).sum(),
+}
+DERIVATIVES = {
+    "grad": jax.grad,
+    "jit(grad)": lambda f: jax.jit(jax.grad(f)),
+    "linearize": lambda f: lambda x: jax.vmap(jax.linearize(f, x)[1])(jnp.eye(3)),
+    "jacfwd": jax.jacfwd,
+    "hessian": jax.hessian,
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rule_of_a_custom_jvp_in_an_inplace_function(rule, derivative):
+    """JAX calls it under a trace that knows one half of its operands and not the other."""
+
+    def function(write):
+        f = jax.custom_jvp(lambda x: jnp.sin(x).sum())
+
+        def jvp(primals, tangents):
+            (x,), (d,) = primals, tangents
+            return jnp.sin(x).sum(), RULES[rule](write(jnp.cos(x), x), d)
+
+        f.defjvp(jvp)
+        return f
+
+    def written(c, x):
+        c[0] = c[1] * x[2]
+        return c
+
+    by_hand = function(lambda c, x: c.at[0].set(c[1] * x[2]))
+    x = jnp.array([0.3, 0.5, 0.7])
+    wanted = DERIVATIVES[derivative](by_hand)(x)
+    found = inplace(lambda x: DERIVATIVES[derivative](function(written))(x))(x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+# -- Traces of other libraries ---------------------------------------------------------------
+
+
+class Metres(_compat.Tracer):
+    """A value of another library's trace."""
+
+    def __init__(self, trace, value):
+        super().__init__(trace, _compat.typeof(value))
+        self.value = value
+
+
+class Units(_compat.Trace):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent_trace = parent
+
+    def process_primitive(self, primitive, args, params, /):
+        with _compat.set_current_trace(self.parent_trace):
+            values = (x.value if isinstance(x, Metres) else x for x in args)
+            out = primitive.bind(*values, **params)
+        return [Metres(self, x) for x in out] if primitive.multiple_results else Metres(self, out)
+
+
+def in_metres(f):
+    def run(x):
+        trace = Units(_compat.current_trace())
+        with _compat.set_current_trace(trace):
+            out = f(Metres(trace, x))
+        assert all(type(x) is Metres for x in jax.tree.leaves(out))
+        return jax.tree.map(lambda x: x.value, out)
+
+    return run
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "jit", "linearize"])
+def test_a_trace_of_another_library_gets_its_own_tracers_back(transform, jitted):
+    """As quax has them: they are no arrays of ours, though a vmap inside hands them out."""
+    apply = {
+        "vmap": lambda x: jax.vmap(jnp.sin)(x),
+        "grad": lambda x: jax.grad(lambda x: jnp.sin(x).sum())(x),
+        "jvp": lambda x: jax.jvp(jnp.sin, (x,), (x,)),
+        "jit": lambda x: jax.jit(jnp.sin)(x),
+        "linearize": lambda x: jax.linearize(jnp.sin, x)[0],
+    }[transform]
+    program = in_metres(apply)
+    found = inplace(jax.jit(program) if jitted else program)(jnp.asarray(X))
+    jax.tree.map(np.testing.assert_array_equal, found, program(jnp.asarray(X)))
 
 
 # -- Purity ----------------------------------------------------------------------------------
