@@ -134,6 +134,7 @@ class Buffer:
     __slots__ = ("activation", "age", "home", "is_own", "made", "slot", "value", "version")
 
     def __init__(self, value: Any, home: Any, age: int, within: Activation | None) -> None:
+        assert not isinstance(value, Writable)
         self.value = value
         self.home = home
         self.age = age
@@ -303,10 +304,11 @@ class InplaceTrace(_compat.Trace):
 
     def _custom(self, primitive: Any, functions: Any, operands: Any, params: Any) -> Any:
         """Where nothing is differentiated, the function is called, and writes its own arrays."""
-        if self.parent_trace is _compat.eval_trace:
-            with _compat.set_current_trace(self):
-                return functions[0].call_wrapped(*operands)
         operands = self._values(operands)
+        if self.parent_trace is _compat.eval_trace:
+            operands = [self._box(x) for x in operands]
+            with _compat.set_current_trace(self):
+                return [self._box(x) for x in functions[0].call_wrapped(*operands)]
         avals = [_compat.typeof(x) for x in operands]
         params = dict(params, subfuns=functions)
         out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
@@ -336,8 +338,8 @@ class InplaceTrace(_compat.Trace):
             return [_compat.canonicalize(x) for x in operands]
 
     def _box(self, value: Any) -> Any:
-        value = _compat.canonicalize(value) if isinstance(value, Writable) else value
-        if not _is_array(value):
+        value = snapshot(value)
+        if _thread.quiet or not _is_array(value):
             return value
         return WritableArray(Buffer(value, self, slots.next_age(), self.activation))
 
@@ -813,7 +815,8 @@ def _writable_kind(kind: type) -> type:
             _note_birth(trace, self._age)
             if kind is not _compat.StagingTracer:
                 # What a vmap or derivative is given is the value of this moment.
-                args = tuple(fresh_like(a) for a in args)
+                with _compat.set_current_trace(trace.parent_trace):
+                    args = tuple(snapshot(a) for a in args)
             kind.__init__(self, trace, *args, **kwargs)
 
         def _own_buffer(self) -> Buffer:
@@ -836,24 +839,13 @@ def _writable_kind(kind: type) -> type:
                     self.aval = self.aval.update(weak_type=False)
 
         def full_lower(self) -> Any:
-            return self if self._trace is nowhere else kind.full_lower(self)  # type: ignore[attr-defined]
+            if self._trace is nowhere:
+                return self
+            lower = kind.full_lower(self)  # type: ignore[attr-defined]
+            return lower if lower is self else _adopt(self._trace, lower, is_new=True)
 
     WritableTracer.__name__ = WritableTracer.__qualname__ = f"Writable{kind.__name__}"
     return WritableTracer
-
-
-def fresh_like(value: Any) -> Any:
-    """A writable array of its own with the value that ``value`` has; anything else as it is."""
-    if isinstance(value, WritableArray):
-        return fresh_at(value)
-    if isinstance(value, Writable):
-        return value._own_buffer().read() if value._trace is nowhere else value
-    return value
-
-
-def fresh_at(value: WritableArray) -> WritableArray:
-    content = value._read()
-    return WritableArray(Buffer(content, value._buffer.home, slots.next_age(), activation()))
 
 
 def _note_birth(trace_: Any, age: int) -> None:
@@ -872,24 +864,57 @@ def _choose(kind: type, trace_: Any) -> type:
 
 def _read_operand(trace_: Any, value: Any) -> Any:
     """What reaches a vmap or derivative without a bind is read there."""
-    if not isinstance(value, Writable) or (
-        not isinstance(value, WritableArray) and value._trace is not nowhere  # type: ignore[attr-defined]
-    ):
-        return value
     with _compat.set_current_trace(trace_):
-        return _compat.canonicalize(value)
+        return snapshot(value)
 
 
-def _hand_out(trace_: Any, value: Any) -> Any:
-    """What a vmap or derivative gives to the trace outside may be a result, so an array there."""
-    if not _thread.activations or _thread.quiet or isinstance(value, Writable):
+def _hand_out(trace_: Any, value: Any, taken: Any) -> Any:
+    """What a vmap or derivative takes out of ``taken`` may be a result, so an array outside."""
+    if not _thread.activations or _thread.quiet:
         return value
-    if not isinstance(value, _compat.Tracer) or not _is_array(value):
+    if not isinstance(value, _compat.Tracer) and not isinstance(taken, Writable):
         return value
-    if _compat.is_linear_part(value._trace):
+    if not _is_array(value) or _compat.is_linear_part(getattr(value, "_trace", None)):
         return value
     home = _compat.holding_trace(trace_.parent_trace)
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
+
+
+def _adopt(trace_: Any, value: Any, *, is_new: bool = False) -> Any:
+    """An argument that a vmap or derivative hands on as it is: an array of the function's own."""
+    if not _thread.activations or _thread.quiet:
+        return value
+    if not isinstance(value, Writable) and not (is_new and _is_array(value)):
+        return value
+    with _compat.set_current_trace(trace_.parent_trace):
+        content = _compat.canonicalize(value)
+    age = slots.next_age()
+    _note_birth(trace_, age)
+    return WritableArray(Buffer(content, trace_, age, activation()))
+
+
+def _hand_out_auxiliary(strip: Callable[[Any], Any], tag: Any, result: Any) -> Any:
+    """An auxiliary result of a derivative, as an array outside."""
+    if not isinstance(result, Writable) or not _thread.activations or _thread.quiet:
+        return strip(snapshot(result))
+    home = result._buffer.home if result._buffer else result._trace  # type: ignore[attr-defined]
+    if getattr(home, "tag", None) is tag:
+        home = _compat.holding_trace(home.parent_trace)
+    value = strip(snapshot(result))
+    return WritableArray(Buffer(value, home, slots.next_age(), activation()))
+
+
+def _cut(argument: Any) -> Any:
+    """An argument whose arrays are its own."""
+    if not _thread.activations or _thread.quiet:
+        return argument
+    return jax.tree.map(lambda x: fresh(x) if isinstance(x, Writable) else x, argument)
+
+
+def _may_forward() -> bool:
+    """A result that is an operand itself would be the same array, and read when it may be another
+    one."""
+    return not _thread.activations or bool(_thread.quiet)
 
 
 _TRACES_OF_PROGRAMS = (
@@ -902,6 +927,7 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     here = _compat.current_trace()
     if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_PROGRAMS):
         return bind(*operands, **params)
+    operands = [snapshot(x) for x in operands]
     _thread.quiet += 1
     try:
         out = bind(*operands, **params)
@@ -932,6 +958,9 @@ def install() -> None:
         _installed.append(True)
         _compat.choose_tracer_type(_choose)
         _compat.wrap_operands(_read_operand, _hand_out)
+        _compat.wrap_arguments(_adopt, _cut)
+        _compat.wrap_auxiliary(_hand_out_auxiliary)
+        _compat.wrap_forwarding(_may_forward)
         _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
         thread.around_binds.append(_around_bind)
 
