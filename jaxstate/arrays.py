@@ -150,12 +150,14 @@ class Buffer:
             raise self.activation.escaped()
         here = _compat.current_trace()
         way = _way_home(self.home, here)
+        is_near = not way and not (way is None and self._is_outside_of_rule())
         if self.slot is None:
-            if not any(isinstance(t, _compat.StagingTrace) for t in way or ()):
+            staged = way is None or any(isinstance(t, _compat.StagingTrace) for t in way)
+            if is_near or not staged:
                 return self.value
             self._become_slot()
         assert self.slot is not None
-        if not way:
+        if is_near:
             return self.slot.cell(self.slot.address).value
         with _quiet(), _compat.set_current_trace(here):
             return _compat.canonicalize(trace.read(self.slot.address))
@@ -180,6 +182,10 @@ class Buffer:
         if self.slot is None and _place() is self.home:
             return self.version
         return _Same(self.read())
+
+    def _is_outside_of_rule(self) -> bool:
+        """Whether a custom rule runs now, which is given the value of the array as an operand."""
+        return any(h.is_boundary and h.age > self.age for h in slots.holders())
 
     def _become_slot(self) -> None:
         if self.slot is None:
