@@ -170,6 +170,21 @@ def varying_axes(x: Any) -> frozenset[Any]:
     return frozenset(typeof(x).mat.varying)
 
 
+def with_varying_axes_of(aval: Any, x: Any) -> Any:
+    """The type ``aval`` of a value that differs over the same mesh axes as ``x`` does."""
+    found = typeof(x)
+    return aval if found.mat == aval.mat else aval.update(manual_axis_type=found.mat)
+
+
+def type_of_part(aval: Any, shape: Sequence[int]) -> Any:
+    """The type of some elements of an array of type ``aval``, in a new shape."""
+    if aval.sharding.mesh.empty:
+        return ShapedArray(shape, aval.dtype)
+    whole = jax.sharding.PartitionSpec(*[None] * len(shape))
+    sharding = aval.sharding.update(spec=whole)
+    return aval.update(shape=tuple(shape), sharding=sharding, weak_type=False)
+
+
 abstract_mesh = mesh.get_abstract_mesh
 use_abstract_mesh = mesh.use_abstract_mesh
 

@@ -227,6 +227,7 @@ class ArrayAddress(SlotAddress):
     __slots__ = ()
 
     threaded = False
+    may_be_written = True
 
     def __repr__(self) -> str:
         return "a writable array"
@@ -323,9 +324,18 @@ class InplaceTrace(_compat.Trace):
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
     ) -> Any:
-        operands = self._values(operands)
-        out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
-        return [self._box(x) for x in out]
+        """As in a jitted function: what JAX gives the devices eagerly cannot be written."""
+        results: list[Any] = []
+
+        def staged(*operands: Any) -> list[Any]:
+            trace_ = _compat.current_trace()
+            out = trace_.process_shard_map(primitive, fun, operands, *args, **params)
+            results.append(out.map(lambda _: None))
+            return list(out)
+
+        with _compat.set_current_trace(self):
+            values = jax.jit(staged)(*operands)
+        return results[0].update([self._box(x) for x in values])
 
     def stage_value(self, value: Any) -> Any:
         (value,) = self._values([value])
@@ -579,6 +589,9 @@ class Writable:
                 new = _compat.canonicalize(write(_strong(base)))
         buffer.write(new)
         buffer.is_own = _is_computed(new)
+        if _place() is buffer.home:
+            # In a shard_map: what was the same on every device may vary now.
+            self.aval = _compat.with_varying_axes_of(self.aval, new)
 
     def _detach(self) -> None:
         """From the first write on, JAX must not take the tracer for what it was."""
@@ -766,7 +779,7 @@ class WritableArray(Writable, _compat.Tracer):
     ) -> None:
         aval = _compat.typeof(buffer.value) if aval is None else aval
         if steps:
-            aval = _compat.ShapedArray(steps[-1].shape, aval.dtype)
+            aval = _compat.type_of_part(aval, steps[-1].shape)
         _compat.Tracer.__init__(self, nowhere, aval)
         self._line_info = None
         self._buffer = buffer
