@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 import os
 import sys
 import types
@@ -218,6 +219,21 @@ def varying_equation(atom: Any, axes: frozenset[Any]) -> Any:
     jaxpr = jax.make_jaxpr(lambda x: vary(x, axes))(atom.aval)
     (eqn,) = equations(jaxpr)
     return eqn.replace(invars=[atom])
+
+
+def with_varying_axes_of(aval: Any, x: Any) -> Any:
+    """The type ``aval`` of a value that differs over the same mesh axes as ``x`` does."""
+    found = typeof(x)
+    return aval if found.mat == aval.mat else aval.update(manual_axis_type=found.mat)
+
+
+def type_of_part(aval: Any, shape: Sequence[int]) -> Any:
+    """The type of some elements of an array of type ``aval``, in a new shape."""
+    if aval.sharding.mesh.empty:
+        return ShapedArray(shape, aval.dtype)
+    whole = jax.sharding.PartitionSpec(*[None] * len(shape))
+    sharding = aval.sharding.update(spec=whole)
+    return aval.update(shape=tuple(shape), sharding=sharding, weak_type=False)
 
 
 abstract_mesh = mesh.get_abstract_mesh
@@ -445,8 +461,8 @@ def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any]
     """Wraps how a vmap or derivative takes apart what reaches it: operands, and the results of
     the function that is transformed.
 
-    ``read(trace, x)`` replaces what is taken apart, ``hand_out(trace, x)`` each of the two things
-    in it: a value of the trace outside, and its tangent or batch dimension.
+    ``read(trace, x)`` replaces what is taken apart, ``hand_out(trace, part, x)`` each of the two
+    things in it: a value of the trace outside, and its tangent or batch dimension.
     """
 
     def wrap(trace_type: type, name: str) -> None:
@@ -454,7 +470,7 @@ def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any]
 
         def take_apart(trace: Any, x: Any) -> Any:
             value, info = original(trace, read(trace, x))
-            return hand_out(trace, value), hand_out(trace, info)
+            return hand_out(trace, value, x), hand_out(trace, info, x)
 
         setattr(trace_type, name, take_apart)
 
@@ -465,6 +481,58 @@ def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any]
     # The trace under which the rule of a `custom_jvp` function runs.
     to_jaxpr_tracer = PartialTrace.to_jaxpr_tracer
     PartialTrace.to_jaxpr_tracer = lambda trace, x: to_jaxpr_tracer(trace, read(trace, x))
+
+
+def wrap_arguments(adopt: Callable[[Any, Any], Any], cut: Callable[[Any], Any]) -> None:
+    """Wraps how a transformed function gets the arguments that the transformation leaves alone.
+
+    ``adopt(trace, x)`` replaces an argument that a vmap does not map over, or that a derivative
+    knows no tangent of; ``cut(x)`` an argument that ``argnums`` leaves out.
+    """
+
+    def wrap(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def argument(trace: Any, *args: Any) -> Any:
+            out = original(trace, *args)
+            return adopt(trace, out) if any(out is x for x in args) else out
+
+        setattr(module, name, argument)
+
+    wrap(batching, "to_elt")
+    wrap(ad, "maybe_jvp_tracer")
+    wrap(ad, "maybe_linearize_tracer")
+
+    partial = api.argnums_partial2
+
+    def argnums_partial(f: Any, argnums: Any, args: Any, kwargs: Any) -> Any:
+        taken = {operator.index(n) % len(args) for n in np.atleast_1d(argnums)}
+        args = [x if i in taken else cut(x) for i, x in enumerate(args)]
+        return partial(f, argnums, args, {name: cut(x) for name, x in kwargs.items()})
+
+    api.argnums_partial2 = argnums_partial
+
+
+def wrap_auxiliary(hand_out: Callable[..., Any]) -> None:
+    """Wraps how a derivative hands on auxiliary results: ``hand_out(strip, tag, x)``, where
+    ``strip(x)`` takes the tangent off and ``tag`` is that of the derivative's trace."""
+    plain = ad._strip_tracer
+
+    def strip(kind: type, tag: Any, x: Any) -> Any:
+        return hand_out(lambda x: plain(kind, tag, x), tag, x)
+
+    ad._strip_tracer = strip
+
+
+def wrap_forwarding(may_forward: Callable[[], bool]) -> None:
+    """Lets ``may_forward()`` say whether a result that is one of the operands may be that very
+    object, and not a result of the operation."""
+    plain = pe._jaxpr_forwarding
+
+    def forwarding(jaxpr: Any) -> list[int | None]:
+        return plain(jaxpr) if may_forward() else [None] * len(jaxpr.outvars)
+
+    pe._jaxpr_forwarding = forwarding
 
 
 def is_linear_part(trace: Any) -> bool:

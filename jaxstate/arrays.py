@@ -134,6 +134,7 @@ class Buffer:
     __slots__ = ("activation", "age", "home", "is_own", "made", "slot", "value", "version")
 
     def __init__(self, value: Any, home: Any, age: int, within: Activation | None) -> None:
+        assert not isinstance(value, Writable)
         self.value = value
         self.home = home
         self.age = age
@@ -149,12 +150,14 @@ class Buffer:
             raise self.activation.escaped()
         here = _compat.current_trace()
         way = _way_home(self.home, here)
+        is_near = not way and not (way is None and self._is_outside_of_rule())
         if self.slot is None:
-            if not any(isinstance(t, _compat.StagingTrace) for t in way or ()):
+            staged = way is None or any(isinstance(t, _compat.StagingTrace) for t in way)
+            if is_near or not staged:
                 return self.value
             self._become_slot()
         assert self.slot is not None
-        if not way:
+        if is_near:
             return self.slot.cell(self.slot.address).value
         with _quiet(), _compat.set_current_trace(here):
             return _compat.canonicalize(trace.read(self.slot.address))
@@ -179,6 +182,10 @@ class Buffer:
         if self.slot is None and _place() is self.home:
             return self.version
         return _Same(self.read())
+
+    def _is_outside_of_rule(self) -> bool:
+        """Whether a custom rule runs now, which is given the value of the array as an operand."""
+        return any(h.is_boundary and h.age > self.age for h in slots.holders())
 
     def _become_slot(self) -> None:
         if self.slot is None:
@@ -220,6 +227,7 @@ class ArrayAddress(SlotAddress):
     __slots__ = ()
 
     threaded = False
+    may_be_written = True
 
     def __repr__(self) -> str:
         return "a writable array"
@@ -303,10 +311,11 @@ class InplaceTrace(_compat.Trace):
 
     def _custom(self, primitive: Any, functions: Any, operands: Any, params: Any) -> Any:
         """Where nothing is differentiated, the function is called, and writes its own arrays."""
-        if self.parent_trace is _compat.eval_trace:
-            with _compat.set_current_trace(self):
-                return functions[0].call_wrapped(*operands)
         operands = self._values(operands)
+        if self.parent_trace is _compat.eval_trace:
+            operands = [self._box(x) for x in operands]
+            with _compat.set_current_trace(self):
+                return [self._box(x) for x in functions[0].call_wrapped(*operands)]
         avals = [_compat.typeof(x) for x in operands]
         params = dict(params, subfuns=functions)
         out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
@@ -315,9 +324,18 @@ class InplaceTrace(_compat.Trace):
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
     ) -> Any:
-        operands = self._values(operands)
-        out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
-        return [self._box(x) for x in out]
+        """As in a jitted function: what JAX gives the devices eagerly cannot be written."""
+        results: list[Any] = []
+
+        def staged(*operands: Any) -> list[Any]:
+            trace_ = _compat.current_trace()
+            out = trace_.process_shard_map(primitive, fun, operands, *args, **params)
+            results.append(out.map(lambda _: None))
+            return list(out)
+
+        with _compat.set_current_trace(self):
+            values = jax.jit(staged)(*operands)
+        return results[0].update([self._box(x) for x in values])
 
     def stage_value(self, value: Any) -> Any:
         (value,) = self._values([value])
@@ -336,8 +354,8 @@ class InplaceTrace(_compat.Trace):
             return [_compat.canonicalize(x) for x in operands]
 
     def _box(self, value: Any) -> Any:
-        value = _compat.canonicalize(value) if isinstance(value, Writable) else value
-        if not _is_array(value):
+        value = snapshot(value)
+        if _thread.quiet or not _is_array(value):
             return value
         return WritableArray(Buffer(value, self, slots.next_age(), self.activation))
 
@@ -571,6 +589,9 @@ class Writable:
                 new = _compat.canonicalize(write(_strong(base)))
         buffer.write(new)
         buffer.is_own = _is_computed(new)
+        if _place() is buffer.home:
+            # In a shard_map: what was the same on every device may vary now.
+            self.aval = _compat.with_varying_axes_of(self.aval, new)
 
     def _detach(self) -> None:
         """From the first write on, JAX must not take the tracer for what it was."""
@@ -758,7 +779,7 @@ class WritableArray(Writable, _compat.Tracer):
     ) -> None:
         aval = _compat.typeof(buffer.value) if aval is None else aval
         if steps:
-            aval = _compat.ShapedArray(steps[-1].shape, aval.dtype)
+            aval = _compat.type_of_part(aval, steps[-1].shape)
         _compat.Tracer.__init__(self, nowhere, aval)
         self._line_info = None
         self._buffer = buffer
@@ -813,7 +834,8 @@ def _writable_kind(kind: type) -> type:
             _note_birth(trace, self._age)
             if kind is not _compat.StagingTracer:
                 # What a vmap or derivative is given is the value of this moment.
-                args = tuple(fresh_like(a) for a in args)
+                with _compat.set_current_trace(trace.parent_trace):
+                    args = tuple(snapshot(a) for a in args)
             kind.__init__(self, trace, *args, **kwargs)
 
         def _own_buffer(self) -> Buffer:
@@ -836,24 +858,13 @@ def _writable_kind(kind: type) -> type:
                     self.aval = self.aval.update(weak_type=False)
 
         def full_lower(self) -> Any:
-            return self if self._trace is nowhere else kind.full_lower(self)  # type: ignore[attr-defined]
+            if self._trace is nowhere:
+                return self
+            lower = kind.full_lower(self)  # type: ignore[attr-defined]
+            return lower if lower is self else _adopt(self._trace, lower, is_new=True)
 
     WritableTracer.__name__ = WritableTracer.__qualname__ = f"Writable{kind.__name__}"
     return WritableTracer
-
-
-def fresh_like(value: Any) -> Any:
-    """A writable array of its own with the value that ``value`` has; anything else as it is."""
-    if isinstance(value, WritableArray):
-        return fresh_at(value)
-    if isinstance(value, Writable):
-        return value._own_buffer().read() if value._trace is nowhere else value
-    return value
-
-
-def fresh_at(value: WritableArray) -> WritableArray:
-    content = value._read()
-    return WritableArray(Buffer(content, value._buffer.home, slots.next_age(), activation()))
 
 
 def _note_birth(trace_: Any, age: int) -> None:
@@ -872,25 +883,59 @@ def _choose(kind: type, trace_: Any) -> type:
 
 def _read_operand(trace_: Any, value: Any) -> Any:
     """What reaches a vmap or derivative without a bind is read there."""
-    if not isinstance(value, Writable) or (
-        not isinstance(value, WritableArray) and value._trace is not nowhere  # type: ignore[attr-defined]
-    ):
-        return value
     with _compat.set_current_trace(trace_):
-        return _compat.canonicalize(value)
+        return snapshot(value)
 
 
-def _hand_out(trace_: Any, value: Any) -> Any:
-    """What a vmap or derivative gives to the trace outside may be a result, so an array there."""
-    if not _thread.activations or _thread.quiet or isinstance(value, Writable):
+def _hand_out(trace_: Any, value: Any, taken: Any) -> Any:
+    """What a vmap or derivative takes out of ``taken`` may be a result, so an array outside."""
+    if not _thread.activations or _thread.quiet:
         return value
-    if not isinstance(value, _compat.Tracer) or not _is_array(value):
+    if not isinstance(value, _compat.Tracer) and not isinstance(taken, Writable):
         return value
+    if not _is_array(value) or _compat.is_linear_part(getattr(value, "_trace", None)):
+        return value
+    if not isinstance(trace_.parent_trace, (*_TRACES_OF_PROGRAMS, _compat.PartialTrace)):
+        return value  # another library's trace has tracers of its own
     home = _compat.holding_trace(trace_.parent_trace)
-    known = isinstance(trace_.parent_trace, (*_TRACES_OF_PROGRAMS, _compat.PartialTrace))
-    if not known or _compat.is_linear_part(value._trace):  # another library's trace has its own
-        return value
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
+
+
+def _adopt(trace_: Any, value: Any, *, is_new: bool = False) -> Any:
+    """An argument that a vmap or derivative hands on as it is: an array of the function's own."""
+    if not _thread.activations or _thread.quiet:
+        return value
+    if not isinstance(value, Writable) and not (is_new and _is_array(value)):
+        return value
+    with _compat.set_current_trace(trace_.parent_trace):
+        content = _compat.canonicalize(value)
+    age = slots.next_age()
+    _note_birth(trace_, age)
+    return WritableArray(Buffer(content, trace_, age, activation()))
+
+
+def _hand_out_auxiliary(strip: Callable[[Any], Any], tag: Any, result: Any) -> Any:
+    """An auxiliary result of a derivative, as an array outside."""
+    if not isinstance(result, Writable) or not _thread.activations or _thread.quiet:
+        return strip(snapshot(result))
+    home = result._buffer.home if result._buffer else result._trace  # type: ignore[attr-defined]
+    if getattr(home, "tag", None) is tag:
+        home = _compat.holding_trace(home.parent_trace)
+    value = strip(snapshot(result))
+    return WritableArray(Buffer(value, home, slots.next_age(), activation()))
+
+
+def _cut(argument: Any) -> Any:
+    """An argument whose arrays are its own."""
+    if not _thread.activations or _thread.quiet:
+        return argument
+    return jax.tree.map(lambda x: fresh(x) if isinstance(x, Writable) else x, argument)
+
+
+def _may_forward() -> bool:
+    """A result that is an operand itself would be the same array, and read when it may be another
+    one."""
+    return not _thread.activations or bool(_thread.quiet)
 
 
 _TRACES_OF_PROGRAMS = (
@@ -902,6 +947,7 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
     if not _thread.activations or _thread.quiet:
         return bind(*operands, **params)
+    operands = [snapshot(x) for x in operands]
     _thread.quiet += 1
     try:
         out = bind(*operands, **params)
@@ -943,6 +989,9 @@ def install() -> None:
         _installed.append(True)
         _compat.choose_tracer_type(_choose)
         _compat.wrap_operands(_read_operand, _hand_out)
+        _compat.wrap_arguments(_adopt, _cut)
+        _compat.wrap_auxiliary(_hand_out_auxiliary)
+        _compat.wrap_forwarding(_may_forward)
         _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
         thread.around_binds.append(_around_bind)
 

@@ -40,6 +40,11 @@ class Address:
     # through it.
     threaded = False
 
+    # Slots that a program may write; the devices of a shard_map share a cell of them.
+    @property
+    def may_be_written(self) -> bool:
+        return self.threaded
+
     # Makes one value of the lanes' values, ``reduce(values, axis=0)``, for a slot that the lanes
     # of a vmap (or the devices of a shard_map) share; None if such values are refused.
     reduce: Callable[..., Any] | None = None

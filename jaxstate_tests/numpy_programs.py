@@ -1,8 +1,12 @@
 """Random NumPy programs: several arrays, views of views, chained writes and reads, loops, branches.
 
-A program is a list of statements, made together with the shapes it needs. `run` executes it with
-NumPy, or with JAX inside an in-place function, where its blocks are those of `jax.lax`.
-Numbers are integers, so that results are compared exactly.
+A program is a list of statements, made together with the types of the names in scope. `run`
+executes it with NumPy, or with JAX inside an in-place function, where its blocks are those of
+`jax.lax` and `jax`. A kind of statement is a pair of functions that stand together: one that makes
+it, with hypothesis, and one that runs it.
+
+Numbers are small integers (in one array, of floating-point type, and only added to), so that results
+are compared exactly.
 """
 
 import dataclasses
@@ -15,43 +19,69 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-SHAPES = {"a": (4, 5), "b": (3, 4), "c": (12,)}
-DTYPES = {"a": np.int32, "b": np.int8, "c": np.int32}
+import jaxstate
+
+SHAPES = {"a": (4, 5), "b": (3, 4), "c": (12,), "d": (2, 3, 2), "p": (4, 3)}
+DTYPES = {"a": np.int32, "b": np.int8, "c": np.int32, "d": np.float32, "p": np.bool_}
 OPS = {
     "+": (operator.add, operator.iadd),
     "-": (operator.sub, operator.isub),
     "*": (operator.mul, operator.imul),
     "&": (operator.and_, operator.iand),
+    "|": (operator.or_, operator.ior),
     "^": (operator.xor, operator.ixor),
 }
-BLOCKS = ("fori", "scan", "while", "jit", "cond", "checkpoint", "python", "helper")
+OPS_OF = {np.int32: "+-*&|^", np.int8: "+-*&|^", np.float32: "+-", np.bool_: "&|^"}
 
 
 def initial(seed):
     """The arrays that a program starts with."""
     rng = np.random.default_rng(seed)
-    return {n: rng.integers(-9, 9, SHAPES[n]).astype(DTYPES[n]) for n in SHAPES}
+    return {
+        n: rng.integers(*((0, 2) if n == "p" else (-9, 9)), SHAPES[n]).astype(DTYPES[n])
+        for n in SHAPES
+    }
+
+
+# -- What is in scope, and what a program consists of ------------------------------------------
 
 
 @dataclasses.dataclass
-class Counter:
-    """The counter of the innermost loop, plus a constant, modulo the size of an axis."""
+class Scope:
+    """The names that a statement may use.
 
-    size: int
-    sign: int
+    Attributes:
+      types: the shape and dtype of each.
+      fixed: those that may be read only: what the lanes of a vmap share.
+      in_loop: whether there is a counter.
+      depth: how many blocks may be nested further.
+    """
 
-    def __repr__(self):
-        return "i" if self.sign > 0 else f"i-{self.size}"
+    types: dict[str, tuple[tuple[int, ...], Any]]
+    fixed: set[str]
+    in_loop: bool
+    depth: int
 
+    def inside(self, **changes):
+        """The scope of a block, which forgets the names that are made in it."""
+        return dataclasses.replace(
+            self, **{"types": dict(self.types), "fixed": set(self.fixed), "depth": self.depth - 1,
+            **changes}
+        )  # fmt: skip
 
-@dataclasses.dataclass
-class Mask:
-    """``array > limit``, whole."""
+    def add(self, shape, dtype, source=None):
+        """A new name, read only if it is a view of what is read only."""
+        name = f"v{len(self.types)}"
+        self.types[name] = (tuple(shape), dtype)
+        if source in self.fixed:
+            self.fixed.add(name)
+        return name
 
-    limit: int
+    def shape(self, name):
+        return self.types[name][0]
 
-    def __repr__(self):
-        return f"mask>{self.limit}"
+    def dtype(self, name):
+        return self.types[name][1]
 
 
 @dataclasses.dataclass
@@ -66,282 +96,761 @@ class Statement:
     other: Any = ()
 
     def __repr__(self):
-        parts = [f"{k}={v!r}" for k, v in vars(self).items() if k != "kind" and v not in ("", ())]
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        parts = [f"{k}={v!r}" for k, v in vars(self).items() if k != "kind" and v is not default[k]]
         return f"{self.kind}({', '.join(parts)})"
 
 
-# -- Making programs -------------------------------------------------------------------------
+@dataclasses.dataclass
+class Counter:
+    """In an index: the counter of the innermost loop, modulo the size of an axis."""
+
+    size: int
+    sign: int
+
+    shape = ()
+
+    def value(self, env, i):
+        return i % self.size if self.sign > 0 else i % self.size - self.size
+
+
+@dataclasses.dataclass
+class Datum:
+    """In an index: the first element of an array, modulo the size of an axis."""
+
+    source: str
+    size: int
+
+    shape = ()
+
+    def value(self, env, i):
+        return env[self.source].ravel()[0].astype(np.int32) % self.size
+
+
+@dataclasses.dataclass
+class Data:
+    """In an index: the first two elements of an array, which may be the same position."""
+
+    source: str
+    size: int
+
+    shape = (2,)
+
+    def value(self, env, i):
+        return env[self.source].ravel()[:2].astype(np.int32) % self.size
+
+
+FROM_DATA = Counter | Datum | Data
+
+
+@dataclasses.dataclass
+class Row:
+    """A value: one row of an array, for all rows of another."""
+
+    source: str
+
+
+def _index(entries, env, i):
+    return tuple(e.value(env, i) if isinstance(e, FROM_DATA) else e for e in entries)
+
+
+def _value(env, value):
+    if isinstance(value, Row):
+        return env[value.source][0]
+    return env[value] if isinstance(value, str) else value
 
 
 def shape_of_index(shape, index):
     stand_in = [
-        0 if isinstance(e, Counter) else np.asarray(e) if isinstance(e, list) else e for e in index
-    ]
+        np.zeros(e.shape, int) if isinstance(e, FROM_DATA)
+        else np.asarray(e) if isinstance(e, list) else e
+        for e in index
+    ]  # fmt: skip
     return np.broadcast_to(np.int8(0), shape)[tuple(stand_in)].shape
 
 
+# -- Parts of statements -----------------------------------------------------------------------
+
+
 @st.composite
-def an_index(draw, shape, *, in_loop, basic=False):
-    """An index that is in bounds, and whose positions are not repeated."""
-    kinds = ["int", "slice", "slice", "slice"] + (["counter"] * 3 if in_loop else [])
-    kinds += [] if basic else ["array", "list", "bools"]
+def an_index(draw, scope, shape, *, basic=False, repeats=False):
+    """An index that is in bounds, and whose positions are not repeated (unless asked for)."""
+    kinds = ["int", "slice", "slice", "slice", "datum"] + ["counter"] * 3 * scope.in_loop
+    if not basic:
+        kinds += ["array", "list", "bools", "square", "pair", "mesh", "plane"]
+        kinds += ["data"] * repeats
+    whole_numbers = [n for n, (s, d) in scope.types.items() if d != np.bool_ and np.prod(s) > 1]
     entries, advanced = [], False
     used = draw(st.integers(0, len(shape)))
-    for n in shape[:used]:
-        kind = draw(st.sampled_from(kinds))
-        if kind in ("array", "list", "bools") and advanced:
-            kind = "slice"
+    axis = 0
+    while axis < used:
+        n = shape[axis]
+        kind = draw(st.sampled_from(kinds)) if n else "slice"
+        if kind not in ("int", "slice", "counter", "datum"):
+            kind = "slice" if advanced else kind
+        if kind in ("pair", "mesh", "plane") and (axis + 1 >= used or 0 in shape):
+            kind = "array"
+        advanced |= kind not in ("int", "slice", "counter", "datum")
+        axis += 1
+        order = draw(st.permutations(range(n))) if kind not in ("int", "slice") else ()
         if kind == "int":
-            entries.append(draw(st.integers(-n, n - 1)) if n else slice(None))
-        elif kind == "counter" and n:
+            entries.append(draw(st.integers(-n, n - 1)))
+        elif kind == "counter":
             entries.append(Counter(n, draw(st.sampled_from((1, -1)))))
-        elif kind in ("array", "list") and n:
-            advanced = True
-            chosen = draw(st.permutations(range(n)))[: draw(st.integers(1, n))]
+        elif kind == "datum":
+            entries.append(Datum(draw(st.sampled_from(whole_numbers)), n))
+        elif kind == "data":
+            entries.append(Data(draw(st.sampled_from(whole_numbers)), n))
+        elif kind in ("array", "list"):
+            chosen = order[: draw(st.integers(1, n))]
             entries.append(list(chosen) if kind == "list" else np.array(chosen))
+        elif kind == "square":
+            entries.append(np.array(order[: n // 2 * 2], int).reshape(2, n // 2))
         elif kind == "bools":
-            advanced = True
             entries.append(np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)), bool))
-        else:
+        elif kind == "slice":
             bound = st.none() | st.integers(-n - 1, n + 1)
             step = draw(st.sampled_from((None, 1, 2, -1, -2, 3)))
             entries.append(slice(draw(bound), draw(bound), step))
-    if draw(st.booleans()) and used < len(shape):
-        entries.append(Ellipsis)
+        else:  # two axes
+            m = shape[axis]
+            axis += 1
+            other = draw(st.lists(st.integers(-m, m - 1), min_size=n, max_size=n))
+            if kind == "pair":  # distinct along the first
+                apart = [slice(None)] * (axis < used and draw(st.booleans()))
+                if apart:
+                    m = shape[axis]
+                    axis += 1
+                    other = [k % m for k in other]
+                entries += [np.array(order), *apart, np.array(other, int)]
+            elif kind == "mesh":
+                entries += [np.array(order)[:, None], np.array(draw(st.permutations(range(m))))]
+            else:
+                entries.append(np.array([[(k + 3 * j) % 3 > 0 for k in other] for j in range(m)]).T)
+    if draw(st.booleans()):
+        at = draw(st.integers(0, len(entries)))
+        if at == len(entries) or used == len(shape):
+            entries.insert(at, Ellipsis)
     if draw(st.integers(0, 4)) == 0:
         entries.insert(draw(st.integers(0, len(entries))), None)
     return tuple(entries)
 
 
+def _repeats(index):
+    return any(isinstance(e, Data) for e in index)
+
+
 @st.composite
-def a_value(draw, shapes, shape):
-    """A number, an array that broadcasts to the shape, or an element of another array."""
-    kind = draw(st.sampled_from(("number", "array", "read")))
+def a_value(draw, scope, dtype, shape):
+    """A number, an array that broadcasts to the shape, or another array or its row."""
+    kind = draw(st.sampled_from(("number", "array", "name", "row")))
     if kind == "array":
         keep = draw(st.integers(0, len(shape)))
         sizes = [n if draw(st.booleans()) else 1 for n in shape[len(shape) - keep :]]
         flat = draw(st.lists(st.integers(-9, 9), min_size=1, max_size=6))
-        return np.resize(np.array(flat, np.int32), sizes)
-    if kind == "read":
-        same = [name for name, s in sorted(shapes.items()) if s == tuple(shape)]
-        if same:
-            return draw(st.sampled_from(same))
-    return draw(st.integers(-9, 9))
+        given = np.bool_ if dtype == np.bool_ else draw(st.sampled_from((np.int32, np.int8)))
+        return np.resize(np.array(flat).astype(given), sizes)
+    wanted = tuple(shape) if kind == "name" else tuple(shape[1:])
+    for name in draw(st.permutations(sorted(scope.types))) if kind in ("name", "row") else ():
+        found = scope.shape(name)[kind == "row" :]
+        fits = dtype == scope.dtype(name) or np.bool_ not in (dtype, scope.dtype(name))
+        if found == wanted and scope.shape(name) and scope.shape(name)[0] and fits:
+            if dtype == np.float32 or scope.dtype(name) != np.float32:
+                return name if kind == "name" else Row(name)
+    return draw(st.booleans() if dtype == np.bool_ else st.integers(-9, 9))
 
 
-@st.composite
-def statements(draw, shapes, depth, *, in_loop=False, size=6):
-    """A list of statements; ``shapes`` are the arrays in scope, new views are added to it."""
-    made = []
-    for _ in range(draw(st.integers(1, size))):
-        made.append(draw(a_statement(shapes, depth, in_loop=in_loop)))
-    return made
+def _writable(draw, scope, has_axes=False):
+    names = sorted(set(scope.types) - scope.fixed)
+    if has_axes:
+        names = [n for n in names if scope.shape(n)]
+    return draw(st.sampled_from(names))
 
 
-@st.composite
-def a_statement(draw, shapes, depth, *, in_loop):
-    kinds = ["write", "write", "augment", "augment", "whole", "view", "view", "masked", "method"]
-    kinds += ["copy", "gather"]
-    kinds += ["block"] * 4 if depth else []
-    kind = draw(st.sampled_from(kinds))
-    target = draw(st.sampled_from(sorted(shapes)))
-    shape = shapes[target]
-    op = draw(st.sampled_from(sorted(OPS)))
-    if kind in ("write", "augment"):
-        index = draw(an_index(shape, in_loop=in_loop))
-        value = draw(a_value(shapes, shape_of_index(shape, index)))
-        return Statement(kind, target, index=index, value=value, op=op)
-    if kind == "masked":
-        mask = Mask(draw(st.integers(-5, 5)))
-        return Statement("masked", target, index=mask, value=draw(st.integers(-9, 9)), op=op)
-    if kind == "whole":
-        return Statement("whole", target, value=draw(a_value(shapes, shape)), op=op)
-    if kind == "method":
-        name = draw(st.sampled_from(("fill", "sort", "put")))
-        n = max(int(np.prod(shape)), 1)
-        where = draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3, unique=True))
-        return Statement(name, target, value=draw(st.integers(-9, 9)), index=where)
-    new = f"v{len(shapes)}"
-    if kind == "view":
-        how = draw(st.sampled_from(("index", "index", "T", "reshape", "swapaxes")))
-        if how == "index":
-            index = draw(an_index(shape, in_loop=in_loop, basic=True))
-            found = shape_of_index(shape, index)
-            if found:
-                shapes[new] = found
-                return Statement("view", new, source=target, index=index)
-        n = int(np.prod(shape))
-        if how == "reshape" and n:
-            divisors = [d for d in range(1, n + 1) if n % d == 0]
-            d = draw(st.sampled_from(divisors))
-            shapes[new] = draw(st.sampled_from(((d, n // d), (n,))))
-            return Statement("reshape", new, source=target, value=shapes[new])
-        if how == "swapaxes" and len(shape) > 1:
-            shapes[new] = (*shape[:-2], shape[-1], shape[-2])
-            return Statement("swapaxes", new, source=target)
-        shapes[new] = shape[::-1]
-        return Statement("T", new, source=target)
-    if kind in ("copy", "gather"):
-        index = draw(an_index(shape, in_loop=in_loop)) if kind == "gather" else ()
-        found = shape_of_index(shape, index)
-        if kind == "gather" and (
-            not found or not any(isinstance(e, (list, np.ndarray)) for e in index)
-        ):
-            return Statement("whole", target, value=1, op="+")
-        shapes[new] = found
-        return Statement(kind, new, source=target, index=index)
-    block = draw(st.sampled_from(BLOCKS))
-    looping = block in ("fori", "scan", "while", "python")
-    inside = in_loop or looping
-    body = draw(statements(dict(shapes), depth - 1, in_loop=inside, size=3))
-    other = draw(statements(dict(shapes), depth - 1, in_loop=inside, size=2))
-    count = draw(st.integers(0, 3))
-    return Statement(block, target, value=count, body=body, other=other)
+def _any_name(draw, scope):
+    return draw(st.sampled_from(sorted(scope.types)))
 
 
-@st.composite
-def programs(draw):
-    """Programs for the arrays that `initial` gives."""
-    return draw(statements(dict(SHAPES), 2))
+def _an_op(draw, dtype):
+    return draw(st.sampled_from(OPS_OF[dtype]))
 
 
-# -- Running them ----------------------------------------------------------------------------
+# -- Kinds of statements -----------------------------------------------------------------------
+
+MAKE: dict[str, Callable] = {}
+RUN: dict[str, Callable] = {}
+WEIGHTS: dict[str, int] = {}
 
 
-@dataclasses.dataclass
-class Way:
-    """How blocks are executed."""
+def makes(kind, weight=1):
+    def register(make):
+        MAKE[kind], WEIGHTS[kind] = make, weight
+        return make
 
-    fori: Callable
-    scan: Callable
-    while_: Callable
-    cond: Callable
-    jit: Callable
-    checkpoint: Callable
+    return register
 
 
-def _python_loop(n, body):
-    for i in range(n):
-        body(i)
+def runs(*kinds):
+    def register(run):
+        RUN.update(dict.fromkeys(kinds, run))
+        return run
 
-
-def _python_cond(p, yes, no):
-    yes() if p else no()
-
-
-PYTHON = Way(
-    _python_loop, _python_loop, _python_loop, _python_cond, lambda body: body(), lambda body: body()
-)
-
-
-def _fori(n, body):
-    def turn(i, carry):
-        body(i)
-        return carry
-
-    jax.lax.fori_loop(0, n, turn, None)
-
-
-def _scan(n, body):
-    def turn(carry, i):
-        body(i)
-        return carry, None
-
-    jax.lax.scan(turn, None, jnp.arange(n))
-
-
-def _while(n, body):
-    def turn(i):
-        body(i)
-        return i + 1
-
-    jax.lax.while_loop(lambda i: i < n, turn, 0)
-
-
-LAX = Way(
-    _fori, _scan, _while, jax.lax.cond, lambda body: jax.jit(body)(),
-    lambda body: jax.checkpoint(body)(),
-)  # fmt: skip
-
-
-def _index(entries, i):
-    def value(e):
-        if isinstance(e, Counter):
-            j = i % e.size
-            return j if e.sign > 0 else j - e.size
-        return e
-
-    return tuple(value(e) for e in entries)
-
-
-def _value(env, value):
-    return env[value] if isinstance(value, str) else value
+    return register
 
 
 def execute(statements, env, i, way):
     for s in statements:
-        _execute(s, env, i, way)
+        RUN[s.kind](s, env, i, way)
 
 
-def _execute(s, env, i, way):
-    if s.kind == "write":
-        env[s.target][_index(s.index, i)] = _value(env, s.value)
-    elif s.kind == "augment":
-        target, index, value = env[s.target], _index(s.index, i), _value(env, s.value)
-        target[index] = OPS[s.op][0](target[index], value)
-        if s.op == "+":
-            target[index] += 1
-        elif s.op == "*":
-            target[index] *= 2
-    elif s.kind == "masked":
-        target = env[s.target]
-        target[target > s.index.limit] = s.value
-    elif s.kind == "whole":
-        value = _value(env, s.value)
-        target = env[s.target]
-        if not isinstance(value, int):  # int8 += int32 is refused by both
-            value = value.astype(target.dtype)
-        env[s.target] = OPS[s.op][1](target, value)
-    elif s.kind == "fill":
-        env[s.target].fill(s.value)
-    elif s.kind == "sort":
-        env[s.target].sort()
-    elif s.kind == "put":
-        if env[s.target].size:
-            env[s.target].put(np.array(s.index), s.value)
-    elif s.kind == "view":
-        env[s.target] = env[s.source][_index(s.index, i)]
-    elif s.kind == "reshape":
-        env[s.target] = env[s.source].reshape(s.value)
-    elif s.kind == "swapaxes":
-        env[s.target] = env[s.source].swapaxes(-1, -2)
-    elif s.kind == "T":
-        env[s.target] = env[s.source].T
-    elif s.kind == "copy":
-        env[s.target] = env[s.source].copy()
-    elif s.kind == "gather":
-        env[s.target] = env[s.source][_index(s.index, i)]
-    elif s.kind == "python":
-        _python_loop(s.value, lambda j: execute(s.body, dict(env), j, way))
-    elif s.kind == "helper":
-        execute(s.body, dict(env), i, way)
-    elif s.kind in ("fori", "scan", "while"):
-        loop = {"fori": way.fori, "scan": way.scan, "while": way.while_}[s.kind]
-        loop(s.value, lambda j: execute(s.body, dict(env), j, way))
-    elif s.kind == "cond":
-        positive = env[s.target].sum() > 0
-        way.cond(
-            positive,
-            lambda: execute(s.body, dict(env), i, way),
-            lambda: execute(s.other, dict(env), i, way),
-        )
+@makes("write", 3)
+def _make_write(draw, scope):
+    target = _writable(draw, scope)
+    shape, dtype = scope.types[target]
+    index = draw(an_index(scope, shape, repeats=True))
+    found = () if _repeats(index) else shape_of_index(shape, index)
+    return Statement("write", target, index=index, value=draw(a_value(scope, dtype, found)))
+
+
+@runs("write")
+def _run_write(s, env, i, way):
+    env[s.target][_index(s.index, env, i)] = _value(env, s.value)
+
+
+@makes("augment", 3)
+def _make_augment(draw, scope):
+    made = _make_write(draw, scope)
+    return dataclasses.replace(made, kind="augment", op=_an_op(draw, scope.dtype(made.target)))
+
+
+@runs("augment")
+def _run_augment(s, env, i, way):
+    """``target[index] op= value``, as Python spells it out."""
+    target, index = env[s.target], _index(s.index, env, i)
+    target[index] = OPS[s.op][1](target[index], _value(env, s.value))
+
+
+@makes("whole", 2)
+def _make_whole(draw, scope):
+    target = _writable(draw, scope, has_axes=True)
+    shape, dtype = scope.types[target]
+    return Statement(
+        "whole", target, value=draw(a_value(scope, dtype, shape)), op=_an_op(draw, dtype)
+    )
+
+
+@runs("whole")
+def _run_whole(s, env, i, way):
+    env[s.target] = OPS[s.op][1](env[s.target], _value(env, s.value))
+
+
+@makes("masked", 2)
+def _make_masked(draw, scope):
+    """One number where another array of the same shape, or of the leading axes, is large."""
+    target = _writable(draw, scope, has_axes=True)
+    shape, dtype = scope.types[target]
+    lead = [shape[:k] for k in range(1, len(shape) + 1)]
+    masks = [n for n in sorted(scope.types) if scope.shape(n) in lead]
+    value = draw(st.booleans() if dtype == np.bool_ else st.integers(-9, 9))
+    limit = draw(st.integers(-5, 5))
+    return Statement(
+        "masked", target, draw(st.sampled_from(masks)), index=limit, value=value,
+        op="=",
+    )  # fmt: skip
+
+
+@runs("masked")
+def _run_masked(s, env, i, way):
+    target, mask = env[s.target], env[s.source].astype(np.int32) > s.index
+    if s.op == "=":
+        target[mask] = s.value
     else:
-        wrapper = {"jit": way.jit, "checkpoint": way.checkpoint}[s.kind]
-        wrapper(lambda: execute(s.body, dict(env), i, way))
+        target[mask] = OPS[s.op][1](target[mask], s.value)
+
+
+@makes("fill")
+def _make_fill(draw, scope):
+    target = _writable(draw, scope)
+    value = draw(st.booleans() if scope.dtype(target) == np.bool_ else st.integers(-9, 9))
+    return Statement("fill", target, value=value)
+
+
+@runs("fill")
+def _run_fill(s, env, i, way):
+    env[s.target].fill(s.value)
+
+
+@makes("sort")
+def _make_sort(draw, scope):
+    target = _writable(draw, scope, has_axes=True)
+    n = len(scope.shape(target))
+    return Statement("sort", target, value=draw(st.integers(-n, n - 1)))
+
+
+@runs("sort")
+def _run_sort(s, env, i, way):
+    env[s.target].sort(axis=s.value)
+
+
+@makes("put")
+def _make_put(draw, scope):
+    target = _writable(draw, scope)
+    n = int(np.prod(scope.shape(target)))
+    if not n:
+        return Statement("fill", target, value=1)
+    where = draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3, unique=True))
+    value = draw(a_value(scope, scope.dtype(target), (len(where),)))
+    return Statement("put", target, index=where, value=value)
+
+
+@runs("put")
+def _run_put(s, env, i, way):
+    env[s.target].put(np.array(s.index), _value(env, s.value))
+
+
+@makes("flat")
+def _make_flat(draw, scope):
+    target = _writable(draw, scope)
+    n = int(np.prod(scope.shape(target)))
+    if not n:
+        return Statement("fill", target, value=1)
+    start, step = draw(st.integers(0, n - 1)), draw(st.integers(1, 3))
+    where = draw(st.sampled_from((start, slice(start, None, step), [start])))
+    return Statement("flat", target, index=where, value=draw(st.integers(0, 1)))
+
+
+@runs("flat")
+def _run_flat(s, env, i, way):
+    env[s.target].flat[s.index] = s.value
+
+
+# Views.
+
+
+@makes("view", 3)
+def _make_view(draw, scope):
+    source = _any_name(draw, scope)
+    index = draw(an_index(scope, scope.shape(source), basic=True))
+    found = shape_of_index(scope.shape(source), index)
+    if not found and Ellipsis not in index:
+        index = (*index, Ellipsis)
+    return Statement("view", scope.add(found, scope.dtype(source), source), source, index)
+
+
+@runs("view", "gather")
+def _run_view(s, env, i, way):
+    env[s.target] = env[s.source][_index(s.index, env, i)]
+
+
+@makes("transpose")
+def _make_transposed(draw, scope):
+    source = _any_name(draw, scope)
+    shape = scope.shape(source)
+    order = tuple(draw(st.permutations(range(len(shape)))))
+    new = scope.add([shape[d] for d in order], scope.dtype(source), source)
+    return Statement("transpose", new, source, value=order)
+
+
+@runs("transpose")
+def _run_transposed(s, env, i, way):
+    x, order = env[s.source], s.value
+    if order == tuple(range(x.ndim))[::-1]:
+        env[s.target] = x.T
+    elif order == (0, 2, 1):
+        env[s.target] = x.swapaxes(-1, 1)
+    else:
+        env[s.target] = x.transpose(order)
+
+
+@makes("reshape")
+def _make_reshape(draw, scope):
+    source = _any_name(draw, scope)
+    n = int(np.prod(scope.shape(source)))
+    divisors = [d for d in range(1, n + 1) if n % d == 0] or [1]
+    d = draw(st.sampled_from(divisors))
+    new = draw(st.sampled_from(((d, n // d), (n,), (n // d, 1, d))))
+    name = scope.add(new, scope.dtype(source), source)  # a view, or a copy
+    return Statement("reshape", name, source, value=new)
+
+
+@runs("reshape")
+def _run_reshape(s, env, i, way):
+    env[s.target] = env[s.source].reshape(s.value)
+
+
+@makes("squeeze")
+def _make_squeeze(draw, scope):
+    source = _any_name(draw, scope)
+    found = tuple(n for n in scope.shape(source) if n != 1)
+    return Statement("squeeze", scope.add(found, scope.dtype(source), source), source)
+
+
+@runs("squeeze")
+def _run_squeeze(s, env, i, way):
+    env[s.target] = env[s.source].squeeze()
+
+
+@makes("alias")
+def _make_alias(draw, scope):
+    source = _any_name(draw, scope)
+    return Statement("alias", scope.add(*scope.types[source], source), source)
+
+
+@runs("alias")
+def _run_alias(s, env, i, way):
+    env[s.target] = env[s.source]
+
+
+@makes("rows")
+def _make_rows(draw, scope):
+    """A loop over the rows of an array, which writes into them."""
+    target = _writable(draw, scope, has_axes=True)
+    shape, dtype = scope.types[target]
+    if len(shape) < 2:
+        return Statement("fill", target, value=1)
+    index = draw(an_index(scope, shape[1:]))
+    return Statement("rows", target, index=index, op=_an_op(draw, dtype), value=draw(st.booleans()))
+
+
+@runs("rows")
+def _run_rows(s, env, i, way):
+    for row in env[s.target]:
+        index = _index(s.index, env, i)
+        row[index] = OPS[s.op][1](row[index], s.value)
+
+
+# Copies.
+
+
+@makes("gather")
+def _make_gather(draw, scope):
+    source = _any_name(draw, scope)
+    index = draw(an_index(scope, scope.shape(source), repeats=True))
+    if not any(isinstance(e, (list, np.ndarray, Data)) for e in index):
+        return _make_copy(draw, scope)
+    found = shape_of_index(scope.shape(source), index)
+    return Statement("gather", scope.add(found, scope.dtype(source)), source, index)
+
+
+@makes("copy")
+def _make_copy(draw, scope):
+    source = draw(st.sampled_from([n for n in sorted(scope.types) if scope.shape(n)]))
+    how = draw(st.sampled_from(sorted(COPIES)))
+    shape, dtype = COPIES[how][1](*scope.types[source])
+    return Statement("copy", scope.add(shape, dtype), source, value=how)
+
+
+@runs("copy")
+def _run_copy(s, env, i, way):
+    env[s.target] = COPIES[s.value][0](way.xp, env[s.source])
+
+
+# What makes a new array, and its type.
+COPIES = {
+    "copy": (lambda xp, x: x.copy(), lambda s, d: (s, d)),
+    "flatten": (lambda xp, x: x.flatten(), lambda s, d: ((int(np.prod(s)),), d)),
+    "astype": (lambda xp, x: x.astype(np.bool_), lambda s, d: (s, np.bool_)),
+    "roll": (lambda xp, x: xp.roll(x, 1, 0), lambda s, d: (s, d)),
+    "where": (lambda xp, x: xp.where(x > 0, x, x[::-1]), lambda s, d: (s, d)),
+    "maximum": (lambda xp, x: xp.maximum(x, x[:1]), lambda s, d: (s, d)),
+    "cumsum": (
+        lambda xp, x: xp.cumsum(x.astype(np.int8), -1, dtype=np.int8),
+        lambda s, d: (s, np.int8),
+    ),
+    "concatenate": (
+        lambda xp, x: xp.concatenate([x, x]),
+        lambda s, d: ((2 * s[0], *s[1:]), d),
+    ),
+    "stack": (lambda xp, x: xp.stack([x, x]), lambda s, d: ((2, *s), d)),
+    "zeros": (lambda xp, x: xp.zeros_like(x), lambda s, d: (s, d)),
+    "compare": (lambda xp, x: x > 1, lambda s, d: (s, np.bool_)),
+}
+
+
+# Blocks. Their bodies see the names outside by closure.
+
+
+def _make_body(draw, scope, size=3):
+    return [draw(a_statement(scope)) for _ in range(draw(st.integers(1, size)))]
+
+
+BLOCKS_ONCE = ("jit", "checkpoint", "helper", "grad", "jvp", "vjp", "custom_jvp", "inner jit")
+BLOCKS_LOOP = ("fori", "scan", "unrolled", "while", "python", "condition")
+
+
+@makes("loop", 3)
+def _make_loop(draw, scope):
+    body = _make_body(draw, scope.inside(in_loop=True))
+    block = draw(st.sampled_from(BLOCKS_LOOP))
+    return Statement("loop", value=(block, draw(st.integers(0, 3))), body=body)
+
+
+@runs("loop")
+def _run_loop(s, env, i, way):
+    block, n = s.value
+    way.loops[block](n, lambda j: execute(s.body, dict(env), j, way))
+
+
+@makes("once", 3)
+def _make_once(draw, scope):
+    body = _make_body(draw, scope.inside())
+    return Statement("once", value=draw(st.sampled_from(BLOCKS_ONCE)), body=body)
+
+
+@runs("once")
+def _run_once(s, env, i, way):
+    way.once[s.value](lambda: execute(s.body, dict(env), i, way))
+
+
+@makes("until")
+def _make_until(draw, scope):
+    """A loop that ends when an array that its body may write says so."""
+    body = _make_body(draw, scope.inside(in_loop=True))
+    source = _any_name(draw, scope)
+    return Statement("until", source=source, value=draw(st.integers(-3, 3)), body=body)
+
+
+@runs("until")
+def _run_until(s, env, i, way):
+    way.until(
+        lambda j: (j < 3) & is_larger(env[s.source], s.value),
+        lambda j: execute(s.body, dict(env), j, way),
+    )
+
+
+def is_larger(x, limit):
+    return x.astype(np.int32).sum(dtype=np.int32) > limit
+
+
+@makes("cond", 2)
+def _make_cond(draw, scope):
+    source = _any_name(draw, scope)
+    body, other = _make_body(draw, scope.inside()), _make_body(draw, scope.inside(), 2)
+    kind = draw(st.sampled_from(("cond", "switch")))
+    return Statement(
+        "cond", source=source, value=(kind, draw(st.integers(-3, 3))), body=body, other=other
+    )
+
+
+@runs("cond")
+def _run_cond(s, env, i, way):
+    kind, limit = s.value
+    way.branches[kind](
+        is_larger(env[s.source], limit),
+        lambda: execute(s.body, dict(env), i, way),
+        lambda: execute(s.other, dict(env), i, way),
+    )
+
+
+# Blocks with an argument, which they write, and a result: both are copies.
+
+CALLS = ("jit", "inplace", "carry", "checkpoint", "cond")
+
+
+@makes("call", 2)
+def _make_call(draw, scope):
+    source = draw(st.sampled_from([n for n in sorted(scope.types) if scope.shape(n)]))
+    inside = scope.inside()
+    argument = inside.add(*scope.types[source])
+    body = _make_body(draw, inside)
+    new = scope.add(*scope.types[source])
+    call = draw(st.sampled_from(CALLS))
+    return Statement("call", new, source, value=(call, argument), body=body)
+
+
+@runs("call")
+def _run_call(s, env, i, way):
+    call, argument = s.value
+
+    def body(x):
+        inside = dict(env, **{argument: x})
+        execute(s.body, inside, i, way)
+        return inside[argument]
+
+    env[s.target] = way.calls[call](body, env[s.source])
+
+
+@makes("lanes", 2)
+def _make_lanes(draw, scope):
+    """A function of the rows of an array; in a vmap it may write nothing else."""
+    names = [n for n in sorted(scope.types) if len(scope.shape(n)) > 1 and scope.shape(n)[0]]
+    source = draw(st.sampled_from(names))
+    block = draw(st.sampled_from(("vmap", "scan", "map")))
+    shape, dtype = scope.types[source]
+    inside = scope.inside()
+    if block == "vmap":
+        inside.fixed = set(inside.types)
+    argument = inside.add(shape[1:], dtype)
+    body = _make_body(draw, inside)
+    return Statement("lanes", scope.add(shape, dtype), source, value=(block, argument), body=body)
+
+
+@runs("lanes")
+def _run_lanes(s, env, i, way):
+    block, argument = s.value
+
+    def body(row):
+        inside = dict(env, **{argument: row})
+        execute(s.body, inside, i, way)
+        return inside[argument]
+
+    env[s.target] = way.lanes[block](body, env[s.source])
+
+
+@st.composite
+def a_statement(draw, scope):
+    blocks = ("loop", "once", "until", "cond", "call", "lanes")
+    kinds = [k for k, n in WEIGHTS.items() for _ in range(n) if scope.depth or k not in blocks]
+    return MAKE[draw(st.sampled_from(kinds))](draw, scope)
+
+
+@st.composite
+def programs(draw, depth=2, size=6):
+    """Programs for the arrays that `initial` gives."""
+    scope = Scope({n: (SHAPES[n], DTYPES[n]) for n in SHAPES}, set(), False, depth)
+    return _make_body(draw, scope, size)
+
+
+# -- Running them ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Way:
+    """How blocks are executed. See `BLOCKS_LOOP` and so on for the names."""
+
+    xp: Any
+    loops: dict[str, Callable]
+    until: Callable
+    once: dict[str, Callable]
+    branches: dict[str, Callable]
+    calls: dict[str, Callable]
+    lanes: dict[str, Callable]
+
+
+def _python(xp):
+    def loop(n, body):
+        for i in range(n):
+            body(i)
+
+    def until(condition, body):
+        i = 0
+        while condition(i):
+            body(i)
+            i += 1
+
+    def cond(p, yes, no):
+        yes() if p else no()
+
+    def call(body, x):
+        return body(x.copy()).copy()
+
+    def lanes(body, x):
+        return xp.stack([body(row.copy()) for row in x.copy()])
+
+    return Way(
+        xp, dict.fromkeys(BLOCKS_LOOP, loop), until,
+        dict.fromkeys(BLOCKS_ONCE, lambda body: body()), {"cond": cond, "switch": cond},
+        dict.fromkeys(CALLS, call), dict.fromkeys(("vmap", "scan", "map"), lanes),
+    )  # fmt: skip
+
+
+NUMPY, PYTHON = _python(np), _python(jnp)
+
+
+def _fori(n, body):
+    jax.lax.fori_loop(0, n, lambda i, _: body(i), None)
+
+
+def _scan(n, body, unroll=1):
+    jax.lax.scan(lambda _, i: (None, body(i)), None, jnp.arange(n), unroll=unroll)
+
+
+def _while(n, body):
+    _until(lambda i: i < n, body)
+
+
+def _until(condition, body):
+    def turn(i):
+        body(i)
+        return i + 1
+
+    jax.lax.while_loop(condition, turn, 0)
+
+
+def _in_condition(n, body):
+    """The body runs in the condition, which also runs when the loop ends."""
+
+    def condition(i):
+        jax.lax.cond(i < n, body, lambda i: None, i)
+        return i < n
+
+    jax.lax.while_loop(condition, lambda i: i + 1, 0)
+
+
+def _with_tangent(body):
+    def f(t):
+        body()
+        return t * t
+
+    return f
+
+
+def _with_custom_rule(body):
+    @jax.custom_jvp
+    def f(t):
+        body()
+        return t
+
+    f.defjvp(lambda primals, tangents: (f(*primals), tangents[0]))
+    f(1.0)
+
+
+def _carried(body, x):
+    return jax.lax.scan(lambda x, _: (body(x), None), x, length=1)[0]
+
+
+LAX = Way(
+    jnp,
+    {
+        "fori": _fori,
+        "scan": _scan,
+        "unrolled": lambda n, body: _scan(n, body, 2),
+        "while": _while,
+        "python": PYTHON.loops["python"],
+        "condition": _in_condition,
+    },
+    _until,
+    {
+        "jit": lambda body: jax.jit(body)(),
+        "inner jit": lambda body: jax.jit(lambda: jax.jit(body)())(),
+        "checkpoint": lambda body: jax.checkpoint(body)(),
+        "helper": lambda body: body(),
+        "grad": lambda body: jax.grad(_with_tangent(body))(1.0),
+        "jvp": lambda body: jax.jvp(_with_tangent(body), (1.0,), (1.0,)),
+        "vjp": lambda body: jax.vjp(_with_tangent(body), 1.0)[1](1.0),
+        "custom_jvp": _with_custom_rule,
+    },
+    {
+        "cond": jax.lax.cond,
+        "switch": lambda p, yes, no: jax.lax.switch(p.astype(np.int32), [no, yes]),
+    },
+    {
+        "jit": lambda body, x: jax.jit(body)(x),
+        "inplace": lambda body, x: jaxstate.inplace(body)(x),
+        "carry": _carried,
+        "checkpoint": lambda body, x: jax.checkpoint(body)(x),
+        "cond": lambda body, x: jax.lax.cond(True, body, lambda x: x, x),
+    },
+    {
+        "vmap": lambda body, x: jax.vmap(body)(x),
+        "scan": lambda body, x: jax.lax.scan(lambda _, row: (None, body(row)), None, x)[1],
+        "map": jax.lax.map,
+    },
+)
 
 
 def run(program, arrays, way):
-    """The arrays after the program, and the views that it made at its top level."""
+    """The arrays after the program, and the names that it made at its top level."""
     env = dict(arrays)
     execute(program, env, 0, way)
     return env

@@ -1,103 +1,118 @@
 """Random NumPy programs give NumPy's results: eagerly, jitted, with loops of `jax.lax`, per lane.
 
-``JAXSTATE_EXAMPLES`` sets the number of programs.
+`make test` runs 300 of them, the same every time. ``make fuzz PROGRAMS=numpy`` runs new ones for as
+long as asked, and prints the seed; a counterexample becomes a test.
 """
 
 import os
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import jaxstate
-from jaxstate_tests.numpy_programs import LAX, PYTHON, initial, programs, run
+from jaxstate_tests.numpy_programs import LAX, NUMPY, PYTHON, initial, programs, run
 
-EXAMPLES = int(os.environ.get("JAXSTATE_EXAMPLES", "12"))
 LANES = 2
-
-slow_examples = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize="JAXSTATE_EXAMPLES" not in
-    os.environ, suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+EXAMPLES = 300
 
 
-def expected(program, seed):
-    return run(program, initial(seed), PYTHON)
+def in_jax(program, way):
+    return lambda arrays: run(program, arrays, way)
 
 
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+def stacked(seed):
+    lanes = [initial(seed + k) for k in range(LANES)]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *lanes)
 
 
-def in_jax(way):
-    """A function that makes a pure function of the arrays of a program."""
+def alone(transform, way):
+    """A run of the program on the arrays of one seed."""
 
-    def program_in_jax(program):
-        return jaxstate.inplace(lambda arrays: run(program, arrays, way))
+    def results(program, seed):
+        return [(seed, transform(jaxstate.inplace(in_jax(program, way)))(initial(seed)))]
 
-    return program_in_jax
+    return results
 
 
-def arrays_of(seed):
-    return jax.tree.map(jnp.asarray, initial(seed))
+def per_lane(transform):
+    """A run in the lanes of a vmap, on the arrays of as many seeds."""
+
+    def results(program, seed):
+        found = transform(in_jax(program, LAX))(stacked(seed))
+        return [(seed + k, {n: x[k] for n, x in found.items()}) for k in range(LANES)]
+
+    return results
+
+
+def same(f):
+    return f
 
 
 # Branches of Python do not take traced conditions, so Python's blocks run eagerly only.
-@pytest.mark.parametrize(
-    "way, jitted",
-    [(PYTHON, False), (LAX, False), (LAX, True)],
-    ids=["python", "lax", "lax in jit"],
+MODES = {
+    "python": alone(same, PYTHON),
+    "lax": alone(same, LAX),
+    "lax in jit": alone(jax.jit, LAX),
+    "vmap": per_lane(lambda f: jax.vmap(jaxstate.inplace(f))),
+    "jit of vmap": per_lane(lambda f: jax.jit(jax.vmap(jaxstate.inplace(f)))),
+    "vmap inside": per_lane(lambda f: jaxstate.inplace(jax.vmap(f))),
+    "scan inside": per_lane(lambda f: jaxstate.inplace(lambda xs: jax.lax.map(f, xs))),
+}
+
+
+def check(program, seed, mode):
+    for number, found in MODES[mode](program, seed):
+        arrays = initial(number)
+        wanted = run(program, arrays, NUMPY)
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            assert found[name].dtype == array.dtype, name
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+_settings = settings(
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
-def test_programs_give_what_numpy_gives(way, jitted):
-    @slow_examples
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_programs_give_what_numpy_gives(mode):
+    @seed(list(MODES).index(mode))
+    @settings(_settings, max_examples=EXAMPLES // len(MODES))
     @given(programs(), st.integers(0, 9))
-    def check(program, seed):
-        f = in_jax(way)(program)
-        arrays = arrays_of(seed)
-        before = jax.tree.map(np.array, arrays)
-        assert_same(dict((jax.jit(f) if jitted else f)(arrays)), expected(program, seed))
-        jax.tree.map(np.testing.assert_array_equal, arrays, before)
+    def compare(program, seed):
+        check(program, seed, mode)
 
-    check()
+    compare()
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-def test_programs_per_lane_give_what_numpy_gives_for_each(jitted):
-    @slow_examples
-    @given(programs(), st.integers(0, 9))
-    def check(program, seed):
-        f = jax.vmap(in_jax(LAX)(program))
-        stacked = jax.tree.map(
-            lambda *xs: jnp.stack(xs), *(arrays_of(seed + k) for k in range(LANES))
-        )
-        found = (jax.jit(f) if jitted else f)(stacked)
-        for k in range(LANES):
-            assert_same({n: x[k] for n, x in found.items()}, expected(program, seed + k))
+@pytest.mark.slow
+@pytest.mark.leaks_allowed("a long run; the same programs are checked for leaks above")
+def test_fuzz():
+    """New programs for as many minutes as the environment variable FUZZ_MINUTES says."""
+    minutes = float(os.environ.get("FUZZ_MINUTES", "1"))
+    start = int(os.environ.get("FUZZ_SEED") or time.time_ns() % 10**9)
+    end = time.monotonic() + 60 * minutes
+    number = start
+    while time.monotonic() < end:
+        print(f"FUZZ_SEED={number}", flush=True)
 
-    check()
+        @seed(number)
+        @settings(_settings, max_examples=100)
+        @given(programs(), st.integers(0, 9), st.sampled_from(sorted(MODES)))
+        def run(program, seed, mode):
+            check(program, seed, mode)
 
-
-def test_programs_in_lanes_inside_an_inplace_function():
-    """The vmap is inside, and the arrays of its lanes are arguments and arrays born there."""
-
-    @slow_examples
-    @given(programs(), st.integers(0, 9))
-    def check(program, seed):
-        @jaxstate.inplace
-        def f(stacked):
-            return jax.vmap(lambda arrays: run(program, arrays, LAX))(stacked)
-
-        stacked = jax.tree.map(
-            lambda *xs: jnp.stack(xs), *(arrays_of(seed + k) for k in range(LANES))
-        )
-        found = f(stacked)
-        for k in range(LANES):
-            assert_same({n: x[k] for n, x in found.items()}, expected(program, seed + k))
-
-    check()
+        run()
+        jax.clear_caches()
+        number += 1
+    print(f"{100 * (number - start)} programs")

@@ -457,7 +457,9 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
             state = _Recording(trace, not _compat.is_of_jax(params["subfuns"][0]))
             functions = tuple(state.recording(f) for f in params["subfuns"])
             try:
-                return bind(trace, args, avals, dict(params, subfuns=functions))
+                # Code in the function looks for the way to where an array was made.
+                with _compat.set_current_trace(trace):
+                    return bind(trace, args, avals, dict(params, subfuns=functions))
             except _Touched as ended:
                 if ended.recording is not state:
                     raise
