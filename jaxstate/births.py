@@ -131,6 +131,7 @@ def trace_initializer(
 ) -> tuple[Birth, list[Any]]:
     """The function ``init(*keys)`` of ``entry`` as a `Birth`, and the tracers it looks at."""
     closed, shape = jax.make_jaxpr(init, return_shape=True)(*key_avals)
+    closed, addresses = _with_reads_as_inputs(closed)
     if state_effect in closed.effects:
         raise InitializerDataError(
             message(
@@ -151,7 +152,27 @@ def trace_initializer(
     data = [c for c in _compat.consts_of(closed) if _compat.is_tracer(c)]
     if data:
         closed = _compat.hoist_constants(closed, _compat.is_tracer)
-    return Birth(closed, form_of(shape)), data
+    return Birth(closed, form_of(shape)), [*data, *(read(a) for a in addresses)]
+
+
+def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
+    """The closed jaxpr with the slots that it reads as its first inputs, and their addresses.
+
+    A jaxpr that does more to its slots than to read them is left as it is.
+    """
+    eqns = _compat.equations(jaxpr)
+    reads = [eqn for eqn in eqns if eqn.primitive is read_p]
+    others = [eqn for eqn in eqns if eqn.primitive is not read_p]
+    if not reads or any(state_effect in eqn.effects for eqn in others):
+        return jaxpr, []
+    made = _compat.remade(
+        jaxpr,
+        invars=[*(eqn.outvars[0] for eqn in reads), *_compat.invars(jaxpr)],
+        outvars=_compat.outvars(jaxpr),
+        eqns=others,
+        effs=jaxpr.effects - {state_effect},
+    )
+    return made, [eqn.params["address"] for eqn in reads]
 
 
 # -- Births that look at data, inside a jaxpr ------------------------------------------------

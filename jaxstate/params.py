@@ -208,15 +208,14 @@ class Parametrized(Reusable, Summarizable):
         Nothing of the function itself is computed, see `init`: no variable is written.
 
         Args:
-          key, *args, reuse, **kwargs: as for `init`. What is reused are parameters; the
-            initializers of variables see these. Variables are made.
+          key: as for `init`, like all other arguments.
+          reuse: parameters; the initializers of variables see these. Variables are made.
 
         Returns:
           ``(params, state)``, two new nested dicts with string keys and arrays. A variable has the
           path that a parameter of its name would have.
 
-        Raises:
-          What `init` raises, and whatever `variable` raises.
+        Raises what `init` raises, and what `variable` raises.
         """
         params, state = self._init(("parameter", "variable"), key, reuse, args, kwargs)
         return params, state
@@ -288,15 +287,14 @@ class Parametrized(Reusable, Summarizable):
         """The function, with the given parameters and variables: pure in all its arguments.
 
         Args:
-          params, *args, key, **kwargs: as for `apply`.
+          params: as for `apply`, like all other arguments.
           state: the variables, as ``init_with_state`` and ``apply_with_state`` return them.
 
         Returns:
           ``(out, state)``: what the function returns, and all variables after it, those that it
           did not write unchanged, as a new nested dict.
 
-        Raises:
-          What `apply` raises; but variables may be written.
+        Raises what `apply` raises; but variables may be written.
         """
         self._check_state(state)
         out, store = self._apply(params, state, True, key, args, kwargs)

@@ -161,9 +161,11 @@ class Variable:
     def value(self) -> Any:
         """The current value. Assign to it to write.
 
-        Raises, when it is assigned to:
-          SlotTypeError: if structure, shapes or dtypes are not those of the first value. A Python
-            scalar takes the dtype of the variable, as in arithmetic with it.
+        A Python scalar that is assigned takes the dtype of the variable, as in arithmetic with it.
+
+        Raises:
+          SlotTypeError: if it is assigned a value of another structure, shape or dtype than the
+            first one.
           ReadOnlyVariableError: under ``apply``, which hands on no variables.
           LaneWriteError: if lanes of a `vmap` write different values and there is no ``reduce``.
         """
