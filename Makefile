@@ -43,7 +43,8 @@ demo: $(DEMO)/installed
 
 test: $(TEST)/installed
 	$(TEST)/bin/python -m pytest -n auto -m 'not slow' --doctest-modules \
-	    --ignore=jaxstate_tests/bench jaxstate jaxstate_tests
+	    --ignore=jaxstate_tests/bench --ignore=jaxstate_tests/eight_devices \
+	    jaxstate jaxstate_tests
 
 # An environment of its own for each pair, or the next pair would find the wrong versions in it.
 test-with:

@@ -61,9 +61,12 @@ def nested(entries, kind):
     return tree
 
 
-def stateful(program):
-    """``(x, entries) -> (y, state)``, and ``() -> entries`` that makes them."""
-    body = program.stateful()
+def stateful(program, wrap=lambda body: body):
+    """``(x, entries) -> (y, state)``, and ``() -> entries`` that makes them.
+
+    ``wrap`` is given the function that runs inside of the state.
+    """
+    body = wrap(program.stateful())
 
     def apply(x, entries):
         slots = {name: new_slot(value) for name, value in SLOTS.items()}

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from jax.extend.core import jaxprs_in_params
 
-import jaxstate
-from jaxstate.extend import new_slot, new_trace, read
+from jaxstate.extend import new_slot, new_trace
 from jaxstate_tests.random_programs import (
     Arithmetic,
     Checkpoint,
@@ -24,16 +23,15 @@ from jaxstate_tests.random_programs import (
     Draw,
     Grad,
     Jit,
+    Program,
     Read,
     Vmap,
     programs,
-    run_stateful,
 )
+from jaxstate_tests.test_random_programs import initial, stateful
 from jaxstate_tests.test_stateful import Idle, Reference
 
-KEY = jax.random.key(11)
 X = jnp.float32(0.6)
-W = jnp.float32(-0.8)
 NO_STATE = {"ops": jnp.int32(0)}
 
 
@@ -78,34 +76,35 @@ def counting():
 # -- Where the trace is opened: outside or inside of the program's state ----------------------
 
 
-def new_slots():
-    return {"a": new_slot(jnp.float32(0.2)), "b": new_slot(jnp.float32(-0.3))}
+def entries_of(program):
+    return {entry: initial(entry) for entry in program.entries}
 
 
 def outside(program, open_trace):
+    apply, _ = stateful(program)
+
     def run(x):
         with open_trace() as trace:
-            slots = new_slots()
-            net = jaxstate.parametrized(lambda x: run_stateful(program, slots, x), name="net")
-            with jaxstate.rng_stream(KEY) as stream:
-                y = net.apply({"w": W}, x)
-        return y, stream.count, read(slots["a"]), read(slots["b"]), trace.state
+            y, s = apply(x, entries_of(program))
+        return y, s, trace.state
 
     return run
 
 
 def inside(program, open_trace):
-    def run(x):
-        slots = new_slots()
-
-        def watched(x):
+    def watch(body):
+        def watched(x, slots):
             with open_trace() as trace:
-                y = run_stateful(program, slots, x)
+                y = body(x, slots)
             return y, trace.state
 
-        with jaxstate.rng_stream(KEY) as stream:
-            y, state = jaxstate.parametrized(watched, name="net").apply({"w": W}, x)
-        return y, stream.count, read(slots["a"]), read(slots["b"]), state
+        return watched
+
+    apply, _ = stateful(program, watch)
+
+    def run(x):
+        (y, state), s = apply(x, entries_of(program))
+        return y, s, state
 
     return run
 
@@ -181,7 +180,7 @@ def check_counts(program):
         plain(X)
     assert int(trace.state["ops"]) == wanted[0]
 
-    around = StepByStep().count(jax.jit(inside((), Nobody)), X)
+    around = StepByStep().count(jax.jit(inside(Program((), ()), Nobody)), X)
     counted = inside(program, counting)
     wanted = [n - around for n in wanted]
     assert int(jax.jit(counted)(X)[-1]["ops"]) == wanted[0]
@@ -214,7 +213,7 @@ def test_random_programs_under_a_trace(check, chunk):
 
 
 FOUND = {
-    "a rule in a trace that has seen a jit": (Draw(), CustomJvp(body=(Draw(),))),
+    "a rule in a trace that has seen a jit": (Draw("default"), CustomJvp(body=(Draw("default"),))),
     "a backward rule under the trace": (
         Grad(body=(Jit(body=(Arithmetic(0.5),)), CustomVjp(body=(Arithmetic(0.5),)))),
     ),
@@ -222,7 +221,7 @@ FOUND = {
         Grad(
             body=(
                 Vmap(body=(Checkpoint(body=(Read("b"), Arithmetic(1.3))),), lanes=3),
-                CustomVjp(body=(Read("b"), Vmap(body=(Draw(),), lanes=3))),
+                CustomVjp(body=(Read("b"), Vmap(body=(Draw("default"),), lanes=3))),
             )
         ),
     ),
@@ -230,8 +229,9 @@ FOUND = {
 
 
 @pytest.mark.leaks_allowed("JAX's errors are compared, and their tracebacks hold tracers")
-@pytest.mark.parametrize("program", FOUND.values(), ids=FOUND)
-def test_programs_that_went_wrong(program):
+@pytest.mark.parametrize("body", FOUND.values(), ids=FOUND)
+def test_programs_that_went_wrong(body):
+    program = Program((), body)
     with jax.checking_leaks.func(False):
         check_idle(program)
         check_counts(program)
