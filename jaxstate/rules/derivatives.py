@@ -93,7 +93,10 @@ class _RuleState(Holder):
         owner = address.own_holder and address.own_holder()
         if owner is not None:
             return owner
-        return next(holder for holder in reversed(self.below) if holder.knows(address))
+        for holder in reversed(self.below):
+            if holder.knows(address):
+                return holder
+        raise address.missing()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -221,8 +224,8 @@ class _Recording(_RuleState):
             raise
         except Exception:  # Python looks at values (or it is an error): the call itself will tell
             self.cells.clear()
-            self.extra.clear()
         self._end_if_touched()
+        self.extra.clear()
 
     def _end_if_touched(self) -> None:
         if self.cells and not self.over:
