@@ -673,6 +673,22 @@ def test_every_error_is_in_the_catalogue():
     }
 
 
+def test_the_message_names_the_transformations_around():
+    def body(x, _):
+        return jax.vmap(lambda x: x * jaxstate.random.uniform())(x), None
+
+    def f(x):
+        return jax.lax.scan(body, x, length=2)[0].sum()
+
+    with pytest.raises(jaxstate.MissingStreamError) as caught:
+        jax.jit(jax.grad(f))(jnp.ones(3))
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  under: ")]
+    assert re.sub(r" at \S*test_errors.py:\d+", "", line) == (
+        "  under: vmap over 3 lanes, in scan of body, in a derivative, in jit of f"
+    )
+    assert line.count("test_errors.py:") == 2
+
+
 ROOT = pathlib.Path(__file__).parents[1]
 SECTIONS = re.split(r"^## ", (ROOT / "docs/errors.md").read_text(), flags=re.M)[1:]
 
