@@ -1357,6 +1357,27 @@ def user_location() -> str:
     return "an unknown line"
 
 
+def transformations() -> str:
+    """What is in progress here, innermost first: "scan of f at a.py:3, in a derivative"."""
+    found = (_described(trace) for trace in chain(current_trace()))
+    return ", in ".join(text for text in found if text)
+
+
+def _described(trace: Any) -> str | None:
+    if isinstance(trace, BatchTrace):
+        return f"vmap over {lane_count(trace)} lanes"
+    if isinstance(trace, DIFFERENTIATING):
+        return "a derivative"
+    info = getattr(getattr(trace, "frame", None), "debug_info", None)
+    if info is None:
+        return None
+    file = (info.func_src_info or "").rpartition(" at ")[2].rpartition(":")[0]
+    if os.path.dirname(__file__) == os.path.dirname(file):
+        return None
+    user = source_info_util.is_user_filename(file)
+    return f"{info.traced_for} of {info.func_src_info}" if user else info.traced_for
+
+
 def location_of(eqn: Any) -> str:
     """``file:line`` of the user's code that an equation comes from."""
     return source_info_util.summarize(eqn.source_info)

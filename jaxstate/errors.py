@@ -10,6 +10,8 @@ import difflib
 import textwrap
 from collections.abc import Iterable
 
+from jaxstate import _compat
+
 __all__ = [
     "AheadOfTimeError",
     "BranchSowError",
@@ -170,7 +172,11 @@ class AheadOfTimeError(StateError):
 
 
 def message(what: str, *, fix: str, **where: str | None) -> str:
-    """What happened; then one line per known place; then the code that mends it."""
+    """What happened; then one line per known place; then the code that mends it.
+
+    The last place is the transformation: that given as ``under``, or all that are in progress.
+    """
+    where.setdefault("under", _compat.transformations())
     lines = [what]
     lines += [f"  {label.replace('_', ' ')}: {place}" for label, place in where.items() if place]
     return "\n".join([*lines, "To mend it:", textwrap.indent(textwrap.dedent(fix).strip(), "    ")])

@@ -24,6 +24,7 @@ class Slot(Holder):
         self.made = made
         self.anchor = _compat.holding_trace(_compat.current_trace())
         self.address = SlotAddress(self)
+        self._own: Any = weakref.WeakKeyDictionary()  # or the slot would keep itself alive
         self._cells()[self] = cell
         self._aval = aval
         loose_holders.add(self)
@@ -31,12 +32,12 @@ class Slot(Holder):
     def knows(self, address: Address) -> bool:
         return address == self.address
 
-    def _cells(self) -> dict[Any, Any]:
+    def _cells(self) -> Any:
         """Where the cell is: with the jaxpr in which the slot was made, so that a slot which a
         function keeps in its closure keeps no tracer."""
         if isinstance(self.anchor, _compat.StagingTrace):
             return trace.notes_of(self.anchor).extra
-        return self.__dict__
+        return self._own
 
     def cell(self, address: Address) -> Cell:
         cell = self.known_cell()

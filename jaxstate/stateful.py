@@ -633,6 +633,7 @@ def _check_results(primitive: Any, before: Any, after: Any) -> None:
                     out = super().process_primitive(primitive, args, params)
                     out = out.astype(jnp.{a.dtype})      # the type that the operation has
                     """,
+                    used=_compat.user_location(),
                 )
             )
 

@@ -88,6 +88,7 @@ def _refuse_to_compile(ctx: Any, *args: Any, address: Address, **params: Any) ->
             jaxstate.extend.register_rule(primitive)(rule)    # makes the primitive stateful
             k = jaxstate.next_key()                           # or: take it out, pass it in
             """,
+            used=_compat.user_location(),
         )
     )
 

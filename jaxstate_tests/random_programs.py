@@ -538,7 +538,8 @@ class Vmap(Call):
 
     def by_hand(self, x, s, at):
         streams = {}
-        drawn = [name for name in SPLIT_STREAMS if f"count {name}" in super().uses(at)]
+        inside = used(self.body, at)
+        drawn = [name for name in SPLIT_STREAMS if f"count {name}" in inside]
         for name in drawn:
             key, count = f"key {name}", f"count {name}"
             region = jax.random.fold_in(s[key], s[count])

@@ -4,6 +4,10 @@ A message names the state, says where it was made and used (a line of this file)
 lines that mend it; afterwards the library is as before.
 """
 
+import ast
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -667,6 +671,84 @@ def test_every_error_is_in_the_catalogue():
     assert {error for error, *_ in CATALOGUE} == {
         getattr(errors, name) for name in errors.__all__ if name not in ("StateError", "SowError")
     }
+
+
+def test_the_message_names_the_transformations_around():
+    def body(x, _):
+        return jax.vmap(lambda x: x * jaxstate.random.uniform())(x), None
+
+    def f(x):
+        return jax.lax.scan(body, x, length=2)[0].sum()
+
+    with pytest.raises(jaxstate.MissingStreamError) as caught:
+        jax.jit(jax.grad(f))(jnp.ones(3))
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  under: ")]
+    assert re.sub(r" at \S*test_errors.py:\d+", "", line) == (
+        "  under: vmap over 3 lanes, in scan of body, in a derivative, in jit of f"
+    )
+    assert line.count("test_errors.py:") == 2
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+SECTIONS = re.split(r"^## ", (ROOT / "docs/errors.md").read_text(), flags=re.M)[1:]
+
+
+def strings(source):
+    """The string constants of a piece of code, joined where the code joins them."""
+    nodes = ast.walk(ast.parse(source))
+    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
+def shown():
+    """What the programs of the documentation look for in messages."""
+    code = re.findall(r"^```python\n(.*?)^```$", "".join(SECTIONS), flags=re.M | re.S)
+    return strings("\n".join(code))
+
+
+def messages():
+    """The first argument of every call of the builder of messages, with the place of the call."""
+    for path in sorted((ROOT / "jaxstate").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "message":
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", node
+
+
+def has_words_of(text, template):
+    """Whether 20 characters in a row, or a fixed part of the template, are in the text."""
+    words = 20
+    return any(
+        fixed[i : i + words] in text
+        for fixed in strings(ast.unparse(template))
+        if len(fixed) >= 10
+        for i in range(max(1, len(fixed) - words + 1))
+    )
+
+
+def test_every_error_has_a_section_with_a_program_that_raises_it():
+    sections = {section.split("\n")[0]: section for section in SECTIONS}
+    assert set(sections) == set(errors.__all__)
+    for name, section in sections.items():
+        if name not in ("StateError", "SowError"):
+            assert (
+                f"shows(\n    jaxstate.{name},\n" in section or f"shows(jaxstate.{name}," in section
+            )
+
+
+def test_every_message_is_shown_in_the_documentation():
+    """By a program that raises it, and its mended form; `test_docs` runs them."""
+    found = shown()
+    missing = [
+        place
+        for place, call in messages()
+        if not any(has_words_of(text, call.args[0]) for text in found)
+    ]
+    assert not missing
+
+
+def test_every_message_says_where_the_program_is():
+    for place, call in messages():
+        given = {keyword.arg for keyword in call.keywords}
+        assert {"fix", "used"} <= given, place
 
 
 @pytest.mark.parametrize("key", [0, None, jnp.zeros(2), jax.random.split(KEY, 3), "key"])

@@ -1,5 +1,7 @@
 """Slots: state that only some operations touch."""
 
+import weakref
+
 import jax
 import jax.extend
 import jax.interpreters.mlir
@@ -118,6 +120,16 @@ def test_a_slot_made_inside_a_vmap_has_a_value_per_lane():
         return read(slot)
 
     np.testing.assert_allclose(jax.jit(jax.vmap(lane))(jnp.arange(3.0)), 3 * jnp.arange(3.0))
+
+
+def test_a_slot_that_is_dropped_frees_its_array_at_once():
+    def made():
+        slot = new_slot(jnp.zeros(1000))
+        jax.jit(lambda: bump(slot))()
+        return weakref.ref(slot), weakref.ref(read(slot))
+
+    dropped, value = made()
+    assert dropped() is None and value() is None
 
 
 @pytest.mark.leaks_allowed("the test keeps a slot beyond the function that made it")
