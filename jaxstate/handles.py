@@ -15,6 +15,35 @@ from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
 __all__ = ["Slot", "SlotAddress", "new_slot", "read", "write"]
 
 
+class ZeroCell(Cell):
+    """A cell that is zero until it is written.
+
+    Attributes:
+      written: the value, or None as long as there is none.
+    """
+
+    __slots__ = ("_aval", "_place", "_zero", "written")
+
+    def __init__(self, place: Any, aval: Any) -> None:
+        self._place = place
+        self._aval = aval
+        self._zero: Any = None
+        self.written: Any = None
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        if self.written is not None:
+            return self.written
+        if self._zero is None:
+            with _compat.set_current_trace(self._place):
+                self._zero = _compat.zeros(self._aval)
+        return self._zero
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.written = value
+
+
 class Slot(Holder):
     """One array of state: see `new_slot`."""
 

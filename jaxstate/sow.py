@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxstate import _compat, trace
 from jaxstate.errors import PlantMismatchError, message
-from jaxstate.handles import strong
+from jaxstate.handles import ZeroCell, strong
 from jaxstate.slots import Address, Cell, open_holder
 from jaxstate.sown import Event, Kind, SownAddress, SownHolder, holder_of, numbered, types_of
 
@@ -118,35 +118,13 @@ def _tree(event: Event, leaves: list[Any]) -> Any:
 # -- Reap ------------------------------------------------------------------------------------
 
 
-class _ZeroCell(Cell):
-    """A cell that is zero until it is written."""
-
-    __slots__ = ("_aval", "_place", "written")
-
-    def __init__(self, place: Any, aval: Any) -> None:
-        self._place = place
-        self._aval = aval
-        self.written: Any = None
-
-    @property
-    def value(self) -> Any:  # type: ignore[override]
-        if self.written is None:
-            with _compat.set_current_trace(self._place):
-                return _compat.zeros(self._aval)
-        return self.written
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self.written = value
-
-
 class _Reap(SownHolder):
     """Collects what is sown under a tag."""
 
     def __init__(self, tag: str) -> None:
         super().__init__()
         self.tag = tag
-        self.cells: dict[SownAddress, _ZeroCell] = {}
+        self.cells: dict[SownAddress, ZeroCell] = {}
 
     def knows(self, address: Address) -> bool:
         if not isinstance(address, SownAddress):
@@ -155,7 +133,7 @@ class _Reap(SownHolder):
 
     def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
         if address not in self.cells:
-            self.cells[address] = _ZeroCell(self.anchor, address.aval())
+            self.cells[address] = ZeroCell(self.anchor, address.aval())
         return self.cells[address]
 
     def without_values(self) -> _Reap:

@@ -25,20 +25,25 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 
 from jaxstate import _compat
 from jaxstate.errors import TraceStateError, message
-from jaxstate.forms import strong
-from jaxstate.handles import Slot, new_slot
-from jaxstate.slots import Cell
+from jaxstate.handles import Slot
+from jaxstate.retraced import (
+    Processed,
+    check_results,
+    constants_in_slots,
+    with_one_condition,
+    without_unused_reads,
+)
 from jaxstate.thread import has_rule
-from jaxstate.trace import read, read_p, recaptured, same_trace, state_effect, write
+from jaxstate.trace import recaptured, same_trace, state_effect
+from jaxstate.tracestate import Entry, Form, Shared, Static, check_hashable, is_array
 
 __all__ = ["StatefulTrace", "current_trace", "new_trace"]
 
@@ -73,9 +78,9 @@ class StatefulTrace(_compat.TransparentTrace):
         # The state is in `_value` or, until somebody asks, in the slots of `_entry`. `_stored` is
         # what was last put into slots, or taken from them.
         self._value: Any = None
-        self._entry: _Entry | None = None
-        self._stored: _Entry | None = None
-        self._shared = _Shared()
+        self._entry: Entry | None = None
+        self._stored: Entry | None = None
+        self._shared = Shared()
         self._opened: weakref.ref[StatefulTrace] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -167,15 +172,15 @@ class StatefulTrace(_compat.TransparentTrace):
 
     def _through_jaxprs(self, primitive: Any, args: Any, params: Any) -> Any:
         if primitive is _compat.while_p:
-            args, params = _with_one_condition(args, params)
+            args, params = with_one_condition(args, params)
         with self._state_in_slots() as entry:
-            ends: list[_Form] = []
+            ends: list[Form] = []
             slots: list[Slot] = []  # alive as long as the new jaxprs are
 
             def processed(jaxpr: Any) -> Any:
                 done = self._processed(primitive, jaxpr, entry.form)
                 if primitive not in _CALLS:
-                    _check_results(primitive, jaxpr, done.jaxpr)
+                    check_results(primitive, jaxpr, done.jaxpr)
                 ends.append(done.end)
                 slots.extend(done.constants)
                 return done.jaxpr
@@ -187,7 +192,7 @@ class StatefulTrace(_compat.TransparentTrace):
                 entry.form = ends[0]
             return primitive.bind(*args, **params)
 
-    def _processed(self, primitive: Any, jaxpr: Any, start: _Form) -> _Processed:
+    def _processed(self, primitive: Any, jaxpr: Any, start: Form) -> Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
         may_close = _compat.is_closed(jaxpr) and primitive is not _compat.remat_p
         known = self._shared.processed.setdefault(jaxpr, {})
@@ -199,7 +204,7 @@ class StatefulTrace(_compat.TransparentTrace):
                 known[key] = done
         return done
 
-    def _process(self, jaxpr: Any, may_close: bool, start: _Form) -> _Processed:
+    def _process(self, jaxpr: Any, may_close: bool, start: Form) -> Processed:
         inside = self._inside(None, start)
         end = start
 
@@ -212,11 +217,11 @@ class StatefulTrace(_compat.TransparentTrace):
             ]
 
         made = _compat.trace_flat(run, _compat.in_avals(jaxpr))
-        made, constants = _constants_in_slots(made, may_close)
-        made = _without_unused_reads(made)
+        made, constants = constants_in_slots(made, may_close)
+        made = without_unused_reads(made)
         if not _compat.is_closed(jaxpr):
             made = _compat.opened(made)
-        return _Processed(made, end, constants)
+        return Processed(made, end, constants)
 
     # -- Functions ---------------------------------------------------------------------------
 
@@ -258,13 +263,13 @@ class StatefulTrace(_compat.TransparentTrace):
         )
 
     @contextmanager
-    def _state_in_slots(self) -> Iterator[_Entry]:
+    def _state_in_slots(self) -> Iterator[Entry]:
         """For a while the state is in slots, where a new jaxpr or function finds it.
 
         It runs under the parent trace. If it fails, the state is as before.
         """
         with _compat.set_current_trace(self.parent_trace):
-            entry = self._entry or _Entry.store(self._shared, self._value, self._stored)
+            entry = self._entry or Entry.store(self._shared, self._value, self._stored)
             start = entry.form
             self._stored = None  # what the slots hold after an error is not known
             yield entry
@@ -287,7 +292,7 @@ class StatefulTrace(_compat.TransparentTrace):
         twin.__dict__ = self.__dict__
         return twin
 
-    def _inside(self, primitive: Any, form: _Form) -> _Inside:
+    def _inside(self, primitive: Any, form: Form) -> _Inside:
         return _Inside(self._copy(), primitive, form)
 
     def __repr__(self) -> str:
@@ -330,14 +335,14 @@ class _Inside(NamedTuple):
 
     trace: StatefulTrace
     primitive: Any
-    form: _Form
+    form: Form
 
-    def run(self, fun: Callable[..., Any], *args: Any) -> tuple[Any, _Form]:
+    def run(self, fun: Callable[..., Any], *args: Any) -> tuple[Any, Form]:
         """Runs ``fun`` under a copy of the trace on top of the trace that is current, and hands the
         state that it leaves back to the slots. Returns the form of that too."""
         copy = self.trace._copy()
         copy.parent_trace = _compat.current_trace()
-        before = copy._entry = _Entry(copy._shared, self.form)
+        before = copy._entry = Entry(copy._shared, self.form)
         attributes = dict(copy.__dict__)
         try:
             with _compat.set_current_trace(copy):
@@ -345,7 +350,7 @@ class _Inside(NamedTuple):
             _check_attributes(copy, attributes)
             if copy._entry is before:  # nobody has asked
                 return out, self.form
-            after = copy._entry or _Entry.store(copy._shared, copy._value, copy._stored)
+            after = copy._entry or Entry.store(copy._shared, copy._value, copy._stored)
         finally:
             copy.__dict__ = {}  # JAX may keep it, as the parent of a trace of a derivative rule
         if self.primitive is not None and after.form != self.form:
@@ -374,271 +379,7 @@ def _check_attributes(copy: StatefulTrace, before: dict[str, Any]) -> None:
 _OWN_ATTRIBUTES = frozenset({"parent_trace", "_value", "_entry", "_stored"})
 
 
-# -- State in slots --------------------------------------------------------------------------
-
-
-class _Static(NamedTuple):
-    """A leaf of the state that is no array."""
-
-    value: Hashable
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-class _Shown(str):
-    """A text that stands in the place of a leaf, and prints without quotes."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-class _Form(NamedTuple):
-    """The static part of a state: its structure and, for each leaf, a type or a static value."""
-
-    tree: Any
-    leaves: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        shown = [x if isinstance(x, _Static) else _Shown(x.str_short()) for x in self.leaves]
-        return str(self.tree.unflatten(shown))
-
-
-class _Processed(NamedTuple):
-    """A jaxpr with the operations of a trace in it.
-
-    Attributes:
-      end: the form of the state that it leaves.
-      constants: slots that it reads what the trace closes over from.
-    """
-
-    jaxpr: Any
-    end: _Form
-    constants: tuple[Slot, ...]
-
-
-class _ZeroCell(Cell):
-    """The cell of a leaf that a jitted function adds to the state: there is nothing before it."""
-
-    __slots__ = ("_aval", "_place", "_value")
-
-    def __init__(self, place: Any, aval: Any) -> None:
-        self._place = place
-        self._aval = aval
-        self._value = None
-
-    @property
-    def value(self) -> Any:  # type: ignore[override]
-        if self._value is None:
-            with _compat.set_current_trace(self._place):
-                self._value = _compat.zeros(self._aval)
-        return self._value
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self._value = value
-
-
-class _Shared:
-    """What a trace and its copies have in common."""
-
-    def __init__(self) -> None:
-        self.place: Any = None
-        self.family = object()
-        self.slots: dict[tuple[int, Any], Slot] = {}
-        self.processed: weakref.WeakKeyDictionary[Any, dict[Any, _Processed]] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def slot(self, n: int, aval: Any) -> Slot:
-        """The slot of leaf number ``n``, as long as that is of this type."""
-        slot = self.slots.get((n, aval))
-        if slot is None:
-            with _compat.set_current_trace(self.place):
-                slot = Slot(_ZeroCell(self.place, aval), aval, f"leaf {n} of a trace", "")
-                slot.family = self.family
-            self.slots[n, aval] = slot
-        return slot
-
-    def close(self) -> None:
-        """Forgets all values. Rules of derivatives that run later still know the slots."""
-        self.place = None
-        self.processed.clear()
-        for slot in self.slots.values():
-            slot.close()
-
-
-class _Entry:
-    """A state that is in slots.
-
-    Attributes:
-      form: its static part.
-      values: the arrays that were stored or loaded, where they are known.
-    """
-
-    def __init__(self, shared: _Shared, form: _Form) -> None:
-        self.shared = shared
-        self.form = form
-        self.values: dict[Slot, Any] = {}
-
-    @classmethod
-    def store(cls, shared: _Shared, state: Any, before: _Entry | None = None) -> _Entry:
-        """Puts a state into slots: all of it that is not there since ``before``."""
-        leaves, tree = jax.tree.flatten(state)
-        leaves = [_strong(_compat.resolved(x)) if _is_array(x) else _Static(x) for x in leaves]
-        kinds = tuple(x if isinstance(x, _Static) else _slot_type(x) for x in leaves)
-        _check_hashable(kinds)
-        entry = cls(shared, _Form(tree, kinds))
-        known = {} if before is None else before.values
-        for n, x in enumerate(leaves):
-            if not isinstance(x, _Static):
-                slot = shared.slot(n, kinds[n])
-                if known.get(slot) is not x:
-                    write(slot.address, x)
-                entry.values[slot] = x
-        return entry
-
-    def _slots(self) -> list[Slot | None]:
-        leaves = enumerate(self.form.leaves)
-        return [None if isinstance(x, _Static) else self.shared.slot(n, x) for n, x in leaves]
-
-    def load(self) -> Any:
-        """The state, as it is in the slots here and now."""
-        slots = self._slots()
-        self.values = {slot: read(slot.address) for slot in slots if slot is not None}
-        leaves = zip(self.form.leaves, slots, strict=True)
-        return self.form.tree.unflatten(
-            [x.value if s is None else self.values[s] for x, s in leaves]
-        )
-
-    def changed(self) -> bool:
-        return any(read(slot.address) is not value for slot, value in self.values.items())
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
-
-
-def _strong(x: Any) -> Any:
-    return strong(x) if _compat.is_weak(x) else x
-
-
-def _slot_type(x: Any) -> Any:
-    aval = _compat.typeof(x)
-    return aval if _compat.is_typed_key(aval) else _compat.ShapedArray(aval.shape, aval.dtype)
-
-
-def _check_hashable(leaves: tuple[Any, ...]) -> None:
-    for leaf in leaves:
-        try:
-            hash(leaf)
-        except TypeError:
-            raise TypeError(
-                f"The state of a trace has the static leaf {leaf.value!r}, which cannot be hashed,"
-                " so JAX cannot tell whether it has changed.\nTo mend it:\n"
-                "    state = jnp.asarray(...)      # an array, or a tuple, a string, a number"
-            ) from None
-
-
-# -- Jaxprs ----------------------------------------------------------------------------------
-
-
-def _with_one_condition(args: Any, params: Any) -> tuple[Any, Any]:
-    """A while loop over lanes, each with a condition of its own, as a loop with one for all.
-
-    A vmap makes such loops. JAX runs them as long as a lane wants to go on, and lets the others
-    stay; but then all that the loop carries needs the axis of the lanes, and the state has none.
-    """
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    if not _compat.out_avals(cond)[0].shape:
-        return args, params
-    n, m = params["cond_nconsts"], params["body_nconsts"]
-    cond, body = _one_condition(cond, body, n, m)
-    params = dict(params, cond_jaxpr=cond, body_jaxpr=body, body_nconsts=n + m)
-    return [*args[:n], *args], params
-
-
-@_compat.weakref_lru_cache
-def _one_condition(cond: Any, body: Any, n: int, m: int) -> tuple[Any, Any]:
-    def any_lane(*args: Any) -> Any:
-        return jax.numpy.any(*_compat.eval_closed_jaxpr(cond, *args))
-
-    def lanes_that_go_on(*args: Any) -> list[Any]:
-        carry = args[n + m :]
-        [goes_on] = _compat.eval_closed_jaxpr(cond, *args[:n], *carry)
-
-        def chosen(new: Any, old: Any) -> Any:
-            dims = range(goes_on.ndim)
-            return jax.lax.select(jax.lax.broadcast_in_dim(goes_on, new.shape, dims), new, old)
-
-        return [*map(chosen, _compat.eval_closed_jaxpr(body, *args[n:]), carry)]
-
-    avals = _compat.in_avals(cond)[:n] + _compat.in_avals(body)
-    return (
-        _compat.trace_flat(any_lane, _compat.in_avals(cond)),
-        _compat.trace_flat(lanes_that_go_on, avals),
-    )
-
-
-def _constants_in_slots(jaxpr: Any, may_close: bool) -> tuple[Any, tuple[Slot, ...]]:
-    """The jaxpr without constants that are tracers: it reads them from slots instead.
-
-    `process_primitive` may close over anything, and most primitives have no operand for it. A jaxpr
-    that may not close over values, one that is to be opened or that of a checkpoint, has none.
-    """
-
-    def moves(constant: Any) -> bool:
-        return not may_close or _compat.is_tracer(constant)
-
-    constants = [c for c in _compat.consts_of(jaxpr) if moves(c)]
-    if not constants:
-        return jaxpr, ()
-    slots = tuple(new_slot(c, name="a value that a trace closes over") for c in constants)
-    hoisted = _compat.hoist_constants(jaxpr, moves)
-
-    def run(*args: Any) -> list[Any]:
-        return _compat.eval_closed_jaxpr(hoisted, *(read(s.address) for s in slots), *args)
-
-    return _compat.trace_flat(run, _compat.in_avals(jaxpr)), slots
-
-
-def _without_unused_reads(jaxpr: Any) -> Any:
-    """The jaxpr without reads of state that it then does nothing with."""
-    if state_effect not in jaxpr.effects:
-        return jaxpr
-    eqns = _compat.equations(jaxpr)
-    used = {v for eqn in eqns for v in eqn.invars if isinstance(v, _compat.Var)}
-    used.update(v for v in _compat.outvars(jaxpr) if isinstance(v, _compat.Var))
-    kept = [e for e in eqns if e.primitive is not read_p or e.outvars[0] in used]
-    if len(kept) == len(eqns):
-        return jaxpr
-    effects = jaxpr.effects
-    if not any(state_effect in eqn.effects for eqn in kept):
-        effects -= {state_effect}
-    invars, outvars = _compat.invars(jaxpr), _compat.outvars(jaxpr)
-    return _compat.remade(jaxpr, invars=invars, outvars=outvars, eqns=kept, effs=effects)
-
-
-def _check_results(primitive: Any, before: Any, after: Any) -> None:
-    """The jaxprs of a loop or a branch return what they returned before."""
-    for a, b in zip(_compat.out_avals(before), _compat.out_avals(after), strict=True):
-        if not _compat.same_aval(a, b):
-            raise TraceStateError(
-                message(
-                    f"process_primitive made a value of type {b.str_short()} out of one of type"
-                    f" {a.str_short()}, inside a {primitive.name} that has to return the latter.",
-                    fix=f"""
-                    out = super().process_primitive(primitive, args, params)
-                    out = out.astype(jnp.{a.dtype})      # the type that the operation has
-                    """,
-                    used=_compat.user_location(),
-                )
-            )
-
-
-def _changed_structure(trace: Any, primitive: Any, start: _Form, ends: list[_Form]) -> Exception:
+def _changed_structure(trace: Any, primitive: Any, start: Form, ends: list[Form]) -> Exception:
     end = next(end for end in ends if end != start)
     return TraceStateError(
         message(
@@ -694,7 +435,7 @@ def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Ite
     trace.parent_trace = _compat.current_trace()
     trace._shared.place = _compat.holding_trace(trace)
     trace.state = jax.tree.map(lambda x: x, state)  # containers of its own
-    _check_hashable(tuple(_Static(x) for x in jax.tree.leaves(state) if not _is_array(x)))
+    check_hashable(tuple(Static(x) for x in jax.tree.leaves(state) if not is_array(x)))
     # JAX keeps whatever was current when it traced a derivative rule. It gets a twin, which has
     # nothing when this is over; the state stays with the caller's object.
     twin = trace._twin()

@@ -26,6 +26,8 @@ from jaxstate_tests.random_programs import (
     Program,
     Read,
     Vmap,
+    While,
+    anywhere,
     programs,
 )
 from jaxstate_tests.test_random_programs import initial, stateful
@@ -152,10 +154,21 @@ def operations(jaxpr):
     return found
 
 
+def loops(program):
+    return anywhere(program, lambda s: isinstance(s, While))
+
+
+def loops_over_lanes(program):
+    """Under a trace, such a loop has one condition for all lanes, as it has when it is compiled."""
+    return anywhere(program, lambda s: isinstance(s, Vmap) and loops(s.body))
+
+
 def check_idle(program):
     for place in PLACES:
         plain, watched = place(program, Nobody), place(program, idle)
-        for transform in TRANSFORMS.values():
+        for name, transform in TRANSFORMS.items():
+            if loops(program) if name == "vmap" else loops_over_lanes(program):
+                continue
             made = [outcome(jax.make_jaxpr(jax.jit(transform(f))), X) for f in (watched, plain)]
             found, wanted = (j if isinstance(j, type) else operations(j) for j in made)
             assert found == wanted
@@ -173,7 +186,7 @@ def assert_same(found, wanted):
 def check_counts(program):
     xs = X + 0.3 * jnp.arange(3.0)
     plain = jax.jit(inside(program, Nobody))
-    if isinstance(outcome(plain, X), type):
+    if isinstance(outcome(plain, X), type) or loops_over_lanes(program):
         return
     wanted = [StepByStep().count(plain, x) for x in xs]
     with counting() as trace:
