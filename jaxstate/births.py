@@ -48,7 +48,7 @@ class Birth:
     def run(self, data: Sequence[Any], *keys: Any) -> list[Any]:
         return _compat.eval_closed_jaxpr(self.jaxpr, *data, *keys)
 
-    def run_with_key(self, data: Sequence[Any], key: Any, words: Sequence[Any]) -> list[Any]:
+    def run_with_key(self, data: Sequence[Any], key: Any, words: Any) -> list[Any]:
         """Runs it with a key of its own: ``key``, with the ``words`` folded in."""
         if not self._looks_at_key:
             return self.run(data, key)
@@ -57,7 +57,7 @@ class Birth:
         return self.run(data, _folded(key, words))
 
 
-def _folded(key: Any, words: Sequence[Any]) -> Any:
+def _folded(key: Any, words: Any) -> Any:
     for word in words:
         key = jax.random.fold_in(key, word)
     return key

@@ -208,7 +208,10 @@ class ScopeStack(threading.local):
 
     def inside(self, *boundaries: Any) -> tuple[Level, ...]:
         """The levels entered directly inside one of ``boundaries``, outermost first."""
-        return tuple(e.level for e in self.entries if any(e.boundary is b for b in boundaries))
+        if len(boundaries) == 1:
+            (boundary,) = boundaries
+            return tuple([e.level for e in self.entries if e.boundary is boundary])
+        return tuple([e.level for e in self.entries if any(e.boundary is b for b in boundaries)])
 
     def own_path(self, layers: Layers) -> Path:
         """The path of the program where no boundary is around it; see `Layers.path_of`.

@@ -171,18 +171,15 @@ class ApplyStore(Store):
         place = self.located(address)
         entry = self.entry_at(place, address)
         if entry.form is None:
-            inside = place.layers.layers[0] is not self.layer
-            guess_or_find = self._guess if inside else self._found
-            entry.form = guess_or_find(address, place.path, wanted)
+            if place.layers.layers[0] is self.layer:
+                entry.form = self._found(entry, address, wanted)
+            else:
+                entry.form = self._guess(address, place.path, wanted)
         elif not entry.form.same_shapes(wanted):
             raise address.conflict(place.path, entry.used, entry.form, wanted)
         addresses = address.leaves(entry.form, None)
-        if not place.here:
-            return Use(entry.form, addresses, None)
-        for a in addresses:
-            if a.leaf not in entry.cells:
-                self.new_cell(entry, a, place.path)
-        return Use(entry.form, addresses, entry)
+        has_cells = place.here and len(entry.cells) == len(addresses)
+        return Use(entry.form, addresses, entry if has_cells else None)
 
     def aval(self, address: EntryAddress) -> Any:  # type: ignore[override]
         form = self.entry(address).form
@@ -190,11 +187,7 @@ class ApplyStore(Store):
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
         value, aval = self._leaf(address, (*path, *address.leaf), address.wanted)
-        if not _compat.is_plain_array(value) or address.type_as_stored(aval) is not aval:
-            value = address.as_stored(value)
-        entry.initial[address.leaf] = value
-        cell = entry.cells[address.leaf] = Cell(value)
-        return cell
+        return _add_cell(entry, address, address.leaf, value, aval)
 
     def state(self) -> dict[str, Any]:
         """The variables as they are now: a new dict of the form of the given one."""
@@ -209,15 +202,20 @@ class ApplyStore(Store):
                     node[name] = cell.value
         return state
 
-    def _found(self, address: EntryAddress, path: Path, wanted: Form) -> Form:
-        """The form of what was given; an error if it is not of the wanted structure and shapes."""
-        given = [self._leaf(address, (*path, *leaf), wanted) for leaf in wanted.leaves]
+    def _found(self, entry: Entry, address: EntryAddress, wanted: Form) -> Form:
+        """Makes the cells of an entry, and gives the form of what was given; an error if it is not
+        of the wanted structure and shapes."""
+        given = [self._leaf(address, (*entry.path, *leaf), wanted) for leaf in wanted.leaves]
         types = tuple([address.type_as_stored(aval) for _, aval in given])
         if types == wanted.avals:
-            return wanted
-        found = Form(wanted.tree, wanted.leaves, types)
-        if not found.same_shapes(wanted):
-            raise address.mismatch(path, str(found), str(wanted))
+            found = wanted
+        else:
+            found = Form(wanted.tree, wanted.leaves, types)
+            if not found.same_shapes(wanted):
+                raise address.mismatch(entry.path, str(found), str(wanted))
+        for leaf, (value, aval) in zip(wanted.leaves, given, strict=True):
+            if leaf not in entry.cells:
+                _add_cell(entry, address, leaf, value, aval)
         return found
 
     def _guess(self, address: EntryAddress, path: Path, wanted: Form) -> Form:
@@ -266,6 +264,14 @@ class ApplyStore(Store):
                 return None
             self._scopes[kind, path] = scope
         return scope
+
+
+def _add_cell(entry: Entry, address: EntryAddress, leaf: Path, value: Any, aval: Any) -> Cell:
+    if not _compat.is_plain_array(value) or address.type_as_stored(aval) is not aval:
+        value = address.as_stored(value)
+    entry.initial[leaf] = value
+    cell = entry.cells[leaf] = Cell(value)
+    return cell
 
 
 class _Guess:

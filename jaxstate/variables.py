@@ -179,9 +179,12 @@ class Variable:
         store = self._store()
         if not store.writable:
             raise self._read_only()
-        leaves, tree = jax.tree.flatten(value)
-        if tree != self._form.tree:
-            raise self._wrong_type(str(tree))
+        if _compat.is_plain_array(value) and self._form.leaves == ((),):
+            leaves = [value]
+        else:
+            leaves, tree = jax.tree.flatten(value)
+            if tree != self._form.tree:
+                raise self._wrong_type(str(tree))
         values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
         cells = self._cells_here(store)
         used = _compat.user_location() if cells is None else ""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxstate
-from jaxstate_tests.bench import nets, programs
+from jaxstate_tests.bench import measure, nets
 from jaxstate_tests.bench.models import QUICK, train_step
 from jaxstate_tests.bench.peers import by_hand, with_jaxstate
 
@@ -200,7 +200,7 @@ def python_calls(fun):
 def test_trace_grows_like_the_program(make, n):
     def calls(n):
         pair = make(n)
-        trace = programs.trace_of(pair.ours, pair.args)
+        trace = measure.trace_of(pair.ours, pair.args)
         trace()
         return python_calls(trace)
 

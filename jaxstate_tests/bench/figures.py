@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxstate_tests.bench.measure import Side, Timing, compare
+from jaxstate_tests.bench.measure import Side, Timing, compare, trace_side
 from jaxstate_tests.bench.models import Model, Net, train_step
 
 BY_HAND = "by hand"
@@ -26,17 +26,12 @@ class Figure(NamedTuple):
     side: Callable[[Net, tuple[Any, ...]], Side]
 
 
-def _trace(fun: Callable[..., Any], *args: Any) -> Side:
-    # A new function each time, or JAX finds its jaxpr in a cache.
-    return Side(lambda: (jax.make_jaxpr(lambda *args: fun(*args))(*args), None)[1])
-
-
 def _forward_trace(net: Net, args: tuple[Any, ...]) -> Side:
-    return _trace(net.forward, *args)
+    return trace_side(net.forward, args)
 
 
 def _train_trace(net: Net, args: tuple[Any, ...]) -> Side:
-    return _trace(train_step(net), *args)
+    return trace_side(train_step(net), args)
 
 
 def _init_eager(net: Net, args: tuple[Any, ...]) -> Side:
@@ -44,7 +39,7 @@ def _init_eager(net: Net, args: tuple[Any, ...]) -> Side:
 
 
 def _init_trace(net: Net, args: tuple[Any, ...]) -> Side:
-    return _trace(net.init, args[3], args[2])
+    return trace_side(net.init, (args[3], args[2]))
 
 
 def _eager_apply(net: Net, args: tuple[Any, ...]) -> Side:

@@ -22,11 +22,14 @@ class Side(NamedTuple):
       run: what is timed; its result is waited for.
       calls: how often it runs for one time.
       setup: returns a context that is open around the calls, or None.
+      clock: counts seconds. What works on one thread only is timed by what that thread works, so
+        that other programs on the machine do not count.
     """
 
     run: Run
     calls: int = 1
     setup: Callable[[], Any] | None = None
+    clock: Callable[[], float] = time.perf_counter
 
     def seconds(self) -> float:
         """Seconds per call."""
@@ -36,12 +39,25 @@ class Side(NamedTuple):
             return self._clock()
 
     def _clock(self) -> float:
-        run = self.run
-        start = time.perf_counter()
+        run, clock = self.run, self.clock
+        start = clock()
         for _ in range(self.calls):
             out = run()
         jax.block_until_ready(out)
-        return (time.perf_counter() - start) / self.calls
+        return (clock() - start) / self.calls
+
+
+def trace_of(fun: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
+    """Traces ``fun(*args)`` with each call. (Anew: JAX keeps the jaxpr of a function it knows.)"""
+
+    def trace() -> None:
+        jax.make_jaxpr(lambda *args: fun(*args))(*args)
+
+    return trace
+
+
+def trace_side(fun: Callable[..., Any], args: tuple[Any, ...]) -> Side:
+    return Side(trace_of(fun, args), clock=time.thread_time)
 
 
 class Timing(NamedTuple):

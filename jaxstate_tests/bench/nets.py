@@ -114,8 +114,9 @@ def deep(n: int, around: Callable[[Any], Any] = lambda f: f) -> Pair:
     def descend(params: Any, x: Any) -> Any:
         x = x + params["b"]
         inner = params.get("level")
-        return x if inner is None else around(lambda p, x: descend(p, x))(inner, x)
+        return x if inner is None else nested(inner, x)
 
+    nested = around(descend)
     return _pair(module, lambda params, state, x, key: (descend(params, x), state))
 
 

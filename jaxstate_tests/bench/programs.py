@@ -6,6 +6,7 @@ Each program says with what it is compared, and is data in `PROGRAMS`.
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 import jaxstate
 from jaxstate_tests.bench import nets
-from jaxstate_tests.bench.measure import Side
+from jaxstate_tests.bench.measure import Side, trace_of, trace_side
 
 CALLS = 200
 OURS, BY_HAND, REFS = "jaxstate", "by hand", "jax.new_ref"
@@ -147,19 +148,10 @@ def loop_of_writes() -> dict[str, Side]:
 # -- Traces ----------------------------------------------------------------------------------
 
 
-def trace_of(fun: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
-    """Traces ``fun(*args)`` anew with each call."""
-
-    def trace() -> None:
-        jax.make_jaxpr(lambda *args: fun(*args))(*args)
-
-    return trace
-
-
 def _traces(pair: Callable[[], nets.Pair]) -> Callable[[], dict[str, Side]]:
     def sides() -> dict[str, Side]:
         ours, by_hand, args = pair()
-        return {OURS: Side(trace_of(ours, args)), BY_HAND: Side(trace_of(by_hand, args))}
+        return {OURS: trace_side(ours, args), BY_HAND: trace_side(by_hand, args)}
 
     return sides
 
@@ -169,13 +161,16 @@ def _growth(make: Callable[[int], nets.Pair], n: int) -> Callable[[], dict[str, 
 
     def sides() -> dict[str, Side]:
         few, many = make(n), make(10 * n)
-        trace, trace_many = trace_of(few.ours, few.args), trace_of(many.ours, many.args)
+        trace = trace_of(few.ours, few.args)
 
         def ten() -> None:
             for _ in range(10):
                 trace()
 
-        return {f"n = {10 * n}": Side(trace_many), f"10 times n = {n}": Side(ten)}
+        return {
+            f"n = {10 * n}": trace_side(many.ours, many.args),
+            f"10 times n = {n}": Side(ten, clock=time.thread_time),
+        }
 
     return sides
 
