@@ -472,7 +472,9 @@ def test_debugging_modes_change_nothing_for_parameters_variables_and_lanes(key):
     for mode in (jax.disable_jit(), jax.debug_nans(True), jax.debug_key_reuse(True)):
         with mode:
             step = jax.jit(jax.value_and_grad(lambda w: loss(run, w), has_aux=True))
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step(3.0), wanted)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step(3.0), wanted
+            )
 
 
 def test_state_is_an_operand_of_callbacks(key):

@@ -34,9 +34,7 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     written = writes + outs
     axes = _axes(written, branches, index)
     branches = tuple(_varying_last(j, axes) for j in branches)
-    results = list(
-        _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
-    )
+    results = list(_compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches)))
     return write_last(written, results)
 
 

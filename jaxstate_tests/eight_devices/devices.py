@@ -1,5 +1,8 @@
-"""shard_map and pmap around state and state around them: nested, with all kinds of meshes, in and around
-derivatives, loops and lanes. Every reference is a program of JAX alone, or a loop over devices by hand."""
+"""shard_map and pmap around state and state around them: nested, with all kinds of meshes, in and
+around derivatives, loops and lanes.
+
+Every reference is a program of JAX alone, or a loop over devices by hand.
+"""
 
 from functools import partial
 
@@ -10,7 +13,19 @@ import pytest
 import jaxstate
 from jaxstate.extend import new_slot, read, write
 from jaxstate_tests.eight_devices.common import (
-    ALL, AXES, KEY, MODES, P, X, close, explicit_mesh, fold, mapped, mesh, sharding, uniform,
+    ALL,
+    AXES,
+    KEY,
+    MODES,
+    P,
+    X,
+    close,
+    explicit_mesh,
+    fold,
+    mapped,
+    mesh,
+    sharding,
+    uniform,
 )  # fmt: skip
 
 both = pytest.mark.parametrize("mode", MODES)
@@ -166,7 +181,7 @@ def test_a_function_traced_for_one_value_is_not_used_for_several(mode):
         double()
         return read(own)[None]
 
-    with pytest.raises(jaxstate.DeviceWriteError, match="slot 'own' varies.*is used again"):
+    with pytest.raises(jaxstate.DeviceWriteError, match=r"slot 'own' varies.*is used again"):
         mode(mapped(partial(f, 1.0)))(X)
     vary = partial(jax.lax.pcast, axis_name=AXES, to="varying")
     close(mode(mapped(lambda x: f(vary(jnp.float32(1)), x)))(X), 2 * (2 + X))
@@ -216,9 +231,7 @@ def test_modules_on_the_devices_have_the_names_they_have_without(mode):
     start = alone.init_with_state(KEY, X)
     close(mode(spread.init_with_state)(KEY, X), start)
     params, state = jax.tree.map(lambda x: x + 1, start)
-    close(
-        mode(spread.apply_with_state)(params, state, X), alone.apply_with_state(params, state, X)
-    )
+    close(mode(spread.apply_with_state)(params, state, X), alone.apply_with_state(params, state, X))
 
 
 # -- Meshes ----------------------------------------------------------------------------------
@@ -353,8 +366,11 @@ def by_hand(w, state, x):
 
 DERIVATIVES = {
     "value": lambda f: f,
-    "grad": lambda f: jax.grad(lambda *args: (lambda y, s: ((y**2).sum() + s["mean"], s))(*f(*args)),
-                               (0, 1, 2), has_aux=True),
+    "grad": lambda f: jax.grad(
+        lambda *args: (lambda y, s: ((y**2).sum() + s["mean"], s))(*f(*args)),
+        (0, 1, 2),
+        has_aux=True,
+    ),
     "jvp": lambda f: lambda *args: jax.jvp(f, args, args),
     "linearize": lambda f: lambda *args: jax.linearize(f, *args)[1](*args),
     "checkpoint": jax.checkpoint,
