@@ -14,7 +14,7 @@ MOMENTUM = 0.9
 
 
 def batch_norm(*axis_names, reduce=None):
-    """Normalizes by the statistics of the batch, which lies on the axes, and keeps running means."""
+    """Normalizes by the statistics of the batch, which lies on the axes; keeps running means."""
 
     @jaxstate.parametrized
     def batch_norm(x):

@@ -1,7 +1,7 @@
 """Every cell of the table "Lanes and devices" of docs/concepts.md, eagerly and jitted.
 
 There are eight lanes, or devices. Each has a number x and uses some state: once, or in a branch
-that some of them take, or in a loop that ends when they like. The reference is a Python loop over the
+some of them take, or in a loop that ends when they like. The reference is a Python loop over the
 lanes that folds keys and adds up values by hand.
 """
 
@@ -138,7 +138,7 @@ def read_a_parameter(cell, mode):
     close(mode(apply)(w), by_hand(w))
     close(mode(lambda w: jax.jvp(apply, (w,), (t,)))(w), jax.jvp(by_hand, (w,), (t,)))
     # Reverse mode through a while_loop does not exist. That of a branch which reads what types say
-    # is the same on all devices has a sum over devices in it, and waits for those that are elsewhere.
+    # is the same on all devices has a sum over devices in it, and waits for those elsewhere.
     if cell.how is once or (cell.how is branch and not cell.typed):
         found = mode(jax.grad(lambda w: apply(w).sum()))(w)
         close(found, jax.grad(lambda w: by_hand(w).sum())(w))
