@@ -234,6 +234,26 @@ def test_modules_on_the_devices_have_the_names_they_have_without(mode):
     close(mode(spread.apply_with_state)(params, state, X), alone.apply_with_state(params, state, X))
 
 
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+@both
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_an_initializer_cannot_look_at_the_data_of_a_device(mode, wrap):
+    def f(x):
+        w = jaxstate.param("w", lambda key: jax.lax.psum(x.sum(), AXES))
+        return x * w
+
+    inside = jaxstate.parametrized(lambda x: mapped(wrap(f))(x), name="n")
+    with pytest.raises(jaxstate.InitializerDataError, match="parameter 'w' looks at data inside"):
+        mode(inside.init)(KEY, X)
+    outside = jaxstate.parametrized(
+        lambda x: mapped(lambda x, w: x * w, in_specs=(ALL, P()))(
+            x, jaxstate.param("w", lambda k: x.sum())
+        ),
+        name="n",
+    )
+    close(mode(outside.init)(KEY, X), {"w": X.sum()})
+
+
 # -- Meshes ----------------------------------------------------------------------------------
 
 
