@@ -32,9 +32,10 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     how = Thread(reads, writes, outs=outs, once=True)
     branches = tuple(thread(j, how, avals) for j in params["branches"])
     written = writes + outs
-    axes = _axes(written, branches, index)
-    branches = tuple(_varying_last(j, axes) for j in branches)
-    results = list(_compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches)))
+    if _compat.device_axes():
+        axes = _axes(written, branches, index)
+        branches = tuple(_varying_last(j, axes) for j in branches)
+    results = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
     return write_last(written, results)
 
 
@@ -52,16 +53,9 @@ def _axes(written: Sequence[Address], branches: Sequence[Any], index: Any) -> tu
     )
 
 
+@_compat.weakref_lru_cache
 def _varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
     """The branch with its last results varying over ``axes``."""
-    last = _compat.out_avals(branch)[len(_compat.out_avals(branch)) - len(axes) :]
-    if all(more <= _compat.axes_of(aval) for more, aval in zip(axes, last, strict=True)):
-        return branch
-    return _with_varying_last(branch, axes)
-
-
-@_compat.weakref_lru_cache
-def _with_varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
     outvars, eqns = list(_compat.outvars(branch)), list(_compat.equations(branch))
     for i, more in enumerate(axes, len(outvars) - len(axes)):
         if not more <= _compat.axes_of(outvars[i].aval):

@@ -312,6 +312,34 @@ def test_one_map_over_each_axis_nested(mode):
     close(read(slot), jnp.float32(28))
 
 
+@both
+def test_nested_maps_reduce_one_after_the_other(mode):
+    """The devices of the inner map first: the largest of each row, then the sum over the rows."""
+
+    def max_then_sum(values, axis):
+        return values.max(axis) if values.shape[axis] == 4 else values.sum(axis)
+
+    @jaxstate.parametrized
+    def net(x):
+        v = jaxstate.variable("v", jnp.zeros, (), reduce=max_then_sum)
+
+        def inner(x):
+            v.value = v.value + x.sum()
+            return x * v.value
+
+        def outer(x):
+            here = jax.sharding.get_abstract_mesh()
+            f = jax.shard_map(inner, mesh=here, in_specs=P("b"), out_specs=P("b"), axis_names={"b"})
+            return f(x) + v.value
+
+        return jax.jit(over_a(outer, mesh))(x)
+
+    rows = X.reshape(2, 4)
+    largest = (1 + rows).max(1)
+    wanted = (rows * (1 + rows) + largest[:, None]).ravel(), {"v": largest.sum()}
+    close(mode(net.apply_with_state)({}, {"v": jnp.float32(1)}, X), wanted)
+
+
 def test_set_mesh_inside_an_open_stream():
     slot = new_slot(jnp.float32(0))
 
@@ -461,6 +489,37 @@ def test_lanes_loops_and_derivatives_on_the_devices(mode):
     with jaxstate.rng_stream(KEY) as stream:
         close(mode(mapped(on_device))(X), jnp.stack([device(i) for i in range(8)]))
         assert stream.count == 1
+
+
+@both
+def test_one_jitted_layer_on_the_devices_and_around_them(mode):
+    @jaxstate.parametrized
+    def layer(x):
+        v = jaxstate.variable("v", jnp.zeros, (), reduce=jnp.mean)
+        v.value = v.value + x.sum()
+        return x * v.value
+
+    layer = jax.jit(layer)
+    net = jaxstate.parametrized(lambda x: layer(mapped(lambda x: layer(x))(layer(x))), name="net")
+
+    def by_hand(v, x):
+        v = v + x.sum()
+        x = x * v
+        values = v + x
+        x, v = x * values, values.mean()
+        v = v + x.sum()
+        return x * v, {"layer": {"v": v}}
+
+    def run(x):
+        return net.apply_with_state({}, {"layer": {"v": jnp.float32(1)}}, x)
+
+    x = X / 8
+    close(mode(run)(x), by_hand(1.0, x))
+    with jax.checking_leaks.func(False):  # it reports such programs of JAX without state, too
+        close(
+            mode(jax.grad(lambda x: run(x)[0].sum()))(x),
+            jax.grad(lambda x: by_hand(1.0, x)[0].sum())(x),
+        )
 
 
 @both
