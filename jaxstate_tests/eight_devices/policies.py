@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxstate
-from jaxstate_tests.eight_devices.common import KEY, MODES, X, close, mapped, uniform
+from jaxstate_tests.eight_devices.common import KEY, MODES, X, close, eagerly, mapped, uniform
 
 LANES = range(8)
 
@@ -228,15 +228,21 @@ ROWS = {
     "the same, with `reduce=`": write_with_reduce,
 }
 CELLS = [
-    pytest.param(row, map_name, how, id=f"{row}, {column}, {map_name}".replace("`", ""))
+    pytest.param(
+        row,
+        map_name,
+        how,
+        mode,
+        id=f"{row}, {column}, {map_name}, {mode.__name__}".replace("`", ""),
+    )
     for row in ROWS
     for column, (map_names, how) in COLUMNS.items()
     for map_name in map_names
+    for mode in (MODES if map_name != "pmap" else [eagerly])  # pmap compiles by itself
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("row, map_name, how", CELLS)
+@pytest.mark.parametrize("row, map_name, how, mode", CELLS)
 def test_cell(row, map_name, how, mode):
     ROWS[row](Cell(map_name, how), mode)
 
