@@ -8,8 +8,8 @@ several processes of one machine, which then have four devices each::
     python examples/sharded.py --process 0 --of 2 --coordinator localhost:12345 &
     python examples/sharded.py --process 1 --of 2 --coordinator localhost:12345
 
-What to look at: the network and the training step do not know of any of this. The weights have names, and
-a table says over which axis of the mesh a weight of that name is cut. ``jax.jit(net.init_with_state,
+What to look at: the network does not know of any of this. The weights have names, and a table says
+over which axis of the mesh a weight of that name is cut. ``jax.jit(net.init_with_state,
 out_shardings=...)`` makes each piece on the device that keeps it, so no device ever holds the whole
 model. Draws and running statistics are the same numbers as on one device.
 

@@ -24,7 +24,7 @@ from jaxstate.entries import Entry, EntryAddress, Store, Use
 from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.forms import Form
 from jaxstate.names import Layers, Path, Token
-from jaxstate.slots import Cell, Holder
+from jaxstate.slots import Cell, Holder, holders
 from jaxstate.trace import boundary_of, notes_of, read, same_trace
 
 __all__ = ["ApplyStore", "InitStore"]
@@ -99,11 +99,18 @@ class InitStore(Store):
                 self.make(entry, address, data, self.path(Layers([self.layer]), address))
             elif isinstance(boundary, Holder):
                 raise _data_in_custom_rule(address)
+            elif self._devices_are_inside():
+                raise _data_on_devices(address)
             else:
                 keys = tuple(a.seen_from(boundary) for a in addresses)
                 leaves = _compat.stage(boundary, birth_p, data, dict(addresses=keys, birth=birth))
                 notes_of(boundary).values.update(zip(keys, leaves, strict=True))
         return [read(a) for a in addresses]
+
+    def _devices_are_inside(self) -> bool:
+        """Whether the program is in a shard_map that the store is outside of."""
+        inside = (h for h in holders() if h.age > self.age)
+        return any(h.outside is not None and not h.is_boundary for h in inside)
 
     def initial_values(self, kind: str) -> dict[Path, Any]:
         """What all entries of a kind start with: full path of each leaf -> value."""
@@ -348,6 +355,19 @@ def _data_in_custom_rule(address: EntryAddress) -> Exception:
             " derivative rule.",
             fix="""
             w = jaxstate.param("w", init, x)      # before the call of the function
+            """,
+            used=address.used,
+        )
+    )
+
+
+def _data_on_devices(address: EntryAddress) -> Exception:
+    return InitializerDataError(
+        message(
+            f"The initializer of {address} looks at data inside a shard_map, where every device has"
+            " its own, and the devices share what it makes.",
+            fix="""
+            w = jaxstate.param("w", init, xs)     # before the call of the mapped function, from xs
             """,
             used=address.used,
         )

@@ -268,7 +268,7 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
 
 
 def _check_axes(address: Address, found: Any, wanted: Any) -> None:
-    """A jaxpr that was traced with a value that is the same on all devices is right only for such."""
+    """A jaxpr traced with a value that is the same on all devices is right only for such."""
     axes = sorted(map(str, _compat.axes_of(found) - _compat.axes_of(wanted)))
     if axes and address.has_axes:
         raise DeviceWriteError(
@@ -292,8 +292,8 @@ def _check_turn(address: Address, first: Any, last: Any) -> None:
                 f"The body of a loop in a shard_map wrote a value that varies over the mesh axes"
                 f" {', '.join(axes)} into {address}, which did not vary before the loop.",
                 fix=f"""
-                value = jax.lax.pmean(value, {tuple(axes)})                 # the same on all devices
-                value = jax.lax.pcast(value, {tuple(axes)}, to="varying")   # or: it starts like that
+                value = jax.lax.pmean(value, {tuple(axes)})     # the same on all, or: before,
+                value = jax.lax.pcast(value, {tuple(axes)}, to="varying")
                 """,
                 used=_compat.user_location(),
             )

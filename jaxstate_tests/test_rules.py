@@ -131,6 +131,46 @@ def test_pullbacks_and_linear_maps_are_used_twice_and_after_the_stream_has_close
         np.testing.assert_allclose(derivatives, [slope] * 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", [lambda f: f, jax.jit])
+def test_pullbacks_and_linear_maps_stay_when_the_state_changes(mode):
+    """They are those of the state at the time of the function, also if it is written since."""
+    slot = new_slot(2.0)
+
+    def f(x):
+        v = jaxstate.variable("v", jnp.ones, ())
+        w = jaxstate.param("w", ones, ())
+        v.value = v.value * x
+        write(slot, read(slot) + x)
+        return w * v.value * read(slot) * x
+
+    def by_hand(x, w, v, s):
+        return w * (v * x) * (s + x) * x
+
+    @jaxstate.parametrized
+    def net(x):
+        maps = []
+        for _ in range(2):
+            y, pull = jax.vjp(mode(f), x)
+            z, push = jax.linearize(mode(f), x)
+            maps.append((y, z, pull, push))
+        write(slot, 100.0)
+        jaxstate.variable("v", jnp.ones, ()).value = jnp.float32(7)
+        twice = [(pull(2.0)[0], pull(1.0)[0], push(2.0), push(1.0)) for *_, pull, push in maps]
+        return [pair[:2] for pair in maps], twice
+
+    x, w, v, s = 1.5, 3.0, 0.5, 2.0
+    values, derivatives = [], []
+    for _ in range(4):
+        y, slope = jax.value_and_grad(by_hand)(x, w, v, s)
+        values.append(y)
+        derivatives += [2 * slope, slope]
+        v, s = v * x, s + x
+    (found, twice), state = net.apply_with_state({"w": w}, {"v": 0.5}, x)
+    np.testing.assert_allclose(np.ravel(found), values, rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(twice), derivatives, rtol=1e-6)
+    assert state == {"v": 7.0} and read(slot) == 100.0
+
+
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
 def test_a_converted_closure_draws_where_it_is_called(key):
     with jaxstate.rng_stream(key) as stream:
@@ -346,6 +386,95 @@ def test_debugging_modes_change_nothing(key):
     with jax.enable_x64(True), jaxstate.rng_stream(key) as stream:
         assert jax.jit(three_draws)(jnp.float64(0.5)).dtype == jnp.float64
         assert stream.count == 3 and stream.count.dtype == jnp.int32
+
+
+def test_a_combination_draws_as_often_as_an_associative_scan_calls_it(key):
+    x, drawn = jnp.arange(5.0), []
+
+    def by_hand(a, b):
+        drawn.append(u(key, len(drawn)))
+        return a * 0.5 + b + drawn[-1]
+
+    def combine(a, b):
+        return a * 0.5 + b + jaxstate.random.uniform()
+
+    wanted = jax.lax.associative_scan(by_hand, x)
+    for mode in (lambda f: f, jax.jit):
+        with jaxstate.rng_stream(key) as stream:
+            found = mode(lambda x: jax.lax.associative_scan(combine, x))(x)
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+            assert stream.count == len(drawn)
+
+
+def test_what_is_computed_at_compile_time_moves_the_state(key):
+    """In a jitted function the state is not known when that is traced: JAX computes it later."""
+    slot = new_slot(0.0)
+
+    @jax.jit
+    def f(x):
+        with jax.ensure_compile_time_eval():
+            write(slot, read(slot) + 1)
+            w = jaxstate.param("w", ones, ()) * 2
+            y = jaxstate.random.uniform()
+        return w * x + y * read(slot)
+
+    net = jaxstate.parametrized(lambda x: f(x), name="net")
+    assert net.init(key, 1.0) == {"w": 1.0}
+    with jaxstate.rng_stream(key) as stream:
+        for n, w in enumerate((3.0, 4.0)):
+            found = net.apply({"w": w}, 5.0)
+            np.testing.assert_allclose(found, 10 * w + u(key, n) * (n + 1), rtol=1e-6)
+            assert stream.count == read(slot) == n + 1
+        with jax.ensure_compile_time_eval():
+            np.testing.assert_allclose(jaxstate.random.uniform(), u(key, 2))
+
+
+def test_nans_are_reported_and_leave_the_state_as_it_was(key):
+    @jax.jit
+    def f(x):
+        return jnp.log(x) * jaxstate.random.uniform()
+
+    with jax.debug_nans(True), jaxstate.rng_stream(key) as stream:
+        with pytest.raises(FloatingPointError), jax.checking_leaks.func(False):
+            f(-1.0)
+        assert stream.count == 0
+        np.testing.assert_allclose(f(2.0), jnp.log(2.0) * u(key, 0), rtol=1e-6)
+        assert stream.count == 1
+
+
+def test_debugging_modes_change_nothing_for_parameters_variables_and_lanes(key):
+    @jaxstate.parametrized
+    def net(xs):
+        total = jaxstate.variable("total", jnp.zeros, (), reduce=jnp.sum)
+
+        def body(x, _):
+            total.value = total.value + x
+            return x * jaxstate.param("w", ones, ()) + jaxstate.random.uniform(), None
+
+        return jax.vmap(lambda x: jax.lax.scan(jax.checkpoint(body), x, None, length=2)[0])(xs)
+
+    def by_hand(w, xs):
+        ys, totals = [], []
+        for i, x in enumerate(xs):
+            total = 1.0
+            for n in range(2):
+                total, x = total + x, x * w + u(jax.random.fold_in(key, 0), i, n)
+            ys, totals = [*ys, x], [*totals, total]
+        return jnp.stack(ys), {"total": jnp.stack(totals).sum()}
+
+    def loss(apply, w):
+        y, state = apply(w)
+        return (y**2).sum() + state["total"], (y, state)
+
+    xs = jnp.arange(3.0)
+    run = lambda w: net.apply_with_state({"w": w}, {"total": 1.0}, xs, key=key)  # noqa: E731
+    wanted = jax.value_and_grad(lambda w: loss(lambda w: by_hand(w, xs), w), has_aux=True)(3.0)
+    for mode in (jax.disable_jit(), jax.debug_nans(True), jax.debug_key_reuse(True)):
+        with mode:
+            step = jax.jit(jax.value_and_grad(lambda w: loss(run, w), has_aux=True))
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step(3.0), wanted
+            )
 
 
 def test_state_is_an_operand_of_callbacks(key):

@@ -27,7 +27,8 @@ def environment(flags=""):
 
 @pytest.mark.parametrize("name", FILES)
 def test_on_eight_devices(name):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / f"{name}.py"]
+    file = FOLDER / f"{name}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     run = subprocess.run(
         command, env=environment("--xla_force_host_platform_device_count=8"), cwd=ROOT,
         check=False, capture_output=True, text=True, timeout=1800,
@@ -71,9 +72,7 @@ def test_two_processes_train_one_model(tmp_path):
     for output in outputs:
         assert output.count("keeps             71,684 bytes (27%)") == 4
     example = by_hand.load_example()
-    params, state, losses = by_hand.train(
-        example, *example.init(jax.random.key(0)), example.STEPS
-    )
+    params, state, losses = by_hand.train(example, *example.init(jax.random.key(0)), example.STEPS)
     with np.load(path) as saved:
         np.testing.assert_allclose(saved["losses"], losses, rtol=1e-3)
         for i, wanted in enumerate(jax.tree.leaves((params, state))):

@@ -31,8 +31,9 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     how = Thread(reads, writes, outs=outs, once=True)
     branches = tuple(thread(j, how, avals) for j in params["branches"])
-    axes = _axes(uses.results, branches, index)
-    branches = tuple(_varying_last(j, axes) for j in branches)
+    if _compat.device_axes():
+        axes = _axes(uses.results, branches, index)
+        branches = tuple(_varying_last(j, axes) for j in branches)
     results = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
     return write_last(uses.results, results)
 
@@ -51,16 +52,9 @@ def _axes(written: Sequence[Address], branches: Sequence[Any], index: Any) -> tu
     )
 
 
+@_compat.weakref_lru_cache
 def _varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
     """The branch with its last results varying over ``axes``."""
-    last = _compat.out_avals(branch)[len(_compat.out_avals(branch)) - len(axes) :]
-    if all(more <= _compat.axes_of(aval) for more, aval in zip(axes, last, strict=True)):
-        return branch
-    return _with_varying_last(branch, axes)
-
-
-@_compat.weakref_lru_cache
-def _with_varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
     outvars, eqns = list(_compat.outvars(branch)), list(_compat.equations(branch))
     for i, more in enumerate(axes, len(outvars) - len(axes)):
         if not more <= _compat.axes_of(outvars[i].aval):

@@ -126,7 +126,7 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
 
 
 def _write_ended(writes: Addresses, values: Sequence[Any], verdict: Any) -> None:
-    """Writes what a loop leaves, which differs between devices if they end it at different turns."""
+    """Writes what a loop leaves. It differs by device if they end it at different turns."""
     axes = _compat.axes_of(verdict)
     if axes:
         pairs = zip(writes, values, strict=True)

@@ -211,7 +211,7 @@ class _Call:
                     " where nothing says whether the devices wrote the same value.",
                     fix="""
                     jax.shard_map(f, check_vma=True, ...)   # JAX knows which values are the same
-                    jaxstate.variable(..., reduce=jnp.mean) # or it does not matter: one value of all
+                    jaxstate.variable(..., reduce=jnp.mean) # or one value is made of all
                     y, value = mapped(x)                    # or return the value,
                     write(slot, value.mean())               # and write it outside
                     """,

@@ -1,4 +1,4 @@
-"""Batch norm over eight devices is batch norm on one: the same outputs, statistics and gradients."""
+"""Batch norm over eight devices is that on one: the same outputs, statistics and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ MOMENTUM = 0.9
 
 
 def batch_norm(*axis_names, reduce=None):
-    """Normalizes by the statistics of the batch, which lies on the axes, and keeps a running mean of
-    these."""
+    """Normalizes by the statistics of the batch, which lies on the axes; keeps running means."""
 
     @jaxstate.parametrized
     def batch_norm(x):
@@ -82,7 +81,9 @@ def micro_batches(norm):
     """Each device takes its part of the batch in two steps of a scan."""
 
     def f(x):
-        return jax.lax.scan(lambda _, x: (None, norm(x)), None, x.reshape(2, -1, 3))[1].reshape(x.shape)
+        return jax.lax.scan(lambda _, x: (None, norm(x)), None, x.reshape(2, -1, 3))[1].reshape(
+            x.shape
+        )
 
     return f
 
@@ -111,7 +112,9 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.leaks_allowed("the checker reports a checkpoint in a jitted shard_map of JAX alone, too")
+@pytest.mark.leaks_allowed(
+    "the checker reports a checkpoint in a jitted shard_map of JAX alone, too"
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_eight_devices_are_one(name, mode):

@@ -1,7 +1,8 @@
-"""What the tests of this folder share. `test_sharding.py` runs each file in a process of its own with
-eight host devices; by hand:
+"""What the tests of this folder share. `test_sharding.py` runs each file in a process of its own
+with eight host devices; by hand:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest jaxstate_tests/eight_devices/*.py
+    export XLA_FLAGS=--xla_force_host_platform_device_count=8
+    python -m pytest jaxstate_tests/eight_devices/*.py
 """
 
 import jax
@@ -45,9 +46,7 @@ def close(found, wanted, rtol=1e-5, atol=1e-6):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for leaf in jax.tree.leaves(found):
         assert not isinstance(leaf, jax.core.Tracer)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, wanted
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, wanted)
 
 
 def eagerly(f):

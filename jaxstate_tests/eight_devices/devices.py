@@ -1,5 +1,8 @@
-"""shard_map and pmap around state and state around them: nested, with all kinds of meshes, in and around
-derivatives, loops and lanes. Every reference is a program of JAX alone, or a loop over devices by hand."""
+"""shard_map and pmap around state and state around them: nested, with all kinds of meshes, in and
+around derivatives, loops and lanes.
+
+Every reference is a program of JAX alone, or a loop over devices by hand.
+"""
 
 from functools import partial
 
@@ -10,7 +13,19 @@ import pytest
 import jaxstate
 from jaxstate.extend import new_slot, read, write
 from jaxstate_tests.eight_devices.common import (
-    ALL, AXES, KEY, MODES, P, X, close, explicit_mesh, fold, mapped, mesh, sharding, uniform,
+    ALL,
+    AXES,
+    KEY,
+    MODES,
+    P,
+    X,
+    close,
+    explicit_mesh,
+    fold,
+    mapped,
+    mesh,
+    sharding,
+    uniform,
 )  # fmt: skip
 
 both = pytest.mark.parametrize("mode", MODES)
@@ -166,7 +181,7 @@ def test_a_function_traced_for_one_value_is_not_used_for_several(mode):
         double()
         return read(own)[None]
 
-    with pytest.raises(jaxstate.DeviceWriteError, match="slot 'own' varies.*is used again"):
+    with pytest.raises(jaxstate.DeviceWriteError, match=r"slot 'own' varies.*is used again"):
         mode(mapped(partial(f, 1.0)))(X)
     vary = partial(jax.lax.pcast, axis_name=AXES, to="varying")
     close(mode(mapped(lambda x: f(vary(jnp.float32(1)), x)))(X), 2 * (2 + X))
@@ -216,9 +231,27 @@ def test_modules_on_the_devices_have_the_names_they_have_without(mode):
     start = alone.init_with_state(KEY, X)
     close(mode(spread.init_with_state)(KEY, X), start)
     params, state = jax.tree.map(lambda x: x + 1, start)
-    close(
-        mode(spread.apply_with_state)(params, state, X), alone.apply_with_state(params, state, X)
+    close(mode(spread.apply_with_state)(params, state, X), alone.apply_with_state(params, state, X))
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+@both
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_an_initializer_cannot_look_at_the_data_of_a_device(mode, wrap):
+    def f(x):
+        w = jaxstate.param("w", lambda key: jax.lax.psum(x.sum(), AXES))
+        return x * w
+
+    inside = jaxstate.parametrized(lambda x: mapped(wrap(f))(x), name="n")
+    with pytest.raises(jaxstate.InitializerDataError, match="parameter 'w' looks at data inside"):
+        mode(inside.init)(KEY, X)
+    outside = jaxstate.parametrized(
+        lambda x: mapped(lambda x, w: x * w, in_specs=(ALL, P()))(
+            x, jaxstate.param("w", lambda k: x.sum())
+        ),
+        name="n",
     )
+    close(mode(outside.init)(KEY, X), {"w": X.sum()})
 
 
 # -- Meshes ----------------------------------------------------------------------------------
@@ -277,6 +310,34 @@ def test_one_map_over_each_axis_nested(mode):
         close(mode(jax.jit(over_a(outer, mesh)))(X), jnp.stack(wanted))
         assert stream.count == 1
     close(read(slot), jnp.float32(28))
+
+
+@both
+def test_nested_maps_reduce_one_after_the_other(mode):
+    """The devices of the inner map first: the largest of each row, then the sum over the rows."""
+
+    def max_then_sum(values, axis):
+        return values.max(axis) if values.shape[axis] == 4 else values.sum(axis)
+
+    @jaxstate.parametrized
+    def net(x):
+        v = jaxstate.variable("v", jnp.zeros, (), reduce=max_then_sum)
+
+        def inner(x):
+            v.value = v.value + x.sum()
+            return x * v.value
+
+        def outer(x):
+            here = jax.sharding.get_abstract_mesh()
+            f = jax.shard_map(inner, mesh=here, in_specs=P("b"), out_specs=P("b"), axis_names={"b"})
+            return f(x) + v.value
+
+        return jax.jit(over_a(outer, mesh))(x)
+
+    rows = X.reshape(2, 4)
+    largest = (1 + rows).max(1)
+    wanted = (rows * (1 + rows) + largest[:, None]).ravel(), {"v": largest.sum()}
+    close(mode(net.apply_with_state)({}, {"v": jnp.float32(1)}, X), wanted)
 
 
 def test_set_mesh_inside_an_open_stream():
@@ -353,8 +414,11 @@ def by_hand(w, state, x):
 
 DERIVATIVES = {
     "value": lambda f: f,
-    "grad": lambda f: jax.grad(lambda *args: (lambda y, s: ((y**2).sum() + s["mean"], s))(*f(*args)),
-                               (0, 1, 2), has_aux=True),
+    "grad": lambda f: jax.grad(
+        lambda *args: (lambda y, s: ((y**2).sum() + s["mean"], s))(*f(*args)),
+        (0, 1, 2),
+        has_aux=True,
+    ),
     "jvp": lambda f: lambda *args: jax.jvp(f, args, args),
     "linearize": lambda f: lambda *args: jax.linearize(f, *args)[1](*args),
     "checkpoint": jax.checkpoint,
@@ -425,6 +489,37 @@ def test_lanes_loops_and_derivatives_on_the_devices(mode):
     with jaxstate.rng_stream(KEY) as stream:
         close(mode(mapped(on_device))(X), jnp.stack([device(i) for i in range(8)]))
         assert stream.count == 1
+
+
+@both
+def test_one_jitted_layer_on_the_devices_and_around_them(mode):
+    @jaxstate.parametrized
+    def layer(x):
+        v = jaxstate.variable("v", jnp.zeros, (), reduce=jnp.mean)
+        v.value = v.value + x.sum()
+        return x * v.value
+
+    layer = jax.jit(layer)
+    net = jaxstate.parametrized(lambda x: layer(mapped(lambda x: layer(x))(layer(x))), name="net")
+
+    def by_hand(v, x):
+        v = v + x.sum()
+        x = x * v
+        values = v + x
+        x, v = x * values, values.mean()
+        v = v + x.sum()
+        return x * v, {"layer": {"v": v}}
+
+    def run(x):
+        return net.apply_with_state({}, {"layer": {"v": jnp.float32(1)}}, x)
+
+    x = X / 8
+    close(mode(run)(x), by_hand(1.0, x))
+    with jax.checking_leaks.func(False):  # it reports such programs of JAX without state, too
+        close(
+            mode(jax.grad(lambda x: run(x)[0].sum()))(x),
+            jax.grad(lambda x: by_hand(1.0, x)[0].sum())(x),
+        )
 
 
 @both

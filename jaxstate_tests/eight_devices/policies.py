@@ -1,8 +1,8 @@
 """Every cell of the table "Lanes and devices" of docs/concepts.md, eagerly and jitted.
 
-There are eight lanes, or devices. Each has a number x and uses some state ``times(x)`` times: once, or
-in a branch that some of them take, or in a loop that ends when they like. The reference is a Python loop
-over the lanes that folds keys and adds up values by hand.
+There are eight lanes, or devices. Each has a number x and uses some state: once, or in a branch
+some of them take, or in a loop that ends when they like. The reference is a Python loop over the
+lanes that folds keys and adds up values by hand.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxstate
-from jaxstate_tests.eight_devices.common import KEY, MODES, X, close, mapped, uniform
+from jaxstate_tests.eight_devices.common import KEY, MODES, X, close, eagerly, mapped, uniform
 
 LANES = range(8)
 
@@ -137,8 +137,8 @@ def read_a_parameter(cell, mode):
     w, t = jnp.float32(3), jnp.float32(1)
     close(mode(apply)(w), by_hand(w))
     close(mode(lambda w: jax.jvp(apply, (w,), (t,)))(w), jax.jvp(by_hand, (w,), (t,)))
-    # Reverse mode through a while_loop does not exist. That of a branch with a value that types say is
-    # the same on all devices has a sum over devices in the branch, and waits for those not in it.
+    # Reverse mode through a while_loop does not exist. That of a branch which reads what types say
+    # is the same on all devices has a sum over devices in it, and waits for those elsewhere.
     if cell.how is once or (cell.how is branch and not cell.typed):
         found = mode(jax.grad(lambda w: apply(w).sum()))(w)
         close(found, jax.grad(lambda w: by_hand(w).sum())(w))
@@ -228,15 +228,21 @@ ROWS = {
     "the same, with `reduce=`": write_with_reduce,
 }
 CELLS = [
-    pytest.param(row, map_name, how, id=f"{row}, {column}, {map_name}".replace("`", ""))
+    pytest.param(
+        row,
+        map_name,
+        how,
+        mode,
+        id=f"{row}, {column}, {map_name}, {mode.__name__}".replace("`", ""),
+    )
     for row in ROWS
     for column, (map_names, how) in COLUMNS.items()
     for map_name in map_names
+    for mode in (MODES if map_name != "pmap" else [eagerly])  # pmap compiles by itself
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("row, map_name, how", CELLS)
+@pytest.mark.parametrize("row, map_name, how, mode", CELLS)
 def test_cell(row, map_name, how, mode):
     ROWS[row](Cell(map_name, how), mode)
 
