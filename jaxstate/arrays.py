@@ -478,7 +478,9 @@ class Writable:
     def _view(self, steps: tuple[views.Step, ...]) -> WritableArray:
         buffer = self._own_buffer()
         self._detach()  # a write may come through the view
-        return WritableArray(buffer, steps, self.aval)
+        # Views of views may be the whole array again: x.T.T, x[None][0].
+        aval = self.aval if steps else _compat.typeof(buffer.value).update(weak_type=False)
+        return WritableArray(buffer, steps, aval)
 
     @property
     def T(self) -> Any:
