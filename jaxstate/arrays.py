@@ -889,7 +889,7 @@ def _hand_out(trace_: Any, value: Any) -> Any:
     if not isinstance(value, _compat.Tracer) or not _is_array(value):
         return value
     home = _compat.holding_trace(trace_.parent_trace)
-    known = isinstance(trace_.parent_trace, (*_TRACES_OF_PROGRAMS, _compat.PartialTrace))
+    known = isinstance(trace_.parent_trace, (*_TRACES_OF_RULES, _compat.TransparentTrace))
     if not known or _compat.is_linear_part(value._trace):  # another library's trace has its own
         return value
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
@@ -898,23 +898,22 @@ def _hand_out(trace_: Any, value: Any) -> Any:
 _TRACES_OF_PROGRAMS = (
     _compat.StagingTrace, _compat.BatchTrace, *_compat.DIFFERENTIATING, InplaceTrace
 )  # fmt: skip
+_TRACES_OF_RULES = (*_TRACES_OF_PROGRAMS, _compat.PartialTrace)
 
 
 def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
-    if not _thread.activations or _thread.quiet:
+    here = _compat.current_trace()
+    if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_RULES):
         return bind(*operands, **params)
     _thread.quiet += 1
     try:
         out = bind(*operands, **params)
     finally:
         _thread.quiet -= 1
-    here = _compat.current_trace()
-    if isinstance(here, _compat.PartialTrace):  # a rule of custom_jvp; it holds no known values
-        here = here.parent_trace
-    if not isinstance(here, _TRACES_OF_PROGRAMS):
-        return out
-    with _compat.set_current_trace(here):
+    # Under the rule of a custom_jvp: what is known is a value of the trace outside.
+    place = here.parent_trace if isinstance(here, _compat.PartialTrace) else here
+    with _compat.set_current_trace(place):
         return [_array_of_program(x) for x in out]
 
 
