@@ -240,3 +240,45 @@ def test_a_solver_whose_function_draws_and_writes(name):
     if name in NO_GRADIENT:
         with jaxstate.rng_stream(KEY), pytest.raises(jaxstate.CustomRuleStateError):
             jax.grad(lambda x: solve(drawing, x).sum())(X)
+
+
+@others_leak
+@pytest.mark.parametrize("transform", ["vmap", "jit", "checkpoint", "scan"])
+def test_a_function_that_draws_as_an_argument_of_a_jitted_function(transform):
+    """Its constants become operands outside; key and count are read where it runs, in one place.
+
+    So the lanes of a vmap inside draw keys of their own.
+    """
+    f = lambda x: x * jaxstate.random.uniform()  # noqa: E731
+    run = {
+        "vmap": lambda g: jax.vmap(g)(X),
+        "jit": lambda g: jax.jit(jax.vmap(g))(X),
+        "checkpoint": lambda g: jax.checkpoint(jax.vmap(g))(X),
+        "scan": lambda g: jax.lax.scan(lambda c, _: (c, jax.vmap(g)(X)), 0, None, length=2)[1],
+    }[transform]
+    with jaxstate.rng_stream(KEY) as stream:
+        wanted = f(X[0]), run(f), f(X[0])
+        count = stream.count
+    with jaxstate.rng_stream(KEY) as stream:
+        g = eqx.filter_closure_convert(f, X[0])
+        found = g(X[0]), eqx.filter_jit(run)(g), g(X[0])
+        assert stream.count == count
+    assert_trees_close(found, wanted)
+
+
+@others_leak
+def test_the_jacobian_of_a_lineax_operator_that_draws():
+    def solve(f):
+        operator = lineax.JacobianLinearOperator(lambda y, args: f(y), X)
+        return lineax.linear_solve(operator, X, lineax.LU()).value
+
+    def f(u):
+        return lambda y: 2 * y + 0.1 * jnp.tanh(W @ y) * (1 + u())
+
+    with jaxstate.rng_stream(KEY), pytest.raises(jaxstate.SplitStreamError):
+        solve(f(jaxstate.random.uniform))
+    with jaxstate.rng_stream(KEY, vmap="share") as stream:
+        found = solve(f(jaxstate.random.uniform))
+        assert stream.count > 0
+    u = jax.random.uniform(jax.random.fold_in(KEY, 0))
+    assert_trees_close(found, solve(f(lambda: u)), rtol=1e-5)
