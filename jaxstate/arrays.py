@@ -496,7 +496,9 @@ class Writable:
     def _view(self, steps: tuple[views.Step, ...]) -> WritableArray:
         buffer = self._own_buffer()
         self._detach()  # a write may come through the view
-        return WritableArray(buffer, steps, self.aval)
+        # Views of views may be the whole array again: x.T.T, x[None][0].
+        aval = self.aval if steps else _compat.typeof(buffer.value).update(weak_type=False)
+        return WritableArray(buffer, steps, aval)
 
     @property
     def T(self) -> Any:
@@ -895,7 +897,7 @@ def _hand_out(trace_: Any, value: Any, taken: Any) -> Any:
         return value
     if not _is_array(value) or _compat.is_linear_part(getattr(value, "_trace", None)):
         return value
-    if not isinstance(trace_.parent_trace, (*_TRACES_OF_PROGRAMS, _compat.PartialTrace)):
+    if not isinstance(trace_.parent_trace, (*_TRACES_OF_RULES, _compat.TransparentTrace)):
         return value  # another library's trace has tracers of its own
     home = _compat.holding_trace(trace_.parent_trace)
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
@@ -941,11 +943,13 @@ def _may_forward() -> bool:
 _TRACES_OF_PROGRAMS = (
     _compat.StagingTrace, _compat.BatchTrace, *_compat.DIFFERENTIATING, InplaceTrace
 )  # fmt: skip
+_TRACES_OF_RULES = (*_TRACES_OF_PROGRAMS, _compat.PartialTrace)
 
 
 def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
-    if not _thread.activations or _thread.quiet:
+    here = _compat.current_trace()
+    if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_RULES):
         return bind(*operands, **params)
     operands = [snapshot(x) for x in operands]
     _thread.quiet += 1
@@ -953,12 +957,9 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
         out = bind(*operands, **params)
     finally:
         _thread.quiet -= 1
-    here = _compat.current_trace()
-    if isinstance(here, _compat.PartialTrace):  # a rule of custom_jvp; it holds no known values
-        here = here.parent_trace
-    if not isinstance(here, _TRACES_OF_PROGRAMS):
-        return out
-    with _compat.set_current_trace(here):
+    # Under the rule of a custom_jvp: what is known is a value of the trace outside.
+    place = here.parent_trace if isinstance(here, _compat.PartialTrace) else here
+    with _compat.set_current_trace(place):
         return [_array_of_program(x) for x in out]
 
 

@@ -294,6 +294,32 @@ def test_overlapping_views(mode):
     assert_like_numpy(mode, program, X)
 
 
+WHOLE_AGAIN = {
+    "x.T.T": lambda x: x.T.T,
+    "x.T.T.T": lambda x: x.T.T.T,
+    "x.T.swapaxes(0, 1)": lambda x: x.T.swapaxes(0, 1),
+    "x[None][0]": lambda x: x[None][0],
+    "x[:, None][:, 0]": lambda x: x[:, None][:, 0],
+    "x.T[::-1][::-1].T": lambda x: x.T[::-1][::-1].T,
+    "x.reshape(20).reshape(4, 5)": lambda x: x.reshape(20).reshape(4, 5),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("view", WHOLE_AGAIN)
+def test_a_view_of_a_view_may_be_the_whole_array(view, mode):
+    """It has the shape of the array, not of the view that it was taken from."""
+
+    def program(x):
+        v = WHOLE_AGAIN[view](x)
+        v[0] = 2 * v[1].sum() + v.shape[0]
+        return x, v
+
+    wanted = program(M.copy())
+    found = MODES[mode](inplace(program))(jnp.asarray(M))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 # -- An array for everything -----------------------------------------------------------------
 
 
