@@ -147,6 +147,6 @@ def test_ports_compile_to_what_is_written_by_hand(name):
     arrays, f = arrays_and_function(numpy_ports.PROGRAMS[name], ARGUMENTS[name])
     _, by_hand = arrays_and_function(numpy_ports_by_hand.PROGRAMS[name], ARGUMENTS[name])
     assert count_operations(f, *arrays) <= count_operations(by_hand, *arrays)
-    if name != "lu":  # its /= of a part is written as one, and spelled with two slices by hand
+    if name != "lu":  # by hand, the lists that it indexes with are made into arrays once, not twice
         made, wanted = (jax.make_jaxpr(g)(*arrays) for g in (f, by_hand))
         assert count_equations(made) <= count_equations(wanted)
