@@ -1,4 +1,4 @@
-"""NumPy programs in JAX: unchanged but for the import, the decorator, and how long loops are spelled.
+"""NumPy programs in JAX: unchanged but for import, decorator, and how long loops are spelled.
 
 Every function here is a NumPy program. `in_numpy` runs it as one: the same code, with ``np`` for
 NumPy and no decorator. A loop that would be too long to unroll when the program is traced has its

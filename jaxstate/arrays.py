@@ -184,7 +184,7 @@ class Buffer:
         return _Same(self.read())
 
     def is_held_elsewhere(self) -> bool:
-        """Whether a custom rule runs now, or a device, which the array is given to as an operand."""
+        """Whether a custom rule or a device runs now, which was given the array as an operand."""
         inner = (h for h in slots.holders() if h.age > self.age)
         return any(h.is_boundary or h.outside is not None for h in inner)
 

@@ -39,7 +39,9 @@ WAYS = {
     "scan": lambda f, x: lax.scan(lambda c, _: (f(c), None), x, length=2)[0],
     "steps of a scan": lambda f, x: lax.scan(lambda _, r: (None, f(r)), None, x)[1],
     "map": lambda f, x: lax.map(f, x),
-    "while": lambda f, x: lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, f(s[1])), (0, x))[1],
+    "while": lambda f, x: lax.while_loop(
+        lambda s: s[0] < 2, lambda s: (s[0] + 1, f(s[1])), (0, x)
+    )[1],
     "fori": lambda f, x: lax.fori_loop(0, 2, lambda i, x: f(x), x),
     "cond": lambda f, x: lax.cond(x[0] > -1, f, f, x),
     "switch": lambda f, x: lax.switch(0, [f, f], x),
@@ -210,7 +212,9 @@ def test_a_custom_function_in_a_loop_that_reads_one_array_and_writes_another(jit
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
-@pytest.mark.parametrize("derivative", [jax.vjp, jax.linearize, lambda f, x: jax.jvp(f, (x,), (x,))])
+@pytest.mark.parametrize(
+    "derivative", [jax.vjp, jax.linearize, lambda f, x: jax.jvp(f, (x,), (x,))]
+)
 def test_a_rule_says_nothing_about_an_array_from_outside(derivative):
     @inplace
     def f(x):
