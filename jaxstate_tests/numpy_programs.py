@@ -353,19 +353,12 @@ def _make_masked(draw, scope):
     masks = [n for n in sorted(scope.types) if scope.shape(n) in lead]
     value = draw(st.booleans() if dtype == np.bool_ else st.integers(-9, 9))
     limit = draw(st.integers(-5, 5))
-    return Statement(
-        "masked", target, draw(st.sampled_from(masks)), index=limit, value=value,
-        op="=",
-    )  # fmt: skip
+    return Statement("masked", target, draw(st.sampled_from(masks)), index=limit, value=value)
 
 
 @runs("masked")
 def _run_masked(s, env, i, way):
-    target, mask = env[s.target], env[s.source].astype(np.int32) > s.index
-    if s.op == "=":
-        target[mask] = s.value
-    else:
-        target[mask] = OPS[s.op][1](target[mask], s.value)
+    env[s.target][env[s.source].astype(np.int32) > s.index] = s.value
 
 
 @makes("fill")
