@@ -5,7 +5,8 @@
 #   make test                                   tests and doctests, without the slow ones
 #   make test-with PYTHON=python3.12 JAX=0.11.2 the same on another Python and JAX
 #   make matrix                                 every kind of state under every transformation
-#   make fuzz MINUTES=60 SEED=1                 new random programs for so long, from that seed
+#   make fuzz MINUTES=60 SEED=1                 new random programs for so long, from that seed;
+#                                               PROGRAMS=numpy or state: only those of that kind
 #   make bench                                  timings against hand-written JAX and other libraries
 #   make lint format types docs notebooks
 #   make clean
@@ -67,9 +68,13 @@ format: $(LINT)/installed
 types: $(LINT)/installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 
+PROGRAMS ?= state numpy
+FUZZ_state := jaxstate_tests/test_random_programs.py
+FUZZ_numpy := jaxstate_tests/test_inplace_programs.py
+
 fuzz: $(TEST)/installed
 	FUZZ_MINUTES=$(or $(MINUTES),10) FUZZ_SEED=$(SEED) $(TEST)/bin/python -m pytest -s \
-	    -m slow jaxstate_tests/test_random_programs.py
+	    -m slow $(foreach programs,$(PROGRAMS),$(FUZZ_$(programs)))
 
 docs: $(DOCS)/installed
 	$(DOCS)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -150,7 +150,7 @@ class Buffer:
             raise self.activation.escaped()
         here = _compat.current_trace()
         way = _way_home(self.home, here)
-        is_near = not way and not (way is None and self._is_outside_of_rule())
+        is_near = not way and not (way is None and self.is_held_elsewhere())
         if self.slot is None:
             staged = way is None or any(isinstance(t, _compat.StagingTrace) for t in way)
             if is_near or not staged:
@@ -183,9 +183,10 @@ class Buffer:
             return self.version
         return _Same(self.read())
 
-    def _is_outside_of_rule(self) -> bool:
-        """Whether a custom rule runs now, which is given the value of the array as an operand."""
-        return any(h.is_boundary and h.age > self.age for h in slots.holders())
+    def is_held_elsewhere(self) -> bool:
+        """Whether a custom rule or a device runs now, which was given the array as an operand."""
+        inner = (h for h in slots.holders() if h.age > self.age)
+        return any(h.is_boundary or h.outside is not None for h in inner)
 
     def _become_slot(self) -> None:
         if self.slot is None:
@@ -445,16 +446,23 @@ class Writable:
         return getattr(value if concrete is None else concrete, method)(*args)
 
     def __format__(self, spec: str) -> str:
-        value = self.to_concrete_value()
+        value = self._shown()
         return object.__format__(self, spec) if value is None else format(value, spec)
 
     def __repr__(self) -> str:
-        value = self.to_concrete_value()
+        value = self._shown()
         return object.__repr__(self) if value is None else repr(value)
 
     def __str__(self) -> str:
-        value = self.to_concrete_value()
+        value = self._shown()
         return repr(self) if value is None else str(value)
+
+    def _shown(self) -> Any:
+        """The concrete value, if there is one; messages of errors show arrays that have ended."""
+        try:
+            return self.to_concrete_value()
+        except ClosedStateError:
+            return None
 
     # Indexing and views.
 
@@ -792,7 +800,7 @@ class WritableArray(Writable, _compat.Tracer):
         if not self._steps:
             return self._buffer.read()
         here = _compat.current_trace()
-        if _way_home(self._buffer.home, here) is None:
+        if _way_home(self._buffer.home, here) is None and not self._buffer.is_held_elsewhere():
             here = self._buffer.home
         state = self._buffer.state()
         if self._cache is not None and self._cache[0] is here and self._cache[1] == state:

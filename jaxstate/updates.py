@@ -59,7 +59,7 @@ def _program(run: Callable[..., Any], static: Any, donate: bool) -> Any:
     def write(x: Any, *operands: Any) -> Any:
         return run(static, x, *operands)
 
-    # An array of which nothing is left is no operand otherwise, and JAX warns of what it cannot use.
+    # Else an array of which nothing is left is no operand, and JAX warns of unused memory.
     return jax.jit(write, donate_argnums=0 if donate else (), keep_unused=True)
 
 

@@ -5,8 +5,8 @@ executes it with NumPy, or with JAX inside an in-place function, where its block
 `jax.lax` and `jax`. A kind of statement is a pair of functions that stand together: one that makes
 it, with hypothesis, and one that runs it.
 
-Numbers are small integers (in one array, of floating-point type, and only added to), so that results
-are compared exactly.
+Numbers are small integers (in one array of floating-point type, which is only added to), so that
+results are compared exactly.
 """
 
 import dataclasses
@@ -254,9 +254,9 @@ def a_value(draw, scope, dtype, shape):
     for name in draw(st.permutations(sorted(scope.types))) if kind in ("name", "row") else ():
         found = scope.shape(name)[kind == "row" :]
         fits = dtype == scope.dtype(name) or np.bool_ not in (dtype, scope.dtype(name))
+        fits &= dtype == np.float32 or scope.dtype(name) != np.float32
         if found == wanted and scope.shape(name) and scope.shape(name)[0] and fits:
-            if dtype == np.float32 or scope.dtype(name) != np.float32:
-                return name if kind == "name" else Row(name)
+            return name if kind == "name" else Row(name)
     return draw(st.booleans() if dtype == np.bool_ else st.integers(-9, 9))
 
 
@@ -353,19 +353,12 @@ def _make_masked(draw, scope):
     masks = [n for n in sorted(scope.types) if scope.shape(n) in lead]
     value = draw(st.booleans() if dtype == np.bool_ else st.integers(-9, 9))
     limit = draw(st.integers(-5, 5))
-    return Statement(
-        "masked", target, draw(st.sampled_from(masks)), index=limit, value=value,
-        op="=",
-    )  # fmt: skip
+    return Statement("masked", target, draw(st.sampled_from(masks)), index=limit, value=value)
 
 
 @runs("masked")
 def _run_masked(s, env, i, way):
-    target, mask = env[s.target], env[s.source].astype(np.int32) > s.index
-    if s.op == "=":
-        target[mask] = s.value
-    else:
-        target[mask] = OPS[s.op][1](target[mask], s.value)
+    env[s.target][env[s.source].astype(np.int32) > s.index] = s.value
 
 
 @makes("fill")

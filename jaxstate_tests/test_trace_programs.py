@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from jax.extend.core import jaxprs_in_params
 
-from jaxstate.extend import new_slot, new_trace
+from jaxstate.extend import new_slot, new_trace, read
 from jaxstate_tests.random_programs import (
     Arithmetic,
     Checkpoint,

@@ -55,9 +55,7 @@ class _Devices(Holder):
 
     def knows(self, address: Address) -> bool:
         owner = self._owner(address)
-        return owner is not None and (
-            owner.differs_by_device(address) or address.may_be_written
-        )
+        return owner is not None and (owner.differs_by_device(address) or address.may_be_written)
 
     def cell(self, address: Address) -> Cell:
         for boundary in boundaries(self):  # a loop in the function may ask first
