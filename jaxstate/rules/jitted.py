@@ -161,7 +161,7 @@ class _ThreadedCall:
         self._run = _compat.dispatched(jitted, self._prepare)
 
     def try_here(self, args: Any, kwargs: Any) -> Any:
-        """The results, if all cells are here and the call uses this state, or `NotImplemented`."""
+        """The results; `NotImplemented` if a cell is not here, or if the call uses other state."""
         cells = [address.cell_here() for address in self._slots]
         if None in cells or (self._aliases and len(set(map(id, cells))) < len(cells)):
             return NotImplemented
