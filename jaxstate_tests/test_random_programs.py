@@ -26,6 +26,14 @@ X = np.float32(0.6)
 SLOTS = {"a": np.float32(0.2), "b": np.float32(-0.3)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """How well XLA compiles a program is not what is tested, and is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def initial(entry):
     """The documented initial value of a parameter or variable of a random program."""
     kind, path = entry.split(" ")
