@@ -21,13 +21,13 @@ from jaxstate_tests.random_programs import (
     CustomJvp,
     CustomVjp,
     Draw,
+    Fori,
     Grad,
     Jit,
     Program,
     Read,
     Vmap,
     While,
-    anywhere,
     programs,
 )
 from jaxstate_tests.test_random_programs import initial, stateful
@@ -155,12 +155,13 @@ def operations(jaxpr):
 
 
 def loops(program):
-    return anywhere(program, lambda s: isinstance(s, While))
+    """Whether it has a loop of as many turns as the data says."""
+    return program.has(While, Fori)
 
 
 def loops_over_lanes(program):
     """Under a trace, such a loop has one condition for all lanes, as it has when it is compiled."""
-    return anywhere(program, lambda s: isinstance(s, Vmap) and loops(s.body))
+    return loops(program) and program.has(Vmap)
 
 
 def check_idle(program):
