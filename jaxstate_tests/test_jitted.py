@@ -19,7 +19,7 @@ def nth_uniform(n, key=KEY):
 
 
 def test_one_function_that_uses_other_slots_for_other_types():
-    """The threaded call of the last call is tried first. It must not draw, or fail, for this one."""
+    """The threaded call of the last call is tried first; it must not draw or fail for this one."""
 
     @jax.jit
     def f(x):
