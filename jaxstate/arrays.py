@@ -34,6 +34,7 @@ from jaxstate import _compat, slots, thread, trace, views
 from jaxstate.capture import nowhere
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 from jaxstate.handles import Slot, SlotAddress
+from jaxstate.masked import MaskedElements, mask_in, masked_elements
 from jaxstate.slots import Address, Cell, Holder, Lane
 from jaxstate.updates import Update, update_at
 
@@ -467,9 +468,14 @@ class Writable:
     # Indexing and views.
 
     def __getitem__(self, index: Any) -> Any:
+        mask = mask_in(index)
         index = _value_of_index(index)
         entries = views.expanded(index, self.ndim)
         if not views.is_view(entries):
+            with _quiet():
+                masked = masked_elements(self._read(), _for_jax(index), entries, mask)
+            if masked is not None:
+                return masked
             return fresh(_compat.getitem(self._read(), _for_jax(index)))
         steps = views.view(self._steps, self.shape, entries)
         found = self._view(steps)
@@ -480,6 +486,9 @@ class Writable:
         return found.copy() if is_scalar and not has_ellipsis else found
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, MaskedElements):
+            with _quiet():
+                value, index = value.written_to(self._read(), mask_in(index)), Ellipsis
         index = _value_of_index(index)
         if isinstance(value, Writable) and self._is_already(index, value):
             return

@@ -18,7 +18,7 @@ ORDER = [
     "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
     "arguments", "reuse", "summary",
     "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
-    "records", "mutate", "sow", "views", "updates", "arrays", "inplace", "",
+    "records", "mutate", "sow", "views", "masked", "updates", "arrays", "inplace", "",
 ]  # fmt: skip
 FAMILIES = {name for name in ORDER if name.startswith("rules.")}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -67,7 +67,7 @@ def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
         "arguments", "arrays", "births", "capture", "containers", "entries", "errors", "forms",
-        "handles", "leaves", "names", "objects", "params", "records", "retraced", "reuse",
+        "handles", "leaves", "masked", "names", "objects", "params", "records", "retraced", "reuse",
         "shadows", "slots", "sown", "stateful", "stores", "successors", "thread", "trace",
         "tracestate", "updates", "variables", "views",
     }  # fmt: skip
