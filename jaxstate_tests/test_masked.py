@@ -1,4 +1,4 @@
-"""``x[mask]`` with traced masks equals NumPy's: eagerly, jitted, in loops, lanes and derivatives."""
+"""``x[mask]`` with traced masks equals NumPy's: eager, jitted, in loops, lanes and derivatives."""
 
 import jax
 import jax.numpy as jnp
