@@ -457,7 +457,9 @@ def is_constant_of_jaxpr(tracer: Any) -> bool:
     )
 
 
-def wrap_operands(read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any], Any]) -> None:
+def wrap_operands(
+    read: Callable[[Any, Any], Any], hand_out: Callable[[Any, Any, Any], Any]
+) -> None:
     """Wraps how a vmap or derivative takes apart what reaches it: operands, and the results of
     the function that is transformed.
 
@@ -1130,14 +1132,15 @@ def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[...,
     For operands of new types ``prepare(jitted, values, args, kwargs)`` says what to run. What JAX
     keeps does not keep the function of ``jitted``.
     """
-    fun, info = weakref.ref(jitted.fun), jitted.info
+    ref, info = weakref.ref(jitted.fun), jitted.info
 
     def cache_miss(values: Any, /, *args: Any, **kwargs: Any) -> Any:
-        call = prepare(Jitted(fun(), info), values, args, kwargs)
+        fun: Any = ref()
+        call = prepare(Jitted(fun, info), values, args, kwargs)
         flat = [*call.consts, *call.operands]
         p = pjit.PjitParams([], call.params, (), None, call.out_tree, ("",) * len(flat))
         outs, out_flat, out_tree, flat, jaxpr, executable, profiler, consts = _run_python_pjit(
-            p, flat, fun(), args, kwargs
+            p, flat, fun, args, kwargs
         )
         data = pjit._get_fastpath_data(
             executable, out_tree, flat, out_flat, jaxpr.effects, jaxpr.consts, profiler, consts

@@ -229,7 +229,10 @@ class ArrayAddress(SlotAddress):
     __slots__ = ()
 
     threaded = False
-    may_be_written = True
+
+    @property
+    def may_be_written(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return "a writable array"

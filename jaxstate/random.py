@@ -78,8 +78,9 @@ class StreamAddress(Address):
 
     def cell_here(self) -> Cell | None:
         holder = next((h for h in holders() if h.knows(self)), None)
-        here = isinstance(holder, _StreamHolder) and holder.anchor is _compat.current_trace()
-        return holder.cell(self) if here else None
+        if isinstance(holder, _StreamHolder) and holder.anchor is _compat.current_trace():
+            return holder.cell(self)
+        return None
 
     def seen_from(self, boundary: Any) -> StreamAddress:
         """A handle's count goes by its name where that means the same stream.

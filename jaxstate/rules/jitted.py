@@ -162,7 +162,7 @@ class _ThreadedCall:
 
     def try_here(self, args: Any, kwargs: Any) -> Any:
         """The results; `NotImplemented` if a cell is not here, or if the call uses other state."""
-        cells = [address.cell_here() for address in self._slots]
+        cells: list[Any] = [address.cell_here() for address in self._slots]
         if None in cells or (self._aliases and len(set(map(id, cells))) < len(cells)):
             return NotImplemented
         captured, (reads, writes, _), _ = self._state
