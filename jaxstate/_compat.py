@@ -329,6 +329,12 @@ def holding_trace(trace: Any) -> Any:
     return trace
 
 
+def calls_functions(trace: Any) -> bool:
+    """Whether a function with a custom rule is simply called under ``trace``: nothing is
+    differentiated there, and no jaxpr built."""
+    return trace is None or trace is eval_trace or getattr(trace, "calls_functions", False)
+
+
 def tag_of(trace: Any) -> Any:
     """The object that a JVP, linearize or batch trace shares with its re-entered copies.
 

@@ -145,20 +145,26 @@ class Buffer:
         self.version = 0
         self.is_own = False
 
+    def aval(self) -> Any:
+        """The type of the value."""
+        return (
+            _compat.typeof(self.value) if self.slot is None else self.slot.aval(self.slot.address)
+        )
+
     def read(self) -> Any:
         """The current value, as the current trace sees it."""
         if self.activation is not None and self.activation.ended:
             raise self.activation.escaped()
         here = _compat.current_trace()
         way = _way_home(self.home, here)
-        is_near = not way and not (way is None and self.is_held_elsewhere())
+        is_held = self.is_held_elsewhere()
         if self.slot is None:
-            staged = way is None or any(isinstance(t, _compat.StagingTrace) for t in way)
-            if is_near or not staged:
+            staged = any(isinstance(t, _compat.StagingTrace) for t in way or ())
+            if not is_held and not staged:
                 return self.value
             self._become_slot()
         assert self.slot is not None
-        if is_near:
+        if not way and not is_held:
             return self.slot.cell(self.slot.address).value
         with _quiet(), _compat.set_current_trace(here):
             return _compat.canonicalize(trace.read(self.slot.address))
@@ -167,7 +173,7 @@ class Buffer:
         here = _compat.current_trace()
         self.version += 1
         self.is_own = False
-        if _place() is self.home:
+        if _place() is self.home and not self.is_held_elsewhere():
             if self.slot is None:
                 self.value = value
             else:
@@ -314,10 +320,14 @@ class InplaceTrace(_compat.Trace):
     ) -> Any:
         return self._custom(primitive, (fun, fwd, bwd), operands, params)
 
+    @property
+    def calls_functions(self) -> bool:
+        """See `_compat.calls_functions`. The function writes its own arrays then."""
+        return self.parent_trace is _compat.eval_trace
+
     def _custom(self, primitive: Any, functions: Any, operands: Any, params: Any) -> Any:
-        """Where nothing is differentiated, the function is called, and writes its own arrays."""
         operands = self._values(operands)
-        if self.parent_trace is _compat.eval_trace:
+        if self.calls_functions:
             operands = [self._box(x) for x in operands]
             with _compat.set_current_trace(self):
                 return [self._box(x) for x in functions[0].call_wrapped(*operands)]
@@ -517,7 +527,7 @@ class Writable:
         buffer = self._own_buffer()
         self._detach()  # a write may come through the view
         # Views of views may be the whole array again: x.T.T, x[None][0].
-        aval = self.aval if steps else _compat.typeof(buffer.value).update(weak_type=False)
+        aval = self.aval if steps else buffer.aval().update(weak_type=False)
         return WritableArray(buffer, steps, aval)
 
     @property

@@ -308,3 +308,63 @@ def test_writes_on_devices():
     command = [sys.executable, "-W", "error", "-c", ON_DEVICES]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.stdout.endswith("done\n"), found.stderr[-3000:]
+
+
+def _with_rule(h):
+    f = jax.custom_jvp(h)
+    f.defjvp(lambda primals, tangents: (f(*primals), tangents[0]))
+    return f
+
+
+def _fill_and_add(v):
+    v[:] = -4
+    v[0] += 1
+
+
+def _double_and_add(v):
+    v[:] = v * 2
+    v += 1
+
+
+@pytest.mark.parametrize("wrap", [_with_rule, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("body", [_fill_and_add, _double_and_add])
+def test_two_writes_to_the_array_of_a_lane_in_a_function_inside(body, wrap):
+    """In a custom rule the array is an operand, also where its own trace is current."""
+
+    @jaxstate.inplace
+    def f(a):
+        def lane(v):
+            wrap(lambda t: [body(v), t][1])(1.0)
+            return v
+
+        return jax.vmap(lane)(a)
+
+    wanted = np.arange(10.0, dtype=np.float32).reshape(2, 5)
+    x = jnp.asarray(wanted)
+    for row in wanted:
+        body(row)
+    for run in (f, jax.jit(f)):
+        np.testing.assert_array_equal(run(x), wanted)
+
+
+def test_a_custom_rule_writes_an_enclosing_array_eagerly():
+    @jaxstate.inplace
+    def f(a):
+        def body(t):
+            a[0] += 1
+            return t
+
+        _with_rule(body)(1.0)
+        return a
+
+    np.testing.assert_array_equal(f(jnp.zeros(3)), [1, 0, 0])
+
+
+def test_a_view_that_is_the_whole_array_of_one_that_a_loop_has_written():
+    @jaxstate.inplace
+    def f(a):
+        jax.lax.fori_loop(0, 2, lambda i, _: a.__setitem__(i, 7), None)
+        a.T.T[2] = 9
+        return a
+
+    np.testing.assert_array_equal(f(jnp.zeros(3)), [7, 7, 9])

@@ -344,7 +344,8 @@ class _Explicit:
         self, fun: Any, values: Sequence[Any], *args: Any
     ) -> tuple[list[Any], dict[Address, Cell]]:
         """The outputs of ``fun``, and the cells that it leaves."""
-        before = dict(zip(self.touched, values, strict=True))
+        # In an in-place function the operands are arrays that the function itself could write.
+        before = dict(zip(self.touched, map(_compat.canonicalize, values), strict=True))
         cells = {a: Cell(v) for a, v in before.items()}
         state = _Given(None, self.below, cells, self.written)
         _compat.reset_stores(fun)
@@ -453,7 +454,7 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_open() or trace is None or trace is _compat.eval_trace:
+            if not slots.any_open() or _compat.calls_functions(trace):
                 return bind(trace, args, avals, params)
             if isinstance(trace, _compat.TransparentTrace):  # it binds again under its parent
                 return bind(trace, args, avals, params)
