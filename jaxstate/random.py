@@ -148,8 +148,12 @@ class _StreamHolder(Holder):
         self.made = made
         self.identity = object()
         self.cells = {"key": Cell(key), "count": Cell(count)}
-        aval = _compat.typeof(key)
-        self._signature = ("stream", name, vmap, aval, _compat.typeof(_compat.canonicalize(count)))
+        # Kept apart from the values: a rule that runs later asks for the types too.
+        self.avals = {
+            "key": _compat.typeof(key),
+            "count": _compat.typeof(_compat.canonicalize(count)),
+        }
+        self._signature = ("stream", name, vmap, *self.avals.values())
 
     def knows(self, address: Address) -> bool:
         if not isinstance(address, StreamAddress) or address.name != self.name:
@@ -158,6 +162,9 @@ class _StreamHolder(Holder):
 
     def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
         return self.cells[address.part]
+
+    def aval(self, address: StreamAddress) -> Any:  # type: ignore[override]
+        return self.avals[address.part]
 
     def lane(  # type: ignore[override]
         self, address: StreamAddress, trace: Any, notes: dict[Any, Any]

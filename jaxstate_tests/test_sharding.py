@@ -16,6 +16,7 @@ from jaxstate_tests.eight_devices import by_hand
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "jaxstate_tests/eight_devices"
 HELPERS = ("__init__", "by_hand", "common")
+LONG = ("jit_options", "policies")  # run by `make matrix`
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 
 
@@ -25,7 +26,10 @@ def environment(flags=""):
     return {**os.environ, "PYTHONPATH": python_path, "XLA_FLAGS": flags}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in FILES],
+)
 def test_on_eight_devices(name):
     file = FOLDER / f"{name}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]

@@ -209,7 +209,7 @@ _settings = settings(
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )
-CHUNKS = [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 10))]
+CHUNKS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
 
 
 @pytest.mark.leaks_allowed("JAX's errors are compared, and their tracebacks hold tracers")

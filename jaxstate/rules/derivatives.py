@@ -177,6 +177,11 @@ class _Recording(_RuleState):
         self.extra = {}
         self.cells = {}
 
+    def aval(self, address: Address) -> Any:
+        if self.over:
+            raise _rule_touches_more(address)
+        return super().aval(address)
+
     def cell(self, address: Address) -> Cell:
         if self.over:
             raise _rule_touches_more(address)
