@@ -121,7 +121,7 @@ class EntryAddress(Address):
 
     def cell_here(self) -> Cell | None:
         store = innermost_store()
-        return store.known_cell(self) if store is not None and self.renewed({}) is self else None
+        return None if store is None or self._is_made_anew() else store.known_cell(self)
 
     def seen_from(self, boundary: Any) -> EntryAddress:
         store = self.store()
@@ -131,9 +131,14 @@ class EntryAddress(Address):
             return self.having(levels=store.scopes.inside(boundary) + self.levels, home=home)
         return self.having(place=None if self.place is home else self.place, home=home)
 
+    def _is_made_anew(self) -> bool:
+        """Whether a module on the way to it is made by every use of the jaxpr it stands in."""
+        home = self.home
+        return home is not None and any(v.token and v.token.home is home for v in self.levels)
+
     def renewed(self, use: dict[Any, Any] | None) -> EntryAddress:
         home = self.home
-        if home is None or not any(v.token and v.token.home is home for v in self.levels):
+        if not self._is_made_anew():
             return self
         if use is None:
             use = self.store().layers().layers[0].renewed
@@ -409,13 +414,13 @@ class Store(Holder):
         """The cell of a leaf, if it exists and nothing stands between the program and it."""
         if not self.is_here() or address.place not in (None, _OUTSIDE):
             return None
-        levels = address.levels
-        if address.place is None:
-            levels = self.scopes.inside(None) + levels
-        layers = Layers([self.layer])
-        if not layers.know(levels):
-            return None
-        entry = self.layer.entries.get((*layers.known_path_of(levels), address.name))
+        above = self.scopes.inside(None) if address.place is None else ()
+        path: Path | None = ()
+        for level in (*above, *address.levels):
+            path = self.layer.paths.get(level.token) if level.token else (*path, level.base)
+            if path is None:
+                return None
+        entry = self.layer.entries.get((*path, address.name))
         return entry and entry.cells.get(address.leaf)
 
     def cell(self, address: EntryAddress) -> Cell:  # type: ignore[override]

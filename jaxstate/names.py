@@ -107,10 +107,6 @@ class Layers:
             path = (*path, self.enter(path, level))
         return path
 
-    def know(self, levels: Sequence[Level]) -> bool:
-        """Whether all modules among ``levels`` have a name."""
-        return all(v.token is None or self.known(v.token) is not None for v in levels)
-
     def known(self, token: Token | None) -> Path | None:
         """The path of a module, if it has one already."""
         if token is not None:
