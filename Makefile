@@ -4,7 +4,8 @@
 #   make demo                                   train a classifier, draw what it gets wrong
 #   make test                                   tests and doctests, without the slow ones
 #   make test-with PYTHON=python3.12 JAX=0.11.2 the same on another Python and JAX
-#   make matrix                                 every kind of state under every transformation
+#   make matrix                                 every kind of state under every transformation, and
+#                                               all else that takes too long for make test
 #   make fuzz MINUTES=60 SEED=1                 new random programs for so long, from that seed;
 #                                               PROGRAMS=numpy or state: only those of that kind
 #   make bench                                  timings against hand-written JAX and other libraries
@@ -56,7 +57,7 @@ test-with:
 matrix: $(TEST)/installed
 	$(TEST)/bin/python -m pytest -n auto -m 'slow or not slow' \
 	    jaxstate_tests/test_matrix.py jaxstate_tests/test_sow.py jaxstate_tests/test_trace_programs.py \
-	    jaxstate_tests/test_sharding.py
+	    jaxstate_tests/test_sharding.py jaxstate_tests/test_peers.py
 
 lint: $(LINT)/installed
 	$(LINT)/bin/ruff check .
