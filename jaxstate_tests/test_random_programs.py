@@ -6,19 +6,17 @@ and prints the seed; a counterexample becomes a test of its own.
 
 import functools
 import hashlib
-import os
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import jaxstate
 from jaxstate.extend import new_slot, read
 from jaxstate_tests import random_programs as rp
+from jaxstate_tests.fuzzing import drawn, fuzz
 
 KEY = jax.random.key(11)
 KEYS = {name: jax.random.key(20 + i) for i, name in enumerate(rp.STREAMS)}
@@ -128,14 +126,6 @@ def derivative(program, apply):
     return along
 
 
-def refused(run, *args):
-    """The result, or None where a derivative is asked of a custom rule that does not say it."""
-    try:
-        return run(*args)
-    except jaxstate.CustomRuleStateError:
-        return None
-
-
 class Comparison:
     """What is compared for one program, as functions of ``(x, entries)``."""
 
@@ -188,49 +178,22 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-CHUNKS, AT_ONCE = 10, 6
-_settings = settings(
-    max_examples=300 // CHUNKS // AT_ONCE,
-    deadline=None,
-    database=None,
-    print_blob=False,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-)
+EXAMPLES, CHUNKS, AT_ONCE = 300, 10, 6
 
 
 @pytest.mark.leaks_allowed("a refusal holds tracers in its traceback")
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_programs(chunk):
-    depth = 3 if chunk < CHUNKS - 2 else 5
+    programs = rp.programs(depth=3 if chunk < CHUNKS - 2 else 5)
 
-    @seed(chunk)
-    @_settings
-    @given(st.lists(rp.programs(depth), min_size=AT_ONCE, max_size=AT_ONCE))
+    @drawn(
+        chunk, EXAMPLES // CHUNKS // AT_ONCE, st.lists(programs, min_size=AT_ONCE, max_size=AT_ONCE)
+    )
     def run(programs):
         check(programs, eagerly=1)
-
-    run()
 
 
 @pytest.mark.slow
 @pytest.mark.leaks_allowed("a refusal holds tracers in its traceback")
 def test_fuzz():
-    """New programs for as many minutes as the environment variable FUZZ_MINUTES says."""
-    minutes = float(os.environ.get("FUZZ_MINUTES", "1"))
-    start = int(os.environ.get("FUZZ_SEED") or time.time_ns() % 10**9)
-    end = time.monotonic() + 60 * minutes
-    number = start
-    while time.monotonic() < end:
-        print(f"FUZZ_SEED={number}", flush=True)
-
-        @seed(number)
-        @settings(_settings, max_examples=100)
-        @given(rp.programs())
-        def run(program):
-            check([program], eagerly=1)
-
-        run()
-        jax.clear_caches()
-        number += 1
-    print(f"{100 * (number - start)} programs")
+    fuzz(lambda program: check([program], eagerly=1), rp.programs())

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from jax.extend.core import jaxprs_in_params
 
 from jaxstate.extend import new_slot, new_trace, read
+from jaxstate_tests.fuzzing import drawn
 from jaxstate_tests.random_programs import (
     Arithmetic,
     Checkpoint,
@@ -201,14 +201,7 @@ def check_counts(program):
     assert jax.jit(jax.vmap(counted))(xs)[-1]["ops"].tolist() == wanted
 
 
-_settings = settings(
-    max_examples=6,
-    deadline=None,
-    database=None,
-    print_blob=False,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
-)
+EXAMPLES = 6
 CHUNKS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
 
 
@@ -216,14 +209,10 @@ CHUNKS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("check", [check_idle, check_counts], ids=lambda f: f.__name__)
 def test_random_programs_under_a_trace(check, chunk):
-    @seed(chunk)
-    @_settings
-    @given(programs(depth=3))
+    @drawn(chunk, EXAMPLES, programs(depth=3))
     def run(program):
         with jax.checking_leaks.func(False):
             check(program)
-
-    run()
 
 
 FOUND = {
