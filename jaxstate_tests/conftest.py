@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from importlib import metadata
 
 # XLA 0.10 compiles small CPU programs in half the time without these. Later versions do not know
@@ -19,6 +20,19 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "leaks_allowed(reason): the leak checker would change what is tested"
     )
+    _keep_compiled_programs(config)
+
+
+def _keep_compiled_programs(config):
+    """In a directory of this process, until it ends.
+
+    Under the leak checker JAX keeps nothing in memory, and compiles every operation at every call.
+    """
+    directory = tempfile.TemporaryDirectory()
+    config.add_cleanup(directory.cleanup)
+    jax.config.update("jax_compilation_cache_dir", directory.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +52,14 @@ def _leak_checker(request, _small_heap):
         return
     with jax.checking_leaks():
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that compile much, where it is not tested how well XLA does it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

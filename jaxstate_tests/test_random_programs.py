@@ -18,18 +18,12 @@ from jaxstate.extend import new_slot, read
 from jaxstate_tests import random_programs as rp
 from jaxstate_tests.fuzzing import drawn, fuzz
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(11)
 KEYS = {name: jax.random.key(20 + i) for i, name in enumerate(rp.STREAMS)}
 X = np.float32(0.6)
 SLOTS = {"a": np.float32(0.2), "b": np.float32(-0.3)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """How well XLA compiles a program is not what is tested, and is most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def initial(entry):
