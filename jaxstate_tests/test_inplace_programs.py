@@ -26,7 +26,7 @@ def in_jax(program, way):
 
 def stacked(seed):
     lanes = [initial(seed + k) for k in range(LANES)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *lanes)
+    return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *lanes)
 
 
 def alone(transform, way):
@@ -42,7 +42,7 @@ def per_lane(transform):
     """A run in the lanes of a vmap, on the arrays of as many seeds."""
 
     def results(program, seed):
-        found = transform(in_jax(program, LAX))(stacked(seed))
+        found = jax.tree.map(np.asarray, transform(in_jax(program, LAX))(stacked(seed)))
         return [(seed + k, {n: x[k] for n, x in found.items()}) for k in range(LANES)]
 
     return results
