@@ -1,4 +1,7 @@
-"""Every test runs under the leak checker, unless it is marked ``leaks_allowed`` with a reason."""
+"""Every test runs under the leak checker, unless it is marked ``leaks_allowed`` with a reason.
+
+XLA compiles quickly, not well, unless a test is marked ``optimized``: what it makes is looked at.
+"""
 
 import gc
 import os
@@ -20,6 +23,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "leaks_allowed(reason): the leak checker would change what is tested"
     )
+    config.addinivalue_line("markers", "optimized: for what XLA makes when it does its best")
     _keep_compiled_programs(config)
 
 
@@ -54,12 +58,10 @@ def _leak_checker(request, _small_heap):
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For modules that compile much, where it is not tested how well XLA does it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(autouse=True)
+def _quick_compilation(request):
+    optimized = request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ import jaxstate
 from jaxstate_tests.fuzzing import drawn, fuzz
 from jaxstate_tests.numpy_programs import LAX, NUMPY, PYTHON, initial, programs, run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LANES = 2
 EXAMPLES = 300
 

@@ -23,8 +23,6 @@ import jaxstate
 from jaxstate.extend import new_slot, read
 from jaxstate_tests.programs import OPERATIONS, TRANSFORMATIONS, changing, normal, variable
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def initial_parameter(key, path):
     """The documented derivation: two words of the path's SHA-256 digest, folded into the key."""

@@ -18,8 +18,6 @@ from jaxstate.extend import new_slot, read
 from jaxstate_tests import random_programs as rp
 from jaxstate_tests.fuzzing import drawn, fuzz
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(11)
 KEYS = {name: jax.random.key(20 + i) for i, name in enumerate(rp.STREAMS)}
 X = np.float32(0.6)
