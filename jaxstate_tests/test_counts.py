@@ -19,6 +19,8 @@ from jaxstate_tests.bench import measure, nets
 from jaxstate_tests.bench.models import QUICK, train_step
 from jaxstate_tests.bench.peers import by_hand, with_jaxstate
 
+pytestmark = pytest.mark.optimized
+
 
 def equations(jaxpr):
     """How often each primitive occurs in a jaxpr and all jaxprs inside."""

@@ -87,6 +87,7 @@ FLOPS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", FLOPS)
 def test_floating_point_operations_are_those_of_the_textbook_and_of_xla(name):
     f, args, wanted = FLOPS[name]

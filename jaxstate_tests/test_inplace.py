@@ -969,6 +969,7 @@ def test_a_traced_index_costs_what_at_set_costs():
     assert names(inplace(program), M, i) == names(lambda x, i: x.at[i].set(1.0), M, i)
 
 
+@pytest.mark.optimized
 def test_loops_carry_the_array_and_copy_nothing():
     def program(x):
         def body(i, c):
@@ -989,6 +990,7 @@ def test_loops_carry_the_array_and_copy_nothing():
     assert compiled(inplace(program)) == compiled(by_hand)
 
 
+@pytest.mark.optimized
 @pytest.mark.leaks_allowed("it times eager writes")
 def test_an_eager_write_costs_the_write():
     """A copy of the large array would take a hundred times as long as the write."""

@@ -132,6 +132,7 @@ TYPICAL = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", TYPICAL)
 def test_typical_functions_compile_to_what_is_written_by_hand(name):
     written, by_hand = TYPICAL[name]
@@ -142,6 +143,7 @@ def test_typical_functions_compile_to_what_is_written_by_hand(name):
     assert count_operations(inplace(written), x, i) <= count_operations(by_hand, x, i)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", numpy_ports.PROGRAMS)
 def test_ports_compile_to_what_is_written_by_hand(name):
     arrays, f = arrays_and_function(numpy_ports.PROGRAMS[name], ARGUMENTS[name])

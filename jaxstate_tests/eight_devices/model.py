@@ -29,6 +29,7 @@ def test_parameters_are_born_in_their_shards(mesh):
         assert len(array.addressable_shards) == 8 and shapes == {cut.get(name, array.shape)}
 
 
+@pytest.mark.optimized
 def test_no_device_ever_keeps_the_whole_model(mesh):
     x = jax.ShapeDtypeStruct((example.BATCH, example.INPUTS), np.float32)
     make = lambda key: example.net.init_with_state(key, x)  # noqa: E731
