@@ -1,19 +1,19 @@
 """The programs of `numpy_ports`, written for JAX by hand: ``.at`` and loops that carry arrays."""
 
 import jax.numpy as jnp
-from jax.lax import fori_loop
+from jax.lax import dynamic_update_slice, fori_loop, select
 
 
 def lu(a):
     order = jnp.arange(len(a))
     for k in range(len(a) - 1):
         p = k + abs(a[k:, k]).argmax()
-        here, there = jnp.array([k, p]), jnp.array([p, k])
-        a = a.at[here].set(a[there])
-        order = order.at[here].set(order[there])
-        a = a.at[k + 1 :, k].set(a[k + 1 :, k] / a[k, k])
+        a = a.at[jnp.array([k, p])].set(a[jnp.array([p, k])])
+        order = order.at[jnp.array([k, p])].set(order[jnp.array([p, k])])
+        factors = a[k + 1 :, k] / a[k, k]
+        a = dynamic_update_slice(a, factors[:, None], (k + 1, k))
         rest = a[k + 1 :, k + 1 :] - jnp.outer(a[k + 1 :, k], a[k, k + 1 :])
-        a = a.at[k + 1 :, k + 1 :].set(rest)
+        a = dynamic_update_slice(a, rest, (k + 1, k + 1))
     return a, order
 
 
@@ -34,22 +34,22 @@ def life(grid, steps):
     def generation(_, grid):
         shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
         neighbours = sum(jnp.roll(grid, shift, (0, 1)) for shift in shifts)
-        grid = jnp.where(neighbours < 2, 0, grid)
-        grid = jnp.where(neighbours > 3, 0, grid)
-        return jnp.where(neighbours == 3, 1, grid)
+        grid = select(neighbours < 2, jnp.zeros_like(grid), grid)
+        grid = select(neighbours > 3, jnp.zeros_like(grid), grid)
+        return select(neighbours == 3, jnp.ones_like(grid), grid)
 
     return fori_loop(0, steps, generation, grid)
 
 
 def heat(u, steps, rate=0.2):
     def step(_, u):
-        u = u.at[0].set(u[1])
-        u = u.at[-1].set(u[-2])
-        u = u.at[:, 0].set(u[:, 1])
-        u = u.at[:, -1].set(u[:, -2])
+        u = dynamic_update_slice(u, u[1][None], (0, 0))
+        u = dynamic_update_slice(u, u[-2][None], (len(u) - 1, 0))
+        u = dynamic_update_slice(u, u[:, 1][:, None], (0, 0))
+        u = dynamic_update_slice(u, u[:, -2][:, None], (0, u.shape[1] - 1))
         around = u[:-2, 1:-1] + u[2:, 1:-1] + u[1:-1, :-2] + u[1:-1, 2:]
-        inner = u[1:-1, 1:-1]
-        return u.at[1:-1, 1:-1].set(inner + rate * (around - 4 * inner))
+        change = rate * (around - 4 * u[1:-1, 1:-1])
+        return dynamic_update_slice(u, u[1:-1, 1:-1] + change, (1, 1))
 
     return fori_loop(0, steps, step, u)
 
@@ -109,7 +109,8 @@ def decode(weights, tokens):
             keys = keys.at[n, t].set(x @ key)
             values = values.at[n, t].set(x @ value)
             scores = keys[n] @ (x @ query) / jnp.sqrt(x.size)
-            scores = jnp.where(jnp.arange(len(tokens)) > t, -jnp.inf, scores)
+            later = jnp.arange(len(tokens)) > t
+            scores = select(later, jnp.full_like(scores, -jnp.inf), scores)
             p = jnp.exp(scores - scores.max())
             p = p / p.sum()
             x = x + p @ values[n] @ out

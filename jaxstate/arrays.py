@@ -486,10 +486,10 @@ class Writable:
         entries = views.expanded(index, self.ndim)
         if not views.is_view(entries):
             with _quiet():
-                masked = masked_elements(self._read(), _for_jax(index), entries, mask)
+                masked = masked_elements(self._read(), index, entries, mask)
             if masked is not None:
                 return masked
-            return fresh(_compat.getitem(self._read(), _for_jax(index)))
+            return fresh(_compat.getitem(self._read(), index))
         steps = views.view(self._steps, self.shape, entries)
         found = self._view(steps)
         is_scalar = all(not isinstance(e, slice) and e is not None for e in entries)
@@ -734,20 +734,21 @@ def _axis(axis: Any, ndim: int) -> int:
 
 
 def _value_of_index(index: Any) -> Any:
-    """The index with the values that the arrays in it have now."""
-    if isinstance(index, Writable):
-        return _compat.canonicalize(index)
-    if isinstance(index, (tuple, list)):
-        return type(index)(_value_of_index(e) for e in index)
-    return index
+    """The index with the values that the arrays in it have now, and with arrays for lists.
+
+    JAX takes no lists in an index.
+    """
+    if isinstance(index, tuple):
+        return tuple(map(_value_of_entry, index))
+    return _value_of_entry(index)
 
 
-def _for_jax(index: Any) -> Any:
-    """JAX takes no lists in an index."""
-    entries = index if isinstance(index, tuple) else (index,)
-    return tuple(np.asarray(e, dtype=None if e else int) if isinstance(e, list) and not any(
-        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(e)) else
-        jnp.asarray(e) if isinstance(e, list) else e for e in entries)  # fmt: skip
+def _value_of_entry(entry: Any) -> Any:
+    if isinstance(entry, Writable):
+        return _compat.canonicalize(entry)
+    if isinstance(entry, (tuple, list)):
+        return views.as_array(jax.tree.map(_value_of_entry, entry))
+    return entry
 
 
 def _strong(value: Any) -> Any:

@@ -138,11 +138,16 @@ def expanded(index: Any, ndim: int) -> list[Any]:
     return entries
 
 
+def as_array(entry: Any) -> Any:
+    """A list in an index: of JAX, if there is something of JAX in it, and of NumPy else."""
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(entry)):
+        return jax.numpy.asarray(entry)
+    return np.asarray(entry, dtype=None if len(entry) else int)
+
+
 def _as_array_or_scalar(entry: Any) -> Any:
     if isinstance(entry, (list, tuple)):
-        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(entry)):
-            return jax.numpy.asarray(entry)
-        entry = np.asarray(entry, dtype=None if len(entry) else int)
+        entry = as_array(entry)
     if isinstance(entry, np.integer):
         return int(entry)
     if isinstance(entry, (bool, np.bool_)):
