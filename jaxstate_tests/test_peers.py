@@ -1,17 +1,22 @@
-"""Modules, optimizers and solvers of other packages, with jaxstate inside and around.
+"""Modules, optimizers, samplers and solvers of other packages, with jaxstate inside and around.
 
 Each is compared with the same call written with all state passed by hand. What `test_solvers` has
 is not repeated here.
 """
 
+from functools import partial
+
+import blackjax
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
+import numpyro.infer.hmc
 import optax
 import optimistix
 import pytest
+from flax import linen, nnx
 from jax.experimental.ode import odeint
 from jax.scipy.optimize import minimize
 from jax.scipy.sparse.linalg import bicgstab, gmres
@@ -113,6 +118,69 @@ def jacobian(solver):
     return solve
 
 
+def implicit(f, x):
+    """A fixed point whose derivative is that of the equation, the way of jaxopt."""
+    g, consts = jax.closure_convert(lambda y: 0.3 * f(y) + X, x)
+    return solved(g, x, *consts)
+
+
+def repeated(g, x):
+    return jax.lax.fori_loop(0, 30, lambda _, y: g(y), x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def solved(g, x, *consts):
+    return repeated(lambda y: g(y, *consts), x)
+
+
+def solved_forward(g, x, *consts):
+    y = solved(g, x, *consts)
+    return y, (y, consts)
+
+
+def solved_backward(g, residuals, ct):
+    y, consts = residuals
+    by_y = jax.vjp(lambda y: g(y, *consts), y)[1]
+    by_consts = jax.vjp(lambda *consts: g(y, *consts), *consts)[1]
+    return jnp.zeros_like(y), *by_consts(repeated(lambda u: ct + by_y(u)[0], ct))
+
+
+solved.defvjp(solved_forward, solved_backward)
+
+
+def samples(of_step):
+    """Four samples of a density that ``f`` is part of; ``of_step`` makes the step of a kernel."""
+
+    def solve(f, x):
+        start, step = of_step(lambda y: -((y - f(y)) ** 2).sum(), x)
+        return jax.lax.scan(step, start, jax.random.split(KEY, 4))[1]
+
+    return solve
+
+
+def with_blackjax(algorithm, *options):
+    def of_step(density, x):
+        kernel = algorithm(density, *options)
+
+        def step(state, key):
+            state, _ = kernel.step(key, state)
+            return state, state.position
+
+        return kernel.init(x), step
+
+    return samples(of_step)
+
+
+def with_numpyro(density, x):
+    start, step = numpyro.infer.hmc.hmc(lambda y: -density(y), algo="NUTS")
+
+    def next_sample(state, _):
+        state = step(state)
+        return state, state.z
+
+    return start(x, num_warmup=1, step_size=0.1, rng_key=KEY), next_sample
+
+
 backtracking = optax.chain(
     optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5, store_grad=True)
 )
@@ -142,6 +210,7 @@ REVERSE = {
     "gmres": lambda f, x: gmres(spd(f), x)[0],
     "gmres, incremental": lambda f, x: gmres(spd(f), x, solve_method="incremental")[0],
     "bicgstab": lambda f, x: bicgstab(spd(f), x)[0],
+    "fixed point with a custom_vjp": implicit,
     "odeint": lambda f, x: odeint(lambda y, t: f(y), x, jnp.linspace(0.0, 1.0, 3))[-1],
 }
 # Loops of unknown length: JAX has no reverse mode for them.
@@ -154,10 +223,15 @@ FORWARD = {
         ).x
     ),
     "diffrax, forward mode": diffeq(diffrax.ForwardMode()),
+    "blackjax, hmc": with_blackjax(blackjax.hmc, 0.1, jnp.ones(2), 3),
+    "blackjax, nuts": with_blackjax(blackjax.nuts, 0.1, jnp.ones(2)),
+    "blackjax, mala": with_blackjax(blackjax.mala, 0.1),
+    "numpyro, nuts": samples(with_numpyro),
 }
 SOLVERS = REVERSE | FORWARD
 FAST = {"diffrax, recursive checkpoint", "optimistix, Gauss-Newton", "optax, adam",
-        "lineax, cg", "odeint", "optax, lbfgs with zoom"}  # fmt: skip
+        "lineax, cg", "odeint", "optax, lbfgs with zoom", "blackjax, hmc",
+        "fixed point with a custom_vjp"}  # fmt: skip
 solvers = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SOLVERS]
 
 
@@ -212,7 +286,8 @@ class Calls:
 SEALED = ("lineax, cg",)
 # Their custom rules run the function again, where it is not known what the state will be.
 NO_GRADIENT = ("diffrax, recursive checkpoint", "diffrax, implicit method", "diffrax, stochastic",
-               "optimistix, recursive checkpoint", "odeint")  # fmt: skip
+               "optimistix, recursive checkpoint", "odeint",
+               "fixed point with a custom_vjp")  # fmt: skip
 
 
 @others_leak
@@ -286,3 +361,158 @@ def test_the_jacobian_of_a_lineax_operator_that_draws():
         assert stream.count > 0
     u = jax.random.uniform(jax.random.fold_in(KEY, 0))
     assert_trees_close(found, solve(f(lambda: u)), rtol=1e-5)
+
+
+# -- Modules: parameters of another package as a parameter, state as a variable ---------------
+
+
+XS = jnp.arange(12.0).reshape(4, 3) / 12
+
+
+def gradient(f, params, state, key):
+    """Of a sum of squares by the parameters, with the new state."""
+
+    def loss(params):
+        y, new = f(params, state, XS, key)
+        return (y**2).sum(), new
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def check_module(layer, by_hand):
+    """``by_hand`` is given the parameters, the state, an input, and the key that is drawn."""
+    net = jaxstate.parametrized(layer)
+    with jaxstate.rng_stream(KEY):
+        params, state = net.init_with_state(KEY, XS)
+
+    def run(params, state, x, key):
+        with jaxstate.rng_stream(key):
+            return net.apply_with_state(params, state, x)
+
+    def wanted(params, state, x, key):
+        return by_hand(params, state, x, jax.random.fold_in(key, 0))
+
+    expected = gradient(wanted, params, state, KEY)
+    for mode in (lambda f: f, jax.jit):
+        assert_trees_close(mode(partial(gradient, run))(params, state, KEY), expected, rtol=1e-4)
+        assert_trees_close(gradient(mode(run), params, state, KEY), expected, rtol=1e-4)
+
+
+class Normalized(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.BatchNorm(use_running_average=False)(linen.Dense(5, use_bias=False)(x))
+        return linen.Dense(2)(linen.Dropout(0.5, deterministic=False)(linen.tanh(x)))
+
+
+@others_leak
+def test_a_module_of_flax_linen():
+    """Batch norm is a variable, and the key of the dropout comes from the stream."""
+    module = Normalized()
+
+    def initial(key):
+        return module.init({"params": key, "dropout": key}, XS)
+
+    def run(params, stats, x, key):
+        entries = {"params": params, "batch_stats": stats}
+        y, new = module.apply(entries, x, rngs={"dropout": key}, mutable=["batch_stats"])
+        return y, new["batch_stats"]
+
+    def layer(x):
+        params = jaxstate.param("dense", lambda key: initial(key)["params"])
+        stats = jaxstate.variable("stats", lambda: initial(KEY)["batch_stats"])
+        y, stats.value = run(params, stats.value, x, jaxstate.next_key())
+        return y
+
+    def by_hand(params, state, x, key):
+        y, stats = run(params["dense"], state["stats"], x, key)
+        return y, {"stats": stats}
+
+    check_module(layer, by_hand)
+
+
+class Scaled(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        scale = jaxstate.param("scale", jax.nn.initializers.ones, (3,))
+        return linen.Dense(2)(x * scale * jaxstate.random.uniform())
+
+
+@others_leak
+def test_a_parameter_and_a_draw_inside_a_module_of_flax_linen():
+    dense = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+
+    def layer(x):
+        return Scaled().apply({"params": {"Dense_0": dense}}, x)
+
+    def by_hand(params, state, x, key):
+        return x * params["scale"] * jax.random.uniform(key) @ dense["kernel"], {}
+
+    check_module(layer, by_hand)
+
+
+@others_leak
+def test_a_module_of_flax_nnx():
+    graph = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))[0]
+
+    def layer(x):
+        linear = jaxstate.param(
+            "linear", lambda key: nnx.to_pure_dict(nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(key))))
+        )
+        return nnx.merge(graph, linear)(x) * jaxstate.random.uniform()
+
+    def by_hand(params, state, x, key):
+        kernel, bias = params["linear"]["kernel"], params["linear"]["bias"]
+        return (x @ kernel + bias) * jax.random.uniform(key), {}
+
+    check_module(layer, by_hand)
+
+
+class Count(nnx.Variable):
+    """A variable of nnx."""
+
+
+@others_leak
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eagerly", "nnx.jit"])
+def test_a_draw_in_an_nnx_model_that_writes_its_own_variable(transform):
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    model.count = Count(jnp.zeros(()))
+
+    @transform
+    def forward(model, x):
+        model.count[...] += 1
+        return (
+            model(x) * jaxstate.param("w", jax.nn.initializers.ones, ()) * jaxstate.random.uniform()
+        )
+
+    net = jaxstate.parametrized(lambda x: forward(model, x))
+    for n in (1, 2):
+        with jaxstate.rng_stream(KEY) as stream:
+            found = net.apply({"w": jnp.float32(2)}, XS)
+            assert (stream.count, model.count[...]) == (1, n)
+        wanted = (XS @ model.kernel[...] + model.bias[...]) * 2
+        assert_trees_close(
+            found, wanted * jax.random.uniform(jax.random.fold_in(KEY, 0)), rtol=1e-5
+        )
+
+
+class Affine(eqx.Module):
+    shift: jax.Array
+
+    def __call__(self, x):
+        w = jaxstate.param("w", jax.nn.initializers.ones, (3, 2))
+        return x @ w * jaxstate.random.uniform() + self.shift
+
+
+@others_leak
+@pytest.mark.parametrize("transform", [lambda f: f, eqx.filter_jit, eqx.filter_checkpoint],
+                         ids=["eagerly", "filter_jit", "filter_checkpoint"])  # fmt: skip
+def test_a_module_of_equinox_that_is_a_parameter_and_has_one(transform):
+    def layer(x):
+        affine = jaxstate.param("affine", lambda key: Affine(jax.random.normal(key, (2,))))
+        return transform(lambda affine, x: affine(x))(affine, x)
+
+    def by_hand(params, state, x, key):
+        return x @ params["w"] * jax.random.uniform(key) + params["affine"]["shift"], {}
+
+    check_module(layer, by_hand)
