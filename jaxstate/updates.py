@@ -49,8 +49,12 @@ class Update(NamedTuple):
         return self.run(self.static, x, *self.operands)
 
     def compiled(self, x: Any, *, into_x: bool) -> Any:
-        """The same, as one program; ``into_x`` gives the memory of ``x`` to the result."""
+        """The same, as one program; ``into_x`` gives the memory of ``x`` to the result.
+
+        With a traced operand the result may be another array: one per lane, say.
+        """
         into_x = into_x and self.run not in (_nothing, _replace)
+        into_x = into_x and not any(isinstance(x, _compat.Tracer) for x in self.operands)
         return _program(self.run, self.static, into_x)(x, *self.operands)
 
 

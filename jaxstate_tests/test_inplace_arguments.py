@@ -369,3 +369,23 @@ def test_a_view_that_is_the_whole_array_of_one_that_a_loop_has_written():
         return a
 
     np.testing.assert_array_equal(f(jnp.zeros(3)), [7, 7, 9])
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, lambda f: jax.vmap(jax.vmap(f))])
+def test_a_write_of_lanes_into_an_array_that_all_lanes_have_alike(transform):
+    """Its memory is too small for the result. Found by `make fuzz`."""
+
+    def f(a, at):
+        a.fill(0)
+        a[None, at] = 1
+        return a
+
+    at = np.array([[0, 1], [2, 3]])
+    shape = (4, 5)
+    if transform is not jax.vmap:
+        at, shape = np.stack([at, at]), (2, 4, 5)
+    wanted = np.zeros((2, *shape), np.int32)
+    for lane, places in zip(wanted.reshape(-1, 4, 5), at.reshape(-1, 2), strict=True):
+        lane[places] = 1
+    found = transform(jaxstate.inplace(f))(jnp.ones((2, *shape), jnp.int32), at)
+    np.testing.assert_array_equal(found, wanted)
