@@ -57,7 +57,8 @@ test-with:
 matrix: $(TEST)/installed
 	$(TEST)/bin/python -m pytest -n auto -m 'slow or not slow' \
 	    jaxstate_tests/test_matrix.py jaxstate_tests/test_sow.py jaxstate_tests/test_trace_programs.py \
-	    jaxstate_tests/test_sharding.py jaxstate_tests/test_peers.py
+	    jaxstate_tests/test_sharding.py jaxstate_tests/test_peers.py \
+	    jaxstate_tests/test_inplace_indices.py
 
 lint: $(LINT)/installed
 	$(LINT)/bin/ruff check .

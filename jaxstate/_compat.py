@@ -68,6 +68,7 @@ Trace = core.Trace
 Primitive = core.Primitive
 Var = core.Var
 ShapedArray = core.ShapedArray
+AbstractValue = core.AbstractValue
 Effect = effects.Effect
 typeof = core.typeof
 set_current_trace = core.set_current_trace
@@ -428,14 +429,15 @@ _jacfwd_code = frozenset(_code_objects(inspect.unwrap(api.jacfwd).__code__))
 TRACER_KINDS = (pe.DynamicJaxprTracer, BatchTracer, JVPTracer, LinearizeTracer)
 
 
-def choose_tracer_type(choose: Callable[[type, Any], type]) -> None:
-    """Lets ``choose(kind, trace)`` name a subclass for every tracer that JAX makes from now on."""
+def choose_tracer_type(choose: Callable[[type, Any, Any], type]) -> None:
+    """Lets ``choose(kind, trace, content)`` name a subclass for every tracer that JAX makes from
+    now on; the content is a value, or only its type."""
 
     def wrap(kind: type) -> None:
         new = kind.__new__
 
         def choosing(cls: type, *args: Any, **kwargs: Any) -> Any:
-            return new(choose(cls, args[0]) if cls is kind and args else cls)
+            return new(choose(cls, args[0], args[1]) if cls is kind and args else cls)
 
         kind.__new__ = choosing  # type: ignore[method-assign]
 

@@ -38,7 +38,7 @@ from jaxstate.masked import MaskedElements, mask_in, masked_elements
 from jaxstate.slots import Address, Cell, Holder, Lane
 from jaxstate.updates import Update, update_at
 
-__all__ = ["Activation", "Writable", "WritableArray", "fresh", "snapshot"]
+__all__ = ["Activation", "Writable", "WritableArray", "fresh", "is_array", "snapshot"]
 
 
 # -- When arrays are writable ----------------------------------------------------------------
@@ -370,12 +370,12 @@ class InplaceTrace(_compat.Trace):
 
     def _box(self, value: Any) -> Any:
         value = snapshot(value)
-        if _thread.quiet or not _is_array(value):
+        if _thread.quiet or not is_array(value):
             return value
         return WritableArray(Buffer(value, self, slots.next_age(), self.activation))
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array) and isinstance(_compat.typeof(value), _compat.ShapedArray)
 
 
@@ -908,10 +908,11 @@ def _note_birth(trace_: Any, age: int) -> None:
 _writable_kinds = {kind: _writable_kind(kind) for kind in _compat.TRACER_KINDS}
 
 
-def _choose(kind: type, trace_: Any) -> type:
+def _choose(kind: type, trace_: Any, content: Any) -> type:
     if not _thread.activations or _thread.quiet or _compat.is_linear_part(trace_):
         return kind
-    return _writable_kinds[kind]
+    aval = content if isinstance(content, _compat.AbstractValue) else _compat.typeof(content)
+    return _writable_kinds[kind] if isinstance(aval, _compat.ShapedArray) else kind  # not a ref
 
 
 def _read_operand(trace_: Any, value: Any) -> Any:
@@ -926,7 +927,7 @@ def _hand_out(trace_: Any, value: Any, taken: Any) -> Any:
         return value
     if not isinstance(value, _compat.Tracer) and not isinstance(taken, Writable):
         return value
-    if not _is_array(value) or _compat.is_linear_part(getattr(value, "_trace", None)):
+    if not is_array(value) or _compat.is_linear_part(getattr(value, "_trace", None)):
         return value
     if not isinstance(trace_.parent_trace, (*_TRACES_OF_RULES, _compat.TransparentTrace)):
         return value  # another library's trace has tracers of its own
@@ -938,7 +939,7 @@ def _adopt(trace_: Any, value: Any, *, is_new: bool = False) -> Any:
     """An argument that a vmap or derivative hands on as it is: an array of the function's own."""
     if not _thread.activations or _thread.quiet:
         return value
-    if not isinstance(value, Writable) and not (is_new and _is_array(value)):
+    if not isinstance(value, Writable) and not (is_new and is_array(value)):
         return value
     with _compat.set_current_trace(trace_.parent_trace):
         content = _compat.canonicalize(value)
@@ -997,7 +998,7 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
 def _array_of_program(x: Any) -> Any:
     """A result of JAX as the program gets it: what an array is known to hold can be written."""
     unknown = isinstance(x, _compat.PartialTracer)
-    return x if unknown or not _is_array(x) or isinstance(x, Writable) else fresh(x)
+    return x if unknown or not is_array(x) or isinstance(x, Writable) else fresh(x)
 
 
 def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:

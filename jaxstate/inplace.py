@@ -22,6 +22,7 @@ from jaxstate.arrays import (
     activation,
     fresh,
     install,
+    is_array,
     snapshot,
 )
 
@@ -110,4 +111,4 @@ def _writable(leaf: Any) -> Any:
     """A writable array of its own for every array."""
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
         leaf = jnp.asarray(leaf)
-    return fresh(leaf) if isinstance(leaf, jax.Array) else leaf
+    return fresh(leaf) if is_array(leaf) else leaf

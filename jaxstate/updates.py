@@ -100,6 +100,8 @@ def _by_mask(axes: tuple[int, ...], x: Any, value: Any, mask: Any) -> Any:
 
 
 _ARRAY = "array"
+_BETWEEN = (slice, type(None), type(Ellipsis))  # what separates integers and arrays
+_NO_ARRAYS = (int, *_BETWEEN)
 
 
 def _key(entry: Any) -> Any:
@@ -251,7 +253,7 @@ def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
     entries = [e for entry in entries for e in _positions(entry)]
     _check_arrays(x.shape, entries)
     value = fit(value, _shape_of(x.shape, entries))
-    is_array = [e is not None and not isinstance(e, (int, slice)) for e in entries]
+    is_array = [not isinstance(e, _NO_ARRAYS) for e in entries]
     template = tuple(_ARRAY if a else _key(e) for a, e in zip(is_array, entries, strict=True))
     return Update(
         _scatter, template, (value, *(e for a, e in zip(is_array, entries, strict=True) if a))
@@ -260,25 +262,28 @@ def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
 
 def _update_by_mask(x: Any, entries: list[Any], mask: Any, value: Any) -> Update | None:
     """One select, if the value is the same for every element that the mask finds."""
+    advanced = [i for i, e in enumerate(entries) if not isinstance(e, _BETWEEN)]
+    are_together = advanced[-1] - advanced[0] < len(advanced)
+    entries = [e for e in entries if e is not Ellipsis]
     at = next(i for i, e in enumerate(entries) if e is mask)
-    if any(e is None for e in entries) or any(
-        not isinstance(e, (int, slice)) for e in entries[:at] + entries[at + 1 :]
-    ):
+    before, after = entries[:at], entries[at + 1 :]
+    if any(not isinstance(e, (int, slice)) for e in before + after):
         return None
     _check_mask(x.shape, entries, at, mask)
-    basic = [*entries[:at], *[slice(None)] * mask.ndim, *entries[at + 1 :]]
-    steps = view((), x.shape, basic)
+    steps = view((), x.shape, [*before, *[slice(None)] * mask.ndim, *after])
     shape = steps[-1].shape if steps else x.shape
-    after = sum(isinstance(e, slice) for e in entries[at + 1 :])
-    ndim = jnp.ndim(value)
-    if ndim > after:
-        lead = ndim - after - 1  # axes of the value in front of that of the elements found
-        if jnp.shape(value)[lead] != 1:
+    first, last = (sum(isinstance(e, slice) for e in es) for es in (before, after))
+    # The axis of the elements found is where the mask is, or in front of all others.
+    sizes, behind = jnp.shape(value), last if are_together else first + last
+    if len(sizes) > behind:
+        lead = len(sizes) - behind - 1
+        if sizes[lead] != 1:
             return None
-        sizes = jnp.shape(value)
-        value = jnp.reshape(value, (*sizes[:lead], *[1] * mask.ndim, *sizes[lead + 1 :]))
+        sizes = sizes[:lead] + sizes[lead + 1 :]
+    if len(sizes) > last:
+        at = len(sizes) - last
+        value = jnp.reshape(value, (*sizes[:at], *[1] * mask.ndim, *sizes[at:]))
     value = fit(value, shape)
-    first = sum(isinstance(e, slice) for e in entries[:at])
     axes = tuple(range(first, first + mask.ndim))
     if not steps:
         return Update(_by_mask, axes, (value, jnp.asarray(mask)))
@@ -320,7 +325,7 @@ def _positions(entry: Any) -> Sequence[Any]:
 def _check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
     axis = 0
     for entry in entries:
-        if entry is None:
+        if entry is None or entry is Ellipsis:
             continue
         if isinstance(entry, int):
             check_bounds(entry, shape[axis], axis)
@@ -334,7 +339,5 @@ def _shape_of(shape: Sequence[int], entries: Sequence[Any]) -> tuple[int, ...]:
     """The shape of ``x[entries]``, which NumPy works out on a stand-in without elements."""
     if 0 in shape and math.prod(shape) == 0 and any(isinstance(e, np.ndarray) for e in entries):
         shape = [max(n, 1) for n in shape]
-    zeros = [
-        e if e is None or isinstance(e, (int, slice)) else np.zeros(e.shape, int) for e in entries
-    ]
+    zeros = [e if isinstance(e, _NO_ARRAYS) else np.zeros(e.shape, int) for e in entries]
     return np.broadcast_to(np.int8(0), shape)[tuple(zeros)].shape

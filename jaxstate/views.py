@@ -121,7 +121,8 @@ def expanded(index: Any, ndim: int) -> list[Any]:
     """The entries of an index of an array: one per axis that it has, and the new axes.
 
     Lists are arrays, the ellipsis is spelled out. A boolean array stands for as many axes as it
-    has.
+    has. An ellipsis that stands for no axis stays where it separates integers and arrays, since in
+    NumPy it does that like a slice.
     """
     entries = list(index) if isinstance(index, tuple) else [index]
     entries = [_as_array_or_scalar(e) for e in entries]
@@ -134,8 +135,17 @@ def expanded(index: Any, ndim: int) -> list[Any]:
     if len(dots) > 1:
         raise IndexError("an index can only have a single ellipsis ('...')")
     at = dots[0] if dots else len(entries)
+    if dots and used == ndim and _separates(entries[:at], entries[at + 1 :]):
+        return entries
     entries[at : at + len(dots)] = [slice(None)] * (ndim - used)
     return entries
+
+
+def _separates(before: list[Any], after: list[Any]) -> bool:
+    """Whether what is between these entries is between integers and arrays of one index."""
+    if all(map(is_basic, before + after)):
+        return False
+    return all(any(not isinstance(e, (slice, type(None))) for e in es) for es in (before, after))
 
 
 def as_array(entry: Any) -> Any:
@@ -175,7 +185,7 @@ def _axes_of(entry: Any) -> int:
 
 def is_basic(entry: Any) -> bool:
     """Whether an entry alone makes a view: an integer (perhaps traced), a slice, or a new axis."""
-    if entry is None or isinstance(entry, (int, slice)):
+    if entry is None or entry is Ellipsis or isinstance(entry, (int, slice)):
         return True
     return entry.ndim == 0 and not is_mask(entry)
 

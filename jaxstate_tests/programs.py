@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -242,21 +243,22 @@ def _while_cond():
 
     def by_hand(f):
         def run(x, s):
-            def test(c):
-                n, x, s = c
-                y, s = f(x, s)
-                return (n < 3) & jnp.isfinite(y), s
+            def test(n, x, changed):
+                y, after = f(x, same_update(s, **changed))
+                return (n < 3) & jnp.isfinite(y), _only_changed(after)
 
-            go, s = test((jnp.int32(0), x, s))
+            go, changed = test(jnp.int32(0), x, {})
 
             def turn(c):
-                go, n, x, s = c
+                _, n, x, changed = c
                 n, x = n + 1, x * 1.1
-                go, s = test((n, x, s))
-                return go, n, x, s
+                go, changed = test(n, x, changed)
+                return go, n, x, changed
 
-            _, _, x, s = lax.while_loop(lambda c: c[0], turn, (go, jnp.int32(0), x, s))
-            return x, s
+            # The rest is not carried: so JAX knows that the number of turns does not depend on it.
+            c = go, jnp.int32(0), x, changed
+            _, _, x, changed = lax.while_loop(lambda c: c[0], turn, c)
+            return x, same_update(s, **changed)
 
         return run
 
@@ -275,14 +277,14 @@ def _branch(run):
     return stateful, by_hand
 
 
-def _region(transform):
+def _region(transform, transform_by_hand=None):
     """A derivative: ``transform(f, x)`` of ``f: x -> (y, aux)`` gives ``(value, aux)``."""
 
     def stateful(f):
         return lambda x: transform(lambda x: (f(x), ()), x)[0]
 
     def by_hand(f):
-        return lambda x, s: transform(lambda x: f(x, s), x)
+        return lambda x, s: (transform_by_hand or transform)(lambda x: f(x, s), x)
 
     return stateful, by_hand
 
@@ -307,10 +309,19 @@ def _value_and_grad(f, x):
     return y + g, aux
 
 
-def _hessian_like(f, x):
+def _jacfwd(f, x):
+    return jax.jacfwd(f, has_aux=True)(x)
+
+
+def _along_the_only_direction(f, x):
+    """`jax.jacfwd` of a function of one number."""
+    _, t, aux = jax.jvp(f, (x,), (jnp.float32(1),), has_aux=True)
+    return t, aux
+
+
+def _hessian_like(f, x, forward=_jacfwd):
     """`jax.hessian` has no use for a state that leaves it in two steps: forward over reverse."""
-    h, aux = jax.jacfwd(jax.jacrev(f, has_aux=True), has_aux=True)(x)
-    return h, aux
+    return forward(jax.jacrev(f, has_aux=True), x)
 
 
 def _vmap(**kwargs):
@@ -503,7 +514,11 @@ def _as_auxiliary(s):
 
     What has not changed does not go through a solver, which would take its derivative for zero.
     """
-    return {name: jnp.float32(s[name]) for name in _changed}
+    return {name: jnp.float32(x) for name, x in _only_changed(s).items()}
+
+
+def _only_changed(s):
+    return {name: s[name] for name in sorted(_changed)}
 
 
 def _from_auxiliary(floats, s):
@@ -588,10 +603,11 @@ TRANSFORMATIONS = [
     _simple("vjp", *_region(_vjp)),
     _simple("linearize", *_region(_linearize)),
     _simple("jacrev", *_region(lambda f, x: jax.jacrev(f, has_aux=True)(x))),
-    _simple("jacfwd", *_region(lambda f, x: jax.jacfwd(f, has_aux=True)(x)))._replace(
-        directions=True
-    ),
-    _simple("hessian", *_region(_hessian_like))._replace(directions=True),
+    _simple("jacfwd", *_region(_jacfwd, _along_the_only_direction))._replace(directions=True),
+    _simple(
+        "hessian",
+        *_region(_hessian_like, partial(_hessian_like, forward=_along_the_only_direction)),
+    )._replace(directions=True),
     Transformation("vmap", *_vmap(), lanes=True),
     Transformation("vmap_axis_name", *_vmap(axis_name="i"), lanes=True),
     _simple("custom_jvp", *_custom_jvp()),

@@ -389,3 +389,66 @@ def test_a_write_of_lanes_into_an_array_that_all_lanes_have_alike(transform):
         lane[places] = 1
     found = transform(jaxstate.inplace(f))(jnp.ones((2, *shape), jnp.int32), at)
     np.testing.assert_array_equal(found, wanted)
+
+
+# -- Refs of JAX beside writable arrays ------------------------------------------------------
+
+
+def _ref_as_argument():
+    ref = jax.new_ref(jnp.array([1.0]))
+    jax.jit(lambda ref, x: ref.__setitem__(..., x))(ref, jnp.array([15.0]))
+    return ref[...]
+
+
+def _ref_in_a_closure():
+    ref = jax.new_ref(jnp.zeros(3))
+    jax.jit(lambda: jax.lax.fori_loop(0, 3, lambda i, _: ref.__setitem__(i, i * 2.0), None))()
+    return ref[...]
+
+
+def _ref_in_lanes():
+    ref = jax.new_ref(jnp.zeros((2, 3)))
+
+    def lane(ref, x):
+        x[0] = 5
+        ref[1] = x.sum()
+
+    jax.vmap(lane)(ref, jnp.arange(4.0).reshape(2, 2))
+    return ref[...]
+
+
+def _ref_of_an_array_and_array_of_a_ref():
+    x = jnp.zeros(3)
+    ref = jax.new_ref(x)
+    ref[0], x[1] = 5.0, 7
+    y = ref[...]
+    y[2] = 9
+    return x, y, ref[...], jax.freeze(ref)
+
+
+def _ref_under_a_derivative():
+    def loss(w):
+        ref = jax.new_ref(jnp.zeros(3))
+        x = w * jnp.ones(3)
+        x[0] *= w
+        ref[1] = x[0]
+        return ref[...].sum()
+
+    return jax.grad(loss)(3.0)
+
+
+REFS = {
+    "argument": (_ref_as_argument, [15]),
+    "closure": (_ref_in_a_closure, [0, 2, 4]),
+    "lanes": (_ref_in_lanes, [[0, 6, 0], [0, 8, 0]]),
+    "copies": (_ref_of_an_array_and_array_of_a_ref, [[0, 7, 0], [5, 0, 9], [5, 0, 0], [5, 0, 0]]),
+    "derivative": (_ref_under_a_derivative, 6),
+}
+
+
+@pytest.mark.parametrize("mode", [lambda f: f, jax.jit], ids=["eagerly", "jit"])
+@pytest.mark.parametrize("name", REFS)
+def test_a_ref_is_no_writable_array(name, mode):
+    """Its writes inside a jit were lost. Found by running the tests of flax.nnx in place."""
+    program, wanted = REFS[name]
+    np.testing.assert_array_equal(mode(jaxstate.inplace(program))(), wanted)
