@@ -596,16 +596,35 @@ LOOPS = {
     "jit": lambda body: [jax.jit(body)(i) for i in range(1, 4)],
     "cond": lambda body: [lax.cond(True, body, lambda i: None, i) for i in range(1, 4)],
     "checkpoint": lambda body: [jax.checkpoint(body)(i) for i in range(1, 4)],
+    "switch": lambda body: [lax.switch(i % 2, [body, body], i) for i in range(1, 4)],
+    "reversed and unrolled": lambda body: lax.scan(
+        lambda c, i: (c, body(4 - i)), None, jnp.arange(1, 4), reverse=True, unroll=2
+    ),
+    "scan of checkpoint of cond": lambda body: lax.scan(
+        lambda c, i: (c, jax.checkpoint(lambda i: lax.cond(i > 0, body, lambda i: None, i))(i)),
+        None,
+        jnp.arange(1, 4),
+    ),
+    "while": lambda body: lax.while_loop(lambda i: i < 4, lambda i: [body(i), i + 1][1], 1),
 }
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_derivatives_are_those_of_finite_differences(loop):
-    f = inplace(lambda x, y: recurrence(x, y, LOOPS[loop]))
-    x = jnp.array([0.3, -0.4, 0.5, 0.6])
-    check_grads(f, (x, 0.7), order=1, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+@pytest.mark.parametrize("lanes", [False, True], ids=["", "lanes"])
+def test_derivatives_are_those_of_finite_differences(loop, lanes):
+    def program(x, y):
+        if not lanes:
+            return recurrence(x, y, LOOPS[loop])
+        return jax.vmap(lambda x, y: recurrence(x, y, LOOPS[loop]))(
+            jnp.stack([x, x / 2]), jnp.stack([y, -y])
+        ).sum()
+
+    f, x = inplace(program), jnp.array([0.3, -0.4, 0.5, 0.6])
+    modes = ("fwd",) if loop == "while" else ("fwd", "rev")  # JAX has no other for while loops
+    if not lanes:
+        check_grads(f, (x, 0.7), order=1, modes=modes, atol=2e-2, rtol=2e-2)
     order = 2 if loop in ("fori", "cond") else 1
-    check_grads(jax.jit(f), (x, 0.7), order=order, modes=("rev",), atol=2e-2, rtol=2e-2)
+    check_grads(jax.jit(f), (x, 0.7), order=order, modes=modes[-1:], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
