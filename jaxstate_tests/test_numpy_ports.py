@@ -2,8 +2,6 @@
 by hand."""
 
 import copy
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +10,17 @@ import pytest
 
 from jaxstate import inplace
 from jaxstate._compat import jaxprs_in
+from jaxstate_tests.ports import NAMES, numpy_ports, port
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-import numpy_ports
-import numpy_ports_by_hand
-
-ARGUMENTS = numpy_ports.inputs(size=0.2)
+SIZE = 0.2
 
 
-def arrays_and_function(program, arguments):
-    static = [a for a in arguments if isinstance(a, int)]
-    arrays = [a for a in arguments if not isinstance(a, int)]
-    return arrays, lambda *arrays: program(*arrays, *static)
-
-
-@pytest.mark.parametrize("name", numpy_ports.PROGRAMS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", ["jit", "vmap"])
 def test_ports_give_what_numpy_gives(name, mode):
-    arguments = ARGUMENTS[name]
-    wanted = numpy_ports.in_numpy(numpy_ports.PROGRAMS[name])(*copy.deepcopy(arguments))
-    arrays, f = arrays_and_function(numpy_ports.PROGRAMS[name], arguments)
+    in_numpy = numpy_ports.in_numpy(numpy_ports.PROGRAMS[name])
+    wanted = in_numpy(*numpy_ports.inputs(SIZE)[name])
+    f, _, arrays = port(name, SIZE)
     before = copy.deepcopy(arrays)
     if mode == "vmap":
         lanes = jax.jit(jax.vmap(f))(*jax.tree.map(lambda x: jnp.stack([x, x]), arrays))
@@ -151,8 +140,7 @@ def test_typical_functions_compile_to_what_is_written_by_hand(name):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", numpy_ports.PROGRAMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_ports_compile_to_what_is_written_by_hand(name):
-    arrays, f = arrays_and_function(numpy_ports.PROGRAMS[name], ARGUMENTS[name])
-    _, by_hand = arrays_and_function(numpy_ports_by_hand.PROGRAMS[name], ARGUMENTS[name])
+    f, by_hand, arrays = port(name, SIZE)
     check_compiles_to(by_hand, f, *arrays)

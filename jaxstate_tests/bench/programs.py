@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import jaxstate
 from jaxstate_tests.bench import nets
 from jaxstate_tests.bench.measure import Side, trace_of, trace_side
+from jaxstate_tests.ports import NAMES, port
 
 CALLS = 200
 OURS, BY_HAND, REFS = "jaxstate", "by hand", "jax.new_ref"
@@ -145,6 +146,21 @@ def loop_of_writes() -> dict[str, Side]:
     }
 
 
+def _port(name: str) -> Callable[[], dict[str, Side]]:
+    """A program of NumPy, jitted, on inputs of the size that the example has."""
+
+    def sides() -> dict[str, Side]:
+        ours, by_hand, arrays = port(name, 1.0)
+        ours, by_hand, arrays = jax.jit(ours), jax.jit(by_hand), jax.device_put(arrays)
+        calls = 10 if name in ("life", "heat", "heap_sort", "decode") else CALLS  # of milliseconds
+        return {
+            OURS: Side(lambda: ours(*arrays), calls),
+            BY_HAND: Side(lambda: by_hand(*arrays), calls),
+        }
+
+    return sides
+
+
 # -- Traces ----------------------------------------------------------------------------------
 
 
@@ -182,6 +198,7 @@ PROGRAMS = [
     Program("next_key() eagerly", 1.3, eager_key),
     Program("eager write, n = 1e7 / 1e3", 2.0, eager_write),
     Program("loop of writes, n = 1e6", 1.0, loop_of_writes),
+    *(Program(f"NumPy program, {name}", 1.05, _port(name)) for name in NAMES),
     Program("trace, 1000 parameters", 1.15, _traces(lambda: nets.many_parameters(1000))),
     Program("trace, 100 levels", 1.15, _traces(lambda: nets.deep(100))),
     Program("trace, 30 jitted levels", 1.15, _traces(lambda: nets.jitted_deep(30))),
