@@ -3,6 +3,7 @@
 XLA compiles quickly, not well, unless a test is marked ``optimized``: what it makes is looked at.
 """
 
+import functools
 import gc
 import os
 import tempfile
@@ -16,6 +17,7 @@ if metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+from jax._src import dispatch
 
 
 def pytest_configure(config):
@@ -25,6 +27,7 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "optimized: for what XLA makes when it does its best")
     _keep_compiled_programs(config)
+    _keep_compiled_operations()
 
 
 def _keep_compiled_programs(config):
@@ -37,6 +40,21 @@ def _keep_compiled_programs(config):
     jax.config.update("jax_compilation_cache_dir", directory.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _keep_compiled_operations():
+    """An operation that JAX computes at once traces nothing of the user's, so it leaks nothing."""
+    compiled = dispatch.xla_primitive_callable
+
+    @jax.checking_leaks.func(False)
+    def run(operation, *operands):
+        return operation(*operands)
+
+    @jax.checking_leaks.func(False)
+    def kept(primitive, **params):
+        return functools.partial(run, compiled(primitive, **params))
+
+    dispatch.xla_primitive_callable = kept
 
 
 @pytest.fixture(autouse=True)
