@@ -36,6 +36,7 @@ from jax._src import (
     core,
     custom_batching,
     custom_derivatives,
+    dispatch,
     dtypes,
     effects,
     hijax,
@@ -1029,6 +1030,12 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 def wrap_bind(primitive: Any, wrap: Wrap) -> None:
     """Wraps what a primitive does with its operands as they are given."""
     primitive.bind = wrap(primitive.bind)
+
+
+def wrap_transfers(wrap: Wrap) -> None:
+    """Wraps `jax.device_put` of leaves: what it does under a trace, and at top level."""
+    wrap_bind(dispatch.device_put_p, wrap)
+    dispatch._batched_device_put_impl = wrap(dispatch._batched_device_put_impl)
 
 
 def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:

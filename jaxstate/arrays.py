@@ -482,9 +482,11 @@ class Writable:
 
     def __getitem__(self, index: Any) -> Any:
         mask = mask_in(index)
+        is_copy = any(isinstance(e, np.ndarray) for e in _entries_of(index))  # also of one integer
         index = _value_of_index(index)
         entries = views.expanded(index, self.ndim)
         if not views.is_view(entries):
+            views.check_arrays(self.shape, entries)
             with _quiet():
                 masked = masked_elements(self._read(), index, entries, mask)
             if masked is not None:
@@ -493,15 +495,15 @@ class Writable:
         steps = views.view(self._steps, self.shape, entries)
         found = self._view(steps)
         is_scalar = all(not isinstance(e, slice) and e is not None for e in entries)
-        has_ellipsis = index is Ellipsis or (
-            isinstance(index, tuple) and any(e is Ellipsis for e in index)
-        )
-        return found.copy() if is_scalar and not has_ellipsis else found
+        has_ellipsis = any(e is Ellipsis for e in _entries_of(index))
+        return found.copy() if is_copy or (is_scalar and not has_ellipsis) else found
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, MaskedElements):
+            entries = views.expanded(_value_of_index(index), self.ndim)
             with _quiet():
-                value, index = value.written_to(self._read(), mask_in(index)), Ellipsis
+                value = value.written_to(self._read(), mask_in(index), entries)
+            index = Ellipsis
         index = _value_of_index(index)
         if isinstance(value, Writable) and self._is_already(index, value):
             return
@@ -743,12 +745,28 @@ def _value_of_index(index: Any) -> Any:
     return _value_of_entry(index)
 
 
+def _entries_of(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
 def _value_of_entry(entry: Any) -> Any:
     if isinstance(entry, Writable):
-        return _compat.canonicalize(entry)
+        entry = _compat.canonicalize(entry)
+    if isinstance(entry, range):
+        entry = list(entry)
     if isinstance(entry, (tuple, list)):
-        return views.as_array(jax.tree.map(_value_of_entry, entry))
-    return entry
+        entry = views.as_array(jax.tree.map(_value_of_entry, entry))
+    if isinstance(entry, (np.bool_, np.ndarray)) and entry.dtype == np.bool_ and not entry.ndim:
+        return bool(entry)  # JAX takes no others
+    if isinstance(entry, slice):
+        return slice(*(snapshot(bound) for bound in (entry.start, entry.stop, entry.step)))
+    if isinstance(entry, np.ndarray):
+        entry = entry.copy()  # a jaxpr keeps it
+    small = isinstance(entry, (np.ndarray, jax.Array)) and entry.dtype in _SMALL
+    return entry.astype(np.int32) if small else entry  # JAX compares it with the size of an axis
+
+
+_SMALL = tuple(map(np.dtype, (np.int8, np.int16, np.uint8, np.uint16)))
 
 
 def _strong(value: Any) -> Any:
@@ -775,8 +793,8 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
         if self._is_scalar() or _compat.is_called_by_jax(1):
             return NotImplemented
         other = _compat.canonicalize(other) if isinstance(other, Writable) else other
-        if isinstance(other, (list, tuple)):
-            other = np.asarray(other)
+        if isinstance(other, (list, tuple, np.ndarray)):
+            other = np.array(other)  # a copy, since a jaxpr keeps it
         with _quiet():
             result = _compat.canonicalize(operation(self._read(), other))
         if not np.can_cast(result.dtype, self.dtype, "same_kind"):
@@ -1001,6 +1019,18 @@ def _array_of_program(x: Any) -> Any:
     return x if unknown or not is_array(x) or isinstance(x, Writable) else fresh(x)
 
 
+def _around_transfer(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """What is on the device already may be handed back with the same memory."""
+
+    def transfer(*operands: Any, **params: Any) -> Any:
+        for x in operands:
+            if isinstance(x, Writable):
+                x._own_buffer().is_own = False
+        return bind(*operands, **params)
+
+    return transfer
+
+
 def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:
     """A conversion with nothing to do hands back what it was given: the value of an array."""
 
@@ -1026,6 +1056,7 @@ def install() -> None:
         _compat.wrap_auxiliary(_hand_out_auxiliary)
         _compat.wrap_forwarding(_may_forward)
         _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
+        _compat.wrap_transfers(_around_transfer)
         thread.around_binds.append(_around_bind)
 
 

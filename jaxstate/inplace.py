@@ -103,12 +103,13 @@ def array(x: Any, dtype: Any = None) -> jax.Array:
     Array([0., 0., 2.], dtype=float32)
     """
     install()
-    value = jnp.array(snapshot(x), dtype=dtype)
+    x = x.copy() if isinstance(x, np.ndarray) else snapshot(x)  # a jaxpr keeps what it is given
+    value = jnp.array(x, dtype=dtype)
     return fresh(jax.lax.convert_element_type(value, value.dtype))
 
 
 def _writable(leaf: Any) -> Any:
     """A writable array of its own for every array."""
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
-        leaf = jnp.asarray(leaf)
+        leaf = jnp.asarray(leaf.copy())  # a jaxpr keeps it
     return fresh(leaf) if is_array(leaf) else leaf

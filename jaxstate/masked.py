@@ -36,31 +36,37 @@ class MaskedElements:
 
     Attributes:
       mask: as the user has it.
+      state: equal as long as nothing was written to the mask.
+      axes: of the array, which the mask is of.
       found: the mask in the shape of the array.
-      n_behind: the number of axes behind those of the mask.
     """
 
-    __slots__ = ("_array", "_index", "_values", "found", "mask", "n_behind")
+    __array_ufunc__ = None  # so that scalars and arrays of NumPy leave the arithmetic to this
+    __slots__ = ("_array", "_index", "_values", "axes", "found", "mask", "state")
 
-    def __init__(self, array: Any, index: Any, mask: Any, found: Any, n_behind: int) -> None:
+    def __init__(
+        self, array: Any, index: Any, mask: Any, axes: tuple[int, ...], found: Any
+    ) -> None:
         self._array = array
         self._index = index
         self.mask = mask
+        self.state = _state_of(mask)
+        self.axes = axes
         self.found = found
-        self.n_behind = n_behind
         self._values = _plain(jnp.where(found, array, jnp.ones((), array.dtype)))
 
-    def written_to(self, x: Any, mask: Any) -> Any:
-        """``x`` after ``x[mask] = self``.
+    def written_to(self, x: Any, mask: Any, entries: list[Any]) -> Any:
+        """``x`` after ``x[mask] = self``, with the entries of that index.
 
         Raises:
           MaskedWriteError: if these are not the elements that ``mask`` finds in such an array.
         """
-        if mask is not self.mask or x.shape != self.found.shape:
+        if not self._are_those_of(mask, _state_of(mask), _axes_of_mask(entries), x.shape):
             raise MaskedWriteError(
                 message(
                     "Elements found by a traced mask were assigned to those that another mask"
-                    " finds, or in an array of another shape: nothing says that they are as many.",
+                    " finds (or this one after it was written, along another axis, or in an array"
+                    " of another shape): nothing says that they are as many.",
                     fix="""
                     mask = x > 0
                     x[mask] = 2 * y[mask]                     # one mask object, one shape
@@ -71,19 +77,24 @@ class MaskedElements:
             )
         return _plain(jnp.where(self.found, self._values.astype(x.dtype), x))
 
+    def _are_those_of(self, mask: Any, state: Any, axes: Any, shape: tuple[int, ...]) -> bool:
+        is_same = mask is self.mask and axes == self.axes and shape == self.found.shape
+        return is_same and state == self.state
+
     def _apply(self, operation: Callable[..., Any], *others: Any) -> MaskedElements:
         values = [self._operand(other) for other in others]
         new = object.__new__(MaskedElements)
         new._array, new._index = self._array, self._index
-        new.mask, new.found, new.n_behind = self.mask, self.found, self.n_behind
+        new.mask, new.state, new.axes, new.found = self.mask, self.state, self.axes, self.found
         new._values = _plain(operation(self._values, *values))
         return new
 
     def _operand(self, other: Any) -> Any:
         if isinstance(other, MaskedElements):
-            same = other.mask is self.mask and other.found.shape == self.found.shape
+            same = self._are_those_of(other.mask, other.state, other.axes, other.found.shape)
             return other._values if same else other._as_array()
-        return _plain(other) if jnp.ndim(other) <= self.n_behind else self._as_array()
+        n_behind = self.found.ndim - self.axes[-1] - 1
+        return _plain(other) if jnp.ndim(other) <= n_behind else self._as_array()
 
     def _as_array(self) -> Any:
         """Raises what JAX raises."""
@@ -112,6 +123,12 @@ def _plain(x: Any) -> Any:
     return _compat.canonicalize(x) if _compat.is_tracer(x) else x
 
 
+def _state_of(mask: Any) -> Any:
+    """Equal as long as nothing was written to the mask."""
+    buffer_of = getattr(type(mask), "_own_buffer", None)  # else it cannot be written
+    return buffer_of(mask).state() if buffer_of else None
+
+
 def mask_in(index: Any) -> Any:
     """The mask in an index, as the user has it."""
     return next(filter(is_mask, index), None) if isinstance(index, tuple) else index
@@ -122,17 +139,20 @@ def masked_elements(array: Any, index: Any, entries: list[Any], mask: Any) -> An
 
     ``mask`` is `mask_in` the index that the user gave: another array may be indexed by the same.
     """
-    masks = [e for e in entries if is_mask(e)]
-    others = [e for e in entries if not is_mask(e)]
-    whole = all(isinstance(e, slice) and e == slice(None) for e in others)
-    if len(masks) != 1 or not masks[0].ndim or not whole or _compat.concrete(masks[0]) is not None:
+    axes = _axes_of_mask(entries)
+    if axes is None or _compat.concrete(entries[axes[0]]) is not None:
         return None
-    first = next(i for i, e in enumerate(entries) if e is masks[0])
-    axes = tuple(range(first, first + masks[0].ndim))
-    if tuple(array.shape[i] for i in axes) != masks[0].shape:
+    found = jax.lax.broadcast_in_dim(entries[axes[0]], array.shape, axes)
+    return MaskedElements(array, index, mask, axes, found)
+
+
+def _axes_of_mask(entries: list[Any]) -> tuple[int, ...] | None:
+    """The axes of the one mask in an index that has whole slices beside it, or None."""
+    at = [i for i, e in enumerate(entries) if is_mask(e)]
+    whole = all(isinstance(e, slice) and e == slice(None) for e in entries if not is_mask(e))
+    if len(at) != 1 or not whole or not entries[at[0]].ndim:
         return None
-    found = jax.lax.broadcast_in_dim(masks[0], array.shape, axes)
-    return MaskedElements(array, index, mask, found, array.ndim - axes[-1] - 1)
+    return tuple(range(at[0], at[0] + entries[at[0]].ndim))
 
 
 def _binary(name: str) -> None:
@@ -151,7 +171,8 @@ def _binary(name: str) -> None:
                 f"Cannot cast the result of {name!r} from {result._values.dtype} to"
                 f" {self._values.dtype} with casting rule 'same_kind'"
             )
-        return result
+        self._values = result._values.astype(self._values.dtype)
+        return self
 
     short = name.rstrip("_")
     setattr(MaskedElements, f"__{short}__", plain)

@@ -11,7 +11,6 @@ an eager write can run it jitted, in the memory of the array itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from jaxstate.views import (
     Range,
     Selection,
     Step,
-    check_bounds,
+    check_arrays,
     expanded,
     is_basic,
     is_mask,
@@ -54,7 +53,7 @@ class Update(NamedTuple):
         With a traced operand the result may be another array: one per lane, say.
         """
         into_x = into_x and self.run not in (_nothing, _replace)
-        into_x = into_x and not any(isinstance(x, _compat.Tracer) for x in self.operands)
+        into_x = into_x and not any(isinstance(y, _compat.Tracer) for y in self.operands)
         return _program(self.run, self.static, into_x)(x, *self.operands)
 
 
@@ -117,18 +116,25 @@ def _from_key(key: Any) -> Any:
 
 
 def cast(value: Any, dtype: Any) -> Any:
-    """The value as an array of ``dtype``, as assignment in NumPy casts it."""
-    if isinstance(value, (bool, int, float, complex)):
-        # NumPy refuses Python integers that do not fit.
-        value = np.asarray(value, dtype if isinstance(value, int) else None)
+    """The value as an array of ``dtype``, as assignment in NumPy casts it.
+
+    NumPy itself casts numbers and lists of them: it refuses those that do not fit.
+    """
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return jnp.asarray(value)
+    is_list = isinstance(value, (list, tuple))
+    if is_list and any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
+        value = jnp.asarray(value)
+    if is_list or isinstance(value, (bool, int, float, complex)):
+        array = np.empty(np.shape(value), dtype)
+        array[...] = value
+        return array
     if not isinstance(value, jax.Array):
-        value = np.asarray(value)
+        value = np.array(value)  # a copy, since a jaxpr keeps it
         if value.dtype == dtype:
             return value
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        value = jnp.real(value)
+        value = value != 0 if np.dtype(dtype).kind == "b" else jnp.real(value)
     return jax.lax.convert_element_type(value, dtype)
 
 
@@ -232,18 +238,45 @@ def update_at(steps: Sequence[Step], x: Any, index: Any, value: Any) -> Update:
     shape = steps[-1].shape if steps else x.shape
     entries = expanded(index, len(shape))
     value = cast(value, x.dtype)
+    condition, entries = _without_condition(entries)
     if all(map(is_basic, entries)):
         steps = view(steps, shape, entries)
-        return update_through(steps, x, fit(value, steps[-1].shape if steps else x.shape))
-    target = x
-    for step in steps:
-        target = step.read(target)
+        value = fit(value, steps[-1].shape if steps else x.shape)
+        if condition is not None:
+            value = _if_so(condition, value, _through(steps, x))
+        return update_through(steps, x, value)
+    target = _through(steps, x)
     update = _update_advanced(target, entries, value)
     return update_through(steps, x, update(target)) if steps else update
 
 
+def _through(steps: Sequence[Step], x: Any) -> Any:
+    """The view of ``x`` with these steps."""
+    for step in steps:
+        x = step.read(x)
+    return x
+
+
+def _without_condition(entries: list[Any]) -> tuple[Any, list[Any]]:
+    """A boolean of no axes, and the index without it: it stands for a new axis of size 1 or 0."""
+    conditions = [e for e in entries if is_mask(e) and not e.ndim]
+    others = [None if is_mask(e) and not e.ndim else e for e in entries]
+    if len(conditions) != 1 or not all(map(is_basic, others)):
+        return None, entries
+    return conditions[0], others
+
+
+def _if_so(condition: Any, value: Any, otherwise: Any) -> Any:
+    return jax.lax.select(
+        jnp.broadcast_to(condition, otherwise.shape),
+        jnp.broadcast_to(value, otherwise.shape),
+        otherwise,
+    )
+
+
 def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
     """The write with an index that has arrays."""
+    check_arrays(x.shape, entries)
     masks = [e for e in entries if is_mask(e)]
     arrays = [e for e in entries if not is_basic(e) and not is_mask(e)]
     if len(masks) == 1 and not arrays and masks[0].ndim:
@@ -251,7 +284,6 @@ def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
         if update is not None:
             return update
     entries = [e for entry in entries for e in _positions(entry)]
-    _check_arrays(x.shape, entries)
     value = fit(value, _shape_of(x.shape, entries))
     is_array = [not isinstance(e, _NO_ARRAYS) for e in entries]
     template = tuple(_ARRAY if a else _key(e) for a, e in zip(is_array, entries, strict=True))
@@ -262,42 +294,34 @@ def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
 
 def _update_by_mask(x: Any, entries: list[Any], mask: Any, value: Any) -> Update | None:
     """One select, if the value is the same for every element that the mask finds."""
+    if any(e is None for e in entries) and jnp.ndim(value):
+        return None
     advanced = [i for i, e in enumerate(entries) if not isinstance(e, _BETWEEN)]
-    are_together = advanced[-1] - advanced[0] < len(advanced)
-    entries = [e for e in entries if e is not Ellipsis]
+    is_one_block = advanced[-1] - advanced[0] < len(advanced)  # nothing is between them
+    entries = [e for e in entries if e is not Ellipsis and e is not None]
     at = next(i for i, e in enumerate(entries) if e is mask)
     before, after = entries[:at], entries[at + 1 :]
-    if any(not isinstance(e, (int, slice)) for e in before + after):
+    if not all(map(is_basic, before + after)):
         return None
-    _check_mask(x.shape, entries, at, mask)
     steps = view((), x.shape, [*before, *[slice(None)] * mask.ndim, *after])
     shape = steps[-1].shape if steps else x.shape
     first, last = (sum(isinstance(e, slice) for e in es) for es in (before, after))
-    # The axis of the elements found is where the mask is, or in front of all others.
-    sizes, behind = jnp.shape(value), last if are_together else first + last
+    # In the value, the axis of the elements found is where the mask is, or in front of all others.
+    sizes = jnp.shape(value)
+    behind = last if is_one_block else first + last
     if len(sizes) > behind:
-        lead = len(sizes) - behind - 1
-        if sizes[lead] != 1:
+        found = len(sizes) - behind - 1
+        if sizes[found] != 1:
             return None
-        sizes = sizes[:lead] + sizes[lead + 1 :]
+        sizes = sizes[:found] + sizes[found + 1 :]
     if len(sizes) > last:
-        at = len(sizes) - last
-        value = jnp.reshape(value, (*sizes[:at], *[1] * mask.ndim, *sizes[at:]))
+        n = len(sizes) - last
+        value = jnp.reshape(value, (*sizes[:n], *[1] * mask.ndim, *sizes[n:]))
     value = fit(value, shape)
     axes = tuple(range(first, first + mask.ndim))
     if not steps:
         return Update(_by_mask, axes, (value, jnp.asarray(mask)))
     return update_through(steps, x, _by_mask(axes, steps[-1].read(x), value, jnp.asarray(mask)))
-
-
-def _check_mask(shape: Sequence[int], entries: list[Any], at: int, mask: Any) -> None:
-    first = sum(1 for e in entries[:at] if e is not None)
-    for i, n in enumerate(mask.shape):
-        if n != shape[first + i]:
-            raise IndexError(
-                f"boolean index did not match indexed array along axis {first + i}; size of axis is"
-                f" {shape[first + i]} but size of corresponding boolean axis is {n}"
-            )
 
 
 def _positions(entry: Any) -> Sequence[Any]:
@@ -322,22 +346,12 @@ def _positions(entry: Any) -> Sequence[Any]:
     return mask.nonzero() if mask.ndim else (np.zeros(int(mask), int),)
 
 
-def _check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
-    axis = 0
-    for entry in entries:
-        if entry is None or entry is Ellipsis:
-            continue
-        if isinstance(entry, int):
-            check_bounds(entry, shape[axis], axis)
-        if isinstance(entry, np.ndarray) and entry.size:
-            check_bounds(int(entry.min()), shape[axis], axis)
-            check_bounds(int(entry.max()), shape[axis], axis)
-        axis += 1
-
-
 def _shape_of(shape: Sequence[int], entries: Sequence[Any]) -> tuple[int, ...]:
     """The shape of ``x[entries]``, which NumPy works out on a stand-in without elements."""
-    if 0 in shape and math.prod(shape) == 0 and any(isinstance(e, np.ndarray) for e in entries):
-        shape = [max(n, 1) for n in shape]
-    zeros = [e if isinstance(e, _NO_ARRAYS) else np.zeros(e.shape, int) for e in entries]
-    return np.broadcast_to(np.int8(0), shape)[tuple(zeros)].shape
+    entries = [e if isinstance(e, _NO_ARRAYS) else np.zeros(e.shape, int) for e in entries]
+    sizes, axis = list(shape), 0
+    for entry in entries:
+        if isinstance(entry, np.ndarray):
+            sizes[axis] = max(sizes[axis], 1)  # or NumPy refuses the zeros
+        axis += entry is not None and entry is not Ellipsis
+    return np.broadcast_to(np.int8(0), sizes)[tuple(entries)].shape

@@ -152,19 +152,22 @@ def as_array(entry: Any) -> Any:
     """A list in an index: of JAX, if there is something of JAX in it, and of NumPy else."""
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(entry)):
         return jax.numpy.asarray(entry)
-    return np.asarray(entry, dtype=None if len(entry) else int)
+    array = np.array(entry)
+    return array if array.size else array.astype(int)
 
 
 def _as_array_or_scalar(entry: Any) -> Any:
-    if isinstance(entry, (list, tuple)):
+    if isinstance(entry, (list, tuple, range)):
         entry = as_array(entry)
-    if isinstance(entry, np.integer):
-        return int(entry)
     if isinstance(entry, (bool, np.bool_)):
         return np.asarray(entry)
-    if entry is None or entry is Ellipsis or isinstance(entry, (int, slice)):
+    if entry is None or entry is Ellipsis or isinstance(entry, int):
         return entry
+    if isinstance(entry, slice):
+        return _static(entry)
     dtype = getattr(entry, "dtype", None)
+    if isinstance(entry, (np.integer, np.ndarray)) and not entry.ndim and dtype.kind in "iu":
+        return int(entry)
     if isinstance(dtype, np.dtype) and (dtype == np.bool_ or np.issubdtype(dtype, np.integer)):
         return entry
     raise IndexError(
@@ -188,6 +191,30 @@ def is_basic(entry: Any) -> bool:
     if entry is None or entry is Ellipsis or isinstance(entry, (int, slice)):
         return True
     return entry.ndim == 0 and not is_mask(entry)
+
+
+def check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
+    """Raises an IndexError for known integers out of bounds, and masks of other sizes.
+
+    The entries are those of `expanded`, where at least one is an array.
+    """
+    axis = 0
+    for entry in entries:
+        if is_mask(entry):
+            for n in entry.shape:
+                if n != shape[axis]:
+                    raise IndexError(
+                        f"boolean index did not match indexed array along axis {axis}; size of"
+                        f" axis is {shape[axis]} but size of corresponding boolean axis is {n}"
+                    )
+                axis += 1
+            continue
+        if isinstance(entry, int):
+            check_bounds(entry, shape[axis], axis)
+        elif isinstance(entry, np.ndarray) and entry.size:
+            check_bounds(int(entry.min()), shape[axis], axis)
+            check_bounds(int(entry.max()), shape[axis], axis)
+        axis += entry is not None and entry is not Ellipsis
 
 
 def check_bounds(i: int, size: int, axis: int) -> int:

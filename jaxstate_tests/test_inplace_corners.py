@@ -1,0 +1,143 @@
+"""Corners of NumPy's assignment: what an index or a value may be, and what is refused.
+
+Every program runs in NumPy and as an in-place function, eagerly and jitted; an error of NumPy has
+to be an error.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+
+MODES = {"eagerly": lambda f: f, "jit": jax.jit}
+
+
+def matrix():
+    return np.arange(16, dtype=np.float32).reshape(4, 4)
+
+
+def program(source, **names):
+    """A function of ``x`` (and of ``m``, ``i``), from its statements."""
+    lines = "\n".join(f"    {line}" for line in source.splitlines())
+    scope = {"np": np, **names}
+    exec(f"def run(x, m, i):\n{lines}\n    return x", scope)
+    return scope["run"]
+
+
+def in_numpy(source, x, m, i):
+    with np.errstate(all="ignore"):
+        return program(source)(x.copy(), m.copy(), i)
+
+
+def check(mode, source, x=None, m=(True, False, True, False), i=2):
+    x, m = matrix() if x is None else x, np.array(m)
+    wanted = in_numpy(source, x, m, i)
+    found = MODES[mode](jaxstate.inplace(program(source)))(x, m, i)
+    np.testing.assert_array_equal(found, wanted)
+
+
+VALUES_AND_INDICES = {
+    "masked elements and a whole slice": "x[m, :] = 2 * x[m]",
+    "a mask that was written between": "y = x[m] * 2\nx[m] = y\nm[1] = True\nx[m] += 1",
+    "masked elements with two names": "y = x[m]\nz = y\ny += 1\nx[m] = z",
+    "masked elements in a function": "def f(a):\n    a *= 2\ny = x[m]\nf(y)\nx[m] = y",
+    "masked elements and NumPy's numbers": "x[m] = np.float32(2) * x[m] + np.ones(4, np.float32)",
+    "a mask and an integer": "x[m, i] = 7\nx[i, m] = 8\nx[m, 1] = 9",
+    "a mask and a new axis": "x[None, m] = 7\nx[m, None] = 8",
+    "a buffer that is used again": (
+        "b = np.zeros(4, np.float32)\nfor k in range(3):\n    b[:] = k\n    x[k] = b"
+    ),
+    "an index that is used again": "k = np.array([0, 1], np.int32)\nx[k] = 50\nk[0] = 2\nx[k] += 1",
+    "a mask that is used again": (
+        "k = np.array([True, False, True, False])\nx[k] = 50\nk[:] = False\nx[k] = 9"
+    ),
+    "an operand that is used again": "b = np.ones(4, np.float32)\nx += b\nb[:] = 9\nx[0] += b",
+    "one integer of NumPy": (
+        "x[np.array(1)] = 5\nx[np.array(1), 0] += 2\ny = x[np.array(2)]\ny[:] = 9"
+    ),
+    "bounds of a slice": "x[np.array(1) : np.array(3), [0, 1]] = 9",
+    "true and false": "x[True] = 7\nx[False] = 8\nx[np.True_, ..., 0] += 1\nx[1, True] -= 3",
+    "a condition": "x[x.sum() > 3] = 1\nx[x.sum() > 1000] = 2\nx[x[0, 0] > 0, 1] = 5",
+    "an empty list in a list": "x[[[]]] = 1\nx[:, []] = 2",
+    "a range": "x[range(2)] = 1",
+    "empty axes": "x[0:0][:, [1, 2]] *= 2\nx[:, 0:0][[0, 1]] += 1",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", VALUES_AND_INDICES)
+def test_gives_what_numpy_gives(name, mode):
+    check(mode, VALUES_AND_INDICES[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_casts_of_numbers_are_those_of_numpy(mode):
+    def written(dtype, value):
+        x = np.zeros(3, dtype)
+        source = "x[0] = value\nx[1:] = value"
+        run = program(source, value=value)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            wanted = run(x.copy(), None, None)
+            found = MODES[mode](jaxstate.inplace(lambda x: run(x, None, None)))(x)
+            np.testing.assert_array_equal(found, wanted)
+            return
+        with pytest.raises((TypeError, ValueError, OverflowError)):
+            MODES[mode](jaxstate.inplace(lambda x: run(x, None, None)))(x)
+
+    values = (True, 7, -1, 2.5, 300, 1j, 0j, [300, 1], [1.5, 2], np.array([1, 0]), np.float32(2.5))
+    for dtype in (bool, np.uint8, np.int32, np.float32, np.complex64):
+        for value in values:
+            written(dtype, value)
+
+
+REFUSED = {
+    "a longer mask": "x[None, [True] * 5] = 5",
+    "a shorter mask": "x[[True, False], [0, 1]] = 5",
+    "a mask of two axes": "x[np.ones((2, 3), bool), None] = 5",
+    "a read behind the end": "y = x[[4]]",
+    "a read in front of the start": "y = x[0, [3, -5]]",
+    "one integer of NumPy": "x[np.array(7)] = 5",
+    "one integer of NumPy, read": "y = x[np.array(7)]",
+}
+
+
+@pytest.mark.leaks_allowed("tracebacks hold tracers")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_what_numpy_refuses(name, mode):
+    with pytest.raises(IndexError):
+        check(mode, REFUSED[name])
+    run = jaxstate.inplace(program(REFUSED[name]))
+    with pytest.raises(IndexError):
+        MODES[mode](run)(matrix(), np.ones(4, bool), 2)
+
+
+ELSEWHERE = {
+    "reversed": "x[m, ::-1] = 2 * x[m]",
+    "a column": "x[m, 1] = x[m]",
+    "columns": "x[:, m] = x[m]",
+    "rows and columns": "x[m] = x[m] + x[:, m]",
+    "written since": "y = x[m]\nm[0] = False\nm[1] = True\nx[m] = y",
+}
+
+
+@pytest.mark.leaks_allowed("tracebacks hold tracers")
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_masked_elements_go_back_where_they_came_from(name):
+    """Elsewhere nothing says that they are as many, or in this order."""
+    run = jax.jit(jaxstate.inplace(program(ELSEWHERE[name])))
+    with pytest.raises((jaxstate.MaskedWriteError, jax.errors.NonConcreteBooleanIndexError)):
+        run(matrix(), np.array([True, False, True, False]), 2)
+
+
+def test_what_shares_memory_with_a_transferred_array_is_not_overwritten():
+    x = jaxstate.array(jnp.zeros(3))
+    x[0] = 1.0
+    y = jax.device_put(x, jax.devices()[0])
+    x[1] = 2.0
+    np.testing.assert_array_equal(y, [1, 0, 0])
+    np.testing.assert_array_equal(x, [1, 2, 0])
