@@ -166,7 +166,7 @@ def _as_array_or_scalar(entry: Any) -> Any:
     if isinstance(entry, slice):
         return _static(entry)
     dtype = getattr(entry, "dtype", None)
-    if isinstance(entry, (np.integer, np.ndarray)) and not entry.ndim and dtype.kind in "iu":
+    if isinstance(entry, (np.integer, np.ndarray)) and not entry.ndim and entry.dtype.kind in "iu":
         return int(entry)
     if isinstance(dtype, np.dtype) and (dtype == np.bool_ or np.issubdtype(dtype, np.integer)):
         return entry
