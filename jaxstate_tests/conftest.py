@@ -17,7 +17,8 @@ if metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
-from jax._src import dispatch
+
+from jaxstate._compat import dispatch
 
 
 def pytest_configure(config):
