@@ -228,7 +228,7 @@ def test_stacks_inside_transformations(key):
     wanted = X
     for _ in range(3):
         wanted = loop(params["stack"], wanted)
-    np.testing.assert_allclose(net.apply(params, X), wanted, rtol=1e-5)
+    assert_trees_close(net.apply(params, X), wanted)
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
