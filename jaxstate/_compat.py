@@ -438,7 +438,7 @@ def choose_tracer_type(choose: Callable[[type, Any, Any], type]) -> None:
         new = kind.__new__
 
         def choosing(cls: type, *args: Any, **kwargs: Any) -> Any:
-            return new(choose(cls, args[0], args[1]) if cls is kind and args else cls)
+            return new(choose(cls, args[0], args[1]) if cls is kind and len(args) > 1 else cls)
 
         kind.__new__ = choosing  # type: ignore[method-assign]
 

@@ -34,7 +34,7 @@ from jaxstate import _compat, slots, thread, trace, views
 from jaxstate.capture import nowhere
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 from jaxstate.handles import Slot, SlotAddress
-from jaxstate.masked import MaskedElements, mask_in, masked_elements
+from jaxstate.masked import MaskedElements, check_fits, mask_in, masked_elements
 from jaxstate.slots import Address, Cell, Holder, Lane
 from jaxstate.updates import Update, update_at
 
@@ -491,7 +491,10 @@ class Writable:
                 masked = masked_elements(self._read(), index, entries, mask)
             if masked is not None:
                 return masked
-            return fresh(_compat.getitem(self._read(), index))
+            value = self._read()
+            for part in views.in_two_steps(entries) or (index,):
+                value = _compat.getitem(value, tuple(part) if isinstance(part, list) else part)
+            return fresh(value)
         steps = views.view(self._steps, self.shape, entries)
         found = self._view(steps)
         is_scalar = all(not isinstance(e, slice) and e is not None for e in entries)
@@ -637,7 +640,9 @@ class Writable:
         self[...] = value
 
     def fill(self, value: Any) -> None:
-        """Writes one value to all elements."""
+        """Writes one value, a scalar, to all elements."""
+        if np.shape(value):
+            raise ValueError(f"fill() wants a scalar, and got an array of shape {np.shape(value)}")
         self[...] = value
 
     def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> Any:
@@ -795,6 +800,7 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
         other = _compat.canonicalize(other) if isinstance(other, Writable) else other
         if isinstance(other, (list, tuple, np.ndarray)):
             other = np.array(other)  # a copy, since a jaxpr keeps it
+        check_fits(other, self.dtype)
         with _quiet():
             result = _compat.canonicalize(operation(self._read(), other))
         if not np.can_cast(result.dtype, self.dtype, "same_kind"):

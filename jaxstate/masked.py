@@ -24,7 +24,7 @@ from jaxstate import _compat
 from jaxstate.errors import MaskedWriteError, message
 from jaxstate.views import is_mask
 
-__all__ = ["MaskedElements", "mask_in", "masked_elements"]
+__all__ = ["MaskedElements", "check_fits", "mask_in", "masked_elements"]
 
 
 class MaskedElements:
@@ -155,6 +155,12 @@ def _axes_of_mask(entries: list[Any]) -> tuple[int, ...] | None:
     return tuple(range(at[0], at[0] + entries[at[0]].ndim))
 
 
+def check_fits(operand: Any, dtype: Any) -> None:
+    """Raises NumPy's OverflowError for ``x += 300`` with bytes: JAX takes the number modulo 256."""
+    if type(operand) is int and np.dtype(dtype).kind in "iu":
+        np.array(operand, dtype)
+
+
 def _binary(name: str) -> None:
     operation = getattr(operator, name)
 
@@ -165,6 +171,7 @@ def _binary(name: str) -> None:
         return self._apply(lambda x, y: operation(y, x), other)
 
     def augmented(self: MaskedElements, other: Any) -> MaskedElements:
+        check_fits(other, self._values.dtype)
         result = self._apply(operation, other)
         if not np.can_cast(result._values.dtype, self._values.dtype, "same_kind"):
             raise TypeError(

@@ -29,7 +29,9 @@ from jaxstate.views import (
     Step,
     check_arrays,
     expanded,
+    in_two_steps,
     is_basic,
+    is_condition,
     is_mask,
     view,
 )
@@ -238,13 +240,18 @@ def update_at(steps: Sequence[Step], x: Any, index: Any, value: Any) -> Update:
     shape = steps[-1].shape if steps else x.shape
     entries = expanded(index, len(shape))
     value = cast(value, x.dtype)
-    condition, entries = _without_condition(entries)
-    if all(map(is_basic, entries)):
+    conditions = [e for e in entries if is_condition(e)]
+    if len(conditions) == 1:
+        update = _update_if(steps, x, shape, conditions[0], entries, value)
+        if update is not None:
+            return update
+    two_steps = in_two_steps(entries)
+    if two_steps is not None:
+        new_axes, entries = two_steps
+        steps = view(steps, shape, new_axes)
+    elif all(map(is_basic, entries)):
         steps = view(steps, shape, entries)
-        value = fit(value, steps[-1].shape if steps else x.shape)
-        if condition is not None:
-            value = _if_so(condition, value, _through(steps, x))
-        return update_through(steps, x, value)
+        return update_through(steps, x, fit(value, steps[-1].shape if steps else x.shape))
     target = _through(steps, x)
     update = _update_advanced(target, entries, value)
     return update_through(steps, x, update(target)) if steps else update
@@ -257,13 +264,26 @@ def _through(steps: Sequence[Step], x: Any) -> Any:
     return x
 
 
-def _without_condition(entries: list[Any]) -> tuple[Any, list[Any]]:
-    """A boolean of no axes, and the index without it: it stands for a new axis of size 1 or 0."""
-    conditions = [e for e in entries if is_mask(e) and not e.ndim]
-    others = [None if is_mask(e) and not e.ndim else e for e in entries]
-    if len(conditions) != 1 or not all(map(is_basic, others)):
-        return None, entries
-    return conditions[0], others
+def _update_if(
+    steps: Sequence[Step], x: Any, shape: Any, condition: Any, entries: list[Any], value: Any
+) -> Update | None:
+    """The write where one entry says if there is any, or None if more is to be known of it."""
+    is_traced = _compat.concrete(condition) is None
+    if is_traced and not jnp.ndim(value):
+        # The shape of what is written does not matter, so the index is as good without the entry.
+        others = tuple(e for e in entries if e is not condition)
+        written = update_at(steps, x, others, value)(x)
+        return Update(_replace, x.shape, (_if_so(condition, written, x),))
+    others = [None if e is condition else e for e in entries]
+    if not all(map(is_basic, others)):
+        return None
+    if not is_traced and (not condition or not all(isinstance(e, _BETWEEN) for e in others)):
+        return None
+    steps = view(steps, shape, others)
+    value = fit(value, steps[-1].shape if steps else x.shape)
+    if is_traced:
+        value = _if_so(condition, value, _through(steps, x))
+    return update_through(steps, x, value)
 
 
 def _if_so(condition: Any, value: Any, otherwise: Any) -> Any:
@@ -342,8 +362,7 @@ def _positions(entry: Any) -> Sequence[Any]:
                 used=_compat.user_location(),
             )
         )
-    mask = np.asarray(concrete)
-    return mask.nonzero() if mask.ndim else (np.zeros(int(mask), int),)
+    return np.asarray(concrete).nonzero()
 
 
 def _shape_of(shape: Sequence[int], entries: Sequence[Any]) -> tuple[int, ...]:

@@ -193,6 +193,26 @@ def is_basic(entry: Any) -> bool:
     return entry.ndim == 0 and not is_mask(entry)
 
 
+def is_condition(entry: Any) -> bool:
+    """Whether an entry is a boolean of no axes: True is an index of a new axis, False of none."""
+    return is_mask(entry) and not entry.ndim
+
+
+def in_two_steps(entries: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """Two indices that do what one with conditions does: the new axes, then arrays for them.
+
+    None if there is no condition, or one that is traced.
+    """
+    known = [np.asarray(_compat.concrete(e)) for e in entries if is_condition(e)]
+    if not known or any(k.dtype != np.bool_ for k in known):
+        return None
+    new_axes: list[Any] = []
+    for entry in entries:
+        new_axes += [None] if is_condition(entry) else [slice(None)] * _axes_of(entry)
+    arrays = (np.zeros(int(k), int) for k in known)
+    return tuple(new_axes), [next(arrays) if is_condition(e) else e for e in entries]
+
+
 def check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
     """Raises an IndexError for known integers out of bounds, and masks of other sizes.
 

@@ -96,6 +96,35 @@ def test_casts_of_numbers_are_those_of_numpy(mode):
             written(dtype, value)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("statement", ["x += 300", "x *= -1", "x[m] -= 300", "x[1:] <<= -1"])
+def test_numbers_that_do_not_fit_are_refused_as_operands(statement, mode):
+    x, m = np.arange(4, dtype=np.uint8), np.array([True, False, True, False])
+    with pytest.raises(OverflowError):
+        in_numpy(statement, x, m, 2)
+    with pytest.raises(OverflowError, match="out of bounds"):
+        MODES[mode](jaxstate.inplace(program(statement)))(x, m, 2)
+    check(mode, statement.replace("300", "250").replace("-1", "1"), x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fill_wants_a_scalar(mode):
+    check(mode, "x.fill(3)\nx[0].fill(np.float32(2))\nx[1].fill(np.array(5.0))")
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        MODES[mode](jaxstate.inplace(program("x.fill([1, 2, 3, 4])")))(matrix(), None, None)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_traced_condition_beside_arrays(holds):
+    """Where it is false NumPy has no such index, so the reference asks it itself."""
+    for index in ("c, [0, 2]", "[0, 1], c, [2, 3]", "1, c", "None, c, m", "c", "c, ..., 1"):
+        for statement in (f"x[{index}] = 7", f"x[{index}] = y"):
+            run = program(f"c = x[0, 0] > i\ny = x[1, 1] + 1\n{statement}")
+            x, m, i = matrix() + 1, np.array([True, False, True, False]), 0 if holds else 5
+            wanted = run(x.copy(), m, i) if holds else x
+            np.testing.assert_array_equal(jax.jit(jaxstate.inplace(run))(x, m, i), wanted)
+
+
 REFUSED = {
     "a longer mask": "x[None, [True] * 5] = 5",
     "a shorter mask": "x[[True, False], [0, 1]] = 5",

@@ -1,7 +1,7 @@
 """Every index that can be made of a few entries reads and writes what it does in NumPy.
 
-`make test` runs all of up to three entries, and those of four whose ellipsis stands for no axis;
-`make matrix` all of four.
+`make test` runs all of up to three entries, those of four whose ellipsis stands for no axis, and
+those of up to three with a boolean of no axes; `make matrix` all of four.
 """
 
 import itertools
@@ -25,11 +25,18 @@ ENTRIES = {
     "mask of 2": np.array([True, True]),
     "mask of 3": np.array([True, False, True]),
 }
-AT_ONCE, CHUNKS = 100, {"few": 9, "four": 32}
+BOOLEANS = {"True": True, "False": False}
+AT_ONCE, CHUNKS = 100, {"few": 9, "four": 32, "booleans": 2}
 
 
 def indices(which):
     """The names of the entries of every index that is one in NumPy."""
+    if which == "booleans":
+        among = [*BOOLEANS, "1", ":", "array", "None", "mask of 2"]
+        for names in itertools.chain(*(itertools.product(among, repeat=n) for n in (1, 2, 3))):
+            if not BOOLEANS.keys().isdisjoint(names) and is_index(names):
+                yield names
+        return
     products = [itertools.product(ENTRIES, repeat=n) for n in (1, 2, 3, 4)]
     for names in itertools.chain(*(products[:3] if which == "few" else products[3:])):
         if is_index(names):
@@ -50,7 +57,7 @@ def is_index(names):
 
 def index_of(names, traced=lambda x: x):
     """The index, with what ``traced`` makes of the integers that are arrays."""
-    entries = [ENTRIES[name] for name in names]
+    entries = [{**ENTRIES, **BOOLEANS}[name] for name in names]
     return tuple(traced(e) if isinstance(e, np.ndarray) and e.dtype != bool else e for e in entries)
 
 
@@ -77,7 +84,7 @@ def run(x, index, shape):
 
 @pytest.mark.parametrize(
     ("which", "chunk"),
-    [pytest.param("few", n) for n in range(CHUNKS["few"])]
+    [(which, n) for which in ("few", "booleans") for n in range(CHUNKS[which])]
     + [pytest.param("four", n, marks=pytest.mark.slow) for n in range(CHUNKS["four"])],
 )
 def test_every_index_of_a_few_entries(which, chunk):
