@@ -26,7 +26,7 @@ from jaxstate import _compat
 from jaxstate.births import addresses_of, birth_p
 from jaxstate.errors import DeviceWriteError, UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, any_open
-from jaxstate.trace import current_use, one_use, read, read_p, state_effect, write, write_p
+from jaxstate.trace import begin_use, current_use, read, read_p, state_effect, write, write_p
 
 __all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all", "write_last"]
 
@@ -395,7 +395,10 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         if primitive not in _rules:
             _compat.wrap_bind(primitive, _one_use_per_bind)
-            _compat.wrap_bind_with_trace(primitive, lambda bind: _stateful_bind(primitive, bind))
+            has_state = _has_state_of_jit if primitive is _compat.jit_p else _has_state
+            _compat.wrap_bind_with_trace(
+                primitive, lambda bind: _stateful_bind(primitive, bind, has_state)
+            )
         _rules[primitive] = rule
         return rule
 
@@ -415,17 +418,22 @@ def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
-        with one_use(args):
+        uses = begin_use(args)
+        try:
             for around in around_binds:
                 return around(bind, args, params)
             return bind(*args, **params)
+        finally:
+            uses.pop()
 
     return one_bind
 
 
-def _stateful_bind(primitive: Any, bind: Callable[..., Any]) -> Callable[..., Any]:
+def _stateful_bind(
+    primitive: Any, bind: Callable[..., Any], has_state: Callable[[dict[str, Any]], bool]
+) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not _has_state(params) or isinstance(trace, _compat.TransparentTrace):
+        if not has_state(params) or isinstance(trace, _compat.TransparentTrace):
             return bind(trace, args, avals, params)  # such a trace runs the jaxprs, state and all
         with _compat.set_current_trace(trace):
             settle_jaxprs(list(_compat.jaxprs_in(params)))
@@ -439,6 +447,12 @@ def _has_state(params: dict[str, Any]) -> bool:
         if jaxpr.effects and state_effect in jaxpr.effects:
             return True
     return False
+
+
+def _has_state_of_jit(params: dict[str, Any]) -> bool:
+    """The same without a look at the other parameters: much of JAX's own library is jitted."""
+    effects = params["jaxpr"].effects
+    return bool(effects) and state_effect in effects
 
 
 _hidden_rules: dict[Any, Rule] = {}

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -430,8 +431,8 @@ def _put_together(kept: _Kept, levels: list[Any]) -> Any:
 
 class _Uses(threading.local):
     def __init__(self) -> None:
-        self.stack: list[dict[Any, Any]] = []
-        self.operands: list[dict[int, Address]] = []
+        # What each use of a jaxpr made of what was made inside of it, and its captured operands.
+        self.stack: list[tuple[dict[Any, Any], dict[int, Address]]] = []
 
 
 _uses = _Uses()
@@ -439,12 +440,12 @@ _uses = _Uses()
 
 def current_use() -> dict[Any, Any] | None:
     """What the use of a jaxpr that is being bound makes of what was made inside that jaxpr."""
-    return _uses.stack[-1] if _uses.stack else None
+    return _uses.stack[-1][0] if _uses.stack else None
 
 
 def captured_operands() -> dict[int, Address]:
     """Which operands of the bind that a rule stands for are captures, and of which slots."""
-    return _uses.operands[-1] if _uses.operands else {}
+    return _uses.stack[-1][1] if _uses.stack else {}
 
 
 def recaptured(operands: Sequence[Any]) -> list[Any]:
@@ -456,25 +457,25 @@ def recaptured(operands: Sequence[Any]) -> list[Any]:
     ]
 
 
-class one_use:  # a class: it is entered in every call, and generators take longer
-    """One bind of a higher-order primitive: one use of each jaxpr of its equation."""
+def begin_use(operands: Sequence[Any]) -> list[Any]:
+    """Begins one use of each jaxpr of an equation, which ends by ``pop`` of the result."""
+    captured: dict[int, Address] = {}
+    if StateTracer in map(type, operands):
+        tracers = ((i, x) for i, x in enumerate(operands) if type(x) is StateTracer)
+        captured = {i: tracer.address for i, tracer in tracers}
+    uses = _uses.stack
+    uses.append(({}, captured))
+    return uses
 
-    __slots__ = ("operands",)
 
-    def __init__(self, operands: Sequence[Any] = ()) -> None:
-        self.operands = operands
-
-    def __enter__(self) -> None:
-        captured: dict[int, Address] = {}
-        if StateTracer in map(type, self.operands):
-            tracers = ((i, x) for i, x in enumerate(self.operands) if type(x) is StateTracer)
-            captured = {i: tracer.address for i, tracer in tracers}
-        _uses.stack.append({})
-        _uses.operands.append(captured)
-
-    def __exit__(self, *_: object) -> None:
-        _uses.stack.pop()
-        _uses.operands.pop()
+@contextmanager
+def one_use() -> Iterator[None]:
+    """One use of each jaxpr of an equation that a rule binds."""
+    uses = begin_use(())
+    try:
+        yield
+    finally:
+        uses.pop()
 
 
 # -- Inside a jaxpr under construction -------------------------------------------------------

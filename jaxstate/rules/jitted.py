@@ -44,7 +44,7 @@ from jaxstate.thread import (
     write_all,
     write_last,
 )
-from jaxstate.trace import one_use
+from jaxstate.trace import begin_use
 
 
 @register_rule(_compat.jit_p)
@@ -178,12 +178,15 @@ class _ThreadedCall:
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         captured, uses, _ = self._state
-        with one_use():
+        use = begin_use(())
+        try:
             captures = read_as_stored(captured)
             settle(self._aliases, uses.results)
             slots = read_as_stored(uses.ins)
             outs, written = self._run([*slots, *captures], *args, **kwargs)
             write_all(uses.results, written)
+        finally:
+            use.pop()
         return outs
 
     def _prepare(
