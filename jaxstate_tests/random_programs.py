@@ -351,7 +351,7 @@ class CustomRule(Call):
     """A rule that is not the derivative, so that its loss shows."""
 
     def by_hand(self, x, s, at):
-        """With all state as floats, and no residuals: JAX 0.12 mixes them up in nested rules."""
+        """With all state as floats, and no residuals: JAX itself mixes them up in nested rules."""
         touched = {name: s[name] for name in self.uses(at)}
 
         def run(x, floats):
