@@ -342,6 +342,7 @@ class _Explicit:
         self.touched = touched
         self.written = written
         self.n = len(touched)
+        self.age = slots.next_age()
         # The holders of this moment, for names only: a rule may run after they are closed.
         self.below = without_values(slots.stack())
 
@@ -353,6 +354,7 @@ class _Explicit:
         before = dict(zip(self.touched, map(_compat.canonicalize, values), strict=True))
         cells = {a: Cell(v) for a, v in before.items()}
         state = _Given(None, self.below, cells, self.written)
+        state.age = self.age  # so that the arguments are arrays made inside
         _compat.reset_stores(fun)
         with state.entered():
             out = fun.call_wrapped(*args)
@@ -459,10 +461,12 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_open() or _compat.calls_functions(trace):
+            if not slots.any_open():
                 return bind(trace, args, avals, params)
-            if isinstance(trace, _compat.TransparentTrace):  # it binds again under its parent
-                return bind(trace, args, avals, params)
+            if _compat.calls_functions(trace) or isinstance(trace, _compat.TransparentTrace):
+                # A vmap around puts its own trace over the current one; the latter binds again.
+                with _compat.set_current_trace(trace):
+                    return bind(trace, args, avals, params)
             state = _Recording(trace, not _compat.is_of_jax(params["subfuns"][0]))
             functions = tuple(state.recording(f) for f in params["subfuns"])
             try:
