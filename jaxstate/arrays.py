@@ -332,9 +332,25 @@ class InplaceTrace(_compat.Trace):
             with _compat.set_current_trace(self):
                 return [self._box(x) for x in functions[0].call_wrapped(*operands)]
         avals = [_compat.typeof(x) for x in operands]
+        if not _compat.is_of_jax(functions[0]):
+            # A backward rule may run when the in-place function has ended.
+            functions = (*map(self._in_place, functions[:2]), *functions[2:])
         params = dict(params, subfuns=functions)
         out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
         return [self._box(x) for x in out]
+
+    def _in_place(self, fun: Any) -> Any:
+        """A function or rule of the user's, whose arguments are arrays of its own."""
+
+        def run(*args: Any) -> Any:
+            if all(isinstance(x, Writable) or not is_array(x) for x in args):
+                return fun.call_wrapped(*args)
+            inside = InplaceTrace(_compat.current_trace(), self.activation)
+            with _compat.set_current_trace(inside):
+                out = fun.call_wrapped(*map(inside._box, args))
+                return [snapshot(x) for x in out]
+
+        return _compat.wrap_rule_function(fun, run)
 
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any

@@ -295,3 +295,89 @@ def test_gradient_of_a_checkpoint_that_writes(jitted):
 
     grad = jax.grad(f)
     assert_close((jax.jit(grad) if jitted else grad)(X + 1), jax.grad(functional)(X + 1))
+
+
+# -- Custom rules in custom rules ------------------------------------------------------------
+
+
+def with_custom_jvp(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda primals, tangents: (g(*primals), 3 * tangents[0]))
+    return g
+
+
+def with_custom_vjp(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda y: (f(y), None), lambda _, ct: (3 * ct,))
+    return g
+
+
+MODES = {
+    "eager": lambda f: f,
+    "jit": jax.jit,
+    "vmap": jax.vmap,
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f)),
+    "jit of vmap": lambda f: jax.jit(jax.vmap(f)),
+    "vmap of vmap": lambda f: lambda x: jax.vmap(jax.vmap(f))(x[None])[0],
+    "vmap of scan": lambda f: jax.vmap(
+        lambda x: jax.lax.scan(lambda c, _: (c, f(x)), 0, length=1)[1][0]
+    ),
+}
+
+
+@pytest.mark.leaks_allowed("JAX keeps the rules, which close over an array, with the jaxpr")
+@pytest.mark.parametrize("rules", [with_custom_jvp, with_custom_vjp])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_writes_in_nested_custom_rules(mode, depth, rules):
+    """Into an array from outside, and into the argument, which is the function's own."""
+
+    def run(x, wrap):
+        def body(y):
+            y[0] = 5
+            x[1:] += y[:3]
+            y *= 2
+            return y * y[1]
+
+        for _ in range(depth):
+            body = wrap(body)
+        y = x * 2
+        z = body(y)
+        x[0] += z[1] + y[1]
+        return x
+
+    x = np.arange(12, dtype=np.float32).reshape(3, 4) + 1
+    f = MODES[mode](jaxstate.inplace(lambda x: run(x, rules)))
+    by_hand = np.stack([run(row.copy(), lambda body: lambda y: body(y.copy())) for row in x])
+    found = f(x) if "vmap" in mode else np.stack([f(row) for row in x])
+    np.testing.assert_array_equal(found, by_hand)
+
+
+@pytest.mark.leaks_allowed("JAX keeps the rules, which close over an array, with the jaxpr")
+@pytest.mark.parametrize("rules", [with_custom_jvp, with_custom_vjp])
+@pytest.mark.parametrize("depth", [1, 2])
+@EITHER_WAY
+def test_derivatives_of_nested_custom_rules_that_write(jitted, depth, rules):
+    """The derivative is the outermost rule's, whatever the function writes."""
+
+    @jaxstate.inplace
+    def f(x):
+        log = jaxstate.array(jnp.zeros(4))
+
+        def body(y):
+            y[0] = 5
+            log[1:] += jax.lax.stop_gradient(y[:3])
+            return jnp.sin(y)
+
+        for _ in range(depth):
+            body = rules(body)
+        return body(2 * x).sum(), log
+
+    grad = jax.grad(f, has_aux=True)
+    for wanted, g in ((6.0, grad), (np.full((3, 4), 6.0), jax.vmap(grad))):
+        x = X if g is grad else jnp.stack([X, X + 1, X + 2])
+        found, log = (jax.jit(g) if jitted else g)(x)
+        np.testing.assert_array_equal(found, np.broadcast_to(wanted, x.shape))
+        y = 2 * np.array(x)
+        y[..., 0] = 5
+        np.testing.assert_array_equal(log[..., 1:], y[..., :3])
