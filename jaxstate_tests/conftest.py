@@ -79,8 +79,10 @@ def _leak_checker(request, _small_heap):
 
 @pytest.fixture(autouse=True)
 def _quick_compilation(request):
-    optimized = request.node.get_closest_marker("optimized")
-    jax.config.update("jax_disable_most_optimizations", not optimized)
+    quick = not request.node.get_closest_marker("optimized")
+    if jax.config.values["jax_disable_most_optimizations"] != quick:
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # programs in memory are found whatever they were compiled with
 
 
 @pytest.fixture
