@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 import safetensors.numpy
 
@@ -107,6 +108,7 @@ CAPABILITIES = {
     "nested explicit apply": {"params": ["explicit_apply_inside_a_body"]},
     "combinators": {"combinators": ["l2_regularized", "reparametrized", "batched"]},
     "recurrent": {
+        "capabilities": ["a_recurrent_model_of_characters_trains"],
         "params": ["a_python_loop_equals_a_scan"],
         "stack": ["trees_as_carry_stacks_of_stacks_and_reuse"],
     },
@@ -133,6 +135,7 @@ CAPABILITIES = {
         "capabilities": [
             "optimizers_take_masks_and_labels_written_by_hand",
             "a_tree_is_saved_and_loaded",
+            "a_tree_is_a_checkpoint_of_orbax",
         ],
     },
     "layers in a loop": {
@@ -246,3 +249,59 @@ def test_a_tree_is_saved_and_loaded(key, tmp_path):
         scope, name = path.split("/")
         loaded.setdefault(scope, {})[name] = array
     np.testing.assert_array_equal(net.apply(loaded, X), net.apply(params, X))
+
+
+def test_a_tree_is_a_checkpoint_of_orbax(key, tmp_path):
+    params = net.init(key, X)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", params)
+        checkpointer.wait_until_finished()
+        loaded = checkpointer.restore(tmp_path / "params")
+    np.testing.assert_array_equal(net.apply(loaded, X), net.apply(params, X))
+
+
+@pytest.mark.parametrize("carry", [jnp.zeros(16), {"h": jnp.zeros(16)}], ids=["array", "dict"])
+def test_a_recurrent_model_of_characters_trains(key, carry):
+    text = "to be or not to be, that is the question"
+    letters = sorted(set(text))
+    codes = jax.nn.one_hot(jnp.array([letters.index(c) for c in text]), len(letters))
+
+    def step(w, carry, x):
+        h = jnp.tanh(jnp.concatenate([*jax.tree.leaves(carry), x]) @ w["w"])
+        return jax.tree.map(lambda _: h, carry), jax.nn.log_softmax(h @ w["out"])
+
+    normal = jax.nn.initializers.normal(0.3)
+
+    @jaxstate.parametrized
+    def cell(carry, x):
+        w = {
+            "w": jaxstate.param("w", normal, (16 + len(letters), 16)),
+            "out": jaxstate.param("out", normal, (16, len(letters))),
+        }
+        return step(w, carry, x)
+
+    def loss(cell):
+        return -(jax.lax.scan(cell, carry, codes[:-1])[1] * codes[1:]).sum(-1).mean()
+
+    model = jaxstate.parametrized(lambda: loss(cell), name="model")
+    params = model.init(key)
+
+    def by_hand(params):
+        return loss(lambda carry, x: step(params["cell"], carry, x))
+
+    found, wanted = jax.grad(model.apply)(params), jax.grad(by_hand)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+
+    optimizer = optax.adam(0.02)
+
+    @jax.jit
+    def train(params):
+        def update(both, _):
+            value, grads = jax.value_and_grad(model.apply)(both[0])
+            updates, state = optimizer.update(grads, both[1])
+            return (optax.apply_updates(both[0], updates), state), value
+
+        return jax.lax.scan(update, (params, optimizer.init(params)), length=200)[1]
+
+    losses = train(params)
+    assert losses[-1] < 0.3 * losses[0]
