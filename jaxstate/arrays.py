@@ -509,7 +509,7 @@ class Writable:
                 return masked
             value = self._read()
             for part in views.in_two_steps(entries) or (index,):
-                value = _compat.getitem(value, tuple(part) if isinstance(part, list) else part)
+                value = _compat.getitem(value, part)
             return fresh(value)
         steps = views.view(self._steps, self.shape, entries)
         found = self._view(steps)

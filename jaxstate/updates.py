@@ -294,7 +294,7 @@ def _if_so(condition: Any, value: Any, otherwise: Any) -> Any:
     )
 
 
-def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
+def _update_advanced(x: Any, entries: Sequence[Any], value: Any) -> Update:
     """The write with an index that has arrays."""
     check_arrays(x.shape, entries)
     masks = [e for e in entries if is_mask(e)]
@@ -312,7 +312,7 @@ def _update_advanced(x: Any, entries: list[Any], value: Any) -> Update:
     )
 
 
-def _update_by_mask(x: Any, entries: list[Any], mask: Any, value: Any) -> Update | None:
+def _update_by_mask(x: Any, entries: Sequence[Any], mask: Any, value: Any) -> Update | None:
     """One select, if the value is the same for every element that the mask finds."""
     if any(e is None for e in entries) and jnp.ndim(value):
         return None

@@ -198,7 +198,7 @@ def is_condition(entry: Any) -> bool:
     return is_mask(entry) and not entry.ndim
 
 
-def in_two_steps(entries: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]] | None:
+def in_two_steps(entries: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
     """Two indices that do what one with conditions does: the new axes, then arrays for them.
 
     None if there is no condition, or one that is traced.
@@ -210,7 +210,7 @@ def in_two_steps(entries: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]] | 
     for entry in entries:
         new_axes += [None] if is_condition(entry) else [slice(None)] * _axes_of(entry)
     arrays = (np.zeros(int(k), int) for k in known)
-    return tuple(new_axes), [next(arrays) if is_condition(e) else e for e in entries]
+    return tuple(new_axes), tuple(next(arrays) if is_condition(e) else e for e in entries)
 
 
 def check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
