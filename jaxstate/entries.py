@@ -134,7 +134,11 @@ class EntryAddress(Address):
     def _is_made_anew(self) -> bool:
         """Whether a module on the way to it is made by every use of the jaxpr it stands in."""
         home = self.home
-        return home is not None and any(v.token and v.token.home is home for v in self.levels)
+        if home is not None:
+            for level in self.levels:
+                if level.token is not None and level.token.home is home:
+                    return True
+        return False
 
     def renewed(self, use: dict[Any, Any] | None) -> EntryAddress:
         home = self.home
@@ -424,10 +428,13 @@ class Store(Holder):
         return entry and entry.cells.get(address.leaf)
 
     def cell(self, address: EntryAddress) -> Cell:  # type: ignore[override]
-        entry = self.entry(address)
+        place = self.located(address)
+        entry = self.entry_at(place, address)
         cell = entry.cells.get(address.leaf)
         if cell is None:
-            cell = self.new_cell(entry, address, self.path(Layers([self.layer]), address))
+            # Its name is given out by the store, whatever jaxprs are around the program.
+            path = place.path if place.here else self.path(Layers([self.layer]), address)
+            cell = self.new_cell(entry, address, path)
         return cell
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
