@@ -1,7 +1,9 @@
 """Timing: all sides of a comparison run in turns in one process.
 
-A round runs every side once, so that what disturbs the machine disturbs all of them. A side's
-figure is the median of its times, a ratio the median of the ratios of each round.
+A round runs every side once, so that what disturbs the machine disturbs all of them. Each round
+begins with another side, after a call that is not timed: a garbage collection leaves cold caches to
+whoever comes first. A side's figure is the median of its times, a ratio the median of the ratios of
+each round.
 """
 
 import gc
@@ -77,11 +79,14 @@ class Timing(NamedTuple):
 def compare(sides: Mapping[str, Side], reference: str, repeats: int) -> dict[str, Timing]:
     """Times every side ``repeats`` times, in turns, after one round that compiles."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides.items())
     for i in range(repeats + 1):
+        order = [*order[1:], order[0]]
         gc.collect()
         gc.disable()
         try:
-            for name, side in sides.items():
+            order[-1][1].seconds()
+            for name, side in order:
                 seconds = side.seconds()
                 if i:
                     times[name].append(seconds)
