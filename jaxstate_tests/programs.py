@@ -495,7 +495,8 @@ def _linear_solve():
 
     def by_hand(f):
         def run(x, s):
-            # Of its tangents nothing is used; if it alone has any, JAX's rule for the solve fails.
+            # What a solve returns beside the solution has no derivative. Where JAX's rule has to find
+            # that out, and there are no other tangents or cotangents than these, the rule fails.
             fixed = lax.stop_gradient(s)
 
             def solve(_, b):
@@ -505,7 +506,7 @@ def _linear_solve():
             y, after = lax.custom_linear_solve(
                 lambda v: v * factor(f(jnp.float32(0.3), s)[0]), x, solve, solve, has_aux=True
             )
-            return y, _from_auxiliary(after, s)
+            return y, _from_auxiliary(lax.stop_gradient(after), s)
 
         return run
 
