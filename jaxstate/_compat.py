@@ -537,13 +537,49 @@ def wrap_auxiliary(hand_out: Callable[..., Any]) -> None:
 
 def wrap_forwarding(may_forward: Callable[[], bool]) -> None:
     """Lets ``may_forward()`` say whether a result that is one of the operands may be that very
-    object, and not a result of the operation."""
-    plain = pe._jaxpr_forwarding
+    object, and not a result of the operation; and a residual that is one of the arguments."""
+    plain, plain_of_rule = pe._jaxpr_forwarding, custom_derivatives._filter_forwarded_inputs
 
     def forwarding(jaxpr: Any) -> list[int | None]:
         return plain(jaxpr) if may_forward() else [None] * len(jaxpr.outvars)
 
+    def forwarding_of_rule(outs: Any, ins: Any) -> tuple[list[Any], list[int | None]]:
+        return plain_of_rule(outs, ins) if may_forward() else (list(outs), [None] * len(outs))
+
     pe._jaxpr_forwarding = forwarding
+    custom_derivatives._filter_forwarded_inputs = forwarding_of_rule
+
+
+# Operations that may hand back what they were given, while a jaxpr is built.
+FORWARDING = {*pe.forwarding_rules, *pe.const_fold_rules} - {pjit.jit_p, dispatch.device_put_p}
+
+
+def wrap_device_get(wrap: Wrap) -> None:
+    """Puts a wrapper around what `jax.device_get` does with one array."""
+    api._device_get = wrap(api._device_get)
+
+
+def takes_results() -> bool:
+    """Whether who called the caller is JAX, about to put the results of a function into its jaxpr.
+
+    It has left the trace of that function by then.
+    """
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename in _FILES_BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    code = frame.f_code
+    return code.co_filename == pe.__file__ and code.co_name.startswith("trace_to_jaxpr")
+
+
+_FILES_BETWEEN = frozenset(m.__file__ for m in (dtypes, tree_util, _flattree) if m is not None)
+
+
+def is_asked_by_builder() -> bool:
+    """Whether who called the caller is a jaxpr builder, which makes a constant of a value."""
+    return sys._getframe(2).f_code is _to_jaxpr_tracer_code
+
+
+_to_jaxpr_tracer_code = pe.DynamicJaxprTrace.to_jaxpr_tracer.__code__
 
 
 def is_linear_part(trace: Any) -> bool:
@@ -1262,6 +1298,22 @@ def resolved(x: Any) -> Any:
     return canonicalize(x) if type(x) in _captures else x
 
 
+def wrap_results_of_jaxprs(resolve: Callable[[Any], Any]) -> None:
+    """Calls ``resolve`` for each result of a jaxpr that is evaluated: a constant may be among them.
+
+    So it may be in what `jax.closure_convert` gives, and in what `jax.make_jaxpr` gave.
+    """
+    plain = core.eval_jaxpr
+
+    @functools.wraps(plain)
+    def eval_jaxpr(*args: Any, **kwargs: Any) -> list[Any]:
+        return [resolve(x) for x in plain(*args, **kwargs)]
+
+    core.eval_jaxpr = eval_jaxpr
+    if hasattr(jax.core, "eval_jaxpr"):
+        jax.core.eval_jaxpr = eval_jaxpr
+
+
 def wrap_tree_map(wrap: Wrap) -> None:
     """Puts a wrapper around `jax.tree.map` and its relatives, where they are looked up."""
     for name in ("tree_map", "tree_map_with_path"):
@@ -1346,6 +1398,16 @@ def operand_tree(operands: Any) -> Any:
 def tree_with_leaves(tree: Any, n: int) -> Any:
     """A tree structure with ``n`` leaves after those of ``tree``."""
     return jax.tree.structure((tree.unflatten(range(tree.num_leaves)), [0] * n))
+
+
+def map_results(fun: Callable[[Any], Any], out: Any) -> Any:
+    """``fun`` of each result of a function with a custom rule, or of one of its rules.
+
+    (jax >= 0.11: a backward rule returns them with logs.)
+    """
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], list):
+        return [fun(x) for x in out[0]], out[1]
+    return [fun(x) for x in out]
 
 
 def prepend_cotangents(cotangents: list[Any], out: Any) -> Any:

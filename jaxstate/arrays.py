@@ -115,6 +115,9 @@ def _quiet() -> Iterator[None]:
 
 # -- Buffers ---------------------------------------------------------------------------------
 
+# Held while an array is written: threads may write elements of one array.
+_writing = threading.RLock()
+
 
 def _place() -> Any:
     """The trace that holds the arrays of the code that runs now."""
@@ -161,7 +164,11 @@ class Buffer:
         if self.slot is None:
             staged = any(isinstance(t, _compat.StagingTrace) for t in way or ())
             if not is_held and not staged:
-                return self.value
+                value = self.value
+                if value is None:  # another thread is writing
+                    with _writing:
+                        return self.read()
+                return value
             self._become_slot()
         assert self.slot is not None
         if not way and not is_held:
@@ -332,25 +339,9 @@ class InplaceTrace(_compat.Trace):
             with _compat.set_current_trace(self):
                 return [self._box(x) for x in functions[0].call_wrapped(*operands)]
         avals = [_compat.typeof(x) for x in operands]
-        if not _compat.is_of_jax(functions[0]):
-            # A backward rule may run when the in-place function has ended.
-            functions = (*map(self._in_place, functions[:2]), *functions[2:])
         params = dict(params, subfuns=functions)
         out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
         return [self._box(x) for x in out]
-
-    def _in_place(self, fun: Any) -> Any:
-        """A function or rule of the user's, whose arguments are arrays of its own."""
-
-        def run(*args: Any) -> Any:
-            if all(isinstance(x, Writable) or not is_array(x) for x in args):
-                return fun.call_wrapped(*args)
-            inside = InplaceTrace(_compat.current_trace(), self.activation)
-            with _compat.set_current_trace(inside):
-                out = fun.call_wrapped(*map(inside._box, args))
-                return [snapshot(x) for x in out]
-
-        return _compat.wrap_rule_function(fun, run)
 
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
@@ -405,6 +396,7 @@ class Writable:
 
     _buffer: Any
     _steps: tuple[views.Step, ...] = ()
+    _is_view = False
     shape: tuple[int, ...]
     dtype: Any
     ndim: int
@@ -422,7 +414,12 @@ class Writable:
 
     @property
     def dimension_as_value(self) -> Any:
-        """Asked for by a jaxpr that meets this as a value without canonicalizing it."""
+        """Asked for by a jaxpr that meets this as a value, such as a result of its function.
+
+        For all others this is no symbolic dimension.
+        """
+        if not _compat.is_asked_by_builder():
+            raise AttributeError("dimension_as_value")
         return self._read
 
     def full_lower(self) -> Any:
@@ -521,8 +518,7 @@ class Writable:
         if isinstance(value, MaskedElements):
             entries = views.expanded(_value_of_index(index), self.ndim)
             with _quiet():
-                value = value.written_to(self._read(), mask_in(index), entries)
-            index = Ellipsis
+                index, value = value.written_to(self._read(), mask_in(index), entries)
         index = _value_of_index(index)
         if isinstance(value, Writable) and self._is_already(index, value):
             return
@@ -549,7 +545,9 @@ class Writable:
         self._detach()  # a write may come through the view
         # Views of views may be the whole array again: x.T.T, x[None][0].
         aval = self.aval if steps else buffer.aval().update(weak_type=False)
-        return WritableArray(buffer, steps, aval)
+        view = WritableArray(buffer, steps, aval)
+        view._is_view = True
+        return view
 
     @property
     def T(self) -> Any:
@@ -599,17 +597,24 @@ class Writable:
         return fresh(jnp.reshape(self._read(), new, order=order, **more))
 
     def ravel(self, order: str = "C", **more: Any) -> Any:
-        return self.reshape(-1, order=order, **more)
+        """The elements along one axis: a view if they are neighbours in memory, else a copy."""
+        if order != "C" or not views.is_contiguous(self._steps, self._own_buffer_shape()):
+            return self.flatten(order, **more)
+        return self.reshape(-1, **more)
 
     def flatten(self, order: str = "C", **more: Any) -> Any:
         """A copy with one axis."""
         return fresh(jnp.ravel(self._read(), order=order, **more))
 
     @property
-    def flat(self) -> Any:
-        """All elements along one axis; writes go through."""
+    def flat(self) -> _Flat:
+        """All elements along one axis: what is read is a copy, writes go through."""
         step = views.Reshape(self.shape, (self.size,))
-        return self._view((*self._steps, step))
+        return _Flat(self._view((*self._steps, step)))
+
+    @flat.setter
+    def flat(self, values: Any) -> None:
+        self.put(np.arange(self.size), values)
 
     def copy(self) -> Any:
         """A new array with the values of this moment."""
@@ -625,23 +630,10 @@ class Writable:
         self._detach()
         if buffer.made is None:
             buffer.made = _compat.user_location()
-        base = buffer.read()
-        home = _compat.current_trace() is buffer.home
-        with _quiet():
-            write = update(base)
-            if home and buffer.slot is None and _is_computed(base):
-                held = [base]
-                del base
-                buffer.value = None
-                into_x = buffer.is_own and _is_unused(held)
-                try:
-                    new = write.compiled(held[0], into_x=into_x)
-                finally:
-                    buffer.value = held[0]
-            else:
-                new = _compat.canonicalize(write(_strong(base)))
-        buffer.write(new)
-        buffer.is_own = _is_computed(new)
+        with _writing:
+            new = _written(buffer, update)
+            buffer.write(new)
+            buffer.is_own = _is_computed(new)
         if _place() is buffer.home:
             # In a shard_map: what was the same on every device may vary now.
             self.aval = _compat.with_varying_axes_of(self.aval, new)
@@ -712,18 +704,67 @@ class Writable:
 
     def _is_scalar(self) -> bool:
         """NumPy's reductions and elements are scalars, which ``+=`` does not write."""
-        return self.ndim == 0 and not self._steps
+        return self.ndim == 0 and not self._is_view
 
     def __getattr__(self, name: str) -> Any:
         """What JAX defines for arrays; and what only a computed array has."""
         try:
             return _compat.Tracer.__getattr__(self, name)  # type: ignore[arg-type]
         except AttributeError:
-            value = None if name.startswith("_") else self.to_concrete_value()
+            asked_by_jax = name.startswith("_") or name == "dimension_as_value"
+            value = None if asked_by_jax else self.to_concrete_value()
             if value is None:
                 raise
             self._own_buffer().is_own = False
             return getattr(value, name)
+
+
+class _Flat:
+    """``x.flat``, which is like `numpy.flatiter`: assigned to, it writes to ``x``."""
+
+    __slots__ = ("_elements",)
+
+    def __init__(self, elements: WritableArray) -> None:
+        self._elements = elements
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._elements[index]
+        return found.copy() if isinstance(found, WritableArray) and found._is_view else found
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._elements[index] = value
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._elements)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return self._elements.__array__(*args, **kwargs)
+
+    def copy(self) -> Any:
+        """A new array of one axis."""
+        return self._elements.copy()
+
+
+def _written(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
+    """The value of the buffer after a write: in the memory of the old one, if that is unused."""
+    base = buffer.read()
+    home = _compat.current_trace() is buffer.home
+    with _quiet():
+        write = update(base)
+        if not (home and buffer.slot is None and _is_computed(base)):
+            return _compat.as_array(_compat.canonicalize(write(_strong(base))))
+        held = [base]
+        del base
+        buffer.value = None
+        into_x = buffer.is_own and _is_unused(held)
+        try:
+            return write.compiled(held[0], into_x=into_x)
+        except BaseException:
+            buffer.value = held[0]
+            raise
 
 
 def _same_step(a: views.Step, b: views.Step) -> bool:
@@ -845,7 +886,7 @@ for _name in (
 class WritableArray(Writable, _compat.Tracer):
     """A writable array of jaxstate's own, or a view of one."""
 
-    __slots__ = ("_buffer", "_cache", "_steps")
+    __slots__ = ("_buffer", "_cache", "_is_view", "_steps")
 
     def __init__(
         self, buffer: Buffer, steps: tuple[views.Step, ...] = (), aval: Any = None
@@ -857,6 +898,7 @@ class WritableArray(Writable, _compat.Tracer):
         self._line_info = None
         self._buffer = buffer
         self._steps = steps
+        self._is_view = False
         self._cache: Any = None
 
     def _read(self) -> Any:
@@ -880,6 +922,15 @@ class WritableArray(Writable, _compat.Tracer):
     def _detach(self) -> None:
         if self.aval.weak_type:
             self.aval = self.aval.update(weak_type=False)
+
+    def __reduce__(self) -> Any:
+        """Pickled, it is an array of its own."""
+        return _restored, (np.asarray(self),)
+
+
+def _restored(value: np.ndarray) -> WritableArray:
+    install()
+    return fresh(jnp.asarray(value))
 
 
 def fresh(value: Any) -> WritableArray:
@@ -1023,7 +1074,8 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     here = _compat.current_trace()
     if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_RULES):
         return bind(*operands, **params)
-    operands = [snapshot(x) for x in operands]
+    donated = params.get("donated_invars", ())
+    operands = [*map(_given_away, operands, donated)] if any(donated) else map(snapshot, operands)
     _thread.quiet += 1
     try:
         out = bind(*operands, **params)
@@ -1033,6 +1085,15 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     place = here.parent_trace if isinstance(here, _compat.PartialTrace) else here
     with _compat.set_current_trace(place):
         return [_array_of_program(x) for x in out]
+
+
+def _given_away(x: Any, donated: bool) -> Any:
+    """The value of an operand; of one that is donated, a copy if it is an argument's of a caller."""
+    value = snapshot(x)
+    if donated and isinstance(x, Writable) and _is_computed(value):
+        with _quiet():
+            return value if x._own_buffer().is_own else jnp.array(value)
+    return value
 
 
 def _array_of_program(x: Any) -> Any:
@@ -1053,16 +1114,82 @@ def _around_transfer(bind: Callable[..., Any]) -> Callable[..., Any]:
     return transfer
 
 
-def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:
-    """A conversion with nothing to do hands back what it was given: the value of an array."""
+def _around_forwarding(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation with nothing to do hands back what it was given: the value of an array."""
 
-    def convert(*operands: Any, **params: Any) -> Any:
+    def forward(*operands: Any, **params: Any) -> Any:
         out = bind(*operands, **params)
-        if not _thread.activations or _thread.quiet or isinstance(out, Writable):
-            return out
-        return fresh(out) if isinstance(_compat.current_trace(), _TRACES_OF_PROGRAMS) else out
+        if isinstance(out, (list, tuple)):
+            return [x if isinstance(x, Writable) else _own(x) for x in out]
+        return out if isinstance(out, Writable) else _own(out)
+
+    return forward
+
+
+def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """A conversion that has nothing to do gives the array itself, as JAX does with tracers."""
+
+    def convert(x: Any, **params: Any) -> Any:
+        if isinstance(x, Writable) and _thread.activations and not _thread.quiet:
+            wanted = params["new_dtype"], params["weak_type"]
+            if (x.dtype, x.aval.weak_type) == wanted and params["sharding"] is None:
+                return x
+        return bind(x, **params)
 
     return convert
+
+
+def _own(x: Any) -> Any:
+    """An array that an in-place function gets from JAX, as an array of its own."""
+    if not _thread.activations or _thread.quiet or not is_array(x):
+        return x
+    return fresh(x) if isinstance(_compat.current_trace(), _TRACES_OF_PROGRAMS) else x
+
+
+def _around_device_get(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An array whose value is known is fetched; JAX hands back tracers."""
+
+    def device_get(x: Any) -> Any:
+        known = isinstance(x, Writable) and x.to_concrete_value() is not None
+        return np.array(x) if known else get(x)
+
+    return device_get
+
+
+def _around_rules(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments of a function with a custom rule, and of its rules, are arrays of its own.
+
+    (Not those of a backward rule, which may run when the in-place function has ended.)
+    """
+
+    def bind_with_trace(trace_: Any, args: Any, avals: Any, params: Any, /) -> Any:
+        first, *others = params["subfuns"]
+        if _thread.activations and not _thread.quiet and not _compat.is_of_jax(first):
+            second, *others = others
+            params = dict(params, subfuns=(_in_place(first), _in_place(second), *others))
+        return bind(trace_, args, avals, params)
+
+    return bind_with_trace
+
+
+def _in_place(fun: Any) -> Any:
+    """A function or rule of the user's, whose arguments are arrays of its own."""
+
+    def run(*args: Any) -> Any:
+        call = activation()
+        _compat.reset_stores(fun)
+        if call is None or all(isinstance(x, Writable) or not is_array(x) for x in args):
+            return fun.call_wrapped(*args)
+        inside = InplaceTrace(_compat.current_trace(), call)
+        quiet, _thread.quiet = _thread.quiet, 0  # JAX may be among itself when it calls a rule
+        try:
+            with _compat.set_current_trace(inside):
+                out = fun.call_wrapped(*map(inside._box, args))
+                return [snapshot(x) for x in out]
+        finally:
+            _thread.quiet = quiet
+
+    return _compat.wrap_rule_function(fun, run)
 
 
 _installed: list[bool] = []
@@ -1077,10 +1204,21 @@ def install() -> None:
         _compat.wrap_arguments(_adopt, _cut)
         _compat.wrap_auxiliary(_hand_out_auxiliary)
         _compat.wrap_forwarding(_may_forward)
+        for primitive in _compat.FORWARDING:
+            _compat.wrap_bind(primitive, _around_forwarding)
         _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
+        for primitive in (_compat.custom_jvp_call_p, _compat.custom_vjp_call_p):
+            _compat.wrap_bind_with_trace(primitive, _around_rules)
+        _compat.wrap_device_get(_around_device_get)
+        trace.to_program = _own
         _compat.wrap_transfers(_around_transfer)
         thread.around_binds.append(_around_bind)
 
 
+def _value(array: Writable) -> Any:
+    """What JAX gets for an array that is an operand. A result it reads itself, where it belongs."""
+    return array if _compat.takes_results() else array._read()
+
+
 for _kind in (WritableArray, *_writable_kinds.values()):
-    _compat.register_tracer_type(_kind, lambda array: array._read())
+    _compat.register_tracer_type(_kind, _value)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.errors import MaskedWriteError, message
-from jaxstate.views import is_mask
+from jaxstate.views import is_basic, is_mask, view
 
 __all__ = ["MaskedElements", "check_fits", "mask_in", "masked_elements"]
 
@@ -37,31 +37,38 @@ class MaskedElements:
     Attributes:
       mask: as the user has it.
       state: equal as long as nothing was written to the mask.
-      axes: of the array, which the mask is of.
-      found: the mask in the shape of the array.
+      place: which axes the mask is of.
+      found: the mask in the shape of the view that it is a mask of.
     """
 
     __array_ufunc__ = None  # so that scalars and arrays of NumPy leave the arithmetic to this
-    __slots__ = ("_array", "_index", "_values", "axes", "found", "mask", "state")
+    __slots__ = ("_array", "_index", "_values", "found", "mask", "place", "state")
 
-    def __init__(
-        self, array: Any, index: Any, mask: Any, axes: tuple[int, ...], found: Any
-    ) -> None:
+    def __init__(self, array: Any, index: Any, mask: Any, place: _Place, found: Any) -> None:
         self._array = array
         self._index = index
         self.mask = mask
         self.state = _state_of(mask)
-        self.axes = axes
+        self.place = place
         self.found = found
-        self._values = _plain(jnp.where(found, array, jnp.ones((), array.dtype)))
+        masked = _view(array, place)
+        self._values = _plain(jnp.where(found, masked, jnp.ones((), array.dtype)))
 
-    def written_to(self, x: Any, mask: Any, entries: list[Any]) -> Any:
-        """``x`` after ``x[mask] = self``, with the entries of that index.
+    def written_to(self, x: Any, mask: Any, entries: list[Any]) -> tuple[Any, Any]:
+        """An index and a value, by which to write ``x[mask] = self``.
+
+        Args:
+          x: the array.
+          mask: `mask_in` its index.
+          entries: of that index.
 
         Raises:
           MaskedWriteError: if these are not the elements that ``mask`` finds in such an array.
         """
-        if not self._are_those_of(mask, _state_of(mask), _axes_of_mask(entries), x.shape):
+        place = _place_of_mask(entries)
+        target = None if place is None else _view(x, place)
+        shape = None if target is None else target.shape
+        if not self._are_those_of(mask, _state_of(mask), place, shape):
             raise MaskedWriteError(
                 message(
                     "Elements found by a traced mask were assigned to those that another mask"
@@ -75,26 +82,29 @@ class MaskedElements:
                     used=_compat.user_location(),
                 )
             )
-        return _plain(jnp.where(self.found, self._values.astype(x.dtype), x))
+        assert place is not None
+        value = _plain(jnp.where(self.found, self._values.astype(x.dtype), target))
+        return tuple(place.beside), value
 
-    def _are_those_of(self, mask: Any, state: Any, axes: Any, shape: tuple[int, ...]) -> bool:
-        is_same = mask is self.mask and axes == self.axes and shape == self.found.shape
-        return is_same and state == self.state
+    def _are_those_of(
+        self, mask: Any, state: Any, place: _Place | None, shape: tuple[int, ...] | None
+    ) -> bool:
+        is_same = mask is self.mask and place is not None and shape == self.found.shape
+        return is_same and place.axes == self.place.axes and state == self.state
 
     def _apply(self, operation: Callable[..., Any], *others: Any) -> MaskedElements:
         values = [self._operand(other) for other in others]
         new = object.__new__(MaskedElements)
         new._array, new._index = self._array, self._index
-        new.mask, new.state, new.axes, new.found = self.mask, self.state, self.axes, self.found
+        new.mask, new.state, new.place, new.found = self.mask, self.state, self.place, self.found
         new._values = _plain(operation(self._values, *values))
         return new
 
     def _operand(self, other: Any) -> Any:
         if isinstance(other, MaskedElements):
-            same = self._are_those_of(other.mask, other.state, other.axes, other.found.shape)
+            same = self._are_those_of(other.mask, other.state, other.place, other.found.shape)
             return other._values if same else other._as_array()
-        n_behind = self.found.ndim - self.axes[-1] - 1
-        return _plain(other) if jnp.ndim(other) <= n_behind else self._as_array()
+        return _plain(other) if jnp.ndim(other) <= self.place.n_behind else self._as_array()
 
     def _as_array(self) -> Any:
         """Raises what JAX raises."""
@@ -139,20 +149,55 @@ def masked_elements(array: Any, index: Any, entries: list[Any], mask: Any) -> An
 
     ``mask`` is `mask_in` the index that the user gave: another array may be indexed by the same.
     """
-    axes = _axes_of_mask(entries)
-    if axes is None or _compat.concrete(entries[axes[0]]) is not None:
+    place = _place_of_mask(entries)
+    if place is None or _compat.concrete(place.mask) is not None:
         return None
-    found = jax.lax.broadcast_in_dim(entries[axes[0]], array.shape, axes)
-    return MaskedElements(array, index, mask, axes, found)
+    shape = _view(array, place).shape
+    found = jax.lax.broadcast_in_dim(place.mask, shape, place.axes)
+    return MaskedElements(array, index, mask, place, found)
 
 
-def _axes_of_mask(entries: list[Any]) -> tuple[int, ...] | None:
-    """The axes of the one mask in an index that has whole slices beside it, or None."""
+class _Place(NamedTuple):
+    """Where in an index its one mask is.
+
+    Attributes:
+      mask: the mask.
+      beside: a basic index of the array, of the view that the mask is a mask of.
+      axes: of that view, which the mask is of.
+      n_behind: the number of axes that ``x[index]`` has behind the one of the elements found.
+    """
+
+    mask: Any
+    beside: list[Any]
+    axes: tuple[int, ...]
+    n_behind: int
+
+
+def _place_of_mask(entries: list[Any]) -> _Place | None:
+    """The place of the one mask in an index that has integers and slices beside it, or None."""
     at = [i for i, e in enumerate(entries) if is_mask(e)]
-    whole = all(isinstance(e, slice) and e == slice(None) for e in entries if not is_mask(e))
-    if len(at) != 1 or not whole or not entries[at[0]].ndim:
+    if len(at) != 1:
         return None
-    return tuple(range(at[0], at[0] + entries[at[0]].ndim))
+    mask, before, after = entries[at[0]], entries[: at[0]], entries[at[0] + 1 :]
+    if any(e is None or e is Ellipsis or not is_basic(e) for e in before + after):
+        return None
+    n_before, n_after = (sum(isinstance(e, slice) for e in es) for es in (before, after))
+    advanced = [i for i, e in enumerate(entries) if not isinstance(e, slice)]
+    is_one_block = advanced[-1] - advanced[0] < len(advanced)
+    return _Place(
+        mask,
+        [*before, *[slice(None)] * mask.ndim, *after],
+        tuple(range(n_before, n_before + mask.ndim)),
+        # What is found comes in front of all if a slice is between the mask and an integer. A mask
+        # of no axes makes an axis where it is.
+        n_after if is_one_block else n_before + n_after,
+    )
+
+
+def _view(array: Any, place: _Place) -> Any:
+    for step in view((), array.shape, place.beside):
+        array = step.read(array)
+    return array
 
 
 def check_fits(operand: Any, dtype: Any) -> None:

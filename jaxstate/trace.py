@@ -485,6 +485,18 @@ def one_use() -> Iterator[None]:
 _compat.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
 
 
+def _result_of_jaxpr(value: Any) -> Any:
+    return to_program(resolve(value) if type(value) is StateTracer else value)
+
+
+_compat.wrap_results_of_jaxprs(_result_of_jaxpr)
+
+
+def to_program(value: Any) -> Any:
+    """The result of a jaxpr as the program gets it that evaluates it; `arrays` replaces this."""
+    return value
+
+
 def resolve(tracer: StateTracer) -> Any:
     """The value that a capture stands for, here and now."""
     address = tracer.address.renewed(current_use())

@@ -124,10 +124,10 @@ def cast(value: Any, dtype: Any) -> Any:
     """
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return jnp.asarray(value)
-    is_list = isinstance(value, (list, tuple))
-    if is_list and any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
+    leaves = jax.tree.leaves(value) if isinstance(value, (list, tuple)) else ()
+    if any(isinstance(x, jax.Array) for x in leaves):
         value = jnp.asarray(value)
-    if is_list or isinstance(value, (bool, int, float, complex)):
+    if isinstance(value, (list, tuple, bool, int, float, complex)):
         array = np.empty(np.shape(value), dtype)
         array[...] = value
         return array

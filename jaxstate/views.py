@@ -307,21 +307,29 @@ def transposed(
 def reshaped(
     steps: Sequence[Step], base: Sequence[int], shape: Sequence[int], new: Sequence[int]
 ) -> tuple[Step, ...] | None:
-    """The steps to ``v.reshape(new)``, or None where NumPy makes a copy.
-
-    NumPy itself decides, on a stand-in with the strides of an array of the shape ``base``.
-    """
-    strides = np.cumprod([1, *(max(n, 1) for n in reversed(base))])[-2::-1]
-    stand_in = np.lib.stride_tricks.as_strided(
-        np.empty(1, np.int8), shape=tuple(base), strides=tuple(int(s) for s in strides)
-    )
+    """The steps to ``v.reshape(new)``, or None where NumPy makes a copy."""
     step = Reshape(tuple(shape), tuple(new))
     try:
-        for s in (*steps, step):
-            stand_in = s.read_numpy(stand_in)
+        step.read_numpy(_stand_in(steps, base))
     except ValueError:
         return None
     return (*steps, step)
+
+
+def is_contiguous(steps: Sequence[Step], base: Sequence[int]) -> bool:
+    """Whether the elements of the view are neighbours in NumPy's memory, in the view's order."""
+    return _stand_in(steps, base).flags.c_contiguous
+
+
+def _stand_in(steps: Sequence[Step], base: Sequence[int]) -> np.ndarray:
+    """A view of NumPy with these steps, of an array of the shape ``base``, and of no memory."""
+    strides = np.cumprod([1, *(max(n, 1) for n in reversed(base))])[-2::-1]
+    x = np.lib.stride_tricks.as_strided(
+        np.empty(1, np.int8), shape=tuple(base), strides=tuple(int(s) for s in strides)
+    )
+    for step in steps:
+        x = step.read_numpy(x)
+    return x
 
 
 def _last_selection(

@@ -471,6 +471,18 @@ def _run_reshape(s, env, i, way):
     env[s.target] = env[s.source].reshape(s.value)
 
 
+@makes("ravel")
+def _make_ravel(draw, scope):
+    source = _any_name(draw, scope)
+    n = int(np.prod(scope.shape(source)))
+    return Statement("ravel", scope.add((n,), scope.dtype(source), source), source)
+
+
+@runs("ravel")
+def _run_ravel(s, env, i, way):
+    env[s.target] = env[s.source].ravel()
+
+
 @makes("squeeze")
 def _make_squeeze(draw, scope):
     source = _any_name(draw, scope)
@@ -556,6 +568,7 @@ COPIES = {
     ),
     "stack": (lambda xp, x: xp.stack([x, x]), lambda s, d: ((2, *s), d)),
     "zeros": (lambda xp, x: xp.zeros_like(x), lambda s, d: (s, d)),
+    "flat": (lambda xp, x: x.flat[:], lambda s, d: ((int(np.prod(s)),), d)),
     "compare": (lambda xp, x: x > 1, lambda s, d: (s, np.bool_)),
 }
 
@@ -663,6 +676,28 @@ def _run_call(s, env, i, way):
     env[s.target] = way.calls[call](body, env[s.source])
 
 
+# Blocks that give what an array from outside is when they end: the result is a copy.
+
+RESULTS = ("jit", "inner jit", "scan", "map", "cond", "checkpoint", "vmap", "custom_jvp")
+
+
+@makes("result", 2)
+def _make_result(draw, scope):
+    body = _make_body(draw, scope.inside())
+    source = draw(st.sampled_from([n for n in sorted(scope.types) if scope.shape(n)]))
+    new = scope.add(*scope.types[source])
+    return Statement("result", new, source, value=draw(st.sampled_from(RESULTS)), body=body)
+
+
+@runs("result")
+def _run_result(s, env, i, way):
+    def body():
+        execute(s.body, dict(env), i, way)
+        return env[s.source]
+
+    env[s.target] = way.results[s.value](body)
+
+
 @makes("lanes", 2)
 def _make_lanes(draw, scope):
     """A function of the rows of an array; in a vmap it may write nothing else."""
@@ -692,7 +727,7 @@ def _run_lanes(s, env, i, way):
 
 @st.composite
 def a_statement(draw, scope):
-    blocks = ("loop", "once", "until", "cond", "call", "lanes")
+    blocks = ("loop", "once", "until", "cond", "call", "result", "lanes")
     kinds = [k for k, n in WEIGHTS.items() for _ in range(n) if scope.depth or k not in blocks]
     return MAKE[draw(st.sampled_from(kinds))](draw, scope)
 
@@ -717,6 +752,7 @@ class Way:
     once: dict[str, Callable]
     branches: dict[str, Callable]
     calls: dict[str, Callable]
+    results: dict[str, Callable]
     lanes: dict[str, Callable]
 
 
@@ -743,7 +779,8 @@ def _python(xp):
     return Way(
         xp, dict.fromkeys(BLOCKS_LOOP, loop), until,
         dict.fromkeys(BLOCKS_ONCE, lambda body: body()), {"cond": cond, "switch": cond},
-        dict.fromkeys(CALLS, call), dict.fromkeys(("vmap", "scan", "map"), lanes),
+        dict.fromkeys(CALLS, call), dict.fromkeys(RESULTS, lambda body: body().copy()),
+        dict.fromkeys(("vmap", "scan", "map"), lanes),
     )  # fmt: skip
 
 
@@ -798,6 +835,12 @@ def _with_custom_rule(body):
     f(1.0)
 
 
+def _result_of_custom_rule(body):
+    f = jax.custom_jvp(lambda t: body())
+    f.defjvp(lambda primals, tangents: (f(*primals), f(*primals)))
+    return f(1.0)
+
+
 def _carried(body, x):
     return jax.lax.scan(lambda x, _: (body(x), None), x, length=1)[0]
 
@@ -833,6 +876,16 @@ LAX = Way(
         "carry": _carried,
         "checkpoint": lambda body, x: jax.checkpoint(body)(x),
         "cond": lambda body, x: jax.lax.cond(True, body, lambda x: x, x),
+    },
+    {
+        "jit": lambda body: jax.jit(body)(),
+        "inner jit": lambda body: jax.jit(lambda: jax.jit(body)())(),
+        "scan": lambda body: jax.lax.scan(lambda _, x: (None, body()), None, length=1)[1][0],
+        "map": lambda body: jax.lax.map(lambda _: body(), jnp.arange(1))[0],
+        "cond": lambda body: jax.lax.cond(True, body, body),
+        "checkpoint": lambda body: jax.checkpoint(body)(),
+        "vmap": lambda body: jax.vmap(lambda _: body())(jnp.arange(1))[0],
+        "custom_jvp": _result_of_custom_rule,
     },
     {
         "vmap": lambda body, x: jax.vmap(body)(x),

@@ -4,6 +4,9 @@ Every program runs in NumPy and as an in-place function, eagerly and jitted; an 
 to be an error.
 """
 
+import pickle
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +59,38 @@ VALUES_AND_INDICES = {
     "an operand that is used again": "b = np.ones(4, np.float32)\nx += b\nb[:] = 9\nx[0] += b",
     "one integer of NumPy": (
         "x[np.array(1)] = 5\nx[np.array(1), 0] += 2\ny = x[np.array(2)]\ny[:] = 9"
+    ),
+    "all of it from a buffer, then elements": (
+        "x[:] = np.ones((4, 4), np.float32)\nx[[0, 1]] = 5\nx[::2, i] = 7\nx[i] = x[None, i] + 1"
+    ),
+    "all of it from a list, then elements": (
+        "x[...] = [4, 3, 2, 1]\ny = x.copy()\ny[[0, 2]] = 6\nx[0] = y[i] + x[i, i]"
+    ),
+    "lists of elements": (
+        "x[0] = [x[0, 1], x[0, 0], 5.0, x[i, i]]\nx[1:3, :2] = [(x[0, 0], 1), [m[1], x[3, 3]]]"
+    ),
+    "a row of a mask": "k = x[0] > 1\nx[0, k] += 5\nx[i, k] = x[i, k] * 2 - x[1, k]",
+    "a column of a mask": "k = x[:, 1] > 6\nx[k, 1] += 5\nx[k, 2] = 3 * x[k, 1]",
+    "a mask of a part": "k = x[1:] > 6\nx[1:][k] -= 5\nx[1:][k] = x[:3][k]",
+    "a mask and reversed columns": "x[m, ::-1] = 2 * x[m]",
+    "masks and strides": "k = x[0] > 1\nx[::2, k] *= 2\nx[::-1][:2, k] += 1",
+    "conditions": "x[x[0, 0] > 2] += 5\nx[0][x[1, 0] > 0] *= 3\nx[0, x[1, 1] > 0] = 7",
+    "a mask and an integer with a slice between": "k = x[0] > 1\ny = x.reshape(2, 2, 4)\ny[0, :, k] += 7",
+    "ravel of a part is a copy": (
+        "for y in (x[::2], x[:, 1], x.T, x[1:, :2], x[::-1]):\n"
+        "    z = y.ravel()\n    z[0] = 90\n    y.reshape(-1)[-1] += z[1]"
+    ),
+    "ravel of neighbours is a view": (
+        "for y in (x, x[1:3], x[2], x[None], x[1, 1:3], x[:1, :2]):\n    y.ravel()[-1] += 90"
+    ),
+    "flat": (
+        "y = x.flat[1:3]\ny[0] = 99\nz = x.flat[[0, 1]]\nz[0] = -1\nx.flat[5] = 8\n"
+        "x.T.flat[[0, 1]] += 3\nx[0] += sum(v for v in x[1].flat) + len(x.flat)"
+    ),
+    "flat assigned": "x.flat = [1, 2, 3]\nx[1].flat = 5",
+    "views without axes": (
+        "e = x[1, 1, ...]\ne += 5\ne.T[...] += 1\nu = e[...]\nu *= 2\ns = x[0, 0]\ns += 9\n"
+        "x[2, 2] = u + s"
     ),
     "bounds of a slice": "x[np.array(1) : np.array(3), [0, 1]] = 9",
     "true and false": "x[True] = 7\nx[False] = 8\nx[np.True_, ..., 0] += 1\nx[1, True] -= 3",
@@ -148,7 +183,6 @@ def test_refuses_what_numpy_refuses(name, mode):
 
 
 ELSEWHERE = {
-    "reversed": "x[m, ::-1] = 2 * x[m]",
     "a column": "x[m, 1] = x[m]",
     "columns": "x[:, m] = x[m]",
     "rows and columns": "x[m] = x[m] + x[:, m]",
@@ -172,3 +206,107 @@ def test_what_shares_memory_with_a_transferred_array_is_not_overwritten():
     x[1] = 2.0
     np.testing.assert_array_equal(y, [1, 0, 0])
     np.testing.assert_array_equal(x, [1, 2, 0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_views_of_an_array_without_axes_are_written(mode):
+    def views(t):
+        for u in (t[...], t.T, t.transpose(), t.squeeze(), t.reshape(()), t[...][...]):
+            u += 1
+        s = t
+        s += 10  # a scalar, as the result of a reduction is
+        return t
+
+    found = MODES[mode](jaxstate.inplace(views))(jnp.zeros(()))
+    assert found == 6.0
+
+
+ALIASES = {
+    "asarray": (jnp.asarray, True),
+    "asarray of that dtype": (lambda x: jnp.asarray(x, jnp.float32), True),
+    "astype of jax.numpy": (lambda x: jnp.astype(x, x.dtype), True),
+    "conversion": (lambda x: jax.lax.convert_element_type(x, x.dtype), True),
+    "array": (jnp.array, False),
+    "astype": (lambda x: x.astype(x.dtype), False),
+    "broadcast": (lambda x: jax.lax.broadcast_in_dim(x, x.shape, (0,)), False),
+    "new axes, but none": (lambda x: jnp.expand_dims(x, ()), False),
+    "meshgrid": (lambda x: jnp.meshgrid(x)[0], False),
+}
+
+
+@pytest.mark.parametrize("mode", [*MODES, "vmap"])
+@pytest.mark.parametrize("name", ALIASES)
+def test_functions_that_have_nothing_to_do(name, mode):
+    make, is_same = ALIASES[name]
+
+    @jaxstate.inplace
+    def run(x):
+        y = make(x)
+        y[0] = 9
+        y += 1
+        return x, y
+
+    over_lanes = lambda f: lambda x: jax.tree.map(lambda a: a[0], jax.vmap(f)(x[None]))  # noqa: E731
+    x, y = (over_lanes if mode == "vmap" else MODES[mode])(run)(jnp.arange(3.0))
+    assert list(y) == [10, 2, 3]
+    assert list(x) == ([10, 2, 3] if is_same else [0, 1, 2])
+
+
+def test_known_arrays_are_no_symbolic_dimensions():
+    @jaxstate.inplace
+    def run(x, n, at):
+        return jnp.split(x, at), jnp.linspace(0, 1, n), jax.nn.one_hot(1, n)
+
+    parts, line, hot = run(jnp.arange(4.0), jnp.int32(3), jnp.array([1, 2]))
+    assert [len(p) for p in parts] == [1, 1, 2]
+    assert list(line) == [0, 0.5, 1] and list(hot) == [0, 1, 0]
+    with pytest.raises(TypeError, match="concrete"):
+        jax.jit(jaxstate.inplace(lambda n: jnp.zeros(n)))(3)
+
+
+def test_what_is_fetched_is_a_copy():
+    x = jaxstate.array(jnp.arange(3.0))
+    fetched = []
+    for i in range(3):
+        x[0] = i
+        fetched.append(jax.device_get({"x": x})["x"])
+    assert [type(f) for f in fetched] == [np.ndarray] * 3
+    assert [f[0] for f in fetched] == [0, 1, 2]
+
+
+def test_a_pickled_array_is_an_array_of_its_own():
+    x = jaxstate.array(jnp.arange(3.0))
+    y = pickle.loads(pickle.dumps(x))
+    y[0] = 9
+    assert list(np.asarray(x)) == [0, 1, 2] and list(np.asarray(y)) == [9, 1, 2]
+
+
+def test_an_argument_is_not_given_away():
+    @jaxstate.inplace
+    def run(x):
+        return jax.jit(lambda a: a * 2, donate_argnums=0)(x)
+
+    x = jnp.arange(3.0)
+    assert list(run(x)) == [0, 2, 4]
+    assert list(x) == [0, 1, 2]
+
+
+def test_threads_write_elements_of_one_array():
+    x = jaxstate.array(jnp.zeros(200))
+    errors = []
+
+    def write(k):
+        try:
+            for i in range(25):
+                x[25 * k + i] = i
+                x[25 * k + i] += 1
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    np.testing.assert_array_equal(np.asarray(x), np.tile(np.arange(25.0) + 1, 8))

@@ -26,7 +26,7 @@ ENTRIES = {
     "mask of 3": np.array([True, False, True]),
 }
 BOOLEANS = {"True": True, "False": False}
-AT_ONCE, CHUNKS = 100, {"few": 9, "four": 32, "booleans": 2}
+AT_ONCE, CHUNKS = 100, {"few": 9, "four": 25, "booleans": 2}
 
 
 def indices(which):

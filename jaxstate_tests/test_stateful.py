@@ -80,6 +80,8 @@ class Reference:
                 return self.run(p["jaxpr"], args)
             case "custom_jvp_call" | "custom_vjp_call":
                 return self.run(p["call_jaxpr"], args)
+            case "custom_vmap_call":
+                return self.run(p["call"], args)
             case "cond":
                 return self.run(p["branches"][int(args[0])], args[1:])
             case "while":

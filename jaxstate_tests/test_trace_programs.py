@@ -20,6 +20,7 @@ from jaxstate_tests.random_programs import (
     Checkpoint,
     CustomJvp,
     CustomVjp,
+    CustomVmap,
     Draw,
     Fori,
     Grad,
@@ -198,7 +199,8 @@ def check_counts(program):
     counted = inside(program, counting)
     wanted = [n - around for n in wanted]
     assert int(jax.jit(counted)(X)[-1]["ops"]) == wanted[0]
-    assert jax.jit(jax.vmap(counted))(xs)[-1]["ops"].tolist() == wanted
+    if not program.has(CustomVmap):  # which cannot count under a vmap
+        assert jax.jit(jax.vmap(counted))(xs)[-1]["ops"].tolist() == wanted
 
 
 EXAMPLES = 6

@@ -206,7 +206,7 @@ class _Recording(_RuleState):
         def call(*args: Any) -> Any:
             _compat.reset_stores(fun)
             with self.entered():
-                return fun.call_wrapped(*args)
+                return _compat.map_results(_compat.resolved, fun.call_wrapped(*args))
 
         def recorded(*args: Any) -> Any:
             if self.traces_first and not self.over and not _compat.builds_jaxpr(self.outside):
@@ -357,7 +357,8 @@ class _Explicit:
         state.age = self.age  # so that the arguments are arrays made inside
         _compat.reset_stores(fun)
         with state.entered():
-            out = fun.call_wrapped(*args)
+            # A result may stand for a slot, and so for what is in its cell now.
+            out = _compat.map_results(_compat.resolved, fun.call_wrapped(*args))
         for address, cell in cells.items():
             if address not in self.written and cell.value is not before[address]:
                 raise _rule_touches_more(address)
