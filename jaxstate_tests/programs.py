@@ -495,8 +495,8 @@ def _linear_solve():
 
     def by_hand(f):
         def run(x, s):
-            # What a solve returns beside the solution has no derivative. Where JAX's rule has to find
-            # that out, and there are no other tangents or cotangents than these, the rule fails.
+            # What a solve returns beside the solution has no derivative. JAX's rule fails where it
+            # has to find that out, and there are no other tangents or cotangents.
             fixed = lax.stop_gradient(s)
 
             def solve(_, b):

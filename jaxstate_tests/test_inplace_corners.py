@@ -75,7 +75,9 @@ VALUES_AND_INDICES = {
     "a mask and reversed columns": "x[m, ::-1] = 2 * x[m]",
     "masks and strides": "k = x[0] > 1\nx[::2, k] *= 2\nx[::-1][:2, k] += 1",
     "conditions": "x[x[0, 0] > 2] += 5\nx[0][x[1, 0] > 0] *= 3\nx[0, x[1, 1] > 0] = 7",
-    "a mask and an integer with a slice between": "k = x[0] > 1\ny = x.reshape(2, 2, 4)\ny[0, :, k] += 7",
+    "a mask and an integer with a slice between": (
+        "k = x[0] > 1\ny = x.reshape(2, 2, 4)\ny[0, :, k] += 7"
+    ),
     "ravel of a part is a copy": (
         "for y in (x[::2], x[:, 1], x.T, x[1:, :2], x[::-1]):\n"
         "    z = y.ravel()\n    z[0] = 90\n    y.reshape(-1)[-1] += z[1]"
