@@ -1088,7 +1088,7 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
 
 
 def _given_away(x: Any, donated: bool) -> Any:
-    """The value of an operand; of one that is donated, a copy if it is an argument's of a caller."""
+    """The value of an operand; a copy, if it is donated and the memory may be a caller's."""
     value = snapshot(x)
     if donated and isinstance(x, Writable) and _is_computed(value):
         with _quiet():

@@ -66,9 +66,8 @@ class MaskedElements:
           MaskedWriteError: if these are not the elements that ``mask`` finds in such an array.
         """
         place = _place_of_mask(entries)
-        target = None if place is None else _view(x, place)
-        shape = None if target is None else target.shape
-        if not self._are_those_of(mask, _state_of(mask), place, shape):
+        target: Any = None if place is None else _view(x, place)
+        if not self._are_those_of(mask, _state_of(mask), place, getattr(target, "shape", ())):
             raise MaskedWriteError(
                 message(
                     "Elements found by a traced mask were assigned to those that another mask"
@@ -87,10 +86,11 @@ class MaskedElements:
         return tuple(place.beside), value
 
     def _are_those_of(
-        self, mask: Any, state: Any, place: _Place | None, shape: tuple[int, ...] | None
+        self, mask: Any, state: Any, place: _Place | None, shape: tuple[int, ...]
     ) -> bool:
-        is_same = mask is self.mask and place is not None and shape == self.found.shape
-        return is_same and place.axes == self.place.axes and state == self.state
+        if mask is not self.mask or place is None or place.axes != self.place.axes:
+            return False
+        return shape == self.found.shape and state == self.state
 
     def _apply(self, operation: Callable[..., Any], *others: Any) -> MaskedElements:
         values = [self._operand(other) for other in others]
