@@ -743,3 +743,22 @@ def test_an_exception_inside_leaves_nothing_behind(key):
         jaxstate.param("s", normal, ())
     x = jnp.ones((4, 8))
     assert_trees_equal(net.init(key, x), net.init(key, x))
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_a_parameter_that_is_the_result_of_a_jaxpr_is_its_value(jitted):
+    """What stands for it in the jaxpr, as a constant, is not given to the program."""
+
+    @jaxstate.parametrized
+    def net(x):
+        read = lambda _: jaxstate.param("w", jax.nn.initializers.ones, ())  # noqa: E731
+        f, constants = jax.closure_convert(read, x)
+        made = jax.make_jaxpr(read)(x)
+        return f(x, *constants), jax.core.eval_jaxpr(made.jaxpr, made.consts, x)[0]
+
+    apply = jax.jit(net.apply) if jitted else net.apply
+    for w in (2.0, 3.0):
+        out = apply({"w": jnp.float32(w)}, 1.0)
+        assert [type(y) for y in out] == [type(jnp.ones(()))] * 2
+        assert out == (w, w)
+    assert net.init(jax.random.key(0), 1.0) == {"w": 1.0}
