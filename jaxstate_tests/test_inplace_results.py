@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import jaxstate
 from jaxstate import inplace
@@ -33,6 +35,11 @@ def converted(body):
     return f(1.0, *constants)
 
 
+def on_devices(body):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    return jax.shard_map(lambda _: body(), mesh=mesh, in_specs=P(), out_specs=P())(1.0)
+
+
 def carried(body):
     start = (jnp.zeros(4), jnp.zeros(4), jnp.zeros(3), jnp.zeros((2, 2)))
     return lax.scan(lambda c, _: (body(), None), start, None, length=1)[0]
@@ -52,6 +59,7 @@ BODIES = {
     "closure_convert": converted,
     "custom_jvp": custom_jvp,
     "custom_vjp": custom_vjp,
+    "shard_map": on_devices,
     "vmap": lambda body: jax.tree.map(lambda y: y[0], jax.vmap(lambda _: body())(jnp.arange(1))),
     "jvp": lambda body: jax.jvp(lambda t: body(), (1.0,), (1.0,))[0],
     "vjp": lambda body: jax.vjp(lambda t: body(), 1.0)[0],

@@ -178,7 +178,9 @@ class _Call:
         self.devices.use = current_use()
         try:
             with slots.open_holder(self.devices):
-                results = fun(*operands)
+                results, specs = fun(*operands).unpack_aux()
+                # A result may stand for a slot: it is what the slot holds when the function ends.
+                results = results.map(_compat.resolved).with_aux(specs)
             return self.with_written(results, self.devices.written())
         finally:
             self.devices.forget()
