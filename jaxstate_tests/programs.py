@@ -496,7 +496,7 @@ def _linear_solve():
     def by_hand(f):
         def run(x, s):
             # What a solve returns beside the solution has no derivative. JAX's rule fails where it
-            # has to find that out, and there are no other tangents or cotangents.
+            # has to find that out, and there are no other tangents, or cotangents of the solution.
             fixed = lax.stop_gradient(s)
 
             def solve(_, b):
@@ -506,7 +506,8 @@ def _linear_solve():
             y, after = lax.custom_linear_solve(
                 lambda v: v * factor(f(jnp.float32(0.3), s)[0]), x, solve, solve, has_aux=True
             )
-            return y, _from_auxiliary(lax.stop_gradient(after), s)
+            after = {name: lax.stop_gradient(x) + 0 * y for name, x in after.items()}
+            return y, _from_auxiliary(after, s)
 
         return run
 
