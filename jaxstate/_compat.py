@@ -163,6 +163,21 @@ def same_type(value: Any, aval: Any) -> bool:
     return found == aval
 
 
+def shown(aval: Any) -> str:
+    """A type as messages show it."""
+    return aval.str_short() + (" (weakly typed)" if getattr(aval, "weak_type", False) else "")
+
+
+def stands_for(value: Any, aval: Any) -> bool:
+    """Whether a value is of the type for which a jaxpr was traced, weak or not, sharded or not."""
+    found = typeof(value)
+    if found is aval or not isinstance(found, ShapedArray) or not isinstance(aval, ShapedArray):
+        return found is aval or found == aval
+    if found.shape != aval.shape or found.dtype != aval.dtype:
+        return False
+    return found.weak_type == aval.weak_type and found.sharding == aval.sharding
+
+
 def same_aval(a: Any, b: Any) -> bool:
     """Whether a jaxpr that returns a value of type ``a`` may return one of type ``b`` instead."""
     return core.typematch(a, b)
@@ -1378,6 +1393,11 @@ def instantiate_symbolic_zero(tangent: Any) -> Any:
     if isinstance(tangent, SymbolicZero):
         return ad.instantiate_zeros(Zero(tangent.aval))
     return tangent
+
+
+def stop_gradient(x: Any) -> Any:
+    """``x`` without its tangent, if it may have one."""
+    return jax.lax.stop_gradient(x) if has_tangent(typeof(x)) and is_tracer(x) else x
 
 
 def symbolic_zero_like(primal: Any) -> Any:

@@ -97,6 +97,7 @@ class _Maker:
         defaults = getattr(init, "__defaults__", None) or ()
         function = getattr(init, "__code__", init)
         values = (*contents, *defaults)
+        values = tuple([repr(v) if isinstance(v, (float, complex)) else v for v in values])  # -0.0
         shape, *dtype = init_args
         self._key = kind, function, values, tuple(map(type, values)), tuple(shape), tuple(dtype)
         try:

@@ -109,6 +109,9 @@ class EntryAddress(Address):
     def __hash__(self) -> int:
         return hash(self._meaning())
 
+    def path_to(self) -> Hashable:
+        return self.place, self.levels
+
     def __repr__(self) -> str:
         path = [*(level.base for level in self.levels), self.name, *self.leaf]
         return f"{self.kind} {'/'.join(path)!r}"
@@ -195,7 +198,7 @@ class EntryAddress(Address):
     def changed(self, wanted: Any, value: Any) -> Exception:
         store = self.store()
         path = (*store.path(store.layers(), self), *self.leaf)
-        return self.mismatch(path, _compat.typeof(value).str_short(), wanted.str_short())
+        return self.mismatch(path, _compat.shown(_compat.typeof(value)), _compat.shown(wanted))
 
     def not_given(self) -> Exception:
         """The error for an ``apply`` that was given no entries of this kind at all."""

@@ -20,11 +20,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import jax
@@ -166,6 +167,10 @@ class Parametrized(Reusable, Summarizable):
             return self.fn(*args, **kwargs)
         with store.scopes.entered(Level(self.name, self._token), place_of(store)):
             return store.call(self, args, kwargs)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """As a method: an instance is a module from when it is made, not from its first call."""
+        _note_instances_of(owner)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:
         """As a method: every instance of the class is its own module."""
@@ -413,12 +418,66 @@ class _PerInstance:
                 alive: Any = weakref.ref(instance, self._forget(id(instance)))
             except TypeError:  # no weak references: keep the instance
                 alive = instance
-            entry = self._tokens[id(instance)] = (alive, Token(current_home()))
+            entry = self._tokens[id(instance)] = (alive, Token(_home_of_instance(instance)))
         return entry[1]
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         tokens = self._tokens
         return lambda _: tokens.pop(key, None) and None
+
+
+# For each instance of a class with parametrized methods, by identity: a weak reference, and the
+# jaxpr that was being built when it was made.
+_made_in: dict[int, tuple[Any, Any]] = {}
+
+
+def _home_of_instance(instance: Any) -> Any:
+    """The home of what was made with the instance. Of one that nobody saw being made, it is here."""
+    ref, home = _made_in.get(id(instance), (None, None))
+    return home if ref is not None and ref() is instance else current_home()
+
+
+def _note_instances_of(owner: type) -> None:
+    """Lets every new instance of a class be noted in `_made_in`."""
+    own = owner.__dict__.get("__new__")
+    plain = getattr(getattr(own, "__func__", None), "plain", own)  # a class may be made once more
+
+    def new(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+        make = super(owner, cls).__new__ if plain is None else plain.__get__(None, cls)
+        if make is not object.__new__:
+            instance = make(cls, *args, **kwargs)
+        elif (args or kwargs) and cls.__init__ is object.__init__:
+            raise TypeError(f"{cls.__name__}() takes no arguments")
+        else:
+            instance = object.__new__(cls)
+        key = id(instance)
+        with suppress(TypeError):  # without weak references, it is as if nobody had seen it
+            _made_in[key] = weakref.ref(instance, lambda _: _made_in.pop(key, None)), current_home()
+        return instance
+
+    new.plain = plain  # type: ignore[attr-defined]
+    with suppress(AttributeError, TypeError):  # a class that does not want to be changed
+        owner.__new__ = staticmethod(new)  # type: ignore[assignment]
+        if plain is None and "__signature__" not in owner.__dict__:
+            owner.__signature__ = _Signature(owner)  # type: ignore[attr-defined]
+
+
+class _Signature:
+    """That of a class, for which `inspect` would ask the function that notes its instances."""
+
+    def __init__(self, noted: type) -> None:
+        self.noted = noted
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        if instance is not None:  # which may be callable
+            raise AttributeError("__signature__")
+        make: Any = owner.__init__
+        if make is object.__init__:
+            make = super(self.noted, owner).__new__
+        if make is object.__new__:
+            return inspect.Signature()
+        signature = inspect.signature(make)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 # -- Helpers of init and apply ---------------------------------------------------------------

@@ -370,7 +370,10 @@ def _check_vmap(vmap: str) -> str:
 
 def _check_count(count: Any) -> Any:
     if isinstance(count, _compat.Tracer):
-        return count
+        aval = _compat.typeof(count)
+        if aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.integer):
+            raise TypeError(f"rng_stream: count is one integer, not {aval.str_short()}.")
+        return jax.lax.convert_element_type(count, jnp.int32)
     count = operator.index(count)
     if not 0 <= count < 2**31:
         raise ValueError(f"rng_stream: count is from 0 to 2**31 - 1, not {count}.")

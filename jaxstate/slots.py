@@ -96,14 +96,19 @@ class Address:
         """The error for a cached jaxpr that was traced for another type of this slot."""
         return SlotTypeError(
             message(
-                f"{self} has type {_compat.typeof(value).str_short()} here, and a function that was"
-                f" traced before uses it as {wanted.str_short()}.",
+                f"{self} has type {_compat.shown(_compat.typeof(value))} here, and a function that"
+                f" was traced before uses it as {_compat.shown(wanted)}.",
                 fix="""
                 jax.clear_caches()      # after the type of a slot has changed for good
                 """,
                 used=_compat.user_location(),
             )
         )
+
+    def path_to(self) -> Hashable:
+        """What of the address is not compared, since equal ones mean one slot inside of one jaxpr,
+        and tells where that slot is outside of it."""
+        return None
 
     # Whether two addresses that differ in one jaxpr may mean one slot where that is bound.
     may_alias = False

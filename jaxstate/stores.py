@@ -164,6 +164,9 @@ class ApplyStore(Store):
         self._scopes: dict[tuple[str, Path], Mapping[str, Any]] = {}
         self._guesses: dict[str, _Guess] = {}
         self._leaves, tree = jax.tree.flatten(self._given)
+        if any(isinstance(leaf, Mapping) for leaf in self._leaves):  # a mapping that is no pytree
+            self._given = _copied(self._given)
+            self._leaves, tree = jax.tree.flatten(self._given)
         types = tuple(map(_type_of, self._leaves))
         self._types = dict(zip(map(id, self._leaves), types, strict=True))
         self._signature = interned(("apply", writable, tree, types))
@@ -293,13 +296,15 @@ class _Guess:
         if found is not None and found.shape == wanted.shape:
             return found
         dtypes = self._dtypes_of(n).get((path[-n:], wanted.shape), ())
-        return _compat.ShapedArray(wanted.shape, *dtypes if len(dtypes) == 1 else [wanted.dtype])
+        (dtype, weak), *_ = dtypes if len(dtypes) == 1 else [(wanted.dtype, False)]
+        return _compat.ShapedArray(wanted.shape, dtype, weak_type=weak)
 
     def _dtypes_of(self, n: int) -> dict[Any, set[Any]]:
         if n not in self._dtypes:
             dtypes = self._dtypes[n] = {}
             for path, aval in self.types.items():
-                dtypes.setdefault((path[-n:], aval.shape), set()).add(aval.dtype)
+                found = dtypes.setdefault((path[-n:], aval.shape), set())
+                found.add((aval.dtype, getattr(aval, "weak_type", False)))
         return self._dtypes[n]
 
 

@@ -501,7 +501,7 @@ def resolve(tracer: StateTracer) -> Any:
     """The value that a capture stands for, here and now."""
     address = tracer.address.renewed(current_use())
     value = read(address)
-    if not _compat.same_type(value, tracer.aval):
+    if not _compat.stands_for(value, tracer.aval):
         raise address.changed(tracer.aval, value)
     return value
 

@@ -349,3 +349,42 @@ def test_what_rules_cannot_do_is_a_named_error(key):
         ):
             jax.grad(jax.jit(rule_draws))(Y)
         assert stream.count == 0
+
+
+# -- What a function with a custom_vjp leaves in a slot ----------------------------------------
+
+REPEATED = {
+    "twice": lambda f, x: f(f(x)),
+    "jit": lambda f, x: jax.jit(f)(jax.jit(f)(x)),
+    "scan": lambda f, x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=2)[0],
+    "checkpoint": lambda f, x: f(jax.checkpoint(f)(x)),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("repeat", REPEATED)
+@pytest.mark.parametrize("kind", ["variable", "slot"])
+def test_a_custom_vjp_function_that_writes_numbers_runs_again(kind, repeat, jitted):
+    """The second call reads what the first has written, of which the rules say nothing."""
+    slot = new_slot(jnp.float32(0))
+
+    @jax.custom_vjp
+    def act(x):
+        if kind == "slot":
+            write(slot, read(slot) + x)
+        else:
+            total = jaxstate.variable("total", jnp.zeros, ())
+            total.value += x
+        return 2 * x
+
+    act.defvjp(lambda x: (act(x), None), lambda _, ct: (3 * ct,))
+    net = jaxstate.parametrized(lambda x: REPEATED[repeat](act, x), name="net")
+
+    def run(x):
+        y, state = net.apply_with_state({}, {"total": jnp.float32(0)}, x)
+        return y, state["total"]
+
+    gradient = jax.value_and_grad(run, has_aux=True)
+    (y, total), slope = (jax.jit(gradient) if jitted else gradient)(jnp.float32(1))
+    assert (y, slope) == (4, 9)
+    assert (read(slot) if kind == "slot" else total) == 1 + 2

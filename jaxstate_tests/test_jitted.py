@@ -1,5 +1,6 @@
 """Jitted calls at top level: which state a call uses, and what JAX keeps of it."""
 
+import functools
 import gc
 import weakref
 
@@ -195,3 +196,67 @@ def test_effects_and_results_that_are_no_arrays():
             assert f(1.0) == {"x": 1.0, "none": None}
     jax.effects_barrier()
     assert seen == [nth_uniform(n) for n in range(3)]
+
+
+# -- One module under several others -----------------------------------------------------------
+
+
+def shared_head(x):
+    return x.sum() * jaxstate.param("w", jax.nn.initializers.ones, ())
+
+
+def counted_head(x):
+    n = jaxstate.variable("n", jnp.zeros, ())
+    n.value += x.sum()
+    return n.value
+
+
+def by_static_argument(head):
+    @functools.partial(jax.jit, static_argnums=1)
+    def f(x, task):
+        with jaxstate.scope(task):
+            return head(x)
+
+    return f
+
+
+def by_shape(head):
+    @jax.jit
+    def f(x, task):
+        with jaxstate.scope("a" if x.size == 1 else "b"):
+            return head(x)
+
+    return lambda x, task: f(x if task == "a" else jnp.stack([x, 0 * x]), None)
+
+
+def by_modules(head):
+    a, b = (jaxstate.parametrized(lambda x: head(x), name=name) for name in "ab")
+    f = jax.jit(lambda x, task: a(x) if task == "a" else b(x), static_argnums=1)
+    return lambda x, task: f(x, task)
+
+
+CHOICES = [by_static_argument, by_shape, by_modules]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_module_under_several_others_has_the_parameters_of_the_one_it_is_under(choice):
+    """Its address is the same in the jaxprs for each of them, and means another slot."""
+    f = choice(jaxstate.parametrized(shared_head, name="head"))
+    net = jaxstate.parametrized(lambda x, task: f(x, task), name="net")
+    params = {"a": {"head": {"w": jnp.float32(2)}}, "b": {"head": {"w": jnp.float32(3)}}}
+    for _ in range(2):
+        assert net.apply(params, jnp.float32(1), "a") == 2
+        assert net.apply(params, jnp.float32(1), "b") == 3
+        gradient = jax.grad(lambda p: net.apply(p, jnp.float32(1), "b"))(params)
+        assert (gradient["a"]["head"]["w"], gradient["b"]["head"]["w"]) == (0, 1)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_module_under_several_others_writes_the_variables_of_the_one_it_is_under(choice):
+    f = choice(jaxstate.parametrized(counted_head, name="head"))
+    net = jaxstate.parametrized(lambda x, task: f(x, task), name="net")
+    state = {name: {"head": {"n": jnp.float32(0)}} for name in "ab"}
+    for task, wanted in [("a", 1), ("b", 1), ("b", 2), ("a", 2)]:
+        y, state = net.apply_with_state({}, state, jnp.float32(1), task)
+        assert y == wanted == state[task]["head"]["n"]
+    assert state["a"]["head"]["n"] == state["b"]["head"]["n"] == 2

@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import subprocess
 import sys
 import threading
+import types
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.extend
@@ -762,3 +765,146 @@ def test_a_parameter_that_is_the_result_of_a_jaxpr_is_its_value(jitted):
         assert [type(y) for y in out] == [type(jnp.ones(()))] * 2
         assert out == (w, w)
     assert net.init(jax.random.key(0), 1.0) == {"w": 1.0}
+
+
+# -- Methods -----------------------------------------------------------------------------------
+
+
+class Scale:
+    @jaxstate.parametrized
+    def dense(self, x):
+        return x * jaxstate.param("w", jax.nn.initializers.ones, ())
+
+
+@dataclasses.dataclass(slots=True, weakref_slot=True)
+class SlottedScale:
+    size: int = 1
+
+    @jaxstate.parametrized
+    def dense(self, x):
+        return x * jaxstate.param("w", jax.nn.initializers.ones, (self.size,)).sum()
+
+
+class ScaleWithNew(Scale):
+    def __new__(cls, *sizes):
+        self = super().__new__(cls)
+        self.sizes = sizes
+        return self
+
+    def __init__(self, *sizes):
+        super().__init__()
+
+
+FIRST_USES = {
+    "jit": lambda f, x: jax.jit(f)(jax.jit(f)(x)),
+    "cached jit": lambda f, x: (lambda g: g(g(x)))(jax.jit(f)),
+    "checkpoint": lambda f, x: (lambda g: g(g(x)))(jax.checkpoint(f)),
+    "branch, then loop": lambda f, x: jax.lax.fori_loop(
+        0, 1, lambda _, x: f(x), jax.lax.cond(True, f, f, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("use", FIRST_USES)
+@pytest.mark.parametrize("make", [Scale, SlottedScale, ScaleWithNew], ids=lambda c: c.__name__)
+def test_an_instance_is_one_module_wherever_its_method_is_used_first(make, use, key):
+    def network():
+        layer = make()
+        return jaxstate.parametrized(
+            lambda x: FIRST_USES[use](lambda x: layer.dense(x), x), name="net"
+        )
+
+    x, params = jnp.float32(1), {"dense": {"w": 2.0}, "dense_1": {"w": 5.0}}
+    if make is SlottedScale:
+        params = jax.tree.map(lambda w: jnp.full((1,), w), params)
+    assert network().init(key, x).keys() == {"dense"}
+    assert network().apply(params, x) == 4  # of a network that was never initialized
+    seen = network()
+    seen.init(key, x)
+    assert seen.apply(params, x) == 4
+
+
+def test_an_instance_made_in_a_jitted_function_is_one_for_each_call(key):
+    f = jax.jit(lambda x: Scale().dense(x))
+    net = jaxstate.parametrized(lambda x: f(f(x)), name="net")
+    assert net.init(key, 1.0).keys() == {"dense", "dense_1"}
+
+
+def test_classes_with_parametrized_methods_are_made_as_ever():
+    class WithInit:
+        def __init__(self, n: int, *, m=3):
+            self.n = n
+
+        @jaxstate.parametrized
+        def __call__(self, x):
+            return x
+
+    class Further(WithInit):
+        def __init__(self, z):
+            super().__init__(z)
+
+    class Pair(NamedTuple):
+        a: int
+
+    class PairWithMethod(Pair):
+        @jaxstate.parametrized
+        def f(self, x):
+            return x
+
+    shown = {Scale: "()", SlottedScale: "(size: int = 1) -> None", WithInit: "(n: int, *, m=3)"}
+    shown |= {Further: "(z)", PairWithMethod: "(a: int)", ScaleWithNew: "(*sizes)"}
+    for cls, signature in shown.items():
+        assert str(inspect.signature(cls)) == signature
+    assert str(inspect.signature(WithInit(1))) == "(x)"
+    assert PairWithMethod(3).a == 3 and ScaleWithNew(1, 2).sizes == (1, 2) and Further(4).n == 4
+    assert copy.copy(ScaleWithNew(5)).sizes == (5,)
+    with pytest.raises(TypeError, match="takes no arguments"):
+        Scale(3)
+
+
+# -- Types that a jaxpr was traced for ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", ["jit", "scan"])
+def test_a_function_shared_by_scopes_with_weak_and_strong_parameters(shared):
+    """It is traced once, for the first: the second is refused, where it has another type."""
+    layer = lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, ())  # noqa: E731
+    jitted, body = jax.jit(layer), lambda x, _: (x, layer(x))
+    f = jitted if shared == "jit" else lambda x: jax.lax.scan(body, x, None, length=1)[1][0]
+
+    @jaxstate.parametrized
+    def net(x):
+        with jaxstate.scope("a"):
+            a = f(x)
+        with jaxstate.scope("b"):
+            return a, f(x)
+
+    x, weak, strong = jnp.bfloat16(1), 2.0, jnp.float32(1.00390625)
+    for w, dtype in ((weak, jnp.bfloat16), (strong, jnp.float32)):
+        out = net.apply({"a": {"w": w}, "b": {"w": w}}, x)
+        assert [y.dtype for y in out] == [dtype] * 2
+    for a, b in ((weak, strong), (strong, weak)):
+        with (
+            jax.checking_leaks.func(False),
+            pytest.raises(jaxstate.ParameterMismatchError, match="weakly typed"),
+        ):
+            net.apply({"a": {"w": a}, "b": {"w": b}}, x)
+
+
+def test_parameters_in_a_mapping_that_is_no_pytree():
+    layer = jax.jit(lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, ()))
+    net = jaxstate.parametrized(lambda x: layer(x), name="net")
+    for w in (jnp.float32(2), 2.0, jnp.bfloat16(2), jnp.int32(2)):
+        out = net.apply(types.MappingProxyType({"w": w}), jnp.bfloat16(1))
+        wanted = jnp.bfloat16(1) * w
+        assert out == wanted and out.dtype == wanted.dtype
+
+
+def test_initializers_that_differ_in_the_sign_of_zero(key):
+    @jaxstate.parametrized
+    def net(x):
+        a = jaxstate.param("a", jax.nn.initializers.constant(0.0), ())
+        return a, jaxstate.param("b", jax.nn.initializers.constant(-0.0), ())
+
+    params = net.init(key, 1.0)
+    assert not np.signbit(params["a"]) and np.signbit(params["b"])

@@ -397,3 +397,16 @@ def test_samplers_are_those_of_jax(key, name):
     np.testing.assert_array_equal(
         found, getattr(jax.random, name)(jax.random.fold_in(key, 0), *args)
     )
+
+
+def test_a_traced_count_is_an_int32(key):
+    def count_after(n):
+        with jaxstate.rng_stream(key, count=n) as stream:
+            return jaxstate.next_key(), stream.count
+
+    drawn, count = jax.jit(count_after)(jnp.uint8(255))
+    assert drawn == jax.random.fold_in(key, 255)
+    assert count == 256 and count.dtype == jnp.int32
+    for wrong in (1.5, jnp.zeros(2, int)):
+        with jax.checking_leaks.func(False), pytest.raises(TypeError, match="one integer"):
+            jax.jit(count_after)(wrong)

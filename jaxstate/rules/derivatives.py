@@ -457,8 +457,14 @@ class _Explicit:
                 )
 
 
-def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, Any]]) -> Any:
-    """The bind of a primitive with rules: record, and call again with the state as operands."""
+def _stateful(
+    explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, Any]],
+    left: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """The bind of a primitive with rules: record, and call again with the state as operands.
+
+    ``left(value)`` is what is written of a value that the function leaves in a slot.
+    """
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
@@ -489,7 +495,8 @@ def _stateful(explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, A
                     trace, operands, [_compat.typeof(x) for x in operands],
                     explicit_params(explicit, params),
                 )  # fmt: skip
-                return write_last(written, out)
+                n = len(out) - len(written)
+                return write_last(written, [*out[:n], *map(left, out[n:])])
 
         return bind_with_trace
 
@@ -510,4 +517,8 @@ def _vjp_params(explicit: _Explicit, params: dict[str, Any]) -> dict[str, Any]:
 
 
 _compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_params))
-_compat.wrap_bind_with_trace(_compat.custom_vjp_call_p, _stateful(_vjp_params))
+# A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
+# results do.
+_compat.wrap_bind_with_trace(
+    _compat.custom_vjp_call_p, _stateful(_vjp_params, _compat.stop_gradient)
+)

@@ -18,7 +18,7 @@ and asks for others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,10 +121,11 @@ class _Calls:
         self._by_state: dict[_StateOfCall, _ThreadedCall] = {}
 
     def threaded(self, jitted: _compat.Jitted, state: _StateOfCall) -> _ThreadedCall:
-        self.last = self._by_state.get(state)
-        if self.last is None:
-            self.last = self._by_state[state] = _ThreadedCall(jitted, state)
-        return self.last
+        threaded = self._by_state.get(state)
+        if threaded is None:
+            threaded = self._by_state.setdefault(state, _ThreadedCall(jitted, state))
+        self.last = threaded  # (another thread may have another one)
+        return threaded
 
 
 @_compat.weakref_lru_cache
@@ -136,9 +137,16 @@ _compat.wrap_clear_cache(_calls_of.evict_weakref)
 
 
 class _StateOfCall(NamedTuple):
+    """The slots that a call uses, captured and threaded, and where they are.
+
+    Two jaxprs of one function may use slots of one module under other modules or scopes. Their
+    addresses are equal, and mean other slots.
+    """
+
     captured: Addresses
     uses: Uses
     order: Addresses  # of first use
+    paths: tuple[Hashable, ...]  # to the captured ones, and to those in `order`
 
     def __bool__(self) -> bool:
         return bool(self.captured or self.order)
@@ -147,7 +155,9 @@ class _StateOfCall(NamedTuple):
 def _state_of_call(call: _compat.JitCall) -> _StateOfCall:
     jaxpr = call.params["jaxpr"]
     captured = tuple(c.address for c in call.consts if isinstance(c, StateTracer))
-    return _StateOfCall(captured, uses_of([jaxpr]), in_order(jaxpr))
+    order = in_order(jaxpr)
+    paths = tuple([address.path_to() for address in (*captured, *order)])
+    return _StateOfCall(captured, uses_of([jaxpr]), order, paths)
 
 
 class _ThreadedCall:
@@ -155,7 +165,7 @@ class _ThreadedCall:
 
     def __init__(self, jitted: _compat.Jitted, state: _StateOfCall) -> None:
         self._state = state
-        captured, uses, order = state
+        captured, uses, order, _ = state
         self._aliases = tuple(a for a in order if a.may_alias)
         self._slots = (*uses.ins, *captured, *uses.outs)
         self._run = _compat.dispatched(jitted, self._prepare)
@@ -165,7 +175,7 @@ class _ThreadedCall:
         cells: list[Any] = [address.cell_here() for address in self._slots]
         if None in cells or (self._aliases and len(set(map(id, cells))) < len(cells)):
             return NotImplemented
-        captured, (reads, writes, _), _ = self._state
+        captured, (reads, writes, _), _, _ = self._state
         n = len(reads) + len(writes)
         n_in = n + len(captured)
         try:
@@ -177,7 +187,7 @@ class _ThreadedCall:
         return outs
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        captured, uses, _ = self._state
+        captured, uses, _, _ = self._state
         use = begin_use(())
         try:
             captures = read_as_stored(captured)
