@@ -432,7 +432,7 @@ _made_in: dict[int, tuple[Any, Any]] = {}
 
 
 def _home_of_instance(instance: Any) -> Any:
-    """The home of what was made with the instance. Of one that nobody saw being made, it is here."""
+    """The home of what was made with the instance: here, if nobody saw it being made."""
     ref, home = _made_in.get(id(instance), (None, None))
     return home if ref is not None and ref() is instance else current_home()
 
