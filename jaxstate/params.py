@@ -415,15 +415,16 @@ class _PerInstance:
         entry = self._tokens.get(id(instance))
         if entry is None:
             try:
-                alive: Any = weakref.ref(instance, self._forget(id(instance)))
+                alive: Any = weakref.ref(instance, _forget(self._tokens, id(instance)))
             except TypeError:  # no weak references: keep the instance
                 alive = instance
             entry = self._tokens[id(instance)] = (alive, Token(_home_of_instance(instance)))
         return entry[1]
 
-    def _forget(self, key: int) -> Callable[[Any], None]:
-        tokens = self._tokens
-        return lambda _: tokens.pop(key, None) and None
+
+def _forget(notes: dict[int, Any], key: int) -> Callable[[Any], None]:
+    """What to do when the object is gone of which there is a note."""
+    return lambda _: notes.pop(key, None) and None
 
 
 # For each instance of a class with parametrized methods, by identity: a weak reference, and the
@@ -452,7 +453,7 @@ def _note_instances_of(owner: type) -> None:
             instance = object.__new__(cls)
         key = id(instance)
         with suppress(TypeError):  # without weak references, it is as if nobody had seen it
-            _made_in[key] = weakref.ref(instance, lambda _: _made_in.pop(key, None)), current_home()
+            _made_in[key] = weakref.ref(instance, _forget(_made_in, key)), current_home()
         return instance
 
     new.plain = plain  # type: ignore[attr-defined]

@@ -495,19 +495,18 @@ def _linear_solve():
 
     def by_hand(f):
         def run(x, s):
-            # What a solve returns beside the solution has no derivative. JAX's rule fails where it
-            # has to find that out, and there are no other tangents, or cotangents of the solution.
+            # What the solve leaves in the state has no derivative. It could be handed out as the
+            # auxiliary result, but where only that has a cotangent JAX's rule fails.
             fixed = lax.stop_gradient(s)
 
             def solve(_, b):
-                y, after = f(jnp.float32(0.3), fixed)
-                return b / factor(y), _as_auxiliary(after)
+                return b / factor(f(jnp.float32(0.3), fixed)[0])
 
-            y, after = lax.custom_linear_solve(
-                lambda v: v * factor(f(jnp.float32(0.3), s)[0]), x, solve, solve, has_aux=True
+            y = lax.custom_linear_solve(
+                lambda v: v * factor(f(jnp.float32(0.3), s)[0]), x, solve, solve
             )
-            after = {name: lax.stop_gradient(x) + 0 * y for name, x in after.items()}
-            return y, _from_auxiliary(after, s)
+            _, after = f(jnp.float32(0.3), fixed)
+            return y, same_update(s, **lax.stop_gradient(_only_changed(after)))
 
         return run
 
