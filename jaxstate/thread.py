@@ -327,7 +327,7 @@ def read_as_stored(addresses: Iterable[Address]) -> list[Any]:
 
 def check_type(address: Address, wanted: Any, value: Any) -> None:
     """Raises if the slot that ``address`` means here is not of the type that a jaxpr expects."""
-    if wanted is not None and not _compat.stands_for(value, wanted):
+    if wanted is not None and not _compat.same_type(value, wanted):
         raise address.renewed(current_use()).changed(wanted, value)
 
 

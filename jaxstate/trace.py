@@ -499,11 +499,15 @@ def to_program(value: Any) -> Any:
 
 def resolve(tracer: StateTracer) -> Any:
     """The value that a capture stands for, here and now."""
-    address = tracer.address.renewed(current_use())
-    value = read(address)
-    if not _compat.stands_for(value, tracer.aval):
-        raise address.changed(tracer.aval, value)
+    value = read(tracer.address.renewed(current_use()))
+    check_captured(tracer, value)
     return value
+
+
+def check_captured(tracer: StateTracer, value: Any) -> None:
+    """Raises if a jaxpr was traced for another type of what it captures than that of ``value``."""
+    if not _compat.stands_for(value, tracer.aval):
+        raise tracer.address.renewed(current_use()).changed(tracer.aval, value)
 
 
 def _read_staged(address: Address, trace: Any) -> Any:

@@ -44,7 +44,7 @@ from jaxstate.thread import (
     write_all,
     write_last,
 )
-from jaxstate.trace import begin_use
+from jaxstate.trace import begin_use, check_captured
 
 
 @register_rule(_compat.jit_p)
@@ -213,7 +213,7 @@ class _ThreadedCall:
             check_type(address, address.wanted, value)
         tracers = [c for c in call.consts if isinstance(c, StateTracer)]
         for tracer, value in zip(tracers, captures, strict=True):
-            check_type(tracer.address, tracer.aval, value)
+            check_captured(tracer, value)
         call = _compat.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
         avals = [_compat.typeof(_compat.canonicalize(s)) for s in slots]
         return call._replace(
