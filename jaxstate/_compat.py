@@ -1396,9 +1396,10 @@ def instantiate_symbolic_zero(tangent: Any) -> Any:
     return tangent
 
 
-def stop_gradient(x: Any) -> Any:
-    """``x`` without its tangent, if it may have one."""
-    return jax.lax.stop_gradient(x) if has_tangent(typeof(x)) and is_tracer(x) else x
+def without_tangent_of(trace: Any, x: Any) -> Any:
+    """``x`` without the tangent that the derivative of ``trace`` gives it."""
+    is_dual = isinstance(x, (JVPTracer, LinearizeTracer))
+    return x.primal if is_dual and owns(trace, x) else x
 
 
 def symbolic_zero_like(primal: Any) -> Any:

@@ -355,9 +355,6 @@ def test_what_rules_cannot_do_is_a_named_error(key):
 
 REPEATED = {
     "twice": lambda f, x: f(f(x)),
-    "jit": lambda f, x: jax.jit(f)(jax.jit(f)(x)),
-    "scan": lambda f, x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=2)[0],
-    "checkpoint": lambda f, x: f(jax.checkpoint(f)(x)),
 }
 
 

@@ -38,9 +38,8 @@ X = jnp.float32(0.6)
 NO_STATE = {"ops": jnp.int32(0)}
 
 
-# JAX folds two of these for Python numbers where it can, so a program has more of them eagerly. The
-# third is jaxstate's, of what a custom_vjp function writes; it happens outside of the trace.
-NOT_COUNTED = {"convert_element_type", "broadcast_in_dim", "stop_gradient"}
+# JAX folds these for Python numbers where it can, so a program has more of them eagerly.
+NOT_COUNTED = {"convert_element_type", "broadcast_in_dim"}
 
 
 class Operations(Idle):

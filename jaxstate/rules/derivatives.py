@@ -459,11 +459,11 @@ class _Explicit:
 
 def _stateful(
     explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, Any]],
-    left: Callable[[Any], Any] = lambda value: value,
+    left: Callable[[Any, Any], Any] = lambda trace, value: value,
 ) -> Any:
     """The bind of a primitive with rules: record, and call again with the state as operands.
 
-    ``left(value)`` is what is written of a value that the function leaves in a slot.
+    ``left(trace, value)`` is what is written of a value that the function leaves in a slot.
     """
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -496,7 +496,7 @@ def _stateful(
                     explicit_params(explicit, params),
                 )  # fmt: skip
                 n = len(out) - len(written)
-                return write_last(written, [*out[:n], *map(left, out[n:])])
+                return write_last(written, [*out[:n], *(left(trace, x) for x in out[n:])])
 
         return bind_with_trace
 
@@ -520,5 +520,5 @@ _compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_params))
 # A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
 # results do.
 _compat.wrap_bind_with_trace(
-    _compat.custom_vjp_call_p, _stateful(_vjp_params, _compat.stop_gradient)
+    _compat.custom_vjp_call_p, _stateful(_vjp_params, _compat.without_tangent_of)
 )
