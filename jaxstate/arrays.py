@@ -747,6 +747,8 @@ class _Flat:
         """A new array of one axis."""
         return self._elements.copy()
 
+    __jax_array__ = copy  # for jnp.asarray
+
 
 def _written(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
     """The value of the buffer after a write: in the memory of the old one, if that is unused."""

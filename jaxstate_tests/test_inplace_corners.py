@@ -24,7 +24,7 @@ def matrix():
 def program(source, **names):
     """A function of ``x`` (and of ``m``, ``i``), from its statements."""
     lines = "\n".join(f"    {line}" for line in source.splitlines())
-    scope = {"np": np, **names}
+    scope = {"np": np, "xp": np, **names}
     exec(f"def run(x, m, i):\n{lines}\n    return x", scope)
     return scope["run"]
 
@@ -37,7 +37,7 @@ def in_numpy(source, x, m, i):
 def check(mode, source, x=None, m=(True, False, True, False), i=2):
     x, m = matrix() if x is None else x, np.array(m)
     wanted = in_numpy(source, x, m, i)
-    found = MODES[mode](jaxstate.inplace(program(source)))(x, m, i)
+    found = MODES[mode](jaxstate.inplace(program(source, xp=jnp)))(x, m, i)
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -89,6 +89,7 @@ VALUES_AND_INDICES = {
         "y = x.flat[1:3]\ny[0] = 99\nz = x.flat[[0, 1]]\nz[0] = -1\nx.flat[5] = 8\n"
         "x.T.flat[[0, 1]] += 3\nx[0] += sum(v for v in x[1].flat) + len(x.flat)"
     ),
+    "flat as an array": "y = xp.asarray(x.flat)\nx[0] = xp.cumsum(y)[:4] + x[1].flat.copy().sum()",
     "flat assigned": "x.flat = [1, 2, 3]\nx[1].flat = 5",
     "views without axes": (
         "e = x[1, 1, ...]\ne += 5\ne.T[...] += 1\nu = e[...]\nu *= 2\ns = x[0, 0]\ns += 9\n"
