@@ -311,6 +311,10 @@ def at_top_level() -> bool:
     return core.trace_ctx.is_top_level()
 
 
+# Programs may put something else in the place of `jax.jit` for a while (`chex.fake_jit`).
+jit = jax.jit
+
+
 def jit_is_disabled() -> bool:
     """Whether `jax.disable_jit` is active: branches and loops run as Python then."""
     return bool(jax.config.jax_disable_jit)
@@ -948,7 +952,7 @@ def custom_root_of(args: Sequence[Any], prim: Any) -> Solve:
 
         operands = consts["solve"], guess, consts["f"], consts["tangent_solve"]
         avals = jax.tree.map(typeof, operands)
-        solve_traced = jax.jit(solve).trace(*avals[:2])
+        solve_traced = jit(solve).trace(*avals[:2])
         root = CustomRoot(f, solve, tangent_solve, solve_traced, avals, True)  # type: ignore[misc]
         return jax.tree.leaves(root(*operands))
 

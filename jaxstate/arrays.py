@@ -346,7 +346,10 @@ class InplaceTrace(_compat.Trace):
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
     ) -> Any:
-        """As in a jitted function: what JAX gives the devices eagerly cannot be written."""
+        """As in a jitted function: what JAX gives the devices eagerly cannot be written.
+
+        So it is where `jax.jit` is disabled.
+        """
         results: list[Any] = []
 
         def staged(*operands: Any) -> list[Any]:
@@ -355,8 +358,8 @@ class InplaceTrace(_compat.Trace):
             results.append(out.map(lambda _: None))
             return list(out)
 
-        with _compat.set_current_trace(self):
-            values = jax.jit(staged)(*operands)
+        with _compat.set_current_trace(self), jax.disable_jit(False):
+            values = _compat.jit(staged)(*operands)
         return results[0].update([self._box(x) for x in values])
 
     def stage_value(self, value: Any) -> Any:

@@ -65,7 +65,7 @@ def _program(run: Callable[..., Any], static: Any, donate: bool) -> Any:
         return run(static, x, *operands)
 
     # Else an array of which nothing is left is no operand, and JAX warns of unused memory.
-    return jax.jit(write, donate_argnums=0 if donate else (), keep_unused=True)
+    return _compat.jit(write, donate_argnums=0 if donate else (), keep_unused=True)
 
 
 # -- The operations --------------------------------------------------------------------------
