@@ -1364,8 +1364,28 @@ PERTURBED.aval = ShapedArray((), dtypes.float0)
 
 def is_of_jax(fun: Any) -> bool:
     """Whether a ``WrappedFun`` is of a function of JAX itself, or of a jaxpr."""
+    return _module_of(fun).startswith("jax.")
+
+
+def _module_of(fun: Any) -> str:
+    """Where the function of a ``WrappedFun`` is written. (``__module__`` is what it looks like.)"""
     function = getattr(fun.f, "func", fun.f)
-    return (getattr(function, "__module__", None) or "").split(".")[0] == "jax"
+    function = getattr(function, "_jaxstate_replaces", function)
+    if not isinstance(function, types.FunctionType):  # jitted
+        function = getattr(function, "__wrapped__", function)
+    return getattr(function, "__globals__", {}).get("__name__") or ""
+
+
+# Functions of JAX with rules which call nothing of the user's.
+_OF_ARRAYS = tuple(
+    f"jax._src.{module}"
+    for module in ("nn.", "numpy.", "scipy.", "third_party.scipy.", "lax.erf", "lax.other")
+)
+
+
+def calls_nothing_else(fun: Any) -> bool:
+    """Whether a ``WrappedFun`` is of a function of JAX that takes arrays and calls JAX only."""
+    return _module_of(fun).startswith(_OF_ARRAYS)
 
 
 def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:
@@ -1383,7 +1403,7 @@ def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:
 
 def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:
     """The ``WrappedFun`` that runs ``replace`` and can be called like ``fun``."""
-    replace.__module__ = getattr(fun.f, "__module__", None)  # type: ignore[assignment]
+    replace._jaxstate_replaces = getattr(fun.f, "_jaxstate_replaces", fun.f)  # type: ignore[attr-defined]
     return linear_util.wrap_init(replace, debug_info=fun.debug_info.with_unknown_names())
 
 

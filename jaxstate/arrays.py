@@ -23,7 +23,7 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -89,10 +89,16 @@ def activation() -> Activation | None:
 
 @contextmanager
 def activated(new: Activation) -> Iterator[None]:
+    """Runs an in-place function, whose inner functions JAX traces.
+
+    If it called them instead (`jax.disable_jit`), they would write the arrays that they are given,
+    and not arrays of their own.
+    """
     install()
     _thread.activations.append(new)
+    tracing = jax.disable_jit(False) if _compat.jit_is_disabled() else nullcontext()
     try:
-        with slots.open_holder(new):
+        with slots.open_holder(new), tracing:
             yield
     finally:
         _thread.activations.remove(new)
@@ -346,10 +352,7 @@ class InplaceTrace(_compat.Trace):
     def process_shard_map(
         self, primitive: Any, fun: Any, operands: Any, /, *args: Any, **params: Any
     ) -> Any:
-        """As in a jitted function: what JAX gives the devices eagerly cannot be written.
-
-        So it is where `jax.jit` is disabled.
-        """
+        """As in a jitted function: what JAX gives the devices eagerly cannot be written."""
         results: list[Any] = []
 
         def staged(*operands: Any) -> list[Any]:
@@ -358,7 +361,7 @@ class InplaceTrace(_compat.Trace):
             results.append(out.map(lambda _: None))
             return list(out)
 
-        with _compat.set_current_trace(self), jax.disable_jit(False):
+        with _compat.set_current_trace(self):
             values = _compat.jit(staged)(*operands)
         return results[0].update([self._box(x) for x in values])
 

@@ -259,9 +259,12 @@ def current_home() -> Home | None:
     return None
 
 
-def current_place(store: Store) -> tuple[Home, tuple[Level, ...]]:
-    """Where in the tree the program is: levels, and what they are relative to."""
-    boundary = place_of(store)
+def current_place(store: Store, is_here: bool) -> tuple[Home, tuple[Level, ...]]:
+    """Where in the tree the program is: levels, and what they are relative to.
+
+    ``is_here`` says that `Store.is_here` is known to be true.
+    """
+    boundary = None if is_here else boundary_of(store)
     return home_of(boundary), store.scopes.inside(boundary)
 
 

@@ -102,8 +102,11 @@ def _array_form(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) ->
     return Form(_ONE_ARRAY, ((),), (aval,))
 
 
+_INT = frozenset([int])
+
+
 def _is_shape(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and all(isinstance(n, int) for n in x)
+    return isinstance(x, (tuple, list)) and _INT.issuperset(map(type, x))
 
 
 def _form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> Form:

@@ -164,7 +164,8 @@ class ApplyStore(Store):
         self._scopes: dict[tuple[str, Path], Mapping[str, Any]] = {}
         self._guesses: dict[str, _Guess] = {}
         self._leaves, tree = jax.tree.flatten(self._given)
-        if any(isinstance(leaf, Mapping) for leaf in self._leaves):  # a mapping that is no pytree
+        kinds = set(map(type, self._leaves))
+        if any(issubclass(kind, Mapping) for kind in kinds):  # a mapping that is no pytree
             self._given = _copied(self._given)
             self._leaves, tree = jax.tree.flatten(self._given)
         types = tuple(map(_type_of, self._leaves))
@@ -197,7 +198,8 @@ class ApplyStore(Store):
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
         value, aval = self._leaf(address, (*path, *address.leaf), address.wanted)
-        return _add_cell(entry, address, address.leaf, value, aval)
+        is_stored = address.type_as_stored(aval) is aval
+        return _add_cell(entry, address, address.leaf, value, is_stored)
 
     def state(self) -> dict[str, Any]:
         """The variables as they are now: a new dict of the form of the given one."""
@@ -223,9 +225,9 @@ class ApplyStore(Store):
             found = Form(wanted.tree, wanted.leaves, types)
             if not found.same_shapes(wanted):
                 raise address.mismatch(entry.path, str(found), str(wanted))
-        for leaf, (value, aval) in zip(wanted.leaves, given, strict=True):
+        for leaf, (value, aval), stored in zip(wanted.leaves, given, types, strict=True):
             if leaf not in entry.cells:
-                _add_cell(entry, address, leaf, value, aval)
+                _add_cell(entry, address, leaf, value, stored is aval)
         return found
 
     def _guess(self, address: EntryAddress, path: Path, wanted: Form) -> Form:
@@ -276,8 +278,11 @@ class ApplyStore(Store):
         return scope
 
 
-def _add_cell(entry: Entry, address: EntryAddress, leaf: Path, value: Any, aval: Any) -> Cell:
-    if not _compat.is_plain_array(value) or address.type_as_stored(aval) is not aval:
+def _add_cell(
+    entry: Entry, address: EntryAddress, leaf: Path, value: Any, is_stored: bool
+) -> Cell:
+    """``is_stored`` says whether the value is of the type of what is stored of it."""
+    if not is_stored or not _compat.is_plain_array(value):
         value = address.as_stored(value)
     entry.initial[leaf] = value
     cell = entry.cells[leaf] = Cell(value)

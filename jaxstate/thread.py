@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.births import addresses_of, birth_p
+from jaxstate.capture import StateTracer
 from jaxstate.errors import DeviceWriteError, UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, any_open
 from jaxstate.trace import begin_use, current_use, read, read_p, state_effect, write, write_p
@@ -394,8 +395,8 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         if primitive not in _rules:
-            _compat.wrap_bind(primitive, _one_use_per_bind)
             has_state = _has_state_of_jit if primitive is _compat.jit_p else _has_state
+            _compat.wrap_bind(primitive, lambda bind: _one_use_per_bind(bind, has_state))
             _compat.wrap_bind_with_trace(
                 primitive, lambda bind: _stateful_bind(primitive, bind, has_state)
             )
@@ -414,15 +415,22 @@ def has_rule(primitive: Any) -> bool:
 around_binds: list[Callable[..., Any]] = []
 
 
-def _one_use_per_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
+def _one_use_per_bind(
+    bind: Callable[..., Any], has_state: Callable[[dict[str, Any]], bool]
+) -> Callable[..., Any]:
+    def bind_around(args: Any, params: Any) -> Any:
+        for around in around_binds:
+            return around(bind, args, params)
+        return bind(*args, **params)
+
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
+        if StateTracer not in map(type, args) and not has_state(params):
+            return bind_around(args, params) if around_binds else bind(*args, **params)
         uses = begin_use(args)
         try:
-            for around in around_binds:
-                return around(bind, args, params)
-            return bind(*args, **params)
+            return bind_around(args, params)
         finally:
             uses.pop()
 
@@ -494,5 +502,7 @@ def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     return bind_with_trace
 
 
-_compat.wrap_bind(_compat.call_hi_primitive_p, _one_use_per_bind)
+_compat.wrap_bind(
+    _compat.call_hi_primitive_p, lambda bind: _one_use_per_bind(bind, lambda params: True)
+)
 _compat.wrap_bind_with_trace(_compat.call_hi_primitive_p, _hidden_stateful_bind)

@@ -150,7 +150,7 @@ class Variable:
         self.name = name
         self._run = store.run
         self._form = use.form
-        home, levels = current_place(store)
+        home, levels = current_place(store, is_here=use.entry is not None)
         self._addresses = use.addresses
         for address in use.addresses:
             address.place, address.levels = home, levels

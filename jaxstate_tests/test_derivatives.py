@@ -1,5 +1,7 @@
 """Derivatives of stateful programs: the hazards of `grad` inside the state, custom rules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,11 +263,14 @@ def test_a_module_in_a_jaxpr_in_a_function_with_a_rule(key, around, inner):
 
 @pytest.mark.parametrize("around", [jax.custom_jvp, jax.custom_vjp])
 @pytest.mark.parametrize("uses", ["draws", "nothing"])
-def test_effects_of_a_function_with_a_rule_happen_once(key, around, uses):
-    """Also where the function is called again because it uses state."""
+@pytest.mark.parametrize("like", [lambda f: f, functools.wraps(jax.nn.relu)], ids=["own", "as JAX"])
+def test_effects_of_a_function_with_a_rule_happen_once(key, around, uses, like):
+    """Also where the function is called again because it uses state, and if it says that it is one
+    of JAX's."""
     calls = []
 
     @around
+    @like
     def f(x):
         io_callback(lambda x: calls.append(None), None, x)
         return x * (jaxstate.random.uniform() if uses == "draws" else 2.0)

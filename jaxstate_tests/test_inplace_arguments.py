@@ -242,6 +242,29 @@ def test_a_write_that_leaves_nothing_of_the_array():
     assert f(jnp.zeros(3)).tolist() == [4, 4, 4]
 
 
+@pytest.mark.parametrize("around", [jax.disable_jit(), jax.disable_jit(False)], ids=["off", "on"])
+def test_arguments_are_values_whether_jit_is_disabled_or_not(around):
+    @jaxstate.inplace
+    def f(x):
+        def write(y):
+            y[0] = 7.0
+            return y
+
+        def step(i, y):
+            y[i] += 1
+            return y
+
+        jitted = jax.jit(write)(x)
+        looped = jax.lax.fori_loop(0, 2, step, x)
+        taken = jax.lax.cond(x[1] > 0, write, write, x)
+        return x, jitted, looped, taken
+
+    with around:
+        found = f(jnp.arange(3.0))
+    for array, wanted in zip(found, ([0, 1, 2], [7, 1, 2], [1, 2, 2], [7, 1, 2]), strict=True):
+        assert array.tolist() == wanted
+
+
 # -- Devices ---------------------------------------------------------------------------------------
 
 ON_DEVICES = r"""
