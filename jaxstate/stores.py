@@ -278,9 +278,7 @@ class ApplyStore(Store):
         return scope
 
 
-def _add_cell(
-    entry: Entry, address: EntryAddress, leaf: Path, value: Any, is_stored: bool
-) -> Cell:
+def _add_cell(entry: Entry, address: EntryAddress, leaf: Path, value: Any, is_stored: bool) -> Cell:
     """``is_stored`` says whether the value is of the type of what is stored of it."""
     if not is_stored or not _compat.is_plain_array(value):
         value = address.as_stored(value)
