@@ -54,6 +54,7 @@ from jax._src.interpreters import ad, batching, mlir, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
+from jax._src.random import prng
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
 
@@ -572,6 +573,26 @@ def wrap_forwarding(may_forward: Callable[[], bool]) -> None:
 
 # Operations that may hand back what they were given, while a jaxpr is built.
 FORWARDING = {*pe.forwarding_rules, *pe.const_fold_rules} - {pjit.jit_p, dispatch.device_put_p}
+
+
+def wrap_key_arrays(are_traced: Callable[[], bool]) -> None:
+    """Lets ``are_traced()`` say whether an array of keys is iterated and copied as others are.
+
+    JAX does both to the numbers behind the keys, and fails if something traces that.
+    """
+    keys = prng.PRNGKeyArray
+    plain_iter, plain_copy = keys.__iter__, keys.copy
+
+    def iterate(self: Any) -> Iterator[Any]:
+        if self.ndim and are_traced():
+            return (self[i] for i in range(len(self)))
+        return plain_iter(self)
+
+    def copy(self: Any) -> Any:
+        return jax.numpy.array(self, copy=True) if are_traced() else plain_copy(self)
+
+    keys.__iter__ = iterate
+    keys.copy = copy
 
 
 def wrap_device_get(wrap: Wrap) -> None:

@@ -927,6 +927,11 @@ class WritableArray(Writable, _compat.Tracer):
             self._cache = here, state, value
         return value
 
+    @property
+    def batch_dim(self) -> Any:
+        """Asked for by the error of a vmap whose ``out_axes`` leave out the axis of its lanes."""
+        return self._read().batch_dim
+
     def _detach(self) -> None:
         if self.aval.weak_type:
             self.aval = self.aval.update(weak_type=False)
@@ -1218,6 +1223,7 @@ def install() -> None:
         for primitive in (_compat.custom_jvp_call_p, _compat.custom_vjp_call_p):
             _compat.wrap_bind_with_trace(primitive, _around_rules)
         _compat.wrap_device_get(_around_device_get)
+        _compat.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
         trace.to_program = _own
         _compat.wrap_transfers(_around_transfer)
         thread.around_binds.append(_around_bind)

@@ -4,6 +4,7 @@ Every program runs in NumPy and as an in-place function, eagerly and jitted; an 
 to be an error.
 """
 
+import copy
 import pickle
 import threading
 
@@ -313,3 +314,31 @@ def test_threads_write_elements_of_one_array():
         thread.join()
     assert not errors
     np.testing.assert_array_equal(np.asarray(x), np.tile(np.arange(25.0) + 1, 8))
+
+
+@pytest.mark.parametrize("way", MODES.values(), ids=MODES)
+def test_keys_from_outside_are_taken_apart_and_copied(way, key):
+    keys = jax.random.split(key, 3)
+    wanted = jax.random.key_data(keys)
+
+    @jaxstate.inplace
+    def run():
+        first, second, third = keys
+        copies = [keys.copy(), copy.deepcopy(keys), jnp.stack([first, second, third])]
+        copies[0][0] = copies[1][0] = copies[2][0] = third
+        return [jax.random.key_data(k) for k in [jnp.stack(list(keys)), *copies]]
+
+    found = way(run)()
+    np.testing.assert_array_equal(found[0], wanted)
+    for changed in found[1:]:
+        np.testing.assert_array_equal(changed, wanted[jnp.array([2, 1, 2])])
+    np.testing.assert_array_equal(jax.random.key_data(keys), wanted)
+    with pytest.raises(TypeError, match="0-d"):
+        jaxstate.inplace(list)(key)
+
+
+def test_a_result_without_the_axis_of_its_lanes_is_the_error_of_jax():
+    run = jax.vmap(lambda x: x * 2, out_axes=None)
+    for f in (run, jaxstate.inplace(run), jax.jit(jaxstate.inplace(run))):
+        with pytest.raises(ValueError, match="axis spec None but output was batched on axis 0"):
+            f(jnp.arange(3.0))
