@@ -140,13 +140,15 @@ def as_array(x: Any) -> Any:
 
 def is_array_like(x: Any) -> bool:
     """Whether JAX takes ``x`` as one array."""
-    if type(x) in _plain_arrays:
-        return True
+    return type(x) in _plain_arrays or type_of(x) is not None
+
+
+def type_of(x: Any) -> Any:
+    """The type of what JAX takes as one array; None for anything else."""
     try:
-        typeof(x)
+        return typeof(x)
     except TypeError:
-        return False
-    return True
+        return None
 
 
 def aval_of(x: Any) -> Any:

@@ -22,6 +22,7 @@ names the stream to draw from.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator
@@ -141,7 +142,9 @@ class StreamAddress(Address):
 class _StreamHolder(Holder):
     """An open stream."""
 
-    def __init__(self, key: Any, name: str, vmap: str, count: Any, made: str) -> None:
+    def __init__(
+        self, key: Any, key_type: Any, name: str, vmap: str, count: Any, made: str
+    ) -> None:
         super().__init__()
         self.name = name
         self.vmap = vmap
@@ -150,7 +153,7 @@ class _StreamHolder(Holder):
         self.cells = {"key": Cell(key), "count": Cell(count)}
         # Kept apart from the values: a rule that runs later asks for the types too.
         self.avals = {
-            "key": _compat.typeof(key),
+            "key": key_type,
             "count": _compat.typeof(_compat.canonicalize(count)),
         }
         self._signature = ("stream", name, vmap, *self.avals.values())
@@ -313,7 +316,7 @@ def rng_stream(
     (True, 1)
     """
     holder = _StreamHolder(
-        check_key(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
+        *_key_and_type(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
         _compat.user_location(),
     )  # fmt: skip
     with open_holder(holder):
@@ -344,13 +347,19 @@ def _draw(name: str, identity: Any) -> jax.Array:
 
 def check_key(key: Any, where: str) -> Any:
     """``key`` as an array, if it is one key; a TypeError that says what it is otherwise."""
-    aval = _compat.typeof(key) if _compat.is_array_like(key) else None
+    return _key_and_type(key, where)[0]
+
+
+def _key_and_type(key: Any, where: str) -> tuple[Any, Any]:
+    """`check_key`, and the type of the key: to ask an array of keys for its type takes long."""
+    aval = _compat.type_of(key)
     if aval is not None:
         if _compat.is_typed_key(aval):
             if aval.shape == ():
-                return key
-        elif aval.dtype == jnp.uint32 and aval.shape == _raw_key_shape():
-            return _compat.canonicalize(key)
+                return key, aval
+        elif aval.dtype == jnp.uint32 and aval.shape == _raw_key_shape(_default_kind()):
+            key = _compat.canonicalize(key)
+            return key, _compat.typeof(key)
     found = repr(key) if aval is None else aval.str_short()
     raise TypeError(
         f"{where} wants one random key, and was given {found}.\n"
@@ -358,7 +367,13 @@ def check_key(key: Any, where: str) -> Any:
     )
 
 
-def _raw_key_shape() -> tuple[int, ...]:
+def _default_kind() -> Hashable:
+    return jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+
+
+@functools.lru_cache
+def _raw_key_shape(kind: Hashable) -> tuple[int, ...]:
+    """The shape of a raw key where ``kind`` is the default."""
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
