@@ -1407,8 +1407,11 @@ _OF_ARRAYS = tuple(
 
 
 def calls_nothing_else(fun: Any) -> bool:
-    """Whether a ``WrappedFun`` is of a function of JAX that takes arrays and calls JAX only."""
-    return _module_of(fun).startswith(_OF_ARRAYS)
+    """Whether a ``WrappedFun`` is of a function of JAX that takes arrays and calls JAX only.
+
+    (What `wrap_rule_function` made of one runs it under a trace of the user's, say.)
+    """
+    return not hasattr(fun.f, "_jaxstate_replaces") and _module_of(fun).startswith(_OF_ARRAYS)
 
 
 def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:
