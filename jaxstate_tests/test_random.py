@@ -410,3 +410,15 @@ def test_a_traced_count_is_an_int32(key):
     for wrong in (1.5, jnp.zeros(2, int)):
         with jax.checking_leaks.func(False), pytest.raises(TypeError, match="one integer"):
             jax.jit(count_after)(wrong)
+
+
+def test_raw_keys_of_another_kind_by_default():
+    for kind, words in (("threefry2x32", 2), ("rbg", 4), ("threefry2x32", 2)):
+        with jax.default_prng_impl(kind):
+            raw = jax.random.PRNGKey(3)
+            assert raw.shape == (words,)
+            with jaxstate.rng_stream(raw):
+                found = jaxstate.next_key()
+            np.testing.assert_array_equal(found, jax.random.fold_in(raw, 0))
+            with pytest.raises(TypeError, match="wants one random key"):
+                jaxstate.rng_stream(jnp.zeros(6 - words, jnp.uint32)).__enter__()
