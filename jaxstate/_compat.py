@@ -54,6 +54,7 @@ from jax._src.interpreters import ad, batching, mlir, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
+from jax._src.nn import functions
 from jax._src.random import prng
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
@@ -1399,19 +1400,16 @@ def _module_of(fun: Any) -> str:
     return getattr(function, "__globals__", {}).get("__name__") or ""
 
 
-# Functions of JAX with rules which call nothing of the user's.
-_OF_ARRAYS = tuple(
-    f"jax._src.{module}"
-    for module in ("nn.", "numpy.", "scipy.", "third_party.scipy.", "lax.erf", "lax.other")
-)
+# The rules of `jax.nn.relu` and the like.
+_rules_of_activations = {
+    fun.jvp for fun in vars(functions).values() if isinstance(fun, custom_derivatives.custom_jvp)
+}
 
 
-def calls_nothing_else(fun: Any) -> bool:
-    """Whether a ``WrappedFun`` is of a function of JAX that takes arrays and calls JAX only.
-
-    (What `wrap_rule_function` made of one runs it under a trace of the user's, say.)
-    """
-    return not hasattr(fun.f, "_jaxstate_replaces") and _module_of(fun).startswith(_OF_ARRAYS)
+def is_rule_of_activation(rule: Any) -> bool:
+    """Whether a ``WrappedFun`` is the rule of a function of `jax.nn`. Neither that function nor
+    this rule calls anything of the user's, unless `wrap_rule_function` replaced them."""
+    return rule.f in _rules_of_activations
 
 
 def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:

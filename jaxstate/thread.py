@@ -427,7 +427,7 @@ def _one_use_per_bind(
         if not any_open():
             return bind(*args, **params)
         if StateTracer not in map(type, args) and not has_state(params):
-            return bind_around(args, params) if around_binds else bind(*args, **params)
+            return bind_around(args, params)
         uses = begin_use(args)
         try:
             return bind_around(args, params)

@@ -318,6 +318,20 @@ def test_a_function_with_a_rule_may_look_at_values(key):
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+@pytest.mark.parametrize("fun", [jnp.tanh, jax.nn.relu, jax.nn.softplus])
+def test_a_rule_of_the_user_for_a_function_of_jax_is_looked_at(key, fun):
+    """It may draw where it runs at once, and not where it runs late."""
+    f = jax.custom_jvp(fun)
+    f.defjvp(lambda primals, tangents: (f(*primals), tangents[0] * jaxstate.random.uniform()))
+    with jaxstate.rng_stream(key) as stream:
+        found = jax.grad(f)(Y)
+        with pytest.raises(jaxstate.CustomRuleStateError):
+            jax.grad(jax.jit(f))(Y)
+        assert stream.count == 1
+    np.testing.assert_allclose(found, jax.random.uniform(jax.random.fold_in(key, 0)), rtol=1e-6)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
 def test_what_rules_cannot_do_is_a_named_error(key):
     normal = jax.nn.initializers.normal()
 

@@ -7,7 +7,8 @@ uses becomes explicit where it is called:
 1. Call the primitive with the function *recording*: every slot it touches is noted. If it touches
    none (nearly always), that was the call. (Where the call would compute something, the function
    is traced first and the jaxpr thrown away, so that no effect of it happens twice. Functions of
-   JAX itself have none, and those like `jax.nn.relu`, which call nothing else, need no recording.)
+   JAX itself have none, and `jax.nn.relu` and the like, in which every network spends its time,
+   need no recording.)
 2. Otherwise read those slots here, and call the primitive again with their values as further
    operands, and what the function writes as further outputs. Function and rules find the state in
    a holder that answers from the operands they are given.
@@ -468,7 +469,7 @@ def _stateful(
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_open() or _compat.calls_nothing_else(params["subfuns"][0]):
+            if not slots.any_open() or _compat.is_rule_of_activation(params["subfuns"][1]):
                 return bind(trace, args, avals, params)
             if _compat.calls_functions(trace) or isinstance(trace, _compat.TransparentTrace):
                 # A vmap around puts its own trace over the current one; the latter binds again.
