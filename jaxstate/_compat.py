@@ -238,7 +238,7 @@ def with_axes(aval: Any, axes: frozenset[Any]) -> Any:
 
 def varying_equation(atom: Any, axes: frozenset[Any]) -> Any:
     """The equation of a jaxpr whose result is ``atom`` as one that varies over ``axes`` too."""
-    jaxpr = jax.make_jaxpr(lambda x: vary(x, axes))(atom.aval)
+    jaxpr = make_jaxpr(lambda x: vary(x, axes))(atom.aval)
     (eqn,) = equations(jaxpr)
     return eqn.replace(invars=[atom])
 
@@ -728,6 +728,46 @@ def abandon_traces_inside(outside: Any) -> None:
             trace.invalidate()
 
 
+def wrap_finished_jaxprs(
+    finish_result: Callable[[Any, Any], Any], finish: Callable[[Any, list[Any]], Any]
+) -> None:
+    """Comes between where JAX finishes the construction of a jaxpr.
+
+    ``finish_result(trace, tracer)`` replaces each result, and ``finish(jaxpr, consts)`` the open
+    jaxpr and its constants.
+    """
+    plain = pe.JaxprStackFrame.to_jaxpr
+
+    def to_jaxpr(frame: Any, trace: Any, results: Sequence[Any], *info: Any) -> Any:
+        results = [finish_result(trace, x) for x in results]
+        return finish(*plain(frame, trace, results, *info))
+
+    pe.JaxprStackFrame.to_jaxpr = to_jaxpr  # type: ignore[method-assign]
+
+
+def with_constvars(jaxpr: Any, kept: Sequence[bool], eqns: Sequence[Any]) -> Any:
+    """The open jaxpr that was just finished with some of its constants only, and other equations."""
+    n = len(kept)
+    of_jaxpr = jaxpr.constvars if _flattree is None else jaxpr.all_invars[:n]
+    inputs = jaxpr.invars if _flattree is None else jaxpr.all_invars[n:]
+    constvars = [v for v, k in zip(of_jaxpr, kept, strict=True) if k]
+    return core.Jaxpr(
+        constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects, jaxpr.debug_info,
+        jaxpr.is_high,
+    )  # fmt: skip
+
+
+def constant_of(tracer: Any) -> Any:
+    """The constant that a tracer of a jaxpr under construction stands for; None if it is none."""
+    var = tracer.val
+    return tracer._trace.frame.constvar_to_val.get(var) if isinstance(var, Var) else None
+
+
+def copied(trace: Any, tracer: Any) -> Any:
+    """A tracer of the jaxpr that ``trace`` is building, as the result of an equation."""
+    return stage(trace, lax.copy_p, [tracer], {})
+
+
 # -- Jaxprs ----------------------------------------------------------------------------------
 
 
@@ -757,6 +797,11 @@ def equations(jaxpr: Any) -> Sequence[Any]:
 def invars(jaxpr: Any) -> Sequence[Any]:
     """The inputs, without the variables that have a constant attached."""
     return _open(jaxpr).invars
+
+
+def constvars(jaxpr: Any) -> Sequence[Any]:
+    """The variables that have a constant attached."""
+    return _open(jaxpr).constvars
 
 
 def outvars(jaxpr: Any) -> Sequence[Any]:
@@ -851,7 +896,7 @@ def eval_closed_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
 
 def trace_flat(fun: Callable[..., Any], avals: Sequence[Any]) -> Any:
     """The closed jaxpr of a function of flat arguments; it must not close over tracers."""
-    return jax.make_jaxpr(fun)(*avals)
+    return make_jaxpr(fun)(*avals)
 
 
 # -- Parameters of higher-order primitives ---------------------------------------------------
@@ -960,9 +1005,9 @@ def custom_root_of(args: Sequence[Any], prim: Any) -> Solve:
     root, n_root = prim.in_avals[1], len(guess)
     tangent = jax.tree.map(lambda aval: aval.to_tangent_aval(), root)
     functions = {
-        "f": jax.make_jaxpr(prim.f)(prim.in_avals[2], root),
-        "solve": jax.make_jaxpr(prim.solve)(prim.in_avals[0], root),
-        "tangent_solve": jax.make_jaxpr(prim.tangent_solve)(prim.in_avals[3], root, tangent),
+        "f": make_jaxpr(prim.f)(prim.in_avals[2], root),
+        "solve": make_jaxpr(prim.solve)(prim.in_avals[0], root),
+        "tangent_solve": make_jaxpr(prim.tangent_solve)(prim.in_avals[3], root, tangent),
     }
     consts = {"f": f_consts, "solve": solve_consts, "tangent_solve": tangent_consts}
 
@@ -986,7 +1031,7 @@ def custom_root_of(args: Sequence[Any], prim: Any) -> Solve:
 def root_linear_map_of(args: Sequence[Any], prim: Any) -> Solve:
     """The derivative of the function ``f`` of a custom_root, or its transpose."""
     consts, x, v = jax.tree.unflatten(prim.in_tree, args)
-    f = jax.make_jaxpr(prim.f)(*prim.in_avals[:2])
+    f = make_jaxpr(prim.f)(*prim.in_avals[:2])
 
     def bind(functions: dict[str, Any], consts: dict[str, list[Any]]) -> list[Any]:
         operands = consts["f"], jax.tree.leaves(x), jax.tree.leaves(v)
@@ -1358,6 +1403,60 @@ def wrap_results_of_jaxprs(resolve: Callable[[Any], Any]) -> None:
         jax.core.eval_jaxpr = eval_jaxpr
 
 
+make_jaxpr = jax.make_jaxpr
+
+
+def wrap_conversions(is_open: Callable[[], bool], resolve: Callable[[Any], Any]) -> None:
+    """Wraps `jax.closure_convert` and `jax.make_jaxpr`, which hand out what a function closes over.
+
+    If ``is_open()``, they hand out ``resolve`` of each such constant, and trace a function again
+    that JAX has traced before.
+    """
+    plain = custom_derivatives._closure_convert_for_avals
+
+    def closure_convert(fun: Any, *types: Any) -> Any:
+        if not is_open():
+            return (plain.__wrapped__ if config.check_tracer_leaks.value else plain)(fun, *types)
+        converted, consts = plain.__wrapped__(_untraced(fun), *types)
+        return converted, [resolve(c) for c in consts]
+
+    closure_convert.__wrapped__ = closure_convert  # type: ignore[attr-defined]
+    custom_derivatives._closure_convert_for_avals = closure_convert
+
+    @functools.wraps(make_jaxpr)
+    def make_jaxpr_of_values(fun: Any, *args: Any, **options: Any) -> Any:
+        plain = make_jaxpr(fun, *args, **options)
+
+        @functools.wraps(plain)
+        def made(*args_of_fun: Any, **kwargs: Any) -> Any:
+            if not is_open():
+                return plain(*args_of_fun, **kwargs)
+            out = make_jaxpr(_untraced(fun), *args, **options)(*args_of_fun, **kwargs)
+            jaxpr, *rest = out if isinstance(out, tuple) else (out,)
+            consts = [resolve(c) for c in consts_of(jaxpr)]
+            if consts:
+                jaxpr = (
+                    core.ClosedJaxpr(jaxpr.jaxpr, consts)
+                    if _flattree is None
+                    else jaxpr.with_consts(consts)
+                )
+            return (jaxpr, *rest) if rest else jaxpr
+
+        return made
+
+    api.make_jaxpr = jax.make_jaxpr = make_jaxpr_of_values
+
+
+def _untraced(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same and that no cache of JAX knows."""
+
+    @functools.wraps(fun)
+    def untraced(*args: Any, **kwargs: Any) -> Any:
+        return fun(*args, **kwargs)
+
+    return untraced
+
+
 def wrap_tree_map(wrap: Wrap) -> None:
     """Puts a wrapper around `jax.tree.map` and its relatives, where they are looked up."""
     for name in ("tree_map", "tree_map_with_path"):
@@ -1422,7 +1521,7 @@ def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:
             full[i] = x
         fun(*full)
 
-    jax.make_jaxpr(traced)(*(typeof(args[i]) for i in where))
+    make_jaxpr(traced)(*(typeof(args[i]) for i in where))
 
 
 def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:

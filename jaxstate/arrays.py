@@ -190,6 +190,7 @@ class Buffer:
             if self.slot is None:
                 self.value = value
             else:
+                self.slot.address.note_write()
                 self.slot.cell(self.slot.address).value = value
             return
         self._become_slot()
@@ -243,7 +244,7 @@ def _way_home(home: Any, here: Any) -> list[Any] | None:
 
 
 class ArrayAddress(SlotAddress):
-    """The slot of a buffer. Unless a jaxpr writes it, it is a capture: an array closed over."""
+    """The slot of a buffer. It is captured, as an array that a function closes over is."""
 
     __slots__ = ()
 
@@ -252,6 +253,15 @@ class ArrayAddress(SlotAddress):
     @property
     def may_be_written(self) -> bool:
         return True
+
+    def version(self) -> int:
+        slot = self._slot()
+        return 0 if slot is None else slot.version  # type: ignore[attr-defined]
+
+    def note_write(self) -> None:
+        slot = self._slot()
+        if slot is not None:
+            slot.version += 1  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return "a writable array"
@@ -267,6 +277,7 @@ class ArraySlot(Slot):
         self.address = ArrayAddress(self)
         self.age = buffer.age
         self.activation = buffer.activation
+        self.version = buffer.version
 
     def lane(self, address: Address, trace_: Any, notes: dict[Any, Any]) -> Lane | None:
         """An array that was born in a vmap is one array per lane."""

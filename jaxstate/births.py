@@ -131,7 +131,7 @@ def trace_initializer(
     entry: Any, init: Callable[..., Any], *key_avals: Any
 ) -> tuple[Birth, list[Any]]:
     """The function ``init(*keys)`` of ``entry`` as a `Birth`, and the tracers it looks at."""
-    closed, shape = jax.make_jaxpr(init, return_shape=True)(*key_avals)
+    closed, shape = _compat.make_jaxpr(init, return_shape=True)(*key_avals)
     closed, addresses = _with_reads_as_inputs(closed)
     if state_effect in closed.effects:
         raise InitializerDataError(

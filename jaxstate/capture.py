@@ -57,5 +57,6 @@ class StateTracer(_compat.Tracer):
         return np.asarray(_compat.canonicalize(self), *args, **kwargs)
 
     def _contents(self) -> list[tuple[str, Any]]:
-        """What it contains may carry a tangent, says the JVP tracer: see `jax.closure_convert`."""
-        return [("value", _compat.PERTURBED)] if _compat.has_tangent(self.aval) else []
+        """What it contains may carry a tangent, says the JVP tracer: `jax.closure_convert` makes an
+        operand of it then, and keeps no capture."""
+        return [("value", _compat.PERTURBED)]

@@ -16,6 +16,7 @@ __all__ = [
     "AheadOfTimeError",
     "BranchSowError",
     "ClosedStateError",
+    "ConvertedClosureError",
     "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
@@ -129,6 +130,10 @@ class UnsupportedPrimitiveError(StateError):
 
 class CustomRuleStateError(StateError):
     """A custom derivative rule used state in a way that has no answer."""
+
+
+class ConvertedClosureError(StateError):
+    """A converted closure was differentiated by what it closed over before that was written."""
 
 
 class TraceStateError(StateError):

@@ -144,16 +144,19 @@ class SlotAddress(Address):
         return f"slot {self.name!r}"
 
     def holder(self) -> Holder:
+        holder = self.known_holder()
+        if holder is None:
+            raise self.missing()
+        return holder
+
+    def known_holder(self) -> Holder | None:
         for holder in holders():
             if holder.knows(self):
                 return holder
             other = holder.passed_on(self)
             if other is not None:
                 return other
-        slot = self._slot()
-        if slot is None:
-            raise self.missing()
-        return slot
+        return self._slot()
 
     def missing(self) -> Exception:
         return ClosedStateError(

@@ -241,7 +241,9 @@ class Parametrized(Reusable, Summarizable):
             return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
-            made, shapes = jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
+            made, shapes = _compat.make_jaxpr(forward, return_shape=True)(
+                param_key, streams, arrays
+            )
         operands = jax.tree.leaves((param_key, streams, arrays))
         leaves = _run_slice(made, operands, abstract)
         values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)

@@ -69,6 +69,17 @@ class Address:
                 return holder
         raise self.missing()
 
+    def known_holder(self) -> Holder | None:
+        """`holder`, or None."""
+        return next((holder for holder in holders() if holder.knows(self)), None)
+
+    def version(self) -> int:
+        """How often the slot was written, for one that is captured and may be written."""
+        return 0
+
+    def note_write(self) -> None:
+        """To be called at every write."""
+
     def missing(self) -> Exception:
         """The error that says that nothing open knows the address."""
         raise NotImplementedError

@@ -27,7 +27,16 @@ from jaxstate.births import addresses_of, birth_p
 from jaxstate.capture import StateTracer
 from jaxstate.errors import DeviceWriteError, UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, any_open
-from jaxstate.trace import begin_use, current_use, read, read_p, state_effect, write, write_p
+from jaxstate.trace import (
+    begin_use,
+    current_use,
+    read,
+    read_p,
+    read_since,
+    state_effect,
+    write,
+    write_p,
+)
 
 __all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all", "write_last"]
 
@@ -75,7 +84,10 @@ def state_of_all(jaxprs: Iterable[Any]) -> State:
 def _state_of(jaxpr: Any) -> State:
     reads: dict[Address, None] = {}
     writes: dict[Address, None] = {}
+    inputs = _all_inputs(jaxpr)
     for eqn in _compat.equations(jaxpr):
+        if _reads_captured(eqn, inputs):
+            continue
         if eqn.primitive is read_p or eqn.primitive is birth_p:
             reads.update(dict.fromkeys(addresses_of(eqn)))
         elif eqn.primitive is write_p:
@@ -84,6 +96,61 @@ def _state_of(jaxpr: Any) -> State:
             jaxprs = _compat.jaxprs_in(eqn.params)
             raise _no_rule(eqn.primitive.name, jaxprs, _compat.location_of(eqn))
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
+
+
+def _reads_captured(eqn: Any, inputs: Sequence[Any]) -> bool:
+    """Whether an equation reads a slot of which one of the ``inputs`` is the capture."""
+    is_read = eqn.primitive is read_p and eqn.invars
+    return bool(is_read) and any(eqn.invars[0] is v for v in inputs)
+
+
+def _all_inputs(jaxpr: Any) -> Sequence[Any]:
+    return (*_compat.constvars(jaxpr), *_compat.invars(jaxpr))
+
+
+class Captured(NamedTuple):
+    """An input of a jaxpr that is the capture of a slot which may be written."""
+
+    at: int
+    address: Address
+    version: int
+
+
+@_compat.weakref_lru_cache
+def captured_inputs(jaxpr: Any) -> tuple[Captured, ...]:
+    """The inputs of a jaxpr of which its reads say what slots they are (`trace.read_since`)."""
+    inputs = _compat.invars(jaxpr)
+    return tuple(
+        Captured(i, eqn.params["address"], eqn.params["version"])
+        for eqn in _compat.equations(jaxpr)
+        if eqn.primitive is read_p and eqn.invars
+        for i, v in enumerate(inputs)
+        if v is eqn.invars[0]
+    )
+
+
+def superseded(jaxpr: Any, writes: Sequence[Address]) -> tuple[int, ...]:
+    """The inputs that are captures of slots which a loop writes: the carried value is meant."""
+    if state_effect not in jaxpr.effects:
+        return ()
+    return tuple(c.at for c in captured_inputs(jaxpr) if c.address in writes)
+
+
+def refreshed(jaxpr: Any, operands: Sequence[Any], writes: Sequence[Address] = ()) -> Sequence[Any]:
+    """The operands of a jaxpr that is about to be bound, with captures as they are now.
+
+    Args:
+      jaxpr: closed or open.
+      operands: its inputs, or the first of them.
+      writes: slots that the equation writes: what comes in for them takes the place of captures.
+    """
+    if state_effect not in jaxpr.effects:
+        return operands
+    use, operands = current_use(), list(operands)
+    for i, address, version in captured_inputs(jaxpr):
+        if address not in writes and i < len(operands):
+            operands[i] = read_since(address.renewed(use), operands[i], version)
+    return operands
 
 
 class Uses(NamedTuple):
@@ -182,8 +249,7 @@ class Thread(NamedTuple):
       lasts: slots to come in, behind the other inputs.
       outs: slots that only go out, behind the other outputs.
       once: whether the primitive runs the jaxpr once, or not at all.
-      captures: (input, slot) pairs for the inputs that are captures of ``writes``, seen before the
-        first write: what comes in for the slot takes their place. They are counted in ``at``.
+      dropped: the inputs that are captures of ``writes`` (`superseded`). They are counted in ``at``.
     """
 
     reads: Addresses
@@ -194,7 +260,7 @@ class Thread(NamedTuple):
     lasts: Addresses = ()
     outs: Addresses = ()
     once: bool = False
-    captures: tuple[tuple[int, Address], ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
@@ -224,7 +290,9 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
     inputs = list(_compat.invars(jaxpr))
-    renamed: dict[Any, Any] = {inputs[i]: incoming[a] for i, a in how.captures}
+    all_inputs = _all_inputs(jaxpr)
+    written = {*how.writes, *how.outs}
+    renamed: dict[Any, Any] = {}
     eqns = []
 
     def rename(atom: Any) -> Any:
@@ -238,7 +306,9 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
         return eqns[-1].outvars[0]
 
     for eqn in _compat.equations(jaxpr):
-        if eqn.primitive is read_p or eqn.primitive is birth_p:
+        if _reads_captured(eqn, all_inputs) and eqn.params["address"] not in written:
+            renamed[eqn.outvars[0]] = eqn.invars[0]
+        elif eqn.primitive is read_p or eqn.primitive is birth_p:
             for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
                 _check_axes(address, current[address].aval, outvar.aval)
                 renamed[outvar] = varying_like(outvar, current[address])
@@ -252,9 +322,9 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     writes = [incoming[a] for a in how.writes]
     lasts = [incoming[a] for a in how.lasts]
     outvars = [rename(v) for v in _compat.outvars(jaxpr)]
-    captured = {inputs[i] for i, _ in how.captures}
+    dropped = {inputs[i] for i in how.dropped}
     invars = [*reads, *inputs[: how.at], *writes, *inputs[how.at :], *lasts]
-    invars = [v for v in invars if v not in captured]
+    invars = [v for v in invars if v not in dropped]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
         outs = [varying_like(incoming[a], current[a]) for a in how.writes]

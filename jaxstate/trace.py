@@ -27,8 +27,8 @@ import jax.numpy as jnp
 
 from jaxstate import _compat
 from jaxstate.capture import StateTracer
-from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, AllLanes, Holder, Lane, stack
+from jaxstate.errors import ConvertedClosureError, UnsupportedPrimitiveError, message
+from jaxstate.slots import Address, AllLanes, Holder, Lane, any_open, stack
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 
@@ -62,15 +62,28 @@ read_p = _compat.Primitive("state_read")
 write_p = _compat.Primitive("state_write")
 write_p.multiple_results = True
 
-read_p.def_effectful_abstract_eval(lambda *, address, aval: (aval, {state_effect}))
+# The operand of a read, if it has one, is the capture of the slot: see `_read_staged`.
+read_p.def_effectful_abstract_eval(lambda *captured, address, aval, version: (aval, {state_effect}))
 write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect}))
 
 
 @read_p.def_bind_with_trace
 def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
+    address = params["address"].renewed(None)
     with _compat.set_current_trace(trace):
-        return read(params["address"].renewed(None))
+        return read_since(address, *args, params["version"]) if args else read(address)
+
+
+def _resolving_captures(bind: Any) -> Any:
+    def resolve_or_bind(*args: Any, **params: Any) -> Any:
+        # An operand that still is a capture is what the slot holds here.
+        return resolve(args[0]) if StateTracer in map(type, args) else bind(*args, **params)
+
+    return resolve_or_bind
+
+
+_compat.wrap_bind(read_p, _resolving_captures)
 
 
 @write_p.def_bind_with_trace
@@ -106,15 +119,17 @@ class Notes:
 
     Attributes:
       values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
+      written: the slots that the jaxpr wrote.
       extra: what clients note, by their own keys.
       lane_tables: see `_lanes`.
     """
 
-    __slots__ = ("extra", "lane_tables", "values")
+    __slots__ = ("extra", "lane_tables", "values", "written")
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
+        self.written: set[Address] = set()
         self.extra: dict[Any, Any] = {}
 
 
@@ -197,6 +212,7 @@ def read(address: Address) -> Any:
 
 def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot."""
+    address.note_write()
     holder = address.holder()
     if holder.anchor is _compat.current_trace():
         holder.cell(address).value = _compat.canonicalize(value)
@@ -492,6 +508,39 @@ def _result_of_jaxpr(value: Any) -> Any:
 _compat.wrap_results_of_jaxprs(_result_of_jaxpr)
 
 
+def _finished_result(trace: Any, tracer: Any) -> Any:
+    """A result that is a capture is one of an equation: JAX hands on constants and operands that
+    are results as they are, and an equation resolves them."""
+    is_capture = type(_compat.constant_of(tracer)) is StateTracer
+    return _compat.copied(trace, tracer) if is_capture else tracer
+
+
+def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
+    """What is captured and written in one jaxpr is no constant of it."""
+    if state_effect not in jaxpr.effects or StateTracer not in map(type, consts):
+        return jaxpr, consts
+    eqns = _compat.equations(jaxpr)
+    written = {e.params["address"] for e in eqns if e.primitive is write_p}
+    dropped = [type(c) is StateTracer and c.address in written for c in consts]
+    if not any(dropped):
+        return jaxpr, consts
+
+    def without_operand(eqn: Any) -> Any:
+        drops = eqn.primitive is read_p and eqn.invars and eqn.params["address"] in written
+        return eqn.replace(invars=[]) if drops else eqn
+
+    kept = [not d for d in dropped]
+    jaxpr = _compat.with_constvars(jaxpr, kept, [without_operand(e) for e in eqns])
+    return jaxpr, [c for c, k in zip(consts, kept, strict=True) if k]
+
+
+_compat.wrap_finished_jaxprs(_finished_result, _finished)
+
+# A jaxpr that somebody keeps may be evaluated in another module or scope, where its captures would
+# mean other slots. So what is handed out are values, as of everything that a function closes over.
+_compat.wrap_conversions(any_open, _compat.resolved)
+
+
 def to_program(value: Any) -> Any:
     """The result of a jaxpr as the program gets it that evaluates it; `arrays` replaces this."""
     return value
@@ -511,17 +560,96 @@ def check_captured(tracer: StateTracer, value: Any) -> None:
 
 
 def _read_staged(address: Address, trace: Any) -> Any:
+    """The slot inside the jaxpr that ``trace`` builds: a capture, a ``state_read``, or both.
+
+    A slot that can be captured and written is read by an equation with the capture as operand. The
+    operand goes the way of everything that a function closes over, with its derivatives; the
+    equation says whose value it is, so that a write between where the closure was made explicit
+    and where the equation is evaluated is seen (`read_since`).
+    """
     notes = notes_of(trace)
     key = address.seen_from(trace)
     value = notes.values.get(key)
     if value is None:
-        if address.threaded:
-            params = dict(address=key, aval=_staged_aval(address, key, trace))
-            value = _compat.stage(trace, read_p, (), params)
+        aval = _staged_aval(address, key, trace) if address.threaded else address.aval()
+        captured = () if address.threaded else (_compat.new_const(trace, StateTracer(key, aval)),)
+        if address.may_be_written:
+            params = dict(address=key, aval=aval, version=address.version())
+            value = _compat.stage(trace, read_p, captured, params)
         else:
-            value = _compat.new_const(trace, StateTracer(key, address.aval()))
+            (value,) = captured
         notes.values[key] = value
     return value
+
+
+def read_since(address: Address, captured: Any, version: int) -> Any:
+    """The value of a slot which ``captured`` was when the slot had been written ``version`` times.
+
+    It is ``captured`` itself, if the slot was not written since: a solver that was given what a
+    function closes over differentiates by that. (In a custom rule it always is: the function that
+    the rule belongs to was given it.)
+
+    Raises:
+      ConvertedClosureError: if the slot was written since, and ``captured`` has a derivative of
+        its own.
+    """
+    holder = address.known_holder()
+    if holder is None or holder.is_boundary:
+        return captured
+    levels, base = _way_to(holder)
+    if address.version() != version:
+        value = read(address)
+        if _is_differentiated(captured, levels) and not _is_differentiated(value, levels):
+            raise _written_since(address)
+        return value
+    if base is None or address.seen_from(base) in notes_of(base).written:
+        return captured
+    return _staged_since(captured, levels, base, dict(address=address.seen_from(base)), version)
+
+
+def _staged_since(x: Any, levels: list[Any], base: Any, params: Any, version: int) -> Any:
+    """An equation for what was captured, in a jaxpr that may be that of a loop: what comes after
+    may write the slot before the next turn."""
+    if not levels:
+        if notes_of(base).values.get(params["address"]) is x:
+            return x
+        params = dict(params, aval=_compat.typeof(x), version=version)
+        return _compat.stage(base, read_p, (x,), params)
+    trace, *others = levels
+    if isinstance(trace, _compat.DIFFERENTIATING) and _compat.owns(trace, x):
+        primal = _staged_since(x.primal, others, base, params, version)
+        return _compat.tangent_tracer(trace, primal, x.tangent)
+    if isinstance(trace, _compat.BatchTrace) and _compat.owns(trace, x):
+        return x  # each lane was given its own
+    return _staged_since(x, others, base, params, version)
+
+
+def _is_differentiated(x: Any, levels: list[Any]) -> bool:
+    """Whether ``x`` has a tangent of one of the derivatives ``levels``."""
+    while isinstance(x, _compat.Tracer):
+        trace = x._trace
+        differentiating = isinstance(trace, _compat.DIFFERENTIATING)
+        if differentiating and any(same_trace(trace, level) for level in levels):
+            return True
+        if not differentiating and not isinstance(trace, _compat.BatchTrace):
+            return False
+        x = x.primal if differentiating else x.val
+    return False
+
+
+def _written_since(address: Address) -> Exception:
+    return ConvertedClosureError(
+        message(
+            f"A function that reads {address} was converted, so that what it closes over is an"
+            f" operand; {address} was written since, and the function is differentiated by that"
+            " operand, which is another value now.",
+            fix="""
+            y = x.copy()                # a value of its own, which nobody writes
+            solve(lambda t: t * y)      # for the function to close over
+            """,
+            used=_compat.user_location(),
+        )
+    )
 
 
 def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
@@ -545,4 +673,6 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
 def _write_staged(address: Address, trace: Any, value: Any) -> None:
     key = address.seen_from(trace)
     _compat.stage(trace, write_p, (value,), dict(address=key))
-    notes_of(trace).values[key] = value
+    notes = notes_of(trace)
+    notes.values[key] = value
+    notes.written.add(key)

@@ -264,6 +264,28 @@ def mended_devices_write():
     assert read(slot) == 1.0
 
 
+def differentiates_a_converted_closure(read):
+    @jaxstate.inplace
+    def run(x):
+        f, consts = jax.closure_convert(read(x), 1.0)
+        x[0] = 2.0
+        return jax.grad(lambda consts: f(1.0, *consts))(consts)
+
+    run(jnp.ones(2))
+
+
+def operand_was_written():
+    differentiates_a_converted_closure(lambda x: lambda t: t * x.sum())
+
+
+def mended_operand_was_written():
+    def read(x):
+        y = x.copy()
+        return lambda t: t * y.sum()
+
+    differentiates_a_converted_closure(read)
+
+
 def rule_has_no_derivative():
     @jax.custom_jvp
     def f(x):
@@ -611,6 +633,8 @@ CATALOGUE = [
     (errors.DeviceWriteError, devices_write, mended_devices_write, "slot 'total'.*mesh axes d"),
     (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
      "parameter 'w', and is differentiated with respect to it"),
+    (errors.ConvertedClosureError, operand_was_written, mended_operand_was_written,
+     "a writable array was written since"),
     (errors.TraceStateError, state_of_a_trace_in_jit, mended_state_of_a_trace_in_jit,
      "a CountSines was used inside a function that JAX is transforming"),
     (errors.TraceStateError, static_state_in_a_loop, mended_static_state_in_a_loop,

@@ -19,7 +19,15 @@ from jaxstate import _compat, slots
 from jaxstate.births import bear
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.slots import Address, Holder
-from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_last
+from jaxstate.thread import (
+    Thread,
+    read_all,
+    refreshed,
+    register_rule,
+    state_of,
+    thread,
+    write_last,
+)
 
 
 class _NoSlots(Holder):
@@ -91,6 +99,7 @@ def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
     """(consts, args) -> (slots + consts, args)."""
     reads, writes = state_of(params["call"])
     bear(params["call"], args)
+    args = refreshed(params["call"], args, writes=writes)
     values = read_all(reads + writes)
     avals = [_compat.typeof(v) for v in values]
     in_tree, out_tree = params["in_tree"], params["out_tree"]

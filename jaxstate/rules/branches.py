@@ -11,6 +11,7 @@ from jaxstate.slots import Address
 from jaxstate.thread import (
     Thread,
     read_all,
+    refreshed,
     register_rule,
     state_of,
     thread,
@@ -26,6 +27,7 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     uses = reads, writes, outs = uses_of(params["branches"])
     for branch in params["branches"]:
         bear(branch, operands)
+        operands = refreshed(branch, operands, writes=uses.results)
         _check_absent(writes, branch)
     slots = read_all(uses.ins)
     avals = [_compat.typeof(s) for s in slots]

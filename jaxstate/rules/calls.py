@@ -15,6 +15,7 @@ from jaxstate.births import bear
 from jaxstate.thread import (
     Thread,
     read_all,
+    refreshed,
     register_rule,
     thread,
     uses_of,
@@ -29,6 +30,7 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
     def rule(args: Any, params: dict[str, Any]) -> list[Any]:
         uses = reads, writes, outs = uses_of([params[name]])
         bear(params[name], args)
+        args = refreshed(params[name], args, writes=uses.results)
         slots = read_all(uses.ins)
         how = Thread(reads, writes, outs=outs, once=True)
         jaxpr = thread(params[name], how, [_compat.typeof(s) for s in slots])

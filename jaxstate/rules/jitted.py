@@ -32,10 +32,12 @@ from jaxstate.thread import (
     Addresses,
     Thread,
     Uses,
+    captured_inputs,
     check_type,
     in_order,
     read_all,
     read_as_stored,
+    refreshed,
     register_rule,
     settle,
     state_of,
@@ -51,6 +53,7 @@ from jaxstate.trace import begin_use, check_captured
 def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
     uses = uses_of([params["jaxpr"]])
     bear(params["jaxpr"], args)
+    args = refreshed(params["jaxpr"], args, writes=uses.results)
     slots = read_all(uses.ins)
     threaded = _threaded(params, uses, [_compat.typeof(s) for s in slots])
     return write_last(uses.results, _compat.jit_p.bind(*slots, *args, **threaded))
@@ -104,7 +107,10 @@ def _looks_at_operands(call: _compat.JitCall) -> bool:
     (A function that somebody has converted to an object has its captures in the object. And arrays
     that can be written are tracers.) Such a call is bound, as an equation is.
     """
-    if has_births(call.params["jaxpr"]) or any(map(_compat.is_tracer, call.operands)):
+    jaxpr = call.params["jaxpr"]
+    if has_births(jaxpr) or any(map(_compat.is_tracer, call.operands)):
+        return True
+    if any(c.at >= len(call.consts) for c in captured_inputs(jaxpr)):
         return True
     return any(_compat.is_tracer(c) and type(c) is not StateTracer for c in call.consts)
 
@@ -175,14 +181,17 @@ class _ThreadedCall:
         cells: list[Any] = [address.cell_here() for address in self._slots]
         if None in cells or (self._aliases and len(set(map(id, cells))) < len(cells)):
             return NotImplemented
-        captured, (reads, writes, _), _, _ = self._state
+        captured, uses, _, _ = self._state
+        reads, writes, _ = uses
         n = len(reads) + len(writes)
         n_in = n + len(captured)
         try:
             outs, written = self._run([c.value for c in cells[:n_in]], *args, **kwargs)
         except _OtherStateError:
             return NotImplemented
-        for cell, value in zip((*cells[len(reads) : n], *cells[n_in:]), written, strict=True):
+        results = zip((*cells[len(reads) : n], *cells[n_in:]), uses.results, written, strict=True)
+        for cell, address, value in results:
+            address.note_write()
             cell.value = value
         return outs
 

@@ -1,7 +1,7 @@
 """scan and while: slots that a body writes are carried, slots that it only reads are constants.
 
-A body may have captured a slot, as a constant, before it wrote it. From the second turn on that
-is not what the slot holds: such a constant becomes the carried value.
+A function of the loop may have captured a slot, as a constant, that another one writes. From the
+second turn on that is not what the slot holds: such a constant becomes the carried value.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from jaxstate.thread import (
     Addresses,
     Thread,
     read_all,
+    refreshed,
     register_rule,
     state_of,
     state_of_all,
+    superseded,
     thread,
     write_all,
 )
-from jaxstate.trace import captured_operands, current_use
 
 
 @register_rule(_compat.scan_p)
@@ -40,13 +41,14 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     slots = read_all(reads + writes)
     steps = sown.unstacked(xs, params["length"], read_all)
     avals = [_compat.typeof(s) for s in slots] + [a.aval() for a in xs]
-    captures = _captures(0, n_consts, writes)
-    how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys, captures=captures)
+    consts = refreshed(params["jaxpr"], args[:n_consts], writes=writes)
+    dropped = superseded(params["jaxpr"], writes)
+    how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys, dropped=dropped)
     jaxpr = thread(params["jaxpr"], how, avals)
-    more_consts = len(reads) - len(captures)
+    more_consts = len(reads) - len(dropped)
     threaded = _compat.scan_params_with(params, more_consts, len(writes), len(xs), len(ys))
     constants, carried = slots[: len(reads)], slots[len(reads) :]
-    consts = _without(captures, args[:n_consts])
+    consts = _without(dropped, consts)
     outs = _compat.scan_p.bind(
         *constants, *consts, *carried, *args[n_consts:], *steps, **dict(threaded, jaxpr=jaxpr)
     )
@@ -62,17 +64,7 @@ def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
     return tuple(a for a in addresses if not a.per_step), per_step
 
 
-def _captures(start: int, n: int, writes: Sequence[Address]) -> tuple[tuple[int, Address], ...]:
-    """Which of the ``n`` operands from ``start`` are captures of slots that the loop writes."""
-    use = current_use()
-    captured = captured_operands()
-    found = ((i, captured[start + i]) for i in range(n) if start + i in captured)
-    written = {address.renewed(use): address for address in writes}
-    return tuple((i, written[a.renewed(use)]) for i, a in found if a.renewed(use) in written)
-
-
-def _without(captures: Sequence[tuple[int, Address]], operands: Sequence[Any]) -> list[Any]:
-    dropped = {i for i, _ in captures}
+def _without(dropped: Sequence[int], operands: Sequence[Any]) -> list[Any]:
     return [x for i, x in enumerate(operands) if i not in dropped]
 
 
@@ -95,12 +87,14 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     cond_writes = bool(state_of(cond).writes)
-    in_cond, in_body = _captures(0, n_cond, writes), _captures(n_cond, n_body, writes)
+    in_cond, in_body = superseded(cond, writes), superseded(body, writes)
+    cond_consts = refreshed(cond, cond_consts, writes=writes)
+    body_consts = refreshed(body, body_consts, writes=writes)
 
-    how = Thread(reads, writes, at=n_body, out_at=0, captures=in_body)
+    how = Thread(reads, writes, at=n_body, out_at=0, dropped=in_body)
     body = thread(body, how, avals)
     out_at = 0 if cond_writes else None
-    how = Thread(reads, writes, at=n_cond, out_at=out_at, out=cond_writes, captures=in_cond)
+    how = Thread(reads, writes, at=n_cond, out_at=out_at, out=cond_writes, dropped=in_cond)
     cond = thread(cond, how, avals)
     cond_consts, body_consts = _without(in_cond, cond_consts), _without(in_body, body_consts)
     n_cond, n_body = len(cond_consts), len(body_consts)

@@ -20,6 +20,7 @@ from jaxstate.slots import any_open
 from jaxstate.thread import (
     Thread,
     read_all,
+    refreshed,
     register_hidden_rule,
     register_rule,
     state_of_all,
@@ -71,6 +72,9 @@ def _with_state(solve: _compat.Solve) -> list[Any]:
         name: thread(jaxpr, Thread(reads, writes, out=name in _HANDING_ON), avals)
         for name, jaxpr in solve.functions.items()
     }
-    consts = {name: [*slots, *values] for name, values in solve.consts.items()}
+    consts = {
+        name: [*slots, *refreshed(solve.functions[name], values, writes)]
+        for name, values in solve.consts.items()
+    }
     outs = solve.bind(functions, consts)
     return write_last(writes, outs) if "solve" in functions else outs
