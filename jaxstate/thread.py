@@ -249,7 +249,7 @@ class Thread(NamedTuple):
       lasts: slots to come in, behind the other inputs.
       outs: slots that only go out, behind the other outputs.
       once: whether the primitive runs the jaxpr once, or not at all.
-      dropped: the inputs that are captures of ``writes`` (`superseded`). They are counted in ``at``.
+      dropped: the inputs that are captures of ``writes`` (`superseded`); ``at`` counts them.
     """
 
     reads: Addresses

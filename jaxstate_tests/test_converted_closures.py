@@ -1,7 +1,7 @@
 """Arrays written in place by functions whose closures a solver has made explicit.
 
 A solver converts the functions that it is given: what they close over becomes operands, which it
-passes on as it likes. Reads see every write all the same, and derivatives by the operands are right.
+passes on as it likes. Reads see every write all the same, and derivatives are right.
 """
 
 import itertools
