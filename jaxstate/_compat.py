@@ -746,7 +746,7 @@ def wrap_finished_jaxprs(
 
 
 def with_constvars(jaxpr: Any, kept: Sequence[bool], eqns: Sequence[Any]) -> Any:
-    """The open jaxpr that was just finished with some of its constants only, and other equations."""
+    """The open jaxpr that was just finished with some of its constants, and other equations."""
     n = len(kept)
     of_jaxpr = jaxpr.constvars if _flattree is None else jaxpr.all_invars[:n]
     inputs = jaxpr.invars if _flattree is None else jaxpr.all_invars[n:]
