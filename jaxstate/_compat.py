@@ -30,6 +30,7 @@ from jax._src import (
     ad_checkpoint,
     ad_util,
     api,
+    api_util,
     array,
     compute_on,
     config,
@@ -388,12 +389,36 @@ def has_ended(value: Any) -> bool:
     return not any(getattr(t, "tag", None) is value._trace.tag for t in chain(current_trace()))
 
 
-def without_tangents(value: Any) -> Any:
-    """The primal value of a tracer in the middle of a derivative."""
+def without_tangents(
+    value: Any,
+    keep: Callable[[Any], bool] = lambda trace: False,
+    refuse: Callable[[], None] = lambda: None,
+) -> Any:
+    """The primal value of a tracer in the middle of derivatives.
+
+    Tangents of a trace that ``keep(trace)`` says stay; for others that are not zero ``refuse()`` is
+    called.
+    """
     if isinstance(value, (JVPTracer, LinearizeTracer)):
-        return without_tangents(value.primal)
+        if keep(value._trace):
+            return value
+        if type(value.tangent) is not Zero and has_tangent(typeof(value)):
+            refuse()
+        return without_tangents(value.primal, keep, refuse)
     if isinstance(value, BatchTracer):
-        return lane_tracer(value._trace, without_tangents(value.val), value.batch_dim)
+        inner = without_tangents(value.val, keep, refuse)
+        return lane_tracer(value._trace, inner, value.batch_dim)
+    return value
+
+
+def known_part(value: Any) -> Any:
+    """The value, without the trace that linearizes the rule of a custom_jvp function; None if it
+    depends on the tangents."""
+    if isinstance(value, PartialTracer):
+        return value.pval.get_known()
+    if isinstance(value, BatchTracer):
+        inner = known_part(value.val)
+        return None if inner is None else lane_tracer(value._trace, inner, value.batch_dim)
     return value
 
 
@@ -704,10 +729,10 @@ def notes_of(trace: Any, make: Callable[[], Any]) -> Any:
     return constants.notes
 
 
-def builds_jaxpr(outside: Any) -> bool:
-    """Whether the program builds a jaxpr that ``outside`` does not know: it computes nothing."""
+def builds_jaxpr(outside: Any, inside: Any) -> bool:
+    """Whether what runs under the trace ``inside`` builds a jaxpr that ``outside`` does not know."""
     known = list(chain(outside))
-    for trace in chain(current_trace()):
+    for trace in chain(inside):
         if any(trace is t for t in known):
             return False
         if isinstance(trace, StagingTrace):
@@ -1082,6 +1107,11 @@ def _with_integer_tangents(jvp: Any) -> Callable[..., Any]:
     return with_integer_tangents
 
 
+def is_vmap_rule(rule: Any) -> bool:
+    """Whether the rule of a custom_vmap operation is that of a user's function."""
+    return isinstance(rule, custom_batching.ClosedRule)
+
+
 # -- Primitives that hide their jaxprs -------------------------------------------------------
 
 call_hi_primitive_p = hijax.call_hi_primitive_p
@@ -1097,6 +1127,154 @@ def hidden_jaxprs(prim: Any) -> Iterator[Any]:
             yield value.jaxpr
         else:
             yield from core.jaxprs_in_params({"": value})
+
+
+class Traced(NamedTuple):
+    """A function that JAX has traced for some arguments.
+
+    Attributes:
+      jaxpr: takes ``consts`` in front of ``operands``.
+      consts: what the function closes over and traces.
+      operands: the flat arguments.
+      statics: the numbers of the arguments that are no operands.
+      out_tree: how its results are returned.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    operands: Sequence[Any]
+    statics: Sequence[int]
+    out_tree: Any
+
+
+# custom_jvp and custom_vjp as JAX has them behind flags, and for ``generic_batching``: they trace the
+# function at once, and make one operation of it and its rules.
+CustomJVP3: Any = getattr(hijax, "custom_jvp3", None)
+CustomVJP3: Any = hijax.custom_vjp3
+
+
+def wrap_traced_rules(call_with_state: Callable[[Any, tuple[Any, ...], Traced], Any]) -> None:
+    """Lets ``call_with_state(function, args, traced)`` call functions with rules of these kinds,
+    unless it returns `NotImplemented`."""
+
+    def wrap(kind: Any) -> None:
+        plain = kind.__call__
+
+        @functools.wraps(plain)
+        def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+            found = _trace_with_rules(function, args, kwargs)
+            if found is not None:
+                result = call_with_state(function, *found)
+                if result is not NotImplemented:
+                    return result
+            return plain(function, *args, **kwargs)
+
+        kind.__call__ = call
+
+    for kind in (CustomJVP3, CustomVJP3):
+        if kind is not None:
+            wrap(kind)
+
+
+def _trace_with_rules(
+    function: Any, args: Any, kwargs: Any
+) -> tuple[tuple[Any, ...], Traced] | None:
+    """The arguments by position, and what JAX is about to trace; None if it traces nothing."""
+    try:
+        args = api_util.resolve_kwargs(function.f, args, kwargs)
+    except TypeError:
+        return None  # JAX says what is wrong
+    leaves = [jax.tree.leaves(x) for x in args]
+    traced = [any(map(is_tracer, xs)) for xs in leaves]
+    if _flattree is not None and isinstance(function, CustomVJP3) and core.trace_state_clean():
+        if not any(traced):
+            return None  # JAX calls it
+    statics = [i for i in function.static_argnums if not traced[i]]
+    if len(statics) < len(function.static_argnums) and not isinstance(function, CustomJVP3):
+        return None  # JAX refuses it
+    flat = [x for i, xs in enumerate(leaves) if i not in statics for x in xs]
+    try:
+        found = jit(function.f, static_argnums=(*statics,)).trace(*args)
+    except ValueError:  # a static argument without a hash
+        fun = _with_static_arguments(function.f, args, statics)
+        found = jit(fun).trace(*(x for i, x in enumerate(args) if i not in statics))
+    return args, Traced(found.jaxpr, found._consts, flat, statics, found.out_tree)
+
+
+def _with_static_arguments(fun: Any, args: Sequence[Any], statics: Sequence[int]) -> Any:
+    def of_others(*others: Any) -> Any:
+        rest = iter(others)
+        return fun(*(x if i in statics else next(rest) for i, x in enumerate(args)))
+
+    return of_others
+
+
+def like_traced_rules(
+    function: Any, fun: Any, more: int, wrap: Callable[[str, Any], Any]
+) -> Any:
+    """A function like ``function`` that is made of ``fun``, which takes ``more`` arguments in front.
+
+    ``wrap(name, rule)`` is what becomes of each of its rules.
+    """
+
+    def named(fun: Any, like: Any) -> Any:
+        def call(*args: Any) -> Any:
+            return fun(*args)
+
+        functools.update_wrapper(call, like, updated=())
+        del call.__wrapped__  # JAX looks at the arguments of that
+        return call
+
+    def rule(name: str, rule: Any) -> Any:
+        return named(wrap(name, rule), rule)
+
+    statics = [i + more for i in function.static_argnums]
+    other = type(function)(named(fun, function.f), statics)
+    for name, value in vars(function).items():
+        if name in ("jvp_fun", "fwd", "bwd") and value is not None:
+            setattr(other, name, rule(name, value))
+        elif name == "remat_rules" and value is not None:
+            fwd, rem, bwd, with_logs = value
+            rules = rule("remat_fwd", fwd), rule("rem", rem), rule("remat_bwd", bwd)
+            other.remat_rules = (*rules, with_logs)
+        elif name in ("symz", "opt_remat", "with_logs", "with_accums", "generic_batching"):
+            setattr(other, name, value)
+    return other
+
+
+def without_derivative(name: str, error: Callable[..., Exception]) -> Any:
+    """The primitive of a function that returns its operand, and raises ``error(**params)`` where it
+    is differentiated."""
+    primitive = Primitive(name)
+    primitive.def_impl(lambda x, **_: x)
+    primitive.def_abstract_eval(lambda x, **_: x)
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, lambda ctx, x, **_: [x])
+
+    def refuse(primals: Any, tangents: Any, **params: Any) -> Any:
+        raise error(**params)
+
+    ad.primitive_jvps[primitive] = refuse
+    return primitive
+
+
+RematTraced = ad_checkpoint.RematTraced
+Scan3 = loops.Scan3
+
+
+def remat_with(prim: Any, jaxpr: Any, more: int) -> Any:
+    """A checkpointed jaxpr of JAX's next implementation with another one, which takes ``more``
+    operands in front."""
+    params = dict(prim.params, jaxpr=jaxpr)
+    if isinstance(params.get("prevent_cse"), tuple):
+        params["prevent_cse"] = (False,) * more + params["prevent_cse"]
+    return RematTraced(**params)
+
+
+def scan3_with(prim: Any, jaxpr: Any, more: int) -> Any:
+    """A scan of JAX's next implementation with another body, which takes ``more`` operands in
+    front, the same in every step."""
+    return Scan3(**dict(prim.params, jaxpr=jaxpr, extensives=[False] * more + prim.extensives))
 
 
 # -- Functions that return flat results ------------------------------------------------------
@@ -1511,23 +1689,51 @@ def is_rule_of_activation(rule: Any) -> bool:
     return rule.f in _rules_of_activations
 
 
-def trace_and_forget(fun: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Calls ``fun`` without computing anything: arguments that are arrays are traced."""
-    where = [i for i, x in enumerate(args) if isinstance(x, (jax.Array, np.ndarray, np.generic))]
-
-    def traced(*arrays: Any) -> None:
-        full = list(args)
-        for i, x in zip(where, arrays, strict=True):
-            full[i] = x
-        fun(*full)
-
-    make_jaxpr(traced)(*(typeof(args[i]) for i in where))
-
-
 def wrap_rule_function(fun: Any, replace: Callable[..., Any]) -> Any:
     """The ``WrappedFun`` that runs ``replace`` and can be called like ``fun``."""
     replace._jaxstate_replaces = getattr(fun.f, "_jaxstate_replaces", fun.f)  # type: ignore[attr-defined]
     return linear_util.wrap_init(replace, debug_info=fun.debug_info.with_unknown_names())
+
+
+def wrap_backward_rule(
+    bwd: Any,
+    n_residuals: Callable[[], int],
+    given: Callable[[Sequence[Any]], tuple[Sequence[Any], contextlib.AbstractContextManager[Any]]],
+) -> Any:
+    """The ``WrappedFun`` of a backward rule with further residuals, ``n_residuals()`` in all.
+
+    ``given(residuals)`` are those that the rule takes, and a context to run it in.
+    """
+
+    def call(*args: Any) -> Any:
+        n = n_residuals()
+        residuals, context = given(args[:n])
+        reset_stores(bwd)
+        with context:
+            return map_results(resolved, bwd.call_wrapped(*residuals, *args[n:]))
+
+    if _TakesAccumulators and isinstance(bwd.f, _TakesAccumulators) and not bwd.transforms:
+        return linear_util.wrap_init(_WithAccumulators(bwd.f, call, given), bwd.debug_info)
+    return wrap_rule_function(bwd, call)
+
+
+# From jax 0.12 on a backward rule may add its results to accumulators.
+_TakesAccumulators: Any = getattr(ad, "CustomBwdWithAccums", None)
+
+
+class _WithAccumulators(_TakesAccumulators or object):
+    def __init__(self, bwd: Any, call: Callable[..., Any], given: Callable[..., Any]) -> None:
+        self._bwd = bwd
+        self._call = call
+        self._given = given
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def call_with_accums(self, residuals: Any, cts: Any, accumulators: Any) -> Any:
+        residuals, context = self._given(residuals)
+        with context:
+            return self._bwd.call_with_accums(residuals, cts, accumulators)
 
 
 def reset_stores(fun: Any) -> None:

@@ -572,7 +572,12 @@ def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     return bind_with_trace
 
 
-_compat.wrap_bind(
-    _compat.call_hi_primitive_p, lambda bind: _one_use_per_bind(bind, lambda params: True)
-)
+def _one_use_per_hidden_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
+    def bind_values(*args: Any, **params: Any) -> Any:  # JAX does not look at these operands
+        return bind(*map(_compat.resolved, args), **params)
+
+    return _one_use_per_bind(bind_values, lambda params: True)
+
+
+_compat.wrap_bind(_compat.call_hi_primitive_p, _one_use_per_hidden_bind)
 _compat.wrap_bind_with_trace(_compat.call_hi_primitive_p, _hidden_stateful_bind)

@@ -11,11 +11,13 @@ from jaxstate.rules import (
     calls,
     derivatives,
     foreign,
+    hijax,
     jitted,
     kernels,
     loops,
     mesh,
     solves,
+    traced_derivatives,
 )
 
 __all__ = [
@@ -24,9 +26,11 @@ __all__ = [
     "calls",
     "derivatives",
     "foreign",
+    "hijax",
     "jitted",
     "kernels",
     "loops",
     "mesh",
     "solves",
+    "traced_derivatives",
 ]

@@ -10,6 +10,7 @@ function whose parameters differ from lane to lane are named errors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -64,6 +65,7 @@ class _Rule:
     def __init__(
         self, rule: Callable[..., Any], slots: Sequence[Address], written: Sequence[Address]
     ) -> None:
+        functools.update_wrapper(self, rule)  # JAX's errors say its name
         self.rule = rule
         self.slots = slots
         self.written = written
@@ -84,7 +86,8 @@ class _Rule:
 
 def _guarding_the_rule(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if slots.any_open() and not isinstance(params["rule"], _Rule):
+        # (The rule of a derivative of such an operation is JAX's, and calls the one of here.)
+        if slots.any_open() and _compat.is_vmap_rule(params["rule"]):
             params = dict(params, rule=_Rule(params["rule"], (), ()))
         return bind(trace, args, avals, params)
 

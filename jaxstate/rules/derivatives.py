@@ -1,17 +1,17 @@
-"""custom_jvp and custom_vjp: a function and its rules are given their state as operands.
+"""custom_jvp and custom_vjp: a function and its rules find the state of the place they are called.
 
-The function and its derivative rules are Python functions that JAX calls when it likes, perhaps
-much later, when the streams and parameters of this moment are gone. So the state that the function
-uses becomes explicit where it is called:
+The function and its derivative rules are Python functions that JAX calls when it likes: at once, or
+much later, when the streams and parameters of this moment are gone.
 
-1. Call the primitive with the function *recording*: every slot it touches is noted. If it touches
-   none (nearly always), that was the call. (Where the call would compute something, the function
-   is traced first and the jaxpr thrown away, so that no effect of it happens twice. Functions of
-   JAX itself have none, and `jax.nn.relu` and the like, in which every network spends its time,
-   need no recording.)
-2. Otherwise read those slots here, and call the primitive again with their values as further
-   operands, and what the function writes as further outputs. Function and rules find the state in
-   a holder that answers from the operands they are given.
+1. Bind the primitive. A function that JAX calls at once (a forward rule under a derivative, the
+   function under a vmap) uses the slots outside as any other code does. What it has read of them
+   goes to the backward rule as further residuals.
+2. Where JAX builds a jaxpr of the function it is *recorded*: every slot it touches is noted. If it
+   touches none (nearly always), that was the call. Otherwise read those slots here, and bind the
+   primitive again with their values as further operands, and what the function writes as further
+   outputs. Function and rules find the state in a holder that answers from the operands.
+
+So Python runs twice only where a jaxpr is built, and only if the function uses state.
 
 The user's rule says nothing about the state, so it cannot be differentiated with respect to it:
 JAX refuses the same of values that such a function closes over.
@@ -19,7 +19,6 @@ JAX refuses the same of values that such a function closes over.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +27,7 @@ from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
 from jaxstate.slots import Address, Cell, Holder
 from jaxstate.thread import read_all, settle, write_last
-from jaxstate.trace import boundaries, one_use, read
+from jaxstate.trace import boundaries, one_use, read, same_trace, write
 
 
 class _RuleState(Holder):
@@ -120,14 +119,32 @@ def _families_of(trace: Any) -> tuple[Any, ...]:
 
 
 class _Touched(Exception):
-    """Ends the recording call of a function that touched state.
+    """Ends the call of a function of which JAX builds a jaxpr, and that touched state.
 
-    Recordings nest where one trace passes a call on to the next: ``recording`` is whose this is.
+    Calls nest where one trace passes a call on to the next: ``calls`` is whose this is.
     """
 
-    def __init__(self, recording: _Recording) -> None:
+    def __init__(self, calls: _Calls) -> None:
         super().__init__()
-        self.recording = recording
+        self.calls = calls
+
+
+class _SlotOutside(Cell):
+    """The cell of a slot in a function that runs at once: the slot itself."""
+
+    __slots__ = ("_calls", "_key")
+
+    def __init__(self, calls: _Calls, key: Address) -> None:
+        self._calls = calls
+        self._key = key
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        return self._calls.read_at_once(self._key)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._calls.write_at_once(self._key, value)
 
 
 class _RecordedCell(Cell):
@@ -152,22 +169,25 @@ class _RecordedCell(Cell):
     def value(self, value: Any) -> None:
         self._value, self.was_written = value, True
 
-    def forget(self) -> None:
-        """Keeps what happened, and not the value, which may be of a trace that ends."""
-        self._value = None
 
+class _Calls(_RuleState):
+    """The calls that JAX makes of a function and its rules while it binds them.
 
-class _Recording(_RuleState):
-    """Notes which slots a function touches, and answers with their values outside.
+    What runs at once uses the slots outside. If JAX builds a jaxpr, it is noted which slots the
+    function touches, and the call ends.
 
     Attributes:
-      traces_first: whether a function that would compute something is only traced at first.
+      use: what this call makes of what is made in the function.
+      given: what a function that runs at once reads before it writes.
+      written: what it writes.
+      over: whether the bind is over. What runs then is a rule of an equation, much later.
     """
 
-    def __init__(self, outside: Any, traces_first: bool) -> None:
+    def __init__(self, outside: Any) -> None:
         super().__init__(outside, slots.stack())
-        self.traces_first = traces_first
-        self.cells: dict[Address, _RecordedCell] = {}
+        self.use: dict[Any, Any] = {}
+        self.given: dict[Address, Any] = {}
+        self.written: set[Address] = set()
         self.over = False
 
     def finish(self) -> None:
@@ -177,6 +197,8 @@ class _Recording(_RuleState):
         self.below = [holder.remains() for holder in self.below]
         self.extra = {}
         self.cells = {}
+        self.use = {}
+        self.given = dict.fromkeys(self.given)
 
     def aval(self, address: Address) -> Any:
         if self.over:
@@ -188,55 +210,111 @@ class _Recording(_RuleState):
             raise _rule_touches_more(address)
         key = address.seen_from(self)
         if key not in self.cells:
-            self.cells[key] = _RecordedCell(functools.partial(self._read, key))
-            if not key.given_if_read:
-                self.cells[key].read()
+            self.cells[key] = self._new_cell(key)
         return self.cells[key]
 
-    def _read(self, key: Address) -> Any:
+    def _new_cell(self, key: Address) -> Cell:
+        if not self._is_traced():
+            return _SlotOutside(self, key)
+        cell = _RecordedCell(lambda: _compat.without_tangents(self._read(key)))
+        if not key.given_if_read:
+            cell.read()
+        return cell
+
+    def _is_traced(self) -> bool:
+        """Whether JAX builds a jaxpr of the function, which may run later and more than once."""
+        return _compat.builds_jaxpr(self.outside, self.anchor)
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
         with slots.only_open(self.below), _compat.set_current_trace(self.outside):
-            # A rule runs under a trace further out than the function; it finds primals there.
-            return _compat.without_tangents(_compat.canonicalize(read(key)))
+            yield
+
+    def _read(self, key: Address) -> Any:
+        with self._outside():
+            return _compat.canonicalize(read(key.renewed(self.use)))
+
+    def read_at_once(self, key: Address) -> Any:
+        """The value as the function sees it: a rule runs under a trace further out."""
+
+        def refuse() -> None:
+            raise differentiates_state(key)
+
+        traces = list(_compat.chain(self.anchor))
+        value = _compat.without_tangents(
+            self._read(key),
+            lambda trace: any(same_trace(trace, t) for t in traces),
+            refuse,
+        )
+        if key not in self.written:
+            self.given.setdefault(key, value)
+        return value
+
+    def write_at_once(self, key: Address, value: Any) -> None:
+        known = _compat.known_part(value)
+        if known is None:
+            raise _rule_writes_tangent(key)
+        self.written.add(key)
+        with self._outside():
+            write(key.renewed(self.use), known)
 
     def touched(self) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
         """The slots whose value the function is to be given, and those that it wrote."""
         given = tuple(a for a, cell in self.cells.items() if cell.was_read)
         return given, tuple(a for a, cell in self.cells.items() if cell.was_written)
 
-    def recording(self, fun: Any) -> Any:
-        def call(*args: Any) -> Any:
-            _compat.reset_stores(fun)
-            with self.entered():
-                return _compat.map_results(_compat.resolved, fun.call_wrapped(*args))
+    def function(self, fun: Any) -> Any:
+        """The function, or its rule; not the backward rule."""
 
-        def recorded(*args: Any) -> Any:
-            if self.traces_first and not self.over and not _compat.builds_jaxpr(self.outside):
-                self._trace(call, args)
-            out = call(*args)
-            self._end_if_touched()
+        def call(*args: Any) -> Any:
+            with self.entered():
+                out = _run(fun, args)
+                if self.cells and not self.over and self._is_traced():
+                    _compat.abandon_traces_inside(self.outside)
+                    raise _Touched(self)
             return out
 
-        return _compat.wrap_rule_function(fun, recorded)
+        return _compat.wrap_rule_function(fun, call)
 
-    def _trace(self, call: Callable[..., Any], args: Sequence[Any]) -> None:
-        def traced(*args: Any) -> None:
-            call(*args)
-            for cell in self.cells.values():
-                cell.forget()
+    # What a forward rule that ran at once has read goes to the backward rule as residuals.
 
-        try:
-            _compat.trace_and_forget(traced, args)
-        except _Touched:  # of a recording around this one
-            raise
-        except Exception:  # Python looks at values (or it is an error): the call itself will tell
-            self.cells.clear()
-        self._end_if_touched()
-        self.extra.clear()
+    def fwd(self, fwd: Any, out_trees: Callable[[], Any]) -> Any:
+        called = self.function(fwd)
 
-    def _end_if_touched(self) -> None:
-        if self.cells and not self.over:
-            _compat.abandon_traces_inside(self.outside)
-            raise _Touched(self)
+        def with_residuals(*args: Any) -> list[Any]:
+            out = called.call_wrapped(*args)
+            if not self.given:
+                return out
+            _, res_tree, forwarded = out_trees()
+            n = res_tree.num_leaves - sum(f is not None for f in forwarded)
+            values = [*self.given.values()]
+            self.given = dict.fromkeys(self.given)
+            return [*out[:n], *values, *out[n:]]
+
+        return _compat.wrap_rule_function(fwd, with_residuals)
+
+    def out_trees(self, out_trees: Callable[[], Any]) -> Callable[[], Any]:
+        def with_residuals() -> Any:
+            out_tree, res_tree, forwarded = out_trees()
+            if not self.given:
+                return out_tree, res_tree, forwarded
+            n = len(self.given)
+            return out_tree, _compat.tree_with_leaves(res_tree, n), [*forwarded, *[None] * n]
+
+        return with_residuals
+
+    def bwd(self, bwd: Any, out_trees: Callable[[], Any]) -> Any:
+        below, age = without_values(self.below), self.age
+
+        def given(residuals: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+            n = out_trees()[1].num_leaves
+            cells = {a: Cell(v) for a, v in zip(self.given, residuals[n:], strict=True)}
+            return residuals[:n], _only_reading(_Given(None, below, cells, age=age))
+
+        def n_residuals() -> int:
+            return out_trees()[1].num_leaves + len(self.given)
+
+        return _compat.wrap_backward_rule(bwd, n_residuals, given)
 
 
 class _Given(_RuleState):
@@ -252,10 +330,13 @@ class _Given(_RuleState):
         below: Sequence[Holder],
         cells: dict[Address, Cell],
         written: Sequence[Address] = (),
+        age: int | None = None,
     ) -> None:
         super().__init__(outside, below)
         self.cells = cells
         self.written = written
+        if age is not None:
+            self.age = age  # so that the arguments are arrays made inside
 
     def aval(self, address: Address) -> Any:
         for boundary in boundaries(self):
@@ -286,6 +367,16 @@ class _UnreadCell(Cell):
     @value.setter
     def value(self, value: Any) -> None:
         self._value = value
+
+
+@contextmanager
+def _only_reading(state: _Given) -> Iterator[None]:
+    before = {address: cell.value for address, cell in state.cells.items()}
+    with state.entered():
+        yield
+    for address, cell in state.cells.items():
+        if cell.value is not before[address]:
+            raise _backward_writes(address)
 
 
 def without_values(holders: Sequence[Holder]) -> list[Holder]:
@@ -321,6 +412,34 @@ def _rule_touches_less(address: Address) -> Exception:
     )
 
 
+def differentiates_state(address: Address) -> Exception:
+    return CustomRuleStateError(
+        message(
+            f"A function with a custom derivative rule uses {address}, and is differentiated with"
+            " respect to it. The rule says nothing about that derivative.",
+            fix="""
+            @jax.custom_vjp
+            def f(x, w): ...                  # make it an argument, extend the rule
+            f(x, jaxstate.param("w", ...))
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
+def _rule_writes_tangent(address: Address) -> Exception:
+    return CustomRuleStateError(
+        message(
+            f"The rule of a custom_jvp writes {address}, with a value made of tangents. They are"
+            " not known yet where a function is linearized.",
+            fix="""
+            def jvp(primals, tangents): ...     # write what is made of the primals only
+            """,
+            used=_compat.user_location(),
+        )
+    )
+
+
 def _backward_writes(address: Address) -> Exception:
     return CustomRuleStateError(
         message(
@@ -336,7 +455,13 @@ def _backward_writes(address: Address) -> Exception:
     )
 
 
-class _Explicit:
+def _run(fun: Any, args: Sequence[Any]) -> Any:
+    """The results of a ``WrappedFun``. One may stand for a slot, and so for what is in it now."""
+    _compat.reset_stores(fun)
+    return _compat.map_results(_compat.resolved, fun.call_wrapped(*args))
+
+
+class Explicit:
     """A function and its rules with their state as leading operands and trailing outputs."""
 
     def __init__(self, touched: Sequence[Address], written: Sequence[Address]) -> None:
@@ -348,22 +473,28 @@ class _Explicit:
         self.below = without_values(slots.stack())
 
     def run(
-        self, fun: Any, values: Sequence[Any], *args: Any
-    ) -> tuple[list[Any], dict[Address, Cell]]:
-        """The outputs of ``fun``, and the cells that it leaves."""
+        self, call: Callable[[], Any], values: Sequence[Any]
+    ) -> tuple[Any, dict[Address, Cell]]:
+        """What ``call()`` returns with the slots at ``values``, and the cells that it leaves."""
         # In an in-place function the operands are arrays that the function itself could write.
         before = dict(zip(self.touched, map(_compat.canonicalize, values), strict=True))
         cells = {a: Cell(v) for a, v in before.items()}
-        state = _Given(None, self.below, cells, self.written)
-        state.age = self.age  # so that the arguments are arrays made inside
-        _compat.reset_stores(fun)
+        state = _Given(None, self.below, cells, self.written, self.age)
         with state.entered():
-            # A result may stand for a slot, and so for what is in its cell now.
-            out = _compat.map_results(_compat.resolved, fun.call_wrapped(*args))
+            out = call()
         for address, cell in cells.items():
             if address not in self.written and cell.value is not before[address]:
                 raise _rule_touches_more(address)
         return out, cells
+
+    def run_backward(self, call: Callable[[], Any], values: Sequence[Any]) -> Any:
+        """What ``call()`` returns, which may not write."""
+        out, cells = self.run(call, values)
+        before = dict(zip(self.touched, values, strict=True))
+        for address in self.written:
+            if address in cells and cells[address].value is not before.get(address):
+                raise _backward_writes(address)
+        return out
 
     def results(self, cells: dict[Address, Cell]) -> list[Any]:
         """What is left in the written slots."""
@@ -374,7 +505,7 @@ class _Explicit:
 
     def function(self, fun: Any) -> Any:
         def explicit(*args: Any) -> list[Any]:
-            out, cells = self.run(fun, args[: self.n], *args[self.n :])
+            out, cells = self.run(lambda: _run(fun, args[self.n :]), args[: self.n])
             return [*out, *self.results(cells)]
 
         return _compat.wrap_rule_function(fun, explicit)
@@ -390,7 +521,8 @@ class _Explicit:
             given = tangents[self.n :]
             if not symbolic_zeros:
                 given = [_compat.instantiate_symbolic_zero(t) for t in given]
-            out, cells = self.run(jvp, primals[: self.n], *primals[self.n :], *given)
+            operands = (*primals[self.n :], *given)
+            out, cells = self.run(lambda: _run(jvp, operands), primals[: self.n])
             written = self.results(cells)
             n_out = len(out) // 2
             zeros = [_compat.symbolic_zero_like(w) for w in written]
@@ -404,7 +536,7 @@ class _Explicit:
         def explicit(*args: Any) -> list[Any]:
             state, rest = args[: 2 * self.n], args[2 * self.n :]
             self.refuse_derivatives(state[::2], state[1::2])
-            out, cells = self.run(fwd, state[::2], *rest)
+            out, cells = self.run(lambda: _run(fwd, rest), state[::2])
             return [*out, *self.results(cells)]
 
         return _compat.wrap_rule_function(fwd, explicit)
@@ -430,11 +562,7 @@ class _Explicit:
                 args[n_res : n_res + self.n],
                 args[n_res + self.n : len(args) - len(self.written)],
             )
-            out, cells = self.run(bwd, state, *residuals, *cts)
-            before = dict(zip(self.touched, state, strict=True))
-            for address in self.written:
-                if address in cells and cells[address].value is not before.get(address):
-                    raise _backward_writes(address)
+            out = self.run_backward(lambda: _run(bwd, (*residuals, *cts)), state)
             zeros = [_compat.zero_cotangent(_compat.typeof(s)) for s in state]
             return _compat.prepend_cotangents(zeros, out)
 
@@ -443,26 +571,15 @@ class _Explicit:
     def refuse_derivatives(self, values: Sequence[Any], nonzero: Sequence[bool]) -> None:
         for address, value, differentiated in zip(self.touched, values, nonzero, strict=True):
             if differentiated and _compat.has_tangent(_compat.typeof(value)):
-                raise CustomRuleStateError(
-                    message(
-                        f"A function with a custom derivative rule uses {address}, and is"
-                        " differentiated with respect to it. The rule says nothing about that"
-                        " derivative.",
-                        fix="""
-                        @jax.custom_vjp
-                        def f(x, w): ...                  # make it an argument, extend the rule
-                        f(x, jaxstate.param("w", ...))
-                        """,
-                        used=_compat.user_location(),
-                    )
-                )
+                raise differentiates_state(address)
 
 
 def _stateful(
-    explicit_params: Callable[[_Explicit, dict[str, Any]], dict[str, Any]],
+    calls_params: Callable[[_Calls, dict[str, Any]], dict[str, Any]],
+    explicit_params: Callable[[Explicit, dict[str, Any]], dict[str, Any]],
     left: Callable[[Any, Any], Any] = lambda trace, value: value,
 ) -> Any:
-    """The bind of a primitive with rules: record, and call again with the state as operands.
+    """The bind of a primitive with rules: see above.
 
     ``left(trace, value)`` is what is written of a value that the function leaves in a slot.
     """
@@ -471,26 +588,26 @@ def _stateful(
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
             if not slots.any_open() or _compat.is_rule_of_activation(params["subfuns"][1]):
                 return bind(trace, args, avals, params)
+            args = [*map(_compat.resolved, args)]
             if _compat.calls_functions(trace) or isinstance(trace, _compat.TransparentTrace):
                 # A vmap around puts its own trace over the current one; the latter binds again.
                 with _compat.set_current_trace(trace):
                     return bind(trace, args, avals, params)
-            state = _Recording(trace, not _compat.is_of_jax(params["subfuns"][0]))
-            functions = tuple(state.recording(f) for f in params["subfuns"])
+            calls = _Calls(trace)
             try:
                 # Code in the function looks for the way to where an array was made.
                 with _compat.set_current_trace(trace):
-                    return bind(trace, args, avals, dict(params, subfuns=functions))
+                    return bind(trace, args, avals, calls_params(calls, params))
             except _Touched as ended:
-                if ended.recording is not state:
+                if ended.calls is not calls:
                     raise
-                touched, written = state.touched()
+                touched, written = calls.touched()
             finally:
-                state.finish()
+                calls.finish()
             with one_use(), _compat.set_current_trace(trace):
                 settle(touched, written)
                 values = read_all(touched)
-                explicit = _Explicit(touched, written)
+                explicit = Explicit(touched, written)
                 operands = [*values, *args]
                 out = bind(
                     trace, operands, [_compat.typeof(x) for x in operands],
@@ -504,22 +621,33 @@ def _stateful(
     return wrap
 
 
-def _jvp_params(explicit: _Explicit, params: dict[str, Any]) -> dict[str, Any]:
+def _jvp_calls(calls: _Calls, params: dict[str, Any]) -> dict[str, Any]:
+    return dict(params, subfuns=tuple(map(calls.function, params["subfuns"])))
+
+
+def _vjp_calls(calls: _Calls, params: dict[str, Any]) -> dict[str, Any]:
+    fun, fwd, bwd = params["subfuns"]
+    out_trees = params["out_trees"]
+    functions = calls.function(fun), calls.fwd(fwd, out_trees), calls.bwd(bwd, out_trees)
+    return dict(params, subfuns=functions, out_trees=calls.out_trees(out_trees))
+
+
+def _jvp_params(explicit: Explicit, params: dict[str, Any]) -> dict[str, Any]:
     fun, jvp = params["subfuns"]
     functions = explicit.function(fun), explicit.jvp(jvp, params["symbolic_zeros"])
     return dict(params, subfuns=functions, symbolic_zeros=True)
 
 
-def _vjp_params(explicit: _Explicit, params: dict[str, Any]) -> dict[str, Any]:
+def _vjp_params(explicit: Explicit, params: dict[str, Any]) -> dict[str, Any]:
     fun, fwd, bwd = params["subfuns"]
     out_trees = params["out_trees"]
     functions = explicit.function(fun), explicit.fwd(fwd), explicit.bwd(bwd, out_trees)
     return dict(params, subfuns=functions, out_trees=explicit.out_trees(out_trees))
 
 
-_compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_params))
+_compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_calls, _jvp_params))
 # A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
 # results do.
 _compat.wrap_bind_with_trace(
-    _compat.custom_vjp_call_p, _stateful(_vjp_params, _compat.without_tangent_of)
+    _compat.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, _compat.without_tangent_of)
 )

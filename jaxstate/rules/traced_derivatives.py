@@ -1,0 +1,151 @@
+"""custom_jvp and custom_vjp where JAX traces the function before it binds anything.
+
+So JAX's next implementations of both do (``jax_custom_jvp3``, ``jax_custom_vjp3``), which are also
+those of ``defvjp(..., generic_batching=True)``. The function is one operation, and its rules run
+when that operation is transformed, perhaps much later. What JAX has traced says which state the
+function uses. If it uses any, another such function is called in its place:
+
+    f(x)      -->      y, s' = f_explicit(s, x);  write s'
+
+Its rules are the user's, which find the state in a holder that answers from the argument ``s``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxstate import _compat
+from jaxstate.births import bear
+from jaxstate.capture import StateTracer
+from jaxstate.rules.derivatives import Explicit, differentiates_state
+from jaxstate.slots import Address
+from jaxstate.thread import Thread, read_all, settle, state_of, thread, write_all
+from jaxstate.trace import one_use
+
+# The rules say nothing of the derivative with respect to the state.
+_operand_p = _compat.without_derivative(
+    "state_of_custom_rule", lambda *, address: differentiates_state(address)
+)
+
+
+def undifferentiated(address: Address, value: Any) -> Any:
+    """``value`` of the slot ``address`` as an operand that may not be differentiated."""
+    if not _compat.has_tangent(_compat.typeof(value)):
+        return value
+    return _operand_p.bind(value, address=address)
+
+
+@_compat.wrap_traced_rules
+def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
+    captured = tuple(c.address for c in traced.consts if isinstance(c, StateTracer))
+    reads, writes = state_of(traced.jaxpr)
+    touched = tuple(dict.fromkeys((*captured, *reads, *writes)))
+    if not touched:
+        return NotImplemented
+    trace = _compat.current_trace()
+    with one_use():
+        bear(traced.jaxpr, [*traced.consts, *traced.operands])
+        settle(touched, writes)
+        values = list(map(undifferentiated, touched, read_all(touched)))
+        rules = _Rules(function, traced, Explicit(touched, writes))
+        n = len(touched)
+        call = _compat.like_traced_rules(function, rules.fun, n, rules.wrapped)
+        out, written = call(*values, *args)
+        write_all(writes, [_compat.without_tangent_of(trace, x) for x in written])
+    return out
+
+
+class _Rules:
+    """A function and its rules with the state as further arguments in front, and with what they
+    write as one more result."""
+
+    def __init__(self, function: Any, traced: _compat.Traced, explicit: Explicit) -> None:
+        self._function = function
+        self._traced = traced
+        self._explicit = explicit
+        self._n = explicit.n
+        self._n_statics = len(function.static_argnums)
+
+    def fun(self, *args: Any) -> Any:
+        state, args = args[: self._n], args[self._n :]
+        traced = self._traced
+        reads, writes = uses = state_of(traced.jaxpr)
+        values = dict(zip(self._explicit.touched, state, strict=True))
+        slots = [values[address] for addresses in uses for address in addresses]
+        how = Thread(reads, writes, once=True)
+        jaxpr = thread(traced.jaxpr, how, list(map(_compat.typeof, slots)))
+        consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
+        operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
+        outs = _compat.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
+        n = traced.out_tree.num_leaves
+        return jax.tree.unflatten(traced.out_tree, outs[:n]), outs[n:]
+
+    def wrapped(self, name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """The rule ``name`` of JAX's function."""
+        return functools.partial(getattr(self, "_" + name), rule)
+
+    def _jvp_fun(self, jvp: Callable[..., Any], *args: Any) -> Any:
+        *statics, primals, tangents = args
+        state, primals, tangents = primals[: self._n], primals[self._n :], tangents[self._n :]
+        out, written = self._run(state, jvp, *statics, primals, tangents)
+        if not _is_pair(out):
+            return out
+        zeros = [_compat.symbolic_zero_like(w) for w in written]
+        return (out[0], written), (out[1], zeros)
+
+    def _fwd(self, fwd: Callable[..., Any], *args: Any) -> Any:
+        state, args = args[: self._n], args[self._n :]
+        if self._function.symz:
+            state = [x.value for x in state]
+        out, written = self._run(state, fwd, *args)
+        return ((out[0], written), (out[1], state)) if _is_pair(out) else out
+
+    def _bwd(self, bwd: Callable[..., Any], *args: Any) -> Any:
+        n = self._n_statics
+        statics, ((residuals, state), (cts, _), *accumulators) = args[:n], args[n:]
+        out = self._run_backward(state, bwd, *statics, residuals, cts, *accumulators[self._n :])
+        return out if accumulators else self._with_cotangents(
+            out, getattr(self._function, "with_logs", False)
+        )
+
+    def _remat_fwd(self, fwd: Callable[..., Any], *args: Any) -> Any:
+        state, args = args[: self._n], args[self._n :]
+        out, written = self._run(state, fwd, *args)
+        return ((out[0], written), out[1]) if _is_pair(out) else out
+
+    def _rem(self, rem: Callable[..., Any], residuals: Any, *args: Any) -> Any:
+        state, args = args[: self._n], args[self._n :]
+        out, written = self._run(state, rem, residuals, *args)
+        return ((out[0], written), (out[1], state)) if _is_pair(out) else out
+
+    def _remat_bwd(self, bwd: Callable[..., Any], *args: Any) -> Any:
+        n = self._n_statics
+        statics, ((residuals, state), (cts, _)) = args[:n], args[n:]
+        out = self._run_backward(state, bwd, *statics, residuals, cts)
+        return self._with_cotangents(out, self._function.remat_rules[3])
+
+    def _run(self, state: Any, rule: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]]:
+        out, cells = self._explicit.run(lambda: _resolved(rule(*args)), state)
+        return out, self._explicit.results(cells)
+
+    def _run_backward(self, state: Any, rule: Callable[..., Any], *args: Any) -> Any:
+        return self._explicit.run_backward(lambda: _resolved(rule(*args)), state)
+
+    def _with_cotangents(self, out: Any, with_logs: bool) -> Any:
+        """The result of a backward rule with that of the state: none."""
+        if with_logs and _is_pair(out):
+            return self._with_cotangents(out[0], False), out[1]
+        return (*[None] * self._n, *out) if isinstance(out, (tuple, list)) else out
+
+
+def _is_pair(out: Any) -> bool:
+    """If a rule does not return one, JAX says what is wrong."""
+    return isinstance(out, (tuple, list)) and len(out) == 2
+
+
+def _resolved(out: Any) -> Any:
+    return jax.tree.map(_compat.resolved, out)
