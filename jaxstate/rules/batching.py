@@ -1,25 +1,27 @@
-"""custom_vmap: the function uses state as any other, and its rule for lanes uses none.
+"""custom_vmap: the function uses state as any other, and its rule for lanes reads the same.
 
 Outside of a vmap the function is just called. Under a vmap JAX calls the user's rule instead, once,
-with all lanes. The rule is called like the user wrote it: what the function only reads comes in
-with its constants, which JAX keeps from the rule. But a rule has no way to say what becomes of a
-slot that the function writes, and JAX may call it long after the values of this moment were
-written. So under a vmap a function that writes (a draw does), a rule that uses slots itself, and a
-function whose parameters differ from lane to lane are named errors.
+with all lanes, and perhaps long after the values of this moment were written. What the function
+reads comes in with its constants, which JAX keeps from the rule: there the rule finds the state. But
+a rule has no way to say what becomes of a slot that the function writes. So under a vmap a function
+that writes (a draw does) and a rule that uses other slots than its function are named errors.
+
+Where the lanes differ in what the function reads, each is a vmap over one lane.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from jaxstate import _compat, slots
 from jaxstate.births import bear
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Holder
+from jaxstate.rules.derivatives import Given, only_reading, without_values
+from jaxstate.slots import Address, Cell
 from jaxstate.thread import (
     Thread,
     read_all,
@@ -29,20 +31,24 @@ from jaxstate.thread import (
     thread,
     write_last,
 )
+from jaxstate.trace import captured_operands
 
 
-class _NoSlots(Holder):
-    """Answers for every slot from outside of a rule: with an error."""
+class _Given(Given):
+    """The state of a rule: what the function reads."""
 
-    def knows(self, address: Address) -> bool:
-        owner = address.own_holder and address.own_holder()
-        if not address.threaded or (owner is not None and owner.age > self.age):
-            return False
-        _refuse(f"A rule of custom_vmap uses {address}.")
+    def refused(self, address: Address) -> Exception:
+        return _used_in_rule(address)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise UnsupportedPrimitiveError(
+def _used_in_rule(address: Address) -> Exception:
+    return _refused(
+        f"A rule of custom_vmap uses {address}, which its function does not, or writes it."
+    )
+
+
+def _refused(what: str) -> Exception:
+    return UnsupportedPrimitiveError(
         message(
             f"{what} The rule is called once for all lanes of a vmap, and has no way to take and"
             " return state. (The primitive is custom_vmap_call.)",
@@ -57,44 +63,76 @@ def _refuse(what: str) -> NoReturn:
 
 
 class _Rule:
-    """The user's rule, for a function with slots in front of its constants and behind its results.
+    """The user's rule, of a function with slots among its constants.
 
     It is called as ``rule(axis_size, (constants batched, operands batched), constants, operands)``.
+
+    Attributes:
+      more: how many constants in front are not the function's own.
+      given: which slots the function reads, by the number of the constant that is its value.
+      written: the slots that the function writes, behind its results.
     """
 
     def __init__(
-        self, rule: Callable[..., Any], slots: Sequence[Address], written: Sequence[Address]
+        self,
+        rule: Callable[..., Any],
+        more: int,
+        given: dict[int, Address],
+        written: Sequence[Address],
     ) -> None:
         functools.update_wrapper(self, rule)  # JAX's errors say its name
         self.rule = rule
-        self.slots = slots
+        self.more = more
+        self.given = given
         self.written = written
+        self.age = slots.next_age()
+        self.below = without_values(slots.stack())
 
     def __call__(self, axis_size: int, batched: Any, consts: Any, args: Any) -> Any:
         if self.written:
-            _refuse(f"{self.written[0]} is written in a function with a rule of custom_vmap.")
+            raise _refused(
+                f"{self.written[0]} is written in a function with a rule of custom_vmap."
+            )
         const_batched, arg_batched = batched
-        if any(jax.tree.leaves(const_batched)):
-            _refuse("A function with a rule of custom_vmap closes over state of each lane.")
-        n = len(self.slots)
-        with slots.open_holder(_NoSlots()):
-            return self.rule(axis_size, [const_batched[n:], arg_batched], consts[n:], args)
+        if not any(const_batched):
+            return self._call(axis_size, arg_batched, consts, args)
+        axes = [0 if b else None for b in const_batched], _axes(arg_batched)
+        out = jax.vmap(functools.partial(self._one_lane, arg_batched), axes)(consts, args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    def _call(self, axis_size: int, batched: Any, consts: Any, args: Any) -> Any:
+        cells = {address: Cell(consts[i]) for i, address in self.given.items()}
+        state = _Given(None, self.below, cells, age=self.age)
+        own = consts[self.more :]
+        with only_reading(state, _used_in_rule):
+            out = self.rule(axis_size, [[False] * len(own), batched], own, args)
+            return jax.tree.map(_compat.resolved, out)
+
+    def _one_lane(self, batched: Any, consts: Any, args: Any) -> Any:
+        """The rule for a vmap over one lane, which has state of its own."""
+        args = jax.tree.map(lambda b, x: x[None] if b else x, batched, args)
+        out, batched = self._call(1, batched, consts, args)
+        return jax.tree.map(lambda b, x: x[0] if b else x, batched, out)
 
     def __str__(self) -> str:
         return str(self.rule)
 
 
-def _guarding_the_rule(bind: Callable[..., Any]) -> Callable[..., Any]:
+def _axes(batched: Any) -> Any:
+    return jax.tree.map(lambda b: 0 if b else None, batched)
+
+
+def _with_state_of_rule(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         # (The rule of a derivative of such an operation is JAX's, and calls the one of here.)
         if slots.any_open() and _compat.is_vmap_rule(params["rule"]):
-            params = dict(params, rule=_Rule(params["rule"], (), ()))
+            params = dict(params, rule=_Rule(params["rule"], 0, captured_operands(), ()))
         return bind(trace, args, avals, params)
 
     return bind_with_trace
 
 
-_compat.wrap_bind_with_trace(_compat.custom_vmap_p, _guarding_the_rule)
+_compat.wrap_bind_with_trace(_compat.custom_vmap_p, _with_state_of_rule)
 
 
 @register_rule(_compat.custom_vmap_p)
@@ -107,11 +145,13 @@ def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(v) for v in values]
     in_tree, out_tree = params["in_tree"], params["out_tree"]
     consts, operands = in_tree.unflatten(range(in_tree.num_leaves))
+    n = len(values)
+    given = dict(enumerate(reads)) | {n + i: a for i, a in captured_operands().items()}
     outs = out_tree.unflatten(range(out_tree.num_leaves))
     threaded = dict(
         params,
         call=thread(params["call"], Thread(reads, writes), avals),
-        rule=_Rule(params["rule"], reads + writes, writes),
+        rule=_Rule(params["rule"], n, given, writes),
         in_tree=_compat.operand_tree(([*values, *consts], operands)),
         out_tree=jax.tree.structure((outs, writes)) if writes else out_tree,
     )

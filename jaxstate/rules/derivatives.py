@@ -87,7 +87,7 @@ class _RuleState(Holder):
         return self._policy(address).device_cell(address, *place)
 
     def without_values(self) -> _RuleState:
-        return _Given(None, without_values(self.below), {})
+        return Given(None, without_values(self.below), {})
 
     def _policy(self, address: Address) -> Holder:
         owner = address.own_holder and address.own_holder()
@@ -202,12 +202,12 @@ class _Calls(_RuleState):
 
     def aval(self, address: Address) -> Any:
         if self.over:
-            raise _rule_touches_more(address)
+            raise rule_touches_more(address)
         return super().aval(address)
 
     def cell(self, address: Address) -> Cell:
         if self.over:
-            raise _rule_touches_more(address)
+            raise rule_touches_more(address)
         key = address.seen_from(self)
         if key not in self.cells:
             self.cells[key] = self._new_cell(key)
@@ -309,7 +309,9 @@ class _Calls(_RuleState):
         def given(residuals: Sequence[Any]) -> tuple[Sequence[Any], Any]:
             n = out_trees()[1].num_leaves
             cells = {a: Cell(v) for a, v in zip(self.given, residuals[n:], strict=True)}
-            return residuals[:n], _only_reading(_Given(None, below, cells, age=age))
+            return residuals[:n], only_reading(
+                Given(None, below, cells, age=age), _backward_writes
+            )
 
         def n_residuals() -> int:
             return out_trees()[1].num_leaves + len(self.given)
@@ -317,7 +319,7 @@ class _Calls(_RuleState):
         return _compat.wrap_backward_rule(bwd, n_residuals, given)
 
 
-class _Given(_RuleState):
+class Given(_RuleState):
     """Answers from operands.
 
     Attributes:
@@ -346,8 +348,12 @@ class _Given(_RuleState):
     def cell(self, address: Address) -> Cell:
         key = address.seen_from(self)
         if key not in self.cells and key not in self.written:
-            raise _rule_touches_more(address)
+            raise self.refused(address)
         return self.cells.setdefault(key, _UnreadCell(address))
+
+    def refused(self, address: Address) -> Exception:
+        """The error for a slot that is not given."""
+        return rule_touches_more(address)
 
 
 class _UnreadCell(Cell):
@@ -361,7 +367,7 @@ class _UnreadCell(Cell):
     @property
     def value(self) -> Any:  # type: ignore[override]
         if not hasattr(self, "_value"):
-            raise _rule_touches_more(self._address)
+            raise rule_touches_more(self._address)
         return self._value
 
     @value.setter
@@ -370,20 +376,21 @@ class _UnreadCell(Cell):
 
 
 @contextmanager
-def _only_reading(state: _Given) -> Iterator[None]:
+def only_reading(state: Given, refused: Callable[[Address], Exception]) -> Iterator[None]:
+    """Code inside finds the state of ``state``; if it writes, that is the error ``refused``."""
     before = {address: cell.value for address, cell in state.cells.items()}
     with state.entered():
         yield
     for address, cell in state.cells.items():
         if cell.value is not before[address]:
-            raise _backward_writes(address)
+            raise refused(address)
 
 
 def without_values(holders: Sequence[Holder]) -> list[Holder]:
     return [holder.without_values() for holder in holders]
 
 
-def _rule_touches_more(address: Address) -> Exception:
+def rule_touches_more(address: Address) -> Exception:
     return CustomRuleStateError(
         message(
             f"A custom derivative rule uses {address}, and the function it belongs to does not:"
@@ -479,12 +486,12 @@ class Explicit:
         # In an in-place function the operands are arrays that the function itself could write.
         before = dict(zip(self.touched, map(_compat.canonicalize, values), strict=True))
         cells = {a: Cell(v) for a, v in before.items()}
-        state = _Given(None, self.below, cells, self.written, self.age)
+        state = Given(None, self.below, cells, self.written, self.age)
         with state.entered():
             out = call()
         for address, cell in cells.items():
             if address not in self.written and cell.value is not before[address]:
-                raise _rule_touches_more(address)
+                raise rule_touches_more(address)
         return out, cells
 
     def run_backward(self, call: Callable[[], Any], values: Sequence[Any]) -> Any:

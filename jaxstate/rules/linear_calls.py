@@ -1,0 +1,125 @@
+"""linear_call: what the function and its transpose read are residuals of both.
+
+    y = linear_call[f, f_T] r x      -->      s = read;  y = linear_call[f, f_T] (r, s) x
+
+JAX calls the transpose when the operation is transposed, perhaps long after the values of this
+moment were written. A function that is transposed cannot hand on state, so none of the two writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.births import bear
+from jaxstate.capture import StateTracer
+from jaxstate.errors import UnsupportedPrimitiveError, message
+from jaxstate.rules.derivatives import rule_touches_more
+from jaxstate.rules.traced_derivatives import undifferentiated
+from jaxstate.slots import Address, any_open
+from jaxstate.thread import Thread, read_all, register_rule, settle, state_of_all, thread
+from jaxstate.trace import captured_operands
+
+
+def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
+    def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+        if not any_open():
+            return bind(trace, args, avals, params)
+        captured = captured_operands()
+        if captured or any(state_of_all([params["callee"]])):
+            with _compat.set_current_trace(trace):
+                args, params = _explicit(args, params, captured)
+            avals = list(map(_compat.typeof, args))
+        else:
+            params = dict(params, transpose_thunk=_without_state(params["transpose_thunk"]))
+        return bind(trace, args, avals, params)
+
+    return bind_with_trace
+
+
+_compat.wrap_bind_with_trace(_compat.linear_call_p, _with_state)
+
+
+@register_rule(_compat.linear_call_p)
+def _linear_call(args: Any, params: dict[str, Any]) -> list[Any]:
+    args, params = _explicit(args, params, captured_operands())
+    return _compat.linear_call_p.bind(*args, **params)
+
+
+def _explicit(
+    args: Sequence[Any], params: dict[str, Any], captured: dict[int, Address]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The operands and parameters of the operation with the state as residuals."""
+    callee, n, n_res = params["callee"], params["num_callee_consts"], params["num_res"]
+    transpose, transpose_consts = params["transpose_thunk"]()
+    reads, writes = state_of_all([callee, transpose])
+    if writes:
+        raise _written(writes[0])
+    bear(callee, args)
+    captures = {i: c.address for i, c in enumerate(transpose_consts) if type(c) is StateTracer}
+    residuals = (*captures.values(), *reads)
+    settle(residuals, ())
+    values = list(map(undifferentiated, residuals, read_all(residuals)))
+    avals = list(map(_compat.typeof, values))
+    args = [undifferentiated(captured[i], x) if i in captured else x for i, x in enumerate(args)]
+    callee = _with_residuals(callee, {}, len(captures), reads, avals, n + n_res)
+    kept = [c for i, c in enumerate(transpose_consts) if i not in captures]
+    transpose = _with_residuals(
+        transpose, captures, len(captures), reads, avals, len(transpose_consts) + n_res
+    )
+    explicit = dict(
+        params, callee=callee, num_res=n_res + len(values), transpose_thunk=lambda: (transpose, kept)
+    )
+    return [*args[: n + n_res], *values, *args[n + n_res :]], explicit
+
+
+def _with_residuals(
+    jaxpr: Any,
+    captures: dict[int, Address],
+    n_captured: int,
+    reads: tuple[Address, ...],
+    avals: Sequence[Any],
+    at: int,
+) -> Any:
+    """The jaxpr with ``n_captured`` inputs for captures and one for each of ``reads`` behind its
+    first ``at`` inputs. Those of ``captures`` are there no longer in front."""
+    threaded = thread(jaxpr, Thread(reads, ()), avals[n_captured:])
+    slots, inputs = _split(_compat.invars(threaded), len(reads))
+    front, linear = _split(inputs, at)
+    new = [front[i] for i in captures] or [_compat.Var(aval) for aval in avals[:n_captured]]
+    front = [v for i, v in enumerate(front) if i not in captures]
+    return _compat.remade(
+        threaded, invars=[*front, *new, *slots, *linear], outvars=_compat.outvars(threaded),
+        eqns=_compat.equations(threaded), effs=threaded.effects,
+    )  # fmt: skip
+
+
+def _split(items: Sequence[Any], n: int) -> tuple[list[Any], list[Any]]:
+    return list(items[:n]), list(items[n:])
+
+
+def _without_state(transpose_thunk: Callable[[], Any]) -> Callable[[], Any]:
+    def checked() -> Any:
+        transpose, consts = transpose_thunk()
+        captured = [c.address for c in consts if type(c) is StateTracer]
+        for address in (*captured, *sum(state_of_all([transpose]), ())):
+            raise rule_touches_more(address)
+        return transpose, consts
+
+    return checked
+
+
+def _written(address: Address) -> Exception:
+    return UnsupportedPrimitiveError(
+        message(
+            f"{address} is written inside a linear_call (a draw writes the count of its stream)."
+            " Such a function can be transposed, and cannot hand on state. (The primitive is"
+            " linear_call.)",
+            fix="""
+            mask = jaxstate.random.bernoulli(0.5, x.shape)     # before, and pass it as a residual
+            linear_call(f, transpose, mask, x)
+            """,
+            used=_compat.user_location(),
+        )
+    )
