@@ -18,7 +18,15 @@ from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.rules.derivatives import rule_touches_more
 from jaxstate.rules.traced_derivatives import undifferentiated
 from jaxstate.slots import Address, any_open
-from jaxstate.thread import Thread, read_all, register_rule, settle, state_of_all, thread
+from jaxstate.thread import (
+    Thread,
+    read_all,
+    refreshed,
+    register_rule,
+    settle,
+    state_of_all,
+    thread,
+)
 from jaxstate.trace import captured_operands
 
 
@@ -57,6 +65,7 @@ def _explicit(
     if writes:
         raise _written(writes[0])
     bear(callee, args)
+    args = refreshed(callee, args)
     captures = {i: c.address for i, c in enumerate(transpose_consts) if type(c) is StateTracer}
     residuals = (*captures.values(), *reads)
     settle(residuals, ())
@@ -69,7 +78,10 @@ def _explicit(
         transpose, captures, len(captures), reads, avals, len(transpose_consts) + n_res
     )
     explicit = dict(
-        params, callee=callee, num_res=n_res + len(values), transpose_thunk=lambda: (transpose, kept)
+        params,
+        callee=callee,
+        num_res=n_res + len(values),
+        transpose_thunk=lambda: (transpose, kept),
     )
     return [*args[: n + n_res], *values, *args[n + n_res :]], explicit
 
