@@ -85,6 +85,7 @@ JVPTracer = ad.JVPTracer
 LinearizeTrace = ad.LinearizeTrace
 LinearizeTracer = ad.LinearizeTracer
 DIFFERENTIATING = (JVPTrace, LinearizeTrace)
+DIFFERENTIATED = (JVPTracer, LinearizeTracer)
 PartialTrace = pe.JaxprTrace
 PartialTracer = pe.JaxprTracer
 BatchTrace = batching.BatchTrace
@@ -782,6 +783,20 @@ def with_constvars(jaxpr: Any, kept: Sequence[bool], eqns: Sequence[Any]) -> Any
         constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects, jaxpr.debug_info,
         jaxpr.is_high,
     )  # fmt: skip
+
+
+def primal_of(x: Any) -> Any:
+    """A value without any of its tangents."""
+    while isinstance(x, DIFFERENTIATED):
+        x = x.primal
+    return x
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two values are one, also where they are two tracers of one variable of a jaxpr."""
+    if isinstance(a, pe.DynamicJaxprTracer) and isinstance(b, pe.DynamicJaxprTracer):
+        return a is b or (isinstance(a.val, Var) and a.val is b.val)
+    return a is b
 
 
 def constant_of(tracer: Any) -> Any:

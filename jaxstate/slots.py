@@ -249,6 +249,11 @@ class Holder:
         """
         raise NotImplementedError
 
+    def captured(self, address: Address, value: Any, version: int) -> Any:
+        """What a boundary makes of ``value``, the capture of a slot that it was given as an operand
+        when the slot had been written ``version`` times: see `trace.read_since`."""
+        raise NotImplementedError
+
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
         """The error for a value per lane written to a slot that the lanes share."""
         raise NotImplementedError

@@ -120,16 +120,18 @@ class Notes:
     Attributes:
       values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
       written: the slots that the jaxpr wrote.
+      refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
       lane_tables: see `_lanes`.
     """
 
-    __slots__ = ("extra", "lane_tables", "values", "written")
+    __slots__ = ("extra", "lane_tables", "refreshed", "values", "written")
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.written: set[Address] = set()
+        self.refreshed: dict[Address, list[Any]] = {}
         self.extra: dict[Any, Any] = {}
 
 
@@ -586,54 +588,59 @@ def read_since(address: Address, captured: Any, version: int) -> Any:
     """The value of a slot which ``captured`` was when the slot had been written ``version`` times.
 
     It is ``captured`` itself, if the slot was not written since: a solver that was given what a
-    function closes over differentiates by that. (In a custom rule it always is: the function that
-    the rule belongs to was given it.)
+    function closes over differentiates by that.
 
     Raises:
       ConvertedClosureError: if the slot was written since, and ``captured`` has a derivative of
         its own.
     """
     holder = address.known_holder()
-    if holder is None or holder.is_boundary:
+    if holder is None:
         return captured
     levels, base = _way_to(holder)
-    if address.version() != version:
-        value = read(address)
-        if _is_differentiated(captured, levels) and not _is_differentiated(value, levels):
-            raise _written_since(address)
-        return value
-    if base is None or address.seen_from(base) in notes_of(base).written:
+    is_written = base is not None and address.seen_from(base) in notes_of(base).written
+    if not holder.is_boundary:
+        if address.version() != version:
+            value = read(address)
+            if _is_differentiated(captured, levels) and not _is_differentiated(value, levels):
+                raise _written_since(address)
+            return value
+    elif base is None:
+        return holder.captured(address, captured, version)
+    elif is_written and address.version() != version:
+        return read(address)
+    if base is None or is_written:
         return captured
-    return _staged_since(captured, levels, base, dict(address=address.seen_from(base)), version)
+    return _staged_since(captured, levels, base, address, version)
 
 
-def _staged_since(x: Any, levels: list[Any], base: Any, params: Any, version: int) -> Any:
+def _staged_since(x: Any, levels: list[Any], base: Any, address: Address, version: int) -> Any:
     """An equation for what was captured, in a jaxpr that may be that of a loop: what comes after
     may write the slot before the next turn."""
-    if not levels:
-        if notes_of(base).values.get(params["address"]) is x:
-            return x
-        params = dict(params, aval=_compat.typeof(x), version=version)
-        return _compat.stage(base, read_p, (x,), params)
-    trace, *others = levels
-    if isinstance(trace, _compat.DIFFERENTIATING) and _compat.owns(trace, x):
-        primal = _staged_since(x.primal, others, base, params, version)
-        return _compat.tangent_tracer(trace, primal, x.tangent)
-    if isinstance(trace, _compat.BatchTrace) and _compat.owns(trace, x):
-        return x  # each lane was given its own
-    return _staged_since(x, others, base, params, version)
+    if isinstance(x, _compat.Tracer) and any(same_trace(x._trace, level) for level in levels):
+        if not isinstance(x, _compat.DIFFERENTIATED):
+            return x  # each lane was given its own
+        primal = _staged_since(x.primal, levels, base, address, version)
+        return _compat.tangent_tracer(x._trace, primal, x.tangent)
+    notes, key = notes_of(base), address.seen_from(base)
+    known = (notes.values.get(key), *notes.refreshed.get(key, ()))
+    if any(_compat.is_same(x, value) for value in known):
+        return x
+    params = dict(address=key, aval=_compat.typeof(x), version=version)
+    value = _compat.stage(base, read_p, (x,), params)
+    notes.refreshed.setdefault(key, []).append(value)
+    return value
 
 
 def _is_differentiated(x: Any, levels: list[Any]) -> bool:
     """Whether ``x`` has a tangent of one of the derivatives ``levels``."""
-    while isinstance(x, _compat.Tracer):
-        trace = x._trace
-        differentiating = isinstance(trace, _compat.DIFFERENTIATING)
-        if differentiating and any(same_trace(trace, level) for level in levels):
+    while isinstance(x, (*_compat.DIFFERENTIATED, _compat.BatchTracer)):
+        if isinstance(x, _compat.BatchTracer):
+            x = x.val
+        elif any(same_trace(x._trace, level) for level in levels):
             return True
-        if not differentiating and not isinstance(trace, _compat.BatchTrace):
-            return False
-        x = x.primal if differentiating else x.val
+        else:
+            x = x.primal
     return False
 
 

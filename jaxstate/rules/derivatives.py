@@ -27,7 +27,7 @@ from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
 from jaxstate.slots import Address, Cell, Holder
 from jaxstate.thread import read_all, settle, write_last
-from jaxstate.trace import boundaries, one_use, read, same_trace, write
+from jaxstate.trace import boundaries, one_use, read, read_since, same_trace, write
 
 
 class _RuleState(Holder):
@@ -181,10 +181,15 @@ class _Calls(_RuleState):
       given: what a function that runs at once reads before it writes.
       written: what it writes.
       over: whether the bind is over. What runs then is a rule of an equation, much later.
+      operands: of the bind.
     """
 
-    def __init__(self, outside: Any) -> None:
+    def __init__(self, outside: Any, operands: Sequence[Any]) -> None:
         super().__init__(outside, slots.stack())
+        self.operands = list(operands)
+        self._arguments: Sequence[Any] = ()  # of the function that runs
+        self._operand_of: Callable[[int], int] = lambda i: i  # the operand of an argument
+        self._captured: dict[int, tuple[Address, int]] = {}
         self.use: dict[Any, Any] = {}
         self.given: dict[Address, Any] = {}
         self.written: set[Address] = set()
@@ -199,6 +204,8 @@ class _Calls(_RuleState):
         self.cells = {}
         self.use = {}
         self.given = dict.fromkeys(self.given)
+        self.operands = []
+        self._arguments = ()
 
     def aval(self, address: Address) -> Any:
         if self.over:
@@ -224,6 +231,41 @@ class _Calls(_RuleState):
     def _is_traced(self) -> bool:
         """Whether JAX builds a jaxpr of the function, which may run later and more than once."""
         return _compat.builds_jaxpr(self.outside, self.anchor)
+
+    def captured(self, address: Address, value: Any, version: int) -> Any:
+        is_current = address.version() == version
+        if not is_current and self._has_written(address):
+            return self.cell(address).value
+        if self.over:
+            return value  # what the function was given was refreshed
+        traced = self._is_traced()
+        if not traced and is_current:
+            with slots.only_open(self.below):
+                return read_since(address, value, version)
+        arguments = enumerate(map(_compat.resolved, self._arguments))
+        primal = _compat.primal_of(value)
+        at = next((i for i, x in arguments if _compat.is_same(x, primal)), None)
+        if at is None or (self.cells and not traced):
+            return self.cell(address).value
+        self._captured[self._operand_of(at)] = address.seen_from(self), version
+        if not traced and self.refresh():
+            raise _Touched(self)
+        return value
+
+    def _has_written(self, address: Address) -> bool:
+        key = address.seen_from(self)
+        cell = self.cells.get(key)
+        return key in self.written or (isinstance(cell, _RecordedCell) and cell.was_written)
+
+    def refresh(self) -> bool:
+        """Makes captures among the operands what they are outside now; whether any was not."""
+        stale = False
+        for i, (key, version) in self._captured.items():
+            with self._outside():
+                value = read_since(key.renewed(self.use), self.operands[i], version)
+            stale |= not _compat.is_same(value, self.operands[i])
+            self.operands[i] = value
+        return stale
 
     @contextmanager
     def _outside(self) -> Iterator[None]:
@@ -263,13 +305,18 @@ class _Calls(_RuleState):
         given = tuple(a for a, cell in self.cells.items() if cell.was_read)
         return given, tuple(a for a, cell in self.cells.items() if cell.was_written)
 
-    def function(self, fun: Any) -> Any:
-        """The function, or its rule; not the backward rule."""
+    def function(self, fun: Any, operand_of: Callable[[int], int] = lambda i: i) -> Any:
+        """The function, or its rule; not the backward rule.
+
+        ``operand_of(i)`` is the operand of which its argument ``i`` is made.
+        """
 
         def call(*args: Any) -> Any:
             with self.entered():
+                self._arguments, self._operand_of = args, operand_of
                 out = _run(fun, args)
-                if self.cells and not self.over and self._is_traced():
+                self._arguments = ()
+                if not self.over and self._is_traced() and (self.refresh() or self.cells):
                     _compat.abandon_traces_inside(self.outside)
                     raise _Touched(self)
             return out
@@ -279,7 +326,7 @@ class _Calls(_RuleState):
     # What a forward rule that ran at once has read goes to the backward rule as residuals.
 
     def fwd(self, fwd: Any, out_trees: Callable[[], Any]) -> Any:
-        called = self.function(fwd)
+        called = self.function(fwd, lambda i: i // 2)  # each comes with whether it has a tangent
 
         def with_residuals(*args: Any) -> list[Any]:
             out = called.call_wrapped(*args)
@@ -309,9 +356,7 @@ class _Calls(_RuleState):
         def given(residuals: Sequence[Any]) -> tuple[Sequence[Any], Any]:
             n = out_trees()[1].num_leaves
             cells = {a: Cell(v) for a, v in zip(self.given, residuals[n:], strict=True)}
-            return residuals[:n], only_reading(
-                Given(None, below, cells, age=age), _backward_writes
-            )
+            return residuals[:n], only_reading(Given(None, below, cells, age=age), _backward_writes)
 
         def n_residuals() -> int:
             return out_trees()[1].num_leaves + len(self.given)
@@ -337,6 +382,7 @@ class Given(_RuleState):
         super().__init__(outside, below)
         self.cells = cells
         self.written = written
+        self._before = {address: cell.value for address, cell in cells.items()}
         if age is not None:
             self.age = age  # so that the arguments are arrays made inside
 
@@ -354,6 +400,11 @@ class Given(_RuleState):
     def refused(self, address: Address) -> Exception:
         """The error for a slot that is not given."""
         return rule_touches_more(address)
+
+    def captured(self, address: Address, value: Any, version: int) -> Any:
+        key = address.seen_from(self)
+        cell = self.cells.get(key)
+        return value if cell is None or cell.value is self._before.get(key) else cell.value
 
 
 class _UnreadCell(Cell):
@@ -600,7 +651,7 @@ def _stateful(
                 # A vmap around puts its own trace over the current one; the latter binds again.
                 with _compat.set_current_trace(trace):
                     return bind(trace, args, avals, params)
-            calls = _Calls(trace)
+            calls = _Calls(trace, args)
             try:
                 # Code in the function looks for the way to where an array was made.
                 with _compat.set_current_trace(trace):
@@ -609,8 +660,12 @@ def _stateful(
                 if ended.calls is not calls:
                     raise
                 touched, written = calls.touched()
+                args = calls.operands
             finally:
                 calls.finish()
+            if not touched and not written:
+                avals = list(map(_compat.typeof, args))
+                return bind_with_trace(trace, args, avals, params)
             with one_use(), _compat.set_current_trace(trace):
                 settle(touched, written)
                 values = read_all(touched)

@@ -23,7 +23,16 @@ from jaxstate.births import bear
 from jaxstate.capture import StateTracer
 from jaxstate.rules.derivatives import Explicit, differentiates_state
 from jaxstate.slots import Address
-from jaxstate.thread import Thread, read_all, settle, state_of, thread, write_all
+from jaxstate.thread import (
+    Thread,
+    captured_inputs,
+    read_all,
+    refreshed,
+    settle,
+    state_of,
+    thread,
+    write_all,
+)
 from jaxstate.trace import one_use
 
 # The rules say nothing of the derivative with respect to the state.
@@ -44,11 +53,12 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
     captured = tuple(c.address for c in traced.consts if isinstance(c, StateTracer))
     reads, writes = state_of(traced.jaxpr)
     touched = tuple(dict.fromkeys((*captured, *reads, *writes)))
-    if not touched:
+    if not touched and not captured_inputs(traced.jaxpr):
         return NotImplemented
     trace = _compat.current_trace()
     with one_use():
         bear(traced.jaxpr, [*traced.consts, *traced.operands])
+        args = _refreshed(args, traced)
         settle(touched, writes)
         values = list(map(undifferentiated, touched, read_all(touched)))
         rules = _Rules(function, traced, Explicit(touched, writes))
@@ -57,6 +67,15 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         out, written = call(*values, *args)
         write_all(writes, [_compat.without_tangent_of(trace, x) for x in written])
     return out
+
+
+def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]:
+    """The arguments, with captures among them as they are now."""
+    operands = refreshed(traced.jaxpr, [*traced.consts, *traced.operands])[len(traced.consts) :]
+    dynamic = [i for i in range(len(args)) if i not in traced.statics]
+    tree = jax.tree.structure([args[i] for i in dynamic])
+    new = dict(zip(dynamic, jax.tree.unflatten(tree, operands), strict=True))
+    return tuple(new.get(i, x) for i, x in enumerate(args))
 
 
 class _Rules:
