@@ -55,7 +55,7 @@ from jax._src.interpreters import ad, batching, mlir, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
-from jax._src.nn import functions
+from jax._src.nn import functions, initializers
 from jax._src.random import prng
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
@@ -296,8 +296,8 @@ def is_typed_key(x: Any) -> bool:
 
 def is_standard_initializer(init: Any) -> bool:
     """Whether ``init(key, shape, ...)`` is one of `jax.nn.initializers`: its first argument is the
-    shape of what it makes."""
-    return getattr(init, "__module__", None) in ("jax._src.nn.initializers", "jax.nn.initializers")
+    shape of what it makes. (``functools.wraps`` may give any other the same ``__module__``.)"""
+    return getattr(init, "__globals__", None) is vars(initializers)
 
 
 def children_of(x: Any) -> Sequence[Any] | None:

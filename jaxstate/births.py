@@ -96,10 +96,8 @@ class _Maker:
         contents = tuple(cell.cell_contents for cell in getattr(init, "__closure__", None) or ())
         defaults = getattr(init, "__defaults__", None) or ()
         function = getattr(init, "__code__", init)
-        values = (*contents, *defaults)
-        values = tuple([repr(v) if isinstance(v, (float, complex)) else v for v in values])  # -0.0
         shape, *dtype = init_args
-        self._key = kind, function, values, tuple(map(type, values)), tuple(shape), tuple(dtype)
+        self._key = kind, function, _typed((*contents, *defaults)), tuple(shape), tuple(dtype)
         try:
             hash(self._key)
             self.is_hashable = True
@@ -111,6 +109,13 @@ class _Maker:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+def _typed(x: Any) -> Any:
+    """A value such that what compares equal is the same: 1, 1.0 and True differ, 0.0 and -0.0."""
+    if isinstance(x, tuple):
+        return type(x), tuple(map(_typed, x))
+    return type(x), repr(x) if isinstance(x, (float, complex)) else x
 
 
 @functools.lru_cache(1024)

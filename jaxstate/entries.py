@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 from jaxstate import _compat
 from jaxstate.births import Birth
 from jaxstate.errors import ClosedStateError, StateError, message
-from jaxstate.forms import Form, wanted_form
+from jaxstate.forms import (
+    ONLY_LEAF,
+    Form,
+    Leaf,
+    contrast,
+    same_structure,
+    wanted_form,
+)
 from jaxstate.names import Home, Layer, Layers, Level, Path, ScopeStack, Token
 from jaxstate.slots import Address, Cell, Holder, holders
 from jaxstate.trace import boundaries, boundary_of, notes_of, read
@@ -46,14 +53,15 @@ class EntryAddress(Address):
       levels: the modules and scopes that were entered in that place, outermost first.
       name: of the entry.
       used: ``file:line`` of the call that uses it.
-      leaf: path inside the entry's value; empty if the value is one array.
+      leaf: which array of the entry's value.
+      tree: structure of that value, once it is known.
       birth: how to make the entry, if it is being initialized.
       home: the jaxpr in which the address stands, if it stands in one.
       wanted: the type of the leaf, in an address that stands in a jaxpr.
       place: what ``levels`` are relative to, if that is not where the address is used.
     """
 
-    __slots__ = ("birth", "home", "leaf", "levels", "name", "place", "used", "wanted")
+    __slots__ = ("birth", "home", "leaf", "levels", "name", "place", "tree", "used", "wanted")
 
     may_alias = True
 
@@ -67,7 +75,8 @@ class EntryAddress(Address):
         self.levels: tuple[Level, ...] = ()
         self.name = name
         self.used = used
-        self.leaf: Path = ()
+        self.leaf: Leaf = ONLY_LEAF
+        self.tree: Any = None
         self.birth: Birth | None = None
         self.home: Home | None = None
         self.wanted: Any = None
@@ -89,11 +98,11 @@ class EntryAddress(Address):
 
     def leaves(self, form: Form, birth: Birth | None) -> list[Any]:
         """The addresses of the leaves of an entry of that form; its own, if there is only one."""
-        if form.leaves == ((),):
-            self.birth, self.wanted = birth, form.avals[0]
+        if form.is_array:
+            self.birth, self.tree, self.wanted = birth, form.tree, form.avals[0]
             return [self]
         return [
-            self.having(leaf=leaf, birth=birth, wanted=aval)
+            self.having(leaf=leaf, birth=birth, tree=form.tree, wanted=aval)
             for leaf, aval in zip(form.leaves, form.avals, strict=True)
         ]
 
@@ -113,7 +122,7 @@ class EntryAddress(Address):
         return self.place, self.levels
 
     def __repr__(self) -> str:
-        path = [*(level.base for level in self.levels), self.name, *self.leaf]
+        path = [*(level.base for level in self.levels), self.name, *self.leaf.path]
         return f"{self.kind} {'/'.join(path)!r}"
 
     def store(self) -> Store:
@@ -178,11 +187,9 @@ class EntryAddress(Address):
         """What the initializer makes."""
         return init(*keys, *init_args)
 
-    def form_of_initial(
-        self, init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
-    ) -> Form:
+    def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
         """The form of what the initializer makes, without making it."""
-        return wanted_form(init, init_args, self.takes_key, known)
+        return wanted_form(init, init_args, self.takes_key)
 
     def as_stored(self, value: Any) -> Any:
         """What is kept of a value that the user gives."""
@@ -197,7 +204,7 @@ class EntryAddress(Address):
 
     def changed(self, wanted: Any, value: Any) -> Exception:
         store = self.store()
-        path = (*store.path(store.layers(), self), *self.leaf)
+        path = (*store.path(store.layers(), self), *self.leaf.path)
         return self.mismatch(path, _compat.shown(_compat.typeof(value)), _compat.shown(wanted))
 
     def not_given(self) -> Exception:
@@ -219,8 +226,13 @@ class EntryAddress(Address):
             )
         )
 
-    def conflict(self, path: Path, made: str, first: Any, form: Form) -> Exception:
-        """The error for one name in one scope that is used for two entries."""
+    def conflict(self, path: Path, made: str, first: Any, form: Any) -> Exception:
+        """The error for one name in one scope that is used for two entries.
+
+        ``first`` and ``form`` are two forms, or two structures.
+        """
+        if isinstance(first, Form):
+            first, form = contrast(first, form)
         function = "param" if self.kind == "parameter" else "variable"
         return self.conflict_error(
             message(
@@ -279,18 +291,19 @@ def place_of(store: Store) -> Any:
 class Entry:
     """What is known of one parameter or variable: path, form, who used it first, leaves.
 
-    The form is None if only a leaf was used so far, by a jaxpr.
+    The form is None if only a leaf was used so far, by a jaxpr; then the structure is known.
     """
 
-    __slots__ = ("__weakref__", "cells", "form", "initial", "kind", "path", "used")
+    __slots__ = ("__weakref__", "cells", "form", "initial", "kind", "path", "tree", "used")
 
-    def __init__(self, kind: str, path: Path, form: Form | None, used: str) -> None:
+    def __init__(self, kind: str, path: Path, form: Form | None, tree: Any, used: str) -> None:
         self.kind = kind
         self.path = path
         self.form = form
+        self.tree = tree
         self.used = used
-        self.cells: dict[Path, Cell] = {}
-        self.initial: dict[Path, Any] = {}
+        self.cells: dict[Leaf, Cell] = {}
+        self.initial: dict[Leaf, Any] = {}
 
 
 class Located(NamedTuple):
@@ -339,7 +352,6 @@ class Store(Holder):
         self.layer = Layer()
         self.layer.paths[root] = ()
         self.scopes = ScopeStack()
-        self.forms: dict[Any, Form] = {}  # see `wanted_form`
         self.run = object()  # of which this store is, or for which it stands
 
     def knows(self, address: Address) -> bool:
@@ -416,8 +428,13 @@ class Store(Holder):
         entry = place.layers.entry(place.path, address.kind)
         if entry is None:
             form = address.birth and address.birth.form
-            entry = Entry(address.kind, place.path, form, address.used)
+            tree = form.tree if form is not None else address.tree
+            entry = Entry(address.kind, place.path, form, tree, address.used)
             place.layers.add_entry(place.path, address.kind, entry)
+        elif entry.tree is None:
+            entry.tree = address.tree
+        elif address.tree is not None and not same_structure(entry.tree, address.tree):
+            raise address.conflict(place.path, entry.used, entry.tree, address.tree)
         return entry
 
     def known_cell(self, address: EntryAddress) -> Cell | None:
@@ -479,7 +496,7 @@ class RuleStore(Store):
         return address
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
-        form = address.form_of_initial(init, init_args, self.forms)
+        form = address.form_of_initial(init, init_args)
         return Use(form, address.leaves(form, None), None)
 
 

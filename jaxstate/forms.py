@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,24 @@ import jax.numpy as jnp
 
 from jaxstate import _compat
 
-__all__ = ["Form", "form_of", "wanted_form"]
+__all__ = ["Form", "Leaf", "form_of", "same_structure", "wanted_form"]
+
+ONE_ARRAY = jax.tree.structure(0)
+
+
+class Leaf(NamedTuple):
+    """One array of the value of a parameter or variable.
+
+    Attributes:
+      index: among the leaves of the value.
+      path: the names on the way to it, for messages; empty if the value is one array.
+    """
+
+    index: int
+    path: tuple[str, ...]
+
+
+ONLY_LEAF = Leaf(0, ())
 
 
 class Form(NamedTuple):
@@ -20,25 +38,38 @@ class Form(NamedTuple):
 
     Attributes:
       tree: structure of the value.
-      leaves: for each leaf, its path inside the value (empty if the value is one array).
-      avals: for each leaf, its type.
+      leaves: its arrays.
+      avals: for each of these, its type.
     """
 
     tree: Any
-    leaves: tuple[tuple[str, ...], ...]
+    leaves: tuple[Leaf, ...]
     avals: tuple[Any, ...]
 
+    @property
+    def is_array(self) -> bool:
+        """Whether the value is one array."""
+        return self.tree == ONE_ARRAY
+
     def __str__(self) -> str:
-        if self.leaves == ((),):
+        if self.is_array:
             return self.avals[0].str_short()
-        pairs = zip(self.leaves, self.avals, strict=True)
-        return "{" + ", ".join(f"{'/'.join(p)}: {a.str_short()}" for p, a in pairs) + "}"
+        try:
+            return repr(self.tree.unflatten([_Shown(aval) for aval in self.avals]))
+        except Exception:  # a class that looks at what it is made of
+            return str(self.tree)
+
+    def same(self, other: Form) -> bool:
+        """Whether values of the two forms have the same structure and types."""
+        return self is other or (
+            self.avals == other.avals and same_structure(self.tree, other.tree)
+        )
 
     def same_shapes(self, other: Form) -> bool:
         if self is other:
             return True
         shapes = [[a.shape for a in form.avals] for form in (self, other)]
-        return self.tree == other.tree and shapes[0] == shapes[1]
+        return shapes[0] == shapes[1] and same_structure(self.tree, other.tree)
 
     def strong(self) -> Form:
         """The form of the value made of arrays whose dtype no Python scalar can change."""
@@ -46,70 +77,102 @@ class Form(NamedTuple):
         return self if avals == self.avals else self._replace(avals=avals)
 
 
+class _Shown:
+    """An array as it is shown inside of a structure: its type, without quotes."""
+
+    def __init__(self, aval: Any) -> None:
+        self.aval = aval
+
+    def __repr__(self) -> str:
+        return self.aval.str_short()
+
+
 def form_of(value: Any) -> Form:
     """The form of a value, or of a tree of anything with shape and dtype."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(value)
-    leaves = tuple(tuple(map(_key_name, path)) for path, _ in pairs)
+    leaves = tuple([Leaf(i, names_of(path)) for i, (path, _) in enumerate(pairs)])
     return Form(tree, leaves, tuple(_compat.aval_of(x) for _, x in pairs))
 
 
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A path of `jax.tree_util` as strings."""
+    return tuple([jax.tree_util.keystr((key,), simple=True) for key in path])
 
 
-_ONE_ARRAY = jax.tree.structure(0)
+def contrast(found: Form, wanted: Form) -> tuple[str, str]:
+    """Two forms as a message shows what tells them apart."""
+    shown = str(found), str(wanted)
+    if shown[0] == shown[1]:
+        shown = str(found.tree), str(wanted.tree)
+    same = len(os.path.commonprefix(shown))
+    return _around(shown[0], same), _around(shown[1], same)
 
 
-def wanted_form(
-    init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool, known: dict[Any, Form]
-) -> Form:
-    """The form of what ``init([key,] *init_args)`` makes, without making it.
+def _around(text: str, i: int) -> str:
+    """What is around position ``i`` of a text that is too long to be shown."""
+    if len(text) <= 400:
+        return text
+    start, end = max(0, i - 100), i + 300
+    return "... " * (start > 0) + text[start:end] + " ..." * (end < len(text))
 
-    ``known`` are the forms that one ``apply`` has asked for (an initializer may look at globals).
+
+# -- Structures ------------------------------------------------------------------------------
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Whether two structures are equal, functions that were made twice by the same code too.
+
+    A structure has static parts, such as the activation function of a module. If an initializer
+    makes that function, it makes another one whenever it is called.
     """
+    if a is b or a == b:
+        return True
+    ours, theirs = a.node_data(), b.node_data()
+    if ours is None or theirs is None or ours[0] is not theirs[0]:
+        return False
+    ours, theirs = (ours[1], a.children()), (theirs[1], b.children())
+    return (
+        len(ours[1]) == len(theirs[1])
+        and _same_static(ours[0], theirs[0])
+        and all(map(same_structure, ours[1], theirs[1]))
+    )
+
+
+def _same_static(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same_static, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same_static(a[k], b[k]) for k in a)
+    if isinstance(a, functools.partial):
+        return _same_static((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, types.FunctionType):
+        return _same_static(_contents(a), _contents(b))
+    return bool(a == b)
+
+
+def _contents(fn: Any) -> tuple[Any, ...]:
+    """What a function is made of."""
+    cells = tuple([cell.cell_contents for cell in fn.__closure__ or ()])
+    return fn.__code__, cells, fn.__defaults__, fn.__kwdefaults__, fn.__dict__
+
+
+# -- The form that an initializer makes ------------------------------------------------------
+
+
+def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> Form:
+    """The form of what ``init([key,] *init_args)`` makes, without making it."""
     if takes_shape(init, init_args, takes_key):
         shape, *dtype = init_args
+        dtype = [d for d in dtype if d is not None] or _own_dtype(init)
         try:
             return _array_form(tuple(shape), tuple(dtype), _compat.type_context())
         except TypeError:  # a dtype that cannot be hashed
             return _array_form.__wrapped__(tuple(shape), tuple(dtype), None)
-    if isinstance(init, types.FunctionType) and init.__closure__ is None:
-        try:
-            form = known.get((init, init_args, takes_key))
-        except TypeError:  # arguments that cannot be hashed, such as arrays
-            return _form(init, init_args, takes_key)
-        if form is None:
-            form = known[init, init_args, takes_key] = _form(init, init_args, takes_key)
-        return form
-    return _form(init, init_args, takes_key)
 
-
-def takes_shape(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> bool:
-    """Whether ``init([key,] shape[, dtype])`` makes one array, as JAX's own initializers do."""
-    known = _compat.is_standard_initializer(init) if takes_key else init in _FILLED
-    return known and len(init_args) in (1, 2) and _is_shape(init_args[0])
-
-
-_FILLED = (jnp.zeros, jnp.ones)
-
-
-@functools.lru_cache(4096)
-def _array_form(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) -> Form:
-    aval = _compat.ShapedArray(shape, jnp.result_type(*dtype or [float]))
-    return Form(_ONE_ARRAY, ((),), (aval,))
-
-
-_INT = frozenset([int])
-
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and _INT.issuperset(map(type, x))
-
-
-def _form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> Form:
     def made(*keys: Any) -> Form:
         return form_of(jax.eval_shape(lambda *keys: init(*keys, *init_args), *keys))
 
@@ -123,6 +186,34 @@ def _form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool)
         except Exception:
             pass
         raise
+
+
+def takes_shape(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> bool:
+    """Whether ``init([key,] shape[, dtype])`` makes one array, as JAX's own initializers do."""
+    if takes_key:
+        known = _compat.is_standard_initializer(init)
+    else:
+        known = init is jnp.zeros or init is jnp.ones
+    return known and len(init_args) in (1, 2) and _is_shape(init_args[0])
+
+
+def _own_dtype(init: Any) -> list[Any]:
+    """The dtype that one of JAX's initializers was made with: ``lecun_normal(dtype=...)``."""
+    dtype, *_ = getattr(init, "__defaults__", None) or [None]
+    return [] if dtype is None else [dtype]
+
+
+@functools.lru_cache(4096)
+def _array_form(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) -> Form:
+    aval = _compat.ShapedArray(shape, jnp.result_type(*dtype or [float]))
+    return Form(ONE_ARRAY, (ONLY_LEAF,), (aval,))
+
+
+_INT = frozenset([int])
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, (tuple, list)) and _INT.issuperset(map(type, x))
 
 
 @functools.cache

@@ -37,6 +37,7 @@ from jaxstate.errors import (
     message,
     nearest,
 )
+from jaxstate.forms import ONE_ARRAY, Form, contrast, form_of
 from jaxstate.names import Home, Layer, Path, Token
 from jaxstate.random import StreamAddress
 from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
@@ -89,10 +90,10 @@ class Reusable:
         {'scale': {'factor': Array(2., dtype=float32, weak_type=True)}}
         """
         found = reused(self, reuse, args, kwargs)
-        missing = [path for path in found.avals if path not in found.values]
+        missing = [path for path in found.forms if path not in found.values]
         if missing:
             raise _uncovered(self.name, missing, found)
-        return nested({path: _compat.as_array(found.values[path]) for path in found.avals})
+        return nested({path: _as_arrays(found.values[path]) for path in found.forms})
 
     def apply_from(
         self,
@@ -209,18 +210,18 @@ class Reused:
     """What of the parameters of one network comes from others.
 
     Attributes:
-      avals: all its parameters: full path of each leaf -> type.
-      values: those that are reused: full path of each leaf -> array.
+      forms: all its parameters: path -> form.
+      values: those that are reused: path -> tree of arrays.
     """
 
-    def __init__(self, avals: dict[Path, Any], values: dict[Path, Any]) -> None:
-        self.avals = avals
+    def __init__(self, forms: dict[Path, Form], values: dict[Path, Any]) -> None:
+        self.forms = forms
         self.values = values
 
     def joined_with(self, made: Mapping[Path, Any]) -> dict[Path, Any]:
         """The reused parameters and those that were ``made``, in the order of ``init``."""
-        reused = {path: _compat.as_array(value) for path, value in self.values.items()}
-        ordered = {p: made.get(p, reused.get(p)) for p in self.avals if p in made or p in reused}
+        reused = {path: _as_arrays(value) for path, value in self.values.items()}
+        ordered = {p: made.get(p, reused.get(p)) for p in self.forms if p in made or p in reused}
         return {**ordered, **made}
 
 
@@ -259,14 +260,14 @@ def reused(
     for path, identity in names.identities.items():
         for part in reversed(parts):
             if identity in part.values:
-                values[path] = part.checked(identity, path, names.avals[path])
+                values[path] = part.checked(identity, path, names.forms[path])
                 break
     if every_part:
         known = set(names.identities.values())
         for part in parts:
             if known.isdisjoint(part.values):
                 raise _nothing_in_common(part, net)
-    return Reused(names.avals, values)
+    return Reused(names.forms, values)
 
 
 class ReusingStore(InitStore):
@@ -278,10 +279,10 @@ class ReusingStore(InitStore):
 
     def make(self, entry: Entry, address: Any, data: Sequence[Any], path: Path) -> None:
         super().make(entry, address, data, path)
-        for leaf, cell in entry.cells.items():
-            value = self.reused.values.get((*path, *leaf))
-            if value is not None:
-                with _compat.set_current_trace(self.anchor):
+        if path in self.reused.values:
+            values = jax.tree.leaves(self.reused.values[path])
+            with _compat.set_current_trace(self.anchor):
+                for cell, value in zip(entry.cells.values(), values, strict=True):
                     cell.value = _like(value, cell.value)
 
     def initial_values(self, kind: str) -> dict[Path, Any]:
@@ -333,9 +334,8 @@ class _Part:
         """Finds out what the paths of the given parameters mean."""
         names = _Names(self.module, args, kwargs, self._lasting)
         for path, identity in names.identities.items():
-            value = self._at(path, names.avals[path])
-            self._check(value, path, names.avals[path])
-            self.values.setdefault(identity, value)
+            value = self._at(path, names.forms[path])
+            self.values.setdefault(identity, self._checked(value, path, names.forms[path]))
         self.is_traced = True
 
     def trace_as_larger_network(self, net: Any, args: Any, kwargs: Any) -> None:
@@ -355,7 +355,7 @@ class _Part:
                 )
             ) from error
 
-    def _at(self, path: Path, aval: Any) -> Any:
+    def _at(self, path: Path, form: Form) -> Any:
         node: Any = self.params
         for i, name in enumerate(path):
             if not isinstance(node, Mapping) or name not in node:
@@ -370,32 +370,36 @@ class _Part:
                         params = {self.module.name}.init(key, *its_args)     # makes all it uses
                         net.parameters_from({{{self.module.name}: params}}, x)
                         """,
-                        wanted=aval.str_short(),
+                        wanted=str(form),
                         used=_compat.user_location(),
                     )
                 )
             node = node[name]
         return node
 
-    def checked(self, identity: Identity, path: Path, aval: Any) -> Any:
-        value = self.values[identity]
-        self._check(value, path, aval)
-        return value
+    def checked(self, identity: Identity, path: Path, form: Form) -> Any:
+        return self._checked(self.values[identity], path, form)
 
-    def _check(self, value: Any, path: Path, aval: Any) -> None:
-        found = _compat.typeof(value) if _compat.is_array_like(value) else None
-        if found is None or found.shape != aval.shape:
-            shown = type(value).__name__ if found is None else found.str_short()
-            raise ParameterMismatchError(
-                message(
-                    f"Parameter {'/'.join(path)!r}, reused from {self.module.name!r}, is"
-                    f" {shown}, and the function wants {aval.str_short()}.",
-                    fix="""
-                    params = net.init(key, x)      # with inputs of the shapes that apply is given
-                    """,
-                    used=_compat.user_location(),
-                )
+    def _checked(self, value: Any, path: Path, form: Form) -> Any:
+        """The value, if it is of that structure and these shapes."""
+        leaves, tree = jax.tree.flatten(value)
+        if not all(map(_compat.is_array_like, leaves)):
+            shown, wanted = type(value).__name__ if tree == ONE_ARRAY else str(tree), str(form)
+        else:
+            found = form_of(jax.tree.map(_compat.typeof, value))
+            if found.same_shapes(form):
+                return value
+            shown, wanted = contrast(found, form)
+        raise ParameterMismatchError(
+            message(
+                f"Parameter {'/'.join(path)!r}, reused from {self.module.name!r}, is"
+                f" {shown}, and the function wants {wanted}.",
+                fix="""
+                params = net.init(key, x)      # with inputs of the shapes that apply is given
+                """,
+                used=_compat.user_location(),
             )
+        )
 
 
 def _kind_of_call(args: Any, kwargs: Any) -> Hashable:
@@ -431,11 +435,11 @@ class _Names:
     """The parameters of a module that is called in one way: what their paths mean.
 
     Attributes:
-      avals: full path of each leaf -> type.
-      identities: full path of each leaf -> identity.
+      forms: path of each parameter -> form.
+      identities: path of each parameter -> identity.
     """
 
-    avals: dict[Path, Any]
+    forms: dict[Path, Form]
     identities: dict[Path, Identity]
 
     def __init__(
@@ -463,7 +467,7 @@ class _Names:
                 with jax.disable_jit(False):  # every branch is traced
                     key = jax.eval_shape(lambda make=make: make(0))
                     shapes = jax.eval_shape(forward, key, arrays)
-                self.avals = {path: _compat.aval_of(x) for path, x in shapes.items()}
+                self.forms = {path: form_of(x) for path, x in shapes.items()}
                 return
             except StateError:
                 raise
@@ -553,7 +557,7 @@ def _stream() -> dict[str, Any]:
 
 
 def _uncovered(name: str, missing: list[Path], found: Reused) -> Exception:
-    shown = [f"{'/'.join(p)!r} ({found.avals[p].str_short()})" for p in missing[:5]]
+    shown = [f"{'/'.join(p)!r} ({found.forms[p]})" for p in missing[:5]]
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     return UncoveredParameterError(
         message(
@@ -582,6 +586,10 @@ def _nothing_in_common(part: _Part, net: Any) -> Exception:
             used=_compat.user_location(),
         )
     )
+
+
+def _as_arrays(value: Any) -> Any:
+    return jax.tree.map(_compat.as_array, value)
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

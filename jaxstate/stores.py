@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,7 +22,7 @@ from jaxstate import _compat
 from jaxstate.births import Birth, bear_at, birth_p, born
 from jaxstate.entries import Entry, EntryAddress, Store, Use
 from jaxstate.errors import InitializerDataError, message, nearest
-from jaxstate.forms import Form
+from jaxstate.forms import ONE_ARRAY, Form, Leaf, contrast, form_of, names_of, same_structure
 from jaxstate.names import Layers, Path, Token
 from jaxstate.slots import Cell, Holder, holders
 from jaxstate.trace import boundary_of, notes_of, read, same_trace
@@ -58,7 +58,7 @@ class InitStore(Store):
         place = self.located(address)
         entry = place.layers.entry(place.path, address.kind)
         if entry is not None:
-            if entry.form != birth.form:
+            if not entry.form.same(birth.form):
                 raise address.conflict(place.path, entry.used, entry.form, birth.form)
         elif data:
             bear_at(address.leaves(birth.form, birth), birth, data)
@@ -113,12 +113,11 @@ class InitStore(Store):
         return any(h.outside is not None and not h.is_boundary for h in inside)
 
     def initial_values(self, kind: str) -> dict[Path, Any]:
-        """What all entries of a kind start with: full path of each leaf -> value."""
+        """What all entries of a kind start with: path -> value."""
         return {
-            (*path, *leaf): value
+            path: entry.form.tree.unflatten(entry.initial.values())
             for path, entry in self.layer.entries.items()
-            if entry.kind == kind
-            for leaf, value in entry.initial.items()
+            if entry.kind == kind and entry.initial
         }
 
 
@@ -166,7 +165,7 @@ class ApplyStore(Store):
         self._leaves, tree = jax.tree.flatten(self._given)
         kinds = set(map(type, self._leaves))
         if any(issubclass(kind, Mapping) for kind in kinds):  # a mapping that is no pytree
-            self._given = _copied(self._given)
+            self._given = _with_dicts(self._given, of_all_mappings=False)
             self._leaves, tree = jax.tree.flatten(self._given)
         types = tuple(map(_type_of, self._leaves))
         self._types = dict(zip(map(id, self._leaves), types, strict=True))
@@ -178,8 +177,9 @@ class ApplyStore(Store):
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         if self._given[address.kind] is None:
             raise address.not_given()
-        wanted = address.form_of_initial(init, init_args, self.forms)
+        wanted = address.form_of_initial(init, init_args)
         place = self.located(address)
+        address.tree = wanted.tree
         entry = self.entry_at(place, address)
         if entry.form is None:
             if place.layers.layers[0] is self.layer:
@@ -197,32 +197,48 @@ class ApplyStore(Store):
         return form.avals[form.leaves.index(address.leaf)] if form else address.wanted
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
-        value, aval = self._leaf(address, (*path, *address.leaf), address.wanted)
+        given = self._given_leaves(address, path, address.wanted, address.tree)
+        value, aval = given[address.leaf.index]
         is_stored = address.type_as_stored(aval) is aval
         return _add_cell(entry, address, address.leaf, value, is_stored)
 
     def state(self) -> dict[str, Any]:
-        """The variables as they are now: a new dict of the form of the given one."""
-        state = _copied(self._given["variable"] or {})
-        for path, entry in self.layer.entries.items():
-            for leaf, cell in entry.cells.items():
-                if entry.kind == "variable" and cell.value is not entry.initial[leaf]:
-                    *above, name = *path, *leaf
-                    node = state
-                    for level in above:
-                        node = node[level]
-                    node[name] = cell.value
+        """The variables as they are now: a new tree, with dicts for modules and scopes."""
+        now = {
+            path: self._value_now(path, entry)
+            for path, entry in self.layer.entries.items()
+            if entry.kind == "variable" and entry.cells
+        }
+        state = _copied(self._given["variable"] or {}, {path[:-1] for path in now})
+        for path, value in now.items():
+            node = state
+            for level in path[:-1]:
+                node = node[level]
+            node[path[-1]] = value
         return state
+
+    def _value_now(self, path: Path, entry: Entry) -> Any:
+        """What is in the cells of a variable; as it was given what is in none."""
+        given = self._scope("variable", path[:-1])[path[-1]]
+        leaves, tree = _flattened(given, entry.tree)
+        for leaf, cell in entry.cells.items():
+            if cell.value is not entry.initial[leaf]:
+                leaves[leaf.index] = cell.value
+        return tree.unflatten(leaves)
 
     def _found(self, entry: Entry, address: EntryAddress, wanted: Form) -> Form:
         """Makes the cells of an entry, and gives the form of what was given; an error if it is not
         of the wanted structure and shapes."""
-        given = [self._leaf(address, (*entry.path, *leaf), wanted) for leaf in wanted.leaves]
+        if not wanted.leaves:
+            scope = self._scope(address.kind, entry.path[:-1]) or {}
+            if entry.path[-1] not in scope:  # nothing is to be given
+                return wanted
+        given = self._given_leaves(address, entry.path, wanted, wanted.tree)
         types = tuple([address.type_as_stored(aval) for _, aval in given])
         if types == wanted.avals:
             found = wanted
         else:
-            found = Form(wanted.tree, wanted.leaves, types)
+            found = wanted._replace(avals=types)
             if not found.same_shapes(wanted):
                 raise address.mismatch(entry.path, str(found), str(wanted))
         for leaf, (value, aval), stored in zip(wanted.leaves, given, types, strict=True):
@@ -240,28 +256,56 @@ class ApplyStore(Store):
         """
         guess = self._guesses.get(address.kind)
         if guess is None:
-            given = _arrays(self._given[address.kind] or {})
+            given, _ = jax.tree_util.tree_flatten_with_path(self._given[address.kind] or {})
             guess = self._guesses[address.kind] = _Guess(
-                {path: address.type_as_stored(_compat.typeof(x)) for path, x in given}
+                {
+                    names_of(path): address.type_as_stored(_compat.typeof(x))
+                    for path, x in given
+                    if _compat.is_array_like(x)
+                }
             )
         avals = [
-            guess((*path, *leaf), len(leaf) + 1, aval)
+            guess((*path, *leaf.path), len(leaf.path) + 1, aval)
             for leaf, aval in zip(wanted.leaves, wanted.avals, strict=True)
         ]
-        return Form(wanted.tree, wanted.leaves, tuple(avals))
+        return wanted._replace(avals=tuple(avals))
 
-    def _leaf(self, address: EntryAddress, path: Path, wanted: Any) -> tuple[Any, Any]:
-        """The array at ``path`` and its type; an error that says what was ``wanted`` (a form or a
-        type)."""
+    def _given_leaves(
+        self, address: EntryAddress, path: Path, wanted: Any, tree: Any
+    ) -> list[tuple[Any, Any]]:
+        """The arrays of what was given at ``path``, and their types.
+
+        Raises an error that says what was ``wanted`` (a form or, of one leaf, a type) if nothing
+        was given, or something of another structure than ``tree``.
+        """
         scope = self._scope(address.kind, path[:-1])
         if scope is None or path[-1] not in scope:
             raise _missing(address, path, self._given[address.kind], wanted)
         found = scope[path[-1]]
-        aval = self._types.get(id(found)) or _type_of(found)
-        if isinstance(aval, type):
-            shown = f"a dict with {sorted(found)}" if isinstance(found, Mapping) else repr(found)
-            raise address.mismatch(path, shown, _shown(wanted))
-        return found, aval
+        if tree == ONE_ARRAY:
+            leaves = [found]
+        else:
+            leaves, structure = _flattened(found, tree)
+            if not same_structure(structure, tree):
+                raise self._other_structure(address, path, found, structure, wanted)
+        avals = [self._types.get(id(leaf)) or _type_of(leaf) for leaf in leaves]
+        if any(isinstance(aval, type) for aval in avals):
+            raise self._other_structure(address, path, found, jax.tree.structure(found), wanted)
+        return list(zip(leaves, avals, strict=True))
+
+    def _other_structure(
+        self, address: EntryAddress, path: Path, found: Any, structure: Any, wanted: Any
+    ) -> Exception:
+        """The error for what is no tree of arrays of the wanted structure."""
+        try:
+            shown, wished = contrast(form_of(found), wanted)
+        except Exception:  # not all of it is arrays, or only the type of one leaf is wanted
+            shown, wished = str(structure), _shown(wanted)
+            if structure == ONE_ARRAY:
+                shown = repr(found)
+            elif isinstance(wanted, Form):
+                wished = str(wanted.tree)
+        return address.mismatch(path, shown, wished)
 
     def _scope(self, kind: str, path: Path) -> Any:
         """The given dict at ``path``, or None. Each is looked up in the one around it, once."""
@@ -278,7 +322,7 @@ class ApplyStore(Store):
         return scope
 
 
-def _add_cell(entry: Entry, address: EntryAddress, leaf: Path, value: Any, is_stored: bool) -> Cell:
+def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool) -> Cell:
     """``is_stored`` says whether the value is of the type of what is stored of it."""
     if not is_stored or not _compat.is_plain_array(value):
         value = address.as_stored(value)
@@ -386,18 +430,41 @@ def _shown(wanted: Any) -> str:
     return str(wanted) if isinstance(wanted, Form) else wanted.str_short()
 
 
-def _arrays(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The arrays of a nested dict, with their paths."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _arrays(value, (*path, name))
-        elif _compat.is_array_like(value):
-            yield (*path, name), value
+def _copied(node: Any, levels: set[Path], path: Path = ()) -> Any:
+    """A tree of variables as a new tree of the same arrays.
+
+    What leads to one of ``levels`` is a module or scope, and becomes a dict.
+    """
+    if type(node) is dict or (
+        isinstance(node, Mapping) and any(level[: len(path)] == path for level in levels)
+    ):
+        return {k: _copied(v, levels, (*path, k)) for k, v in node.items()}
+    return jax.tree.map(lambda x: x, node)
 
 
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict as new dicts of the same arrays."""
-    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+def _flattened(value: Any, tree: Any) -> tuple[list[Any], Any]:
+    """The leaves and the structure of a value that should be of the structure ``tree``, in which
+    a dict may stand for another mapping."""
+    leaves, structure = jax.tree.flatten(value)
+    if not same_structure(structure, tree):
+        again, with_dicts = jax.tree.flatten(_with_dicts(value))
+        if same_structure(with_dicts, tree):
+            return again, with_dicts
+    return leaves, structure
+
+
+def _with_dicts(tree: Any, of_all_mappings: bool = True) -> Any:
+    """A tree with dicts in the place of other mappings, or of those that are leaves for JAX."""
+
+    def is_mapping(x: Any) -> bool:
+        return isinstance(x, Mapping)
+
+    def as_dict(x: Any) -> Any:
+        if not is_mapping(x):
+            return x
+        return {k: _with_dicts(v, of_all_mappings) for k, v in x.items()}
+
+    return jax.tree.map(as_dict, tree, is_leaf=is_mapping if of_all_mappings else None)
 
 
 def _type_of(x: Any) -> Any:

@@ -37,7 +37,7 @@ from jaxstate.errors import (
     VariableMismatchError,
     message,
 )
-from jaxstate.forms import Form, strong, strong_type
+from jaxstate.forms import Form, contrast, form_of, same_structure, strong, strong_type
 from jaxstate.params import check_name
 from jaxstate.trace import read, write
 
@@ -95,10 +95,8 @@ class VariableAddress(EntryAddress):
     def initial(init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
         return jax.tree.map(strong, init(*init_args))
 
-    def form_of_initial(
-        self, init: Callable[..., Any], init_args: tuple[Any, ...], known: dict[Any, Form]
-    ) -> Form:
-        return super().form_of_initial(init, init_args, known).strong()
+    def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
+        return super().form_of_initial(init, init_args).strong()
 
     def as_stored(self, value: Any) -> Any:
         return strong(value)
@@ -146,6 +144,8 @@ class VariableAddress(EntryAddress):
 class Variable:
     """A handle of a variable: see `variable`."""
 
+    __slots__ = ("__weakref__", "_addresses", "_entry", "_form", "_run", "name")
+
     def __init__(self, name: str, store: Store, use: Use):
         self.name = name
         self._run = store.run
@@ -179,12 +179,12 @@ class Variable:
         store = self._store()
         if not store.writable:
             raise self._read_only()
-        if _compat.is_plain_array(value) and self._form.leaves == ((),):
+        if _compat.is_plain_array(value) and self._form.is_array:
             leaves = [value]
         else:
             leaves, tree = jax.tree.flatten(value)
-            if tree != self._form.tree:
-                raise self._wrong_type(str(tree))
+            if not same_structure(tree, self._form.tree):
+                raise self._wrong_structure(value, tree)
         values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
         cells = self._cells_here(store)
         used = _compat.user_location() if cells is None else ""
@@ -233,14 +233,20 @@ class Variable:
             raise self._wrong_type(found.str_short())
         return value
 
-    def _wrong_type(self, found: str) -> Exception:
+    def _wrong_structure(self, value: Any, tree: Any) -> Exception:
+        try:
+            return self._wrong_type(*contrast(form_of(value), self._form))
+        except TypeError:  # not all of it is arrays
+            return self._wrong_type(str(tree), str(self._form.tree))
+
+    def _wrong_type(self, found: str, form: str | None = None) -> Exception:
         example = "value"
-        if self._form.leaves == ((),):
+        if self._form.is_array:
             (aval,) = self._form.avals
             example = f"jnp.asarray(value, jnp.{aval.dtype}).reshape({aval.shape})"
         return SlotTypeError(
             message(
-                f"Variable {self.name!r} is {self._form}, and was written with {found}. Its first"
+                f"Variable {self.name!r} is {form or self._form}, and was written with {found}. Its first"
                 " value fixes its structure, shapes and dtypes.",
                 fix=f"""
                 {self.name} = jaxstate.variable("{self.name}", lambda: value)   # start like that

@@ -610,7 +610,7 @@ CATALOGUE = [
      "'weight' is float32\\[4\\], and the function wants float32\\[3\\]"),
     (errors.ParameterMismatchError, wrong_shape_jitted, mended_parameters,
      "'weight' is float32\\[4\\], and the function wants float32\\[3\\]"),
-    (errors.ParameterMismatchError, a_dict_for_an_array, mended_parameters, "is a dict with"),
+    (errors.ParameterMismatchError, a_dict_for_an_array, mended_parameters, r"is \{'a': float32\[3\]\}, and the function wants float32\[3\]"),
     (errors.MissingVariableError, no_state, mended_no_state, "'factor' was used, and apply was"),
     (errors.VariableMismatchError, wrong_state, mended_no_state,
      "'factor' is float32\\[3\\], and the function wants float32\\[\\]"),

@@ -538,7 +538,7 @@ def test_a_parameter_that_is_a_tree(key):
 
     f = jaxstate.parametrized(lambda x: jax.jit(lambda: jaxstate.param("layer", init, 3))())
     p = f.init(key, 0.0)
-    assert shapes(p) == {"layer": {"kernel": (3,), "scales": {"0": (), "1": (2,)}}}
+    assert shapes(p) == {"layer": {"kernel": (3,), "scales": ((), (2,))}}
     value = f.apply(p, 0.0)
     assert jax.tree.structure(value) == jax.tree.structure(init(key, 3))
     np.testing.assert_array_equal(value["kernel"], p["layer"]["kernel"])

@@ -247,15 +247,15 @@ def test_unwritten_and_unread_entries_are_returned_unchanged():
         v.value = {"a": value["a"] + x, "b": [value["b"][0] - x, value["b"][1]]}
 
     _, state = net.init_with_state(KEY, 1.0)
-    assert_same(state["v"], {"a": jnp.zeros(2), "b": {"0": jnp.float32(0), "1": jnp.float32(1)}})
+    assert_same(state["v"], {"a": jnp.zeros(2), "b": [jnp.float32(0), jnp.float32(1)]})
     state["other"] = {"deep": {"x": np.arange(3)}}
     before = jax.tree.map(np.array, state)
     for apply in both(net.apply_with_state):
         _, new = apply({}, state, 2.0)
         assert type(new["v"]) is type(new["other"]["deep"]) is dict
-        changed = {"a": jnp.full(2, 2.0), "b": {"0": jnp.float32(-2), "1": jnp.float32(1)}}
+        changed = {"a": jnp.full(2, 2.0), "b": [jnp.float32(-2), jnp.float32(1)]}
         assert_same(new, {**before, "v": changed})
-        new["v"]["b"]["0"] = new["other"]["deep"]["x"] = None  # the caller's own
+        new["v"]["b"][0] = new["other"]["deep"]["x"] = None  # the caller's own
         assert_same(state, before)
 
 
