@@ -25,7 +25,7 @@ from jaxstate.forms import (
     same_structure,
     wanted_form,
 )
-from jaxstate.names import Home, Layer, Layers, Level, Path, ScopeStack, Token
+from jaxstate.names import Home, Layer, Layers, Level, Origin, Path, ScopeStack, Token
 from jaxstate.slots import Address, Cell, Holder, holders
 from jaxstate.trace import boundaries, boundary_of, notes_of, read
 
@@ -34,6 +34,7 @@ __all__ = [
     "EntryAddress",
     "Store",
     "current_home",
+    "current_origin",
     "current_place",
     "innermost_store",
     "place_of",
@@ -158,11 +159,20 @@ class EntryAddress(Address):
             return self
         if use is None:
             use = self.store().layers().layers[0].renewed
+        here = current_origin()
 
         def renew(token: Token | None) -> Token | None:
             if token is None or token.home is not home:
                 return token
-            return use.setdefault(token, Token(current_home()))
+            if token not in use:
+                parent = renew(token.parent)
+                if parent is not None:
+                    use[token] = here.child(parent, token.key)
+                else:
+                    if _NUMBER not in use:
+                        use[_NUMBER] = here.next_key("use")
+                    use[token] = here.token((use[_NUMBER], token.key))
+            return use[token]
 
         return self.having(levels=tuple(Level(v.base, renew(v.token)) for v in self.levels))
 
@@ -253,6 +263,7 @@ class EntryAddress(Address):
 # -- Places ----------------------------------------------------------------------------------
 
 _OUTSIDE = Home()  # outside of any boundary: directly in the store
+_NUMBER = object()  # in what a use of a jaxpr makes: which use of the place it is
 
 
 def home_of(boundary: Any) -> Home:
@@ -269,6 +280,24 @@ def current_home() -> Home | None:
         if isinstance(trace, _compat.StagingTrace):
             return home_of(trace)
     return None
+
+
+def current_origin() -> Origin:
+    """Where a module is made that is made here."""
+    store = innermost_store()
+    if store is None:
+        home = current_home()
+        return Origin(home, None, (), {} if home is None else home.counts, {})
+    boundary = place_of(store)
+    call, scopes = store.scopes.call_in(boundary)
+    if boundary is None:
+        home, made, call = store.home, store.layer.made, call or store.call_of_root
+    else:
+        home, made = home_of(boundary), store.layer_of(boundary).made
+    if call is not None:
+        return Origin(home, call.level.token, scopes, call.counts, made)
+    home = current_home()
+    return Origin(home, None, scopes, {} if home is None else home.counts, made)
 
 
 def current_place(store: Store, is_here: bool) -> tuple[Home, tuple[Level, ...]]:
@@ -352,6 +381,8 @@ class Store(Holder):
         self.layer = Layer()
         self.layer.paths[root] = ()
         self.scopes = ScopeStack()
+        self.call_of_root: Any = self.scopes.entered(Level("", root), None)
+        self.home = current_home()
         self.run = object()  # of which this store is, or for which it stands
 
     def knows(self, address: Address) -> bool:
@@ -373,9 +404,9 @@ class Store(Holder):
 
     def layers(self) -> Layers:
         """The names visible here: of the boundaries around the program, then the store's own."""
-        return Layers([*(self._layer_of(b) for b in boundaries(self)), self.layer])
+        return Layers([*(self.layer_of(b) for b in boundaries(self)), self.layer])
 
-    def _layer_of(self, boundary: Any) -> Layer:
+    def layer_of(self, boundary: Any) -> Layer:
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
         return extra.setdefault(self, Layer())
 
@@ -487,6 +518,9 @@ class RuleStore(Store):
         super().__init__(Token(None))
         self.writable = store.writable
         self.run = store.run
+        self.home = store.home
+        self.call_of_root = None
+        self.layer.made = store.layer.made
         self._signature = store.signature()
 
     def signature(self) -> Hashable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,7 +103,8 @@ def contrast(found: Form, wanted: Form) -> tuple[str, str]:
     shown = str(found), str(wanted)
     if shown[0] == shown[1]:
         shown = str(found.tree), str(wanted.tree)
-    same = len(os.path.commonprefix(shown))
+    pairs = zip(*shown, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
     return _around(shown[0], same), _around(shown[1], same)
 
 

@@ -14,13 +14,13 @@ address.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 from jaxstate import _compat
 from jaxstate.errors import NameClashError, message
 
-__all__ = ["Home", "Layer", "Layers", "Level", "Path", "ScopeStack", "Token"]
+__all__ = ["Home", "Layer", "Layers", "Level", "Origin", "Path", "ScopeStack", "Token"]
 
 Path = tuple[str, ...]
 
@@ -29,18 +29,71 @@ class Home:
     """The jaxpr under construction in which a module was made.
 
     Every use of that jaxpr makes the module anew, as running its function again would.
+
+    Attributes:
+      counts: how many modules of each kind were made in it, by no call of a module.
     """
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "counts")
+
+    def __init__(self) -> None:
+        self.counts: dict[Hashable, int] = {}
 
 
 class Token:
-    """The identity of a module. (Not the module itself: a cached jaxpr may keep its token.)"""
+    """The identity of a module. (Not the module itself: a cached jaxpr may keep its token.)
 
-    __slots__ = ("__weakref__", "home")
+    Attributes:
+      home: the jaxpr in which the module was made.
+      parent: the module whose call made it; None if no call of a module did.
+      key: which of those that this call, or the jaxpr, made.
+    """
 
-    def __init__(self, home: Home | None) -> None:
+    __slots__ = ("__weakref__", "home", "key", "parent")
+
+    def __init__(
+        self, home: Home | None, parent: Token | None = None, key: Hashable = None
+    ) -> None:
         self.home = home
+        self.parent = parent
+        self.key = key
+
+
+class Origin(NamedTuple):
+    """Where modules are made: in a call of a module, or in a jaxpr under construction.
+
+    Attributes:
+      home: the jaxpr.
+      parent: the module that is being called; None if there is none in that jaxpr.
+      scopes: those opened by hand in that call or jaxpr.
+      counts: how many modules of each kind were made there.
+      made: the modules that calls of modules made in that jaxpr, see `Layer.made`.
+    """
+
+    home: Home | None
+    parent: Token | None
+    scopes: tuple[str, ...]
+    counts: dict[Hashable, int]
+    made: dict[tuple[Token, Hashable], Token]
+
+    def next_key(self, *kind: Hashable) -> Hashable:
+        """The key of the next module of that kind: it is the same in every call."""
+        kind = (self.scopes, *kind)
+        n = self.counts[kind] = self.counts.get(kind, 0) + 1
+        return kind, n
+
+    def token(self, key: Hashable) -> Token:
+        """The module with that key: in every call of the parent the same one."""
+        if self.parent is None:
+            return Token(self.home, None, key)
+        return self.child(self.parent, key)
+
+    def child(self, parent: Token, key: Hashable) -> Token:
+        """The module with that key that calls of ``parent`` make."""
+        token = self.made.get((parent, key))
+        if token is None:
+            token = self.made[parent, key] = Token(self.home, parent, key)
+        return token
 
 
 class Level:
@@ -72,7 +125,15 @@ class Layer:
         self.taken: dict[Path, str] = {}  # what each name is given to, see `_WHAT`
         self.numbers: dict[Path, int] = {}  # the first suffix that may be free
         self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
-        self.renewed: dict[Token, Token] = {}  # see `Address.renewed`
+        self.renewed: dict[Any, Any] = {}  # see `Address.renewed`
+        self.made: dict[tuple[Token, Hashable], Token] = {}  # by who called, and which it is
+
+    def twin(self, token: Token) -> Token | None:
+        """The module of this piece of the program that is the same one of the same parent."""
+        if token.parent is None:
+            return token
+        parent = self.twin(token.parent)
+        return None if parent is None else self.made.get((parent, token.key))
 
     def of_lasting_modules(self) -> Layer:
         """The names of modules that were not made by the program that was run."""
@@ -111,8 +172,12 @@ class Layers:
         """The path of a module, if it has one already."""
         if token is not None:
             for layer in self.layers:
-                if token in layer.paths:
-                    return layer.paths[token]
+                path = layer.paths.get(token)
+                if path is None and token.parent is not None:
+                    twin = layer.twin(token)
+                    path = None if twin is None else layer.paths.get(twin)
+                if path is not None:
+                    return path
         return None
 
     def known_path_of(self, levels: Sequence[Level]) -> Path:
@@ -209,6 +274,17 @@ class ScopeStack(threading.local):
             return tuple([e.level for e in self.entries if e.boundary is boundary])
         return tuple([e.level for e in self.entries if any(e.boundary is b for b in boundaries)])
 
+    def call_in(self, boundary: Any) -> tuple[_Entered | None, tuple[str, ...]]:
+        """The innermost call of a module that was begun directly inside a boundary, and the scopes
+        that were opened by hand since."""
+        scopes: list[str] = []
+        for entered in reversed(self.entries):
+            if entered.boundary is boundary:
+                if entered.level.token is not None:
+                    return entered, tuple(scopes)
+                scopes.append(entered.level.base)
+        return None, tuple(scopes)
+
     def own_path(self, layers: Layers) -> Path:
         """The path of the program where no boundary is around it; see `Layers.path_of`.
 
@@ -240,15 +316,17 @@ class _Entered:
 
     Attributes:
       path: of the level, once it is known; only in the holder's own place.
+      counts: see `Origin`.
     """
 
-    __slots__ = ("boundary", "entries", "level", "path")
+    __slots__ = ("boundary", "counts", "entries", "level", "path")
 
     def __init__(self, entries: list[_Entered], level: Level, boundary: Any) -> None:
         self.entries = entries
         self.level = level
         self.boundary = boundary
         self.path: Path | None = None
+        self.counts: dict[Hashable, int] = {}
 
     def __enter__(self) -> None:
         self.entries.append(self)

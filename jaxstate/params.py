@@ -20,12 +20,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import types
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -33,7 +31,7 @@ import jax
 from jaxstate import _compat
 from jaxstate.arguments import split_arrays
 from jaxstate.births import sliced
-from jaxstate.entries import EntryAddress, current_home, innermost_store, place_of
+from jaxstate.entries import EntryAddress, current_origin, innermost_store, place_of
 from jaxstate.errors import (
     InitializerDataError,
     MissingParameterError,
@@ -42,6 +40,7 @@ from jaxstate.errors import (
     ParameterMismatchError,
     message,
 )
+from jaxstate.methods import PerInstance, note_instances_of
 from jaxstate.names import Layer, Level, Path, Token
 from jaxstate.random import check_key, rng_stream
 from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
@@ -156,9 +155,14 @@ class Parametrized(Reusable, Summarizable):
         self.fn = fn
         self.name = name or _name_of(fn)
         self._explicit_name = name
-        self._token = Token(current_home())
-        self._instances = _PerInstance()
+        self._token = self._new_token()
+        self._instances = PerInstance()
         functools.update_wrapper(self, fn, updated=())  # not the attributes of a callable object
+
+    def _new_token(self) -> Token:
+        """Says which module this is; in every call of the module that makes it the same one."""
+        here = current_origin()
+        return here.token(here.next_key(self.name, getattr(self.fn, "__code__", type(self.fn))))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the function; inside another parametrized function, as a module of its own."""
@@ -170,7 +174,7 @@ class Parametrized(Reusable, Summarizable):
 
     def __set_name__(self, owner: type, name: str) -> None:
         """As a method: an instance is a module from when it is made, not from its first call."""
-        _note_instances_of(owner)
+        note_instances_of(owner)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:
         """As a method: every instance of the class is its own module."""
@@ -400,87 +404,14 @@ class _BoundMethod(Parametrized):
         name = method._explicit_name
         if name is None and method.name == "__call__":
             name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(instance).__name__).lower()
+        self._method = method
         super().__init__(types.MethodType(method.fn, instance), name)
-        self._token = method._instances.token(instance)
+
+    def _new_token(self) -> Token:
+        return self._method._instances.token(self.fn.__self__, self._method.fn)
 
     def __copy__(self) -> _BoundMethod:
         return self
-
-
-class _PerInstance:
-    """One token per instance, by identity, for as long as the instance lives."""
-
-    def __init__(self) -> None:
-        self._tokens: dict[int, tuple[Any, Token]] = {}
-
-    def token(self, instance: Any) -> Token:
-        entry = self._tokens.get(id(instance))
-        if entry is None:
-            try:
-                alive: Any = weakref.ref(instance, _forget(self._tokens, id(instance)))
-            except TypeError:  # no weak references: keep the instance
-                alive = instance
-            entry = self._tokens[id(instance)] = (alive, Token(_home_of_instance(instance)))
-        return entry[1]
-
-
-def _forget(notes: dict[int, Any], key: int) -> Callable[[Any], None]:
-    """What to do when the object is gone of which there is a note."""
-    return lambda _: notes.pop(key, None) and None
-
-
-# For each instance of a class with parametrized methods, by identity: a weak reference, and the
-# jaxpr that was being built when it was made.
-_made_in: dict[int, tuple[Any, Any]] = {}
-
-
-def _home_of_instance(instance: Any) -> Any:
-    """The home of what was made with the instance: here, if nobody saw it being made."""
-    ref, home = _made_in.get(id(instance), (None, None))
-    return home if ref is not None and ref() is instance else current_home()
-
-
-def _note_instances_of(owner: type) -> None:
-    """Lets every new instance of a class be noted in `_made_in`."""
-    own = owner.__dict__.get("__new__")
-    plain = getattr(getattr(own, "__func__", None), "plain", own)  # a class may be made once more
-
-    def new(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
-        make = super(owner, cls).__new__ if plain is None else plain.__get__(None, cls)
-        if make is not object.__new__:
-            instance = make(cls, *args, **kwargs)
-        elif (args or kwargs) and cls.__init__ is object.__init__:
-            raise TypeError(f"{cls.__name__}() takes no arguments")
-        else:
-            instance = object.__new__(cls)
-        key = id(instance)
-        with suppress(TypeError):  # without weak references, it is as if nobody had seen it
-            _made_in[key] = weakref.ref(instance, _forget(_made_in, key)), current_home()
-        return instance
-
-    new.plain = plain  # type: ignore[attr-defined]
-    with suppress(AttributeError, TypeError):  # a class that does not want to be changed
-        owner.__new__ = staticmethod(new)  # type: ignore[assignment]
-        if plain is None and "__signature__" not in owner.__dict__:
-            owner.__signature__ = _Signature(owner)  # type: ignore[attr-defined]
-
-
-class _Signature:
-    """That of a class, for which `inspect` would ask the function that notes its instances."""
-
-    def __init__(self, noted: type) -> None:
-        self.noted = noted
-
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        if instance is not None:  # which may be callable
-            raise AttributeError("__signature__")
-        make: Any = owner.__init__
-        if make is object.__init__:
-            make = super(self.noted, owner).__new__
-        if make is object.__new__:
-            return inspect.Signature()
-        signature = inspect.signature(make)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 # -- Helpers of init and apply ---------------------------------------------------------------

@@ -246,8 +246,8 @@ class Variable:
             example = f"jnp.asarray(value, jnp.{aval.dtype}).reshape({aval.shape})"
         return SlotTypeError(
             message(
-                f"Variable {self.name!r} is {form or self._form}, and was written with {found}. Its first"
-                " value fixes its structure, shapes and dtypes.",
+                f"Variable {self.name!r} is {form or self._form}, and was written with {found}."
+                " Its first value fixes its structure, shapes and dtypes.",
                 fix=f"""
                 {self.name} = jaxstate.variable("{self.name}", lambda: value)   # start like that
                 {self.name}.value = {example}    # or write what fits
