@@ -140,9 +140,13 @@ class EntryAddress(Address):
         store = self.store()
         boundary = None if boundary is store else boundary
         home = home_of(boundary)
-        if self.place is None:
-            return self.having(levels=store.scopes.inside(boundary) + self.levels, home=home)
-        return self.having(place=None if self.place is home else self.place, home=home)
+        levels, place = self.levels, self.place
+        if place is None:
+            levels = store.scopes.inside(boundary) + levels
+        elif place is home:
+            place = None
+        levels = tuple([level.inside(home, store.run) for level in levels])
+        return self.having(levels=levels, place=place, home=home)
 
     def _is_made_anew(self) -> bool:
         """Whether a module on the way to it is made by every use of the jaxpr it stands in."""
@@ -165,13 +169,12 @@ class EntryAddress(Address):
             if token is None or token.home is not home:
                 return token
             if token not in use:
-                parent = renew(token.parent)
-                if parent is not None:
-                    use[token] = here.child(parent, token.key)
+                if token.parent is not None:
+                    use[token] = Token(here.home, renew(token.parent), token.key, here.run)
                 else:
-                    if _NUMBER not in use:
-                        use[_NUMBER] = here.next_key("use")
-                    use[token] = here.token((use[_NUMBER], token.key))
+                    if home not in use:
+                        use[home] = here.next_key("use")
+                    use[token] = here.token((use[home], token.key))
             return use[token]
 
         return self.having(levels=tuple(Level(v.base, renew(v.token)) for v in self.levels))
@@ -263,7 +266,6 @@ class EntryAddress(Address):
 # -- Places ----------------------------------------------------------------------------------
 
 _OUTSIDE = Home()  # outside of any boundary: directly in the store
-_NUMBER = object()  # in what a use of a jaxpr makes: which use of the place it is
 
 
 def home_of(boundary: Any) -> Home:
@@ -285,19 +287,17 @@ def current_home() -> Home | None:
 def current_origin() -> Origin:
     """Where a module is made that is made here."""
     store = innermost_store()
-    if store is None:
-        home = current_home()
-        return Origin(home, None, (), {} if home is None else home.counts, {})
-    boundary = place_of(store)
-    call, scopes = store.scopes.call_in(boundary)
-    if boundary is None:
-        home, made, call = store.home, store.layer.made, call or store.call_of_root
-    else:
-        home, made = home_of(boundary), store.layer_of(boundary).made
-    if call is not None:
-        return Origin(home, call.level.token, scopes, call.counts, made)
-    home = current_home()
-    return Origin(home, None, scopes, {} if home is None else home.counts, made)
+    home, parent, scopes, counts, run = current_home(), None, (), None, None
+    if store is not None:
+        boundary, run = place_of(store), store.run
+        call, scopes = store.scopes.call_in(boundary)
+        if boundary is None:
+            home, call = store.home, call or store.call_of_root
+        if call is not None:
+            parent, counts = call.level.token, call.counts
+    if counts is None:
+        counts = {} if home is None else home.counts
+    return Origin(home, parent, scopes, counts, run)
 
 
 def current_place(store: Store, is_here: bool) -> tuple[Home, tuple[Level, ...]]:
@@ -520,7 +520,6 @@ class RuleStore(Store):
         self.run = store.run
         self.home = store.home
         self.call_of_root = None
-        self.layer.made = store.layer.made
         self._signature = store.signature()
 
     def signature(self) -> Hashable:

@@ -43,20 +43,54 @@ class Home:
 class Token:
     """The identity of a module. (Not the module itself: a cached jaxpr may keep its token.)
 
+    Two tokens are equal if they are one, or if two calls of one module made them, in one ``init``
+    or ``apply`` and with one key.
+
     Attributes:
       home: the jaxpr in which the module was made.
       parent: the module whose call made it; None if no call of a module did.
       key: which of those that this call, or the jaxpr, made.
+      run: the ``init`` or ``apply`` during which that was.
     """
 
-    __slots__ = ("__weakref__", "home", "key", "parent")
+    __slots__ = ("__weakref__", "_hash", "home", "key", "parent", "run")
 
     def __init__(
-        self, home: Home | None, parent: Token | None = None, key: Hashable = None
+        self,
+        home: Home | None,
+        parent: Token | None = None,
+        key: Hashable = None,
+        run: object = None,
     ) -> None:
         self.home = home
         self.parent = parent
         self.key = key
+        self.run = run
+        self._hash = id(self) if parent is None else hash((parent, key))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if self.parent is None or not isinstance(other, Token) or self.run is not other.run:
+            return False
+        return self.key == other.key and self.parent == other.parent
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it was made by no program that runs."""
+        return self.home is None and self.parent is None
+
+    def inside(self, home: Home, run: object) -> Token:
+        """The same module of this run, such that every use of the jaxpr ``home`` looks it up."""
+        if self.parent is None or self.run is not run or self.home is home:
+            return self
+        return Token(home, self.parent.inside(home, run), self.key, run)
+
+    def __deepcopy__(self, memo: Any) -> Token:
+        return Token(self.home)
 
 
 class Origin(NamedTuple):
@@ -67,14 +101,14 @@ class Origin(NamedTuple):
       parent: the module that is being called; None if there is none in that jaxpr.
       scopes: those opened by hand in that call or jaxpr.
       counts: how many modules of each kind were made there.
-      made: the modules that calls of modules made in that jaxpr, see `Layer.made`.
+      run: the ``init`` or ``apply`` that is in progress.
     """
 
     home: Home | None
     parent: Token | None
     scopes: tuple[str, ...]
     counts: dict[Hashable, int]
-    made: dict[tuple[Token, Hashable], Token]
+    run: object
 
     def next_key(self, *kind: Hashable) -> Hashable:
         """The key of the next module of that kind: it is the same in every call."""
@@ -83,17 +117,8 @@ class Origin(NamedTuple):
         return kind, n
 
     def token(self, key: Hashable) -> Token:
-        """The module with that key: in every call of the parent the same one."""
-        if self.parent is None:
-            return Token(self.home, None, key)
-        return self.child(self.parent, key)
-
-    def child(self, parent: Token, key: Hashable) -> Token:
-        """The module with that key that calls of ``parent`` make."""
-        token = self.made.get((parent, key))
-        if token is None:
-            token = self.made[parent, key] = Token(self.home, parent, key)
-        return token
+        """The module with that key."""
+        return Token(self.home, self.parent, key, self.run)
 
 
 class Level:
@@ -106,12 +131,19 @@ class Level:
         self.token = token
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Level) or self.token is not other.token:
+        if not isinstance(other, Level) or self.token != other.token:
             return False
         return self.token is not None or self.base == other.base
 
     def __hash__(self) -> int:
-        return hash((self.base, id(self.token)))
+        return hash(self.base if self.token is None else self.token)
+
+    def inside(self, home: Home, run: object) -> Level:
+        """The same level; see `Token.inside`."""
+        token = self.token
+        if token is None or token.parent is None:
+            return self
+        return Level(self.base, token.inside(home, run))
 
     def __repr__(self) -> str:
         return self.base
@@ -126,20 +158,13 @@ class Layer:
         self.numbers: dict[Path, int] = {}  # the first suffix that may be free
         self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
         self.renewed: dict[Any, Any] = {}  # see `Address.renewed`
-        self.made: dict[tuple[Token, Hashable], Token] = {}  # by who called, and which it is
-
-    def twin(self, token: Token) -> Token | None:
-        """The module of this piece of the program that is the same one of the same parent."""
-        if token.parent is None:
-            return token
-        parent = self.twin(token.parent)
-        return None if parent is None else self.made.get((parent, token.key))
+        self.made: dict[Path, int] = {}  # how many modules of a name the program itself made
 
     def of_lasting_modules(self) -> Layer:
         """The names of modules that were not made by the program that was run."""
         names = Layer()
         for token, path in self.paths.items():
-            if token.home is None:
+            if token.is_lasting:
                 names.paths[token] = path
                 if path:
                     names.taken[path] = "module"
@@ -165,17 +190,19 @@ class Layers:
                 path, start = known, i + 1
                 break
         for level in levels[start:]:
-            path = (*path, self.enter(path, level))
+            path = self.entered(path, level)
         return path
+
+    def entered(self, scope: Path, level: Level) -> Path:
+        """The path of ``level`` in ``scope``. (A module that calls itself is there already.)"""
+        known = self.known(level.token)
+        return (*scope, self.enter(scope, level)) if known is None else known
 
     def known(self, token: Token | None) -> Path | None:
         """The path of a module, if it has one already."""
         if token is not None:
             for layer in self.layers:
                 path = layer.paths.get(token)
-                if path is None and token.parent is not None:
-                    twin = layer.twin(token)
-                    path = None if twin is None else layer.paths.get(twin)
                 if path is not None:
                     return path
         return None
@@ -225,6 +252,8 @@ class Layers:
         layer = self.layers[0]
         layer.numbers[base] = n + 1
         layer.taken[*scope, name] = "module"
+        if not level.token.is_lasting:
+            layer.made[base] = layer.made.get(base, 0) + 1
         layer.paths[level.token] = (*scope, name)
         return name
 
@@ -303,7 +332,7 @@ class ScopeStack(threading.local):
             i -= 1
         for entered in entries[i:]:
             if entered.boundary is None:
-                entered.path = path = (*path, layers.enter(path, entered.level))
+                entered.path = path = layers.entered(path, entered.level)
         return path
 
     def entered(self, level: Level, boundary: Any) -> _Entered:

@@ -36,12 +36,13 @@ from jaxstate.errors import (
     InitializerDataError,
     MissingParameterError,
     MissingStoreError,
+    NameClashError,
     ParameterConflictError,
     ParameterMismatchError,
     message,
 )
 from jaxstate.methods import PerInstance, note_instances_of
-from jaxstate.names import Layer, Level, Path, Token
+from jaxstate.names import Level, Path, Token
 from jaxstate.random import check_key, rng_stream
 from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.slots import open_holder
@@ -327,12 +328,21 @@ class Parametrized(Reusable, Summarizable):
         if not _compat.jit_is_disabled():
             return run(store())
         # Only the branches that are taken are seen now, and modules would be named accordingly.
-        names: list[Layer] = []
-        with jax.disable_jit(False):
-            jax.eval_shape(lambda: names.append(run(store())[1].layer.of_lasting_modules()))
         named = store()
-        named.layer = names[0]
-        return run(named)
+        made: dict[Path, int] = {}
+
+        def trace() -> None:
+            _, traced = run(store())
+            named.layer = traced.layer.of_lasting_modules()
+            made.update(traced.layer.made)
+
+        with jax.disable_jit(False):
+            jax.eval_shape(trace)
+        out, named = run(named)
+        for base, n in named.layer.made.items():
+            if n < made.get(base, 0):
+                raise _not_all_were_made(base, n, made[base])
+        return out, named
 
     def _check_state(self, state: Any) -> None:
         fix = "y, state = net.apply_with_state(params, state, x)"
@@ -437,6 +447,22 @@ def _open_streams(streams: Mapping[str, Any]) -> Iterator[None]:
         for name, key in streams.items():
             stack.enter_context(rng_stream(key, name))
         yield
+
+
+def _not_all_were_made(base: Path, n: int, of: int) -> Exception:
+    """The error for modules whose names cannot be told from each other without jit."""
+    return NameClashError(
+        message(
+            f"The program makes {of} modules {'/'.join(base)!r} when it is traced, and made {n} of"
+            " them under jax.disable_jit, which runs only the branches that are taken. So it cannot"
+            " be told which.",
+            fix=f"""
+            {base[-1]} = make()                                # before the branch
+            jaxstate.parametrized(fn, name="{base[-1]}_if")    # or a name for each
+            """,
+            used=_compat.user_location(),
+        )
+    )
 
 
 def _store_for_init(root: Token, key: Any, given: Reused | None) -> InitStore:

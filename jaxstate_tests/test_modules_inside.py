@@ -3,6 +3,7 @@
 The references thread two weights by hand.
 """
 
+import copy
 import functools
 import gc
 
@@ -49,7 +50,7 @@ def in_loop(x):
     return lax.fori_loop(0, 1, lambda i, x: scale()(x), x)
 
 
-# What makes a module and uses it: function of the input -> (result, name of the module's parameter).
+# What makes a module and uses it.
 MAKERS = {
     "function": lambda x: scale()(x),
     "instance": lambda x: Scale()(x),
@@ -63,7 +64,7 @@ MAKERS = {
     "in a module that is made": lambda x: jaxstate.parametrized(MAKERS["function"], name="scale")(x),
     "in a vmap": lambda x: jax.vmap(lambda x: scale()(x))(x[None])[0],
     "in a branch": lambda x: lax.cond(x > -100, lambda x: scale()(x), lambda x: x, x),
-    "copied": lambda x: __import__("copy").copy(OUTSIDE)(x),
+    "copied": lambda x: copy.copy(OUTSIDE)(x),
 }  # fmt: skip
 CACHED = jax.jit(lambda x: scale()(x))
 OUTSIDE = scale()
@@ -112,11 +113,6 @@ def twice(make):
     return enc
 
 
-def leaves_in_order(params):
-    """The weights, those of the first module first."""
-    return jax.tree.leaves(params)
-
-
 @pytest.mark.parametrize("call", CALLERS)
 @pytest.mark.parametrize("make", MAKERS)
 def test_every_call_of_an_object_has_the_modules_of_the_first(make, call):
@@ -134,3 +130,181 @@ def test_every_call_of_an_object_has_the_modules_of_the_first(make, call):
     np.testing.assert_allclose(jax.jit(net.apply)(params, X), wanted, rtol=1e-5)
     gc.collect()
     np.testing.assert_allclose(net.apply(params, X), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("call", CALLERS)
+@pytest.mark.parametrize("make", MAKERS)
+def test_without_jit_it_is_the_same(make, call):
+    enc, run = twice(MAKERS[make]), CALLERS[call]
+    if (make, call) == ("in a branch", "vmap"):
+        return  # JAX runs this branch as Python in the plain call, and traces it under vmap
+    net = jaxstate.parametrized(lambda x: run(enc, x), name="net")
+    tree = jax.tree.structure(jax.eval_shape(net.init, KEY, X))
+    params = tree.unflatten([0.5, 1.5])
+    with jax.disable_jit():
+        found = net.apply(params, X)
+    np.testing.assert_allclose(found, run(lambda x: jnp.sin(x * 0.5) + x * 1.5, X), rtol=1e-5)
+
+
+def test_without_jit_a_branch_that_is_not_run_is_an_error():
+    @jaxstate.parametrized
+    def net(x):
+        return lax.cond(x > 0, lambda x: scale()(x), lambda x: scale()(2 * x), x)
+
+    params = net.init(KEY, X)
+    with jax.disable_jit(), pytest.raises(jaxstate.NameClashError, match="2 modules 'scale' when"):
+        net.apply(params, -X)
+    s = params["scale_1"]["s"]
+    np.testing.assert_allclose(net.apply(params, -X), -2 * X * s, rtol=1e-6)
+
+
+@pytest.mark.parametrize("call", CALLERS)
+def test_what_the_branches_and_the_condition_of_a_loop_make_are_others(call):
+    enc = jaxstate.parametrized(
+        lambda x: lax.while_loop(
+            lambda x: scale()(x) > 100,
+            lambda x: scale()(x),
+            lax.cond(x > 0, lambda x: scale()(x), lambda x: -scale()(x), x),
+        ),
+        name="enc",
+    )
+    run = CALLERS[call]
+    net = jaxstate.parametrized(lambda x: run(enc, x), name="net")
+    if call == "grad":
+        return  # JAX has no reverse mode for while_loop
+    assert list(net.init(KEY, X)["enc"]) == ["scale", "scale_1", "scale_2", "scale_3"]
+    params = {"scale": 3.0, "scale_1": 5.0, "scale_2": 0.0, "scale_3": 0.0}
+    params = {"enc": {name: {"s": s} for name, s in params.items()}}
+    wanted = run(lambda x: jnp.where(x > 0, 3.0, -5.0) * x, -X)
+    np.testing.assert_allclose(net.apply(params, -X), wanted, rtol=1e-6)
+
+
+def test_which_one_is_said_by_the_order_in_which_they_are_made():
+    """Not by that in which they are used."""
+
+    @jaxstate.parametrized
+    def enc(x, backwards):
+        first, second = scale(), scale()
+        return first(second(x) + 1) if backwards else second(first(x) + 1)
+
+    net = jaxstate.parametrized(lambda x: enc(enc(x, True), False), name="net")
+    # The first that is used, and gets the name without suffix, is the second that is made.
+    params = {"enc": {"scale": {"s": 2.0}, "scale_1": {"s": 5.0}}}
+    x = 5 * (2 * X + 1)
+    np.testing.assert_allclose(net.apply(params, X), 2 * (5 * x + 1), rtol=1e-6)
+
+
+def test_modules_of_other_names_or_functions_and_in_other_scopes_are_others():
+    @jaxstate.parametrized
+    def enc(x, which):
+        if which == "a":
+            return scale("a")(x)
+        if which == "twice":
+            return jaxstate.parametrized(lambda x: 2 * scale()(x), name="b")(x)
+        with jaxstate.scope(which):
+            return scale("b")(x)
+
+    net = jaxstate.parametrized(lambda x: [enc(x, w) for w in "a b c b twice a".split()], name="net")
+    params = net.init(KEY, X)["enc"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "a": {"s": ()},
+        "b": {"b": {"s": ()}},
+        "c": {"b": {"s": ()}},
+        "b_1": {"scale": {"s": ()}},
+    }
+    a, b, c, d = (params["a"], params["b"]["b"], params["c"]["b"], params["b_1"]["scale"])
+    wanted = [X * a["s"], X * b["s"], X * c["s"], X * b["s"], 2 * X * d["s"], X * a["s"]]
+    np.testing.assert_allclose(net.apply({"enc": params}, X), wanted, rtol=1e-6)
+
+
+def test_recursion():
+    @jaxstate.parametrized
+    def power(x, n):
+        return scale()(x if n == 0 else power(x, n - 1))
+
+    params = power.init(KEY, X, 3)
+    assert jax.tree.map(jnp.shape, params) == {"scale": {"s": ()}}
+    s = params["scale"]["s"]
+    np.testing.assert_allclose(power.apply(params, X, 3), X * s**4, rtol=1e-5)
+    net = jaxstate.parametrized(lambda x: power(power(x, 1), 2), name="net")
+    np.testing.assert_allclose(net.apply({"power": params}, X), X * s**5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_reuse(make):
+    enc = twice(MAKERS[make])
+    small = jaxstate.parametrized(lambda x: enc(x), name="small")
+    large = jaxstate.parametrized(
+        lambda x: lax.fori_loop(0, 2, lambda i, x: enc(x), scale()(enc(x))), name="large"
+    )
+    trained = small.init(KEY, X)
+    params = large.init(jax.random.key(1), X, reuse={small: trained})
+    assert jax.tree.leaves(params["enc"]) == jax.tree.leaves(trained["enc"])
+    own = enc.init(KEY, X)
+    params = large.parameters_from({large: params, enc: own}, X)
+    assert jax.tree.leaves(params["enc"]) == jax.tree.leaves(own)
+
+
+def test_stacks():
+    block = twice(MAKERS["function"])
+
+    @jaxstate.parametrized
+    def enc(x):
+        return jaxstate.stack(block, 2)(x)
+
+    net = jaxstate.parametrized(lambda x: lax.fori_loop(0, 2, lambda i, x: enc(x), enc(x)), name="n")
+    params = net.init(KEY, X)
+    layers = params["enc"]["stack"]["layers"]
+    x, (a, b) = X, jax.tree.leaves(layers)
+    for _ in range(3):
+        for i in range(2):
+            x = jnp.sin(x * a[i]) + x * b[i]
+    np.testing.assert_allclose(net.apply(params, X), x, rtol=1e-5)
+
+
+def test_variables_are_those_of_the_same_module():
+    def counter():
+        @jaxstate.parametrized
+        def count(x):
+            n = jaxstate.variable("n", jnp.zeros, ())
+            n.value += 1
+            return x + n.value
+
+        return count
+
+    enc = jaxstate.parametrized(lambda x: counter()(x), name="enc")
+    times = {"Python loop": 3, "fori_loop": 3, "scan": 6, "while_loop": 3, "jit, then plain": 3}
+    times |= {"one jitted, called twice": 2, "checkpoint": 2, "loop in loop": 6}
+    for name, n in times.items():
+        run = CALLERS[name]
+        net = jaxstate.parametrized(lambda x, run=run: run(enc, x), name="net")
+        state = net.init_with_state(KEY, X)[1]
+        assert jax.tree.structure(state) == jax.tree.structure({"enc": {"count": {"n": 0}}})
+        assert net.apply_with_state({}, state, X)[1]["enc"]["count"]["n"] == n
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+def test_a_cached_jaxpr_in_other_runs_and_networks():
+    """It was traced in a call of an object, and is used when that was called before, or not yet."""
+    enc = twice(MAKERS["in one cached jit"])
+    traced = []
+
+    @jax.jit
+    def f(x):
+        traced.append(1)
+        return enc(x)
+
+    runs = {
+        1: lambda x: f(x),
+        3: lambda x: enc(f(enc(x))),
+        2: lambda x: f(enc(x)),
+        4: lambda x: f(f(enc(f(x)))),
+    }
+    for n, run in runs.items():
+        net = jaxstate.parametrized(run, name="net")
+        for a, b in ((2.0, 3.0), (5.0, 7.0)):
+            params, wanted = {"enc": {"scale": {"s": a}, "scale_1": {"s": b}}}, X
+            for _ in range(n):
+                wanted = jnp.sin(wanted * a) + wanted * b
+            np.testing.assert_allclose(net.apply(params, X), wanted, rtol=1e-5)
+    assert len(traced) == 1
