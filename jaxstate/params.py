@@ -19,7 +19,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +45,7 @@ from jaxstate.errors import (
 )
 from jaxstate.methods import PerInstance, note_instances_of
 from jaxstate.names import Level, Path, Token
+from jaxstate.pickling import found_by_name, name_of_global
 from jaxstate.random import check_key, rng_stream
 from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.slots import open_holder
@@ -151,6 +154,7 @@ class Parametrized(Reusable, Summarizable):
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
         if not callable(fn):
             raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
+        check_runs_when_called(fn)
         if name is not None:
             check_name(name, "parametrized")
         self.fn = fn
@@ -357,7 +361,17 @@ class Parametrized(Reusable, Summarizable):
 
     def __copy__(self) -> Parametrized:
         """A module of its own, as a deep copy is."""
-        return type(self)(self.fn, self._explicit_name)
+        return self.__deepcopy__({}, lambda value, memo: value)
+
+    def __deepcopy__(self, memo: Any, part: Any = copy.deepcopy) -> Parametrized:
+        new = memo[id(self)] = object.__new__(type(self))
+        vars(new).update({name: part(value, memo) for name, value in vars(self).items()})
+        new._token, new._instances = new._new_token(), PerInstance()
+        return new
+
+    def __reduce__(self) -> Any:
+        """A module is pickled as a function is: by its name."""
+        return found_by_name, name_of_global(self, self.fn)
 
     def __repr__(self) -> str:
         return f"<parametrized {self.name}>"
@@ -397,6 +411,26 @@ def check_name(name: Any, where: str) -> None:
         )
 
 
+def check_runs_when_called(fn: Any) -> None:
+    """A generator or coroutine runs when its parameters are gone, in pieces."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    is_function = isinstance(fn, (types.FunctionType, types.MethodType))
+    body = fn if is_function else getattr(type(fn), "__call__", fn)  # noqa: B004
+    kinds = {
+        "a generator": inspect.isgeneratorfunction(body),
+        "a coroutine": inspect.iscoroutinefunction(body),
+        "an asynchronous generator": inspect.isasyncgenfunction(body),
+    }
+    for kind, is_kind in kinds.items():
+        if is_kind:
+            raise TypeError(
+                f"parametrized wants a function that runs when it is called, and {fn!r} makes"
+                f" {kind}.\nTo mend it:\n"
+                "    return [f(x) for x in xs]      # return what it makes, and no yield or await"
+            )
+
+
 def _name_of(fn: Any) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -422,6 +456,17 @@ class _BoundMethod(Parametrized):
 
     def __copy__(self) -> _BoundMethod:
         return self
+
+    def __deepcopy__(self, memo: Any) -> _BoundMethod:  # type: ignore[override]
+        return type(self)(self._method, copy.deepcopy(self.fn.__self__, memo))
+
+    def __reduce__(self) -> Any:
+        """By the instance, and the name of the method in its class."""
+        instance = self.fn.__self__
+        for name in dir(type(instance)):
+            if inspect.getattr_static(type(instance), name, None) is self._method:
+                return getattr, (instance, name)
+        return type(self), (self._method, instance)
 
 
 # -- Helpers of init and apply ---------------------------------------------------------------

@@ -16,7 +16,7 @@ ORDER = [
     "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
     "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels", "rules",
     "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
-    "arguments", "reuse", "summary", "methods",
+    "arguments", "reuse", "summary", "methods", "pickling",
     "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
     "records", "mutate", "sow", "views", "masked", "updates", "arrays", "inplace", "",
 ]  # fmt: skip
@@ -67,9 +67,9 @@ def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {
         "arguments", "arrays", "births", "capture", "containers", "entries", "errors", "forms",
-        "handles", "leaves", "masked", "methods", "names", "objects", "params", "records", "retraced",
-        "reuse", "shadows", "slots", "sown", "stateful", "stores", "successors", "thread", "trace",
-        "tracestate", "updates", "variables", "views",
+        "handles", "leaves", "masked", "methods", "names", "objects", "params", "pickling",
+        "records", "retraced", "reuse", "shadows", "slots", "sown", "stateful", "stores",
+        "successors", "thread", "trace", "tracestate", "updates", "variables", "views",
     }  # fmt: skip
     assert public - submodules == set(jaxstate.__all__)
 

@@ -61,7 +61,9 @@ MAKERS = {
     "in one cached jit in another": jax.jit(lambda x: CACHED(x)),
     "in checkpoint": jax.checkpoint(lambda x: scale()(x)),
     "in a loop": in_loop,
-    "in a module that is made": lambda x: jaxstate.parametrized(MAKERS["function"], name="scale")(x),
+    "in a module that is made": lambda x: jaxstate.parametrized(
+        lambda x: scale()(x), name="scale"
+    )(x),
     "in a vmap": lambda x: jax.vmap(lambda x: scale()(x))(x[None])[0],
     "in a branch": lambda x: lax.cond(x > -100, lambda x: scale()(x), lambda x: x, x),
     "copied": lambda x: copy.copy(OUTSIDE)(x),
@@ -204,7 +206,9 @@ def test_modules_of_other_names_or_functions_and_in_other_scopes_are_others():
         with jaxstate.scope(which):
             return scale("b")(x)
 
-    net = jaxstate.parametrized(lambda x: [enc(x, w) for w in "a b c b twice a".split()], name="net")
+    net = jaxstate.parametrized(
+        lambda x: [enc(x, w) for w in ("a", "b", "c", "b", "twice", "a")], name="net"
+    )
     params = net.init(KEY, X)["enc"]
     assert jax.tree.map(jnp.shape, params) == {
         "a": {"s": ()},
@@ -252,7 +256,9 @@ def test_stacks():
     def enc(x):
         return jaxstate.stack(block, 2)(x)
 
-    net = jaxstate.parametrized(lambda x: lax.fori_loop(0, 2, lambda i, x: enc(x), enc(x)), name="n")
+    net = jaxstate.parametrized(
+        lambda x: lax.fori_loop(0, 2, lambda i, x: enc(x), enc(x)), name="n"
+    )
     params = net.init(KEY, X)
     layers = params["enc"]["stack"]["layers"]
     x, (a, b) = X, jax.tree.leaves(layers)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import pickle
 import subprocess
@@ -664,9 +665,81 @@ def test_an_initializer_that_closes_over_values_of_a_transformation_around_init(
 
 def test_copies_are_modules_of_their_own(key):
     layer = scaled()
-    for copied in (copy.copy(layer), copy.deepcopy(layer)):
+    for copied in (copy.copy(layer), copy.deepcopy(layer), *copy.deepcopy([layer, layer])):
         net = jaxstate.parametrized(lambda x, copied=copied: copied(layer(x)))
         assert shapes(net.init(key, 1.0)) == {"scale": {"s": ()}, "scale_1": {"s": ()}}
+    one, again = copy.deepcopy((layer, layer))
+    assert one is again
+
+
+MODULE = """
+import jax, jaxstate
+
+@jaxstate.parametrized
+def net(x):
+    return x * jaxstate.param("w", jax.nn.initializers.ones, ())
+
+nameless = jaxstate.parametrized(lambda x: net(x), name="other")
+deep = jaxstate.stack(net, 3)
+
+class Block:
+    def __init__(self, n):
+        self.n = n
+
+    @jaxstate.parametrized
+    def __call__(self, x):
+        return self.n * x * jaxstate.param("w", jax.nn.initializers.ones, ())
+
+    class Inner:
+        @jaxstate.parametrized
+        def f(self, x):
+            return x
+"""
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_stands_in_a_module_is_pickled_by_name(protocol, tmp_path, monkeypatch, key):
+    (tmp_path / "module_of_nets.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("module_of_nets")
+    again = lambda x: pickle.loads(pickle.dumps(x, protocol))  # noqa: E731
+    Block = module.Block
+    for net in (module.net, module.nameless, module.deep, Block.__call__, Block.Inner.f):
+        assert again(net) is net
+        assert again([net.apply, net])[0].__self__ is net
+    shaped = again(module.net.shaped(jax.ShapeDtypeStruct((), jnp.float32)))
+    assert shaped.net is module.net and shaped.init(key) == {"w": 1.0}
+    for method in (again(Block(2)).__call__, again(Block(2).__call__)):
+        assert method.apply({"w": 3.0}, 5.0) == 30.0
+    made_here = [scaled(), jaxstate.stack(scaled(), 2), jaxstate.parametrized(MODULE.count)]
+    for net in made_here:
+        with pytest.raises(pickle.PicklingError, match="pickled by name"):
+            again(net)
+
+
+async def coroutine(x):
+    return x
+
+
+async def asynchronous(x):
+    yield x
+
+
+class Generating:
+    def __call__(self, x):
+        yield x
+
+    def method(self, x):
+        yield x
+
+
+LATE = [coroutine, asynchronous, Generating(), Generating().method, lambda x: (yield x)]
+
+
+@pytest.mark.parametrize("fn", [*LATE, *map(partial, LATE)], ids=str)
+def test_a_function_that_does_not_run_when_it_is_called_is_refused(fn):
+    with pytest.raises(TypeError, match="runs when it is called"):
+        jaxstate.parametrized(fn)
 
 
 def test_initializers_may_want_a_raw_key():
