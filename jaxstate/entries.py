@@ -388,6 +388,10 @@ class Store(Holder):
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
 
+    def entered(self, level: Level) -> Any:
+        """A context in which the program is in ``level``."""
+        return self.scopes.entered(level, place_of(self))
+
     def is_here(self) -> bool:
         """Whether nothing of JAX stands between the program and the store.
 

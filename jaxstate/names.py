@@ -244,11 +244,7 @@ class Layers:
                 raise _clash(base, "scope", kind)
             self.layers[0].taken[base] = "scope"
             return level.base
-        n = max(layer.numbers.get(base, 0) for layer in self.layers)
-        name = f"{level.base}_{n}" if n else level.base
-        while self._kind((*scope, name)) is not None:
-            n += 1
-            name = f"{level.base}_{n}"
+        name, n = self._free_name(scope, level.base)
         layer = self.layers[0]
         layer.numbers[base] = n + 1
         layer.taken[*scope, name] = "module"
@@ -256,6 +252,28 @@ class Layers:
             layer.made[base] = layer.made.get(base, 0) + 1
         layer.paths[level.token] = (*scope, name)
         return name
+
+    def _free_name(self, scope: Path, base: str) -> tuple[str, int]:
+        """The name that the next module gets, and its number."""
+        n = max(layer.numbers.get((*scope, base), 0) for layer in self.layers)
+        name = f"{base}_{n}" if n else base
+        while self._kind((*scope, name)) is not None:
+            n += 1
+            name = f"{base}_{n}"
+        return name, n
+
+    def expected_path_of(self, levels: Sequence[Level]) -> Path:
+        """What `path_of` would be, without giving out names."""
+        path: Path = ()
+        for level in levels:
+            known = self.known(level.token)
+            if known is not None:
+                path = known
+            elif level.token is None:
+                path = (*path, level.base)
+            else:
+                path = (*path, self._free_name(path, level.base)[0])
+        return path
 
     def _kind(self, path: Path) -> str | None:
         for layer in self.layers:

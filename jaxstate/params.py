@@ -33,7 +33,7 @@ import jax
 from jaxstate import _compat
 from jaxstate.arguments import split_arrays
 from jaxstate.births import sliced
-from jaxstate.entries import EntryAddress, current_origin, innermost_store, place_of
+from jaxstate.entries import EntryAddress, current_origin, innermost_store
 from jaxstate.errors import (
     InitializerDataError,
     MissingParameterError,
@@ -144,7 +144,7 @@ def scope(name: str) -> Iterator[None]:
     if store is None:
         yield
         return
-    with store.scopes.entered(Level(name, None), place_of(store)):
+    with store.entered(Level(name, None)):
         yield
 
 
@@ -174,7 +174,7 @@ class Parametrized(Reusable, Summarizable):
         store = innermost_store()
         if store is None:
             return self.fn(*args, **kwargs)
-        with store.scopes.entered(Level(self.name, self._token), place_of(store)):
+        with store.entered(Level(self.name, self._token)):
             return store.call(self, args, kwargs)
 
     def __set_name__(self, owner: type, name: str) -> None:

@@ -23,9 +23,9 @@ from jaxstate.births import Birth, bear_at, birth_p, born
 from jaxstate.entries import Entry, EntryAddress, Store, Use
 from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.forms import ONE_ARRAY, Form, Leaf, contrast, form_of, names_of, same_structure
-from jaxstate.names import Layers, Path, Token
-from jaxstate.slots import Cell, Holder, holders
-from jaxstate.trace import boundary_of, notes_of, read, same_trace
+from jaxstate.names import Layers, Level, Path, Token
+from jaxstate.slots import Cell, Holder, holders, signature_changed
+from jaxstate.trace import boundaries, boundary_of, notes_of, read, same_trace
 
 __all__ = ["ApplyStore", "InitStore"]
 
@@ -122,19 +122,24 @@ class InitStore(Store):
 
 
 class _Interned:
-    """Stands for a key. Signatures are hashed and compared whenever a holder is opened."""
+    """Stands for a key. Signatures are hashed and compared whenever a holder is opened.
 
-    __slots__ = ("__weakref__", "key")
+    Attributes:
+      mixed: see `ApplyStore._mixed`.
+    """
+
+    __slots__ = ("__weakref__", "key", "mixed")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
+        self.mixed: list[tuple[Path, Any]] | None = None
 
 
 _interned: WeakValueDictionary[Hashable, _Interned] = WeakValueDictionary()
 _interned_lock = threading.Lock()
 
 
-def interned(key: Hashable) -> Hashable:
+def interned(key: Hashable) -> _Interned:
     """One object for all equal keys, which is hashed and compared by identity."""
     with _interned_lock:
         return _interned.setdefault(key, _Interned(key))
@@ -170,9 +175,52 @@ class ApplyStore(Store):
         types = tuple(map(_type_of, self._leaves))
         self._types = dict(zip(map(id, self._leaves), types, strict=True))
         self._signature = interned(("apply", writable, tree, types))
+        self._types_here: Hashable = None  # of what is `_mixed`, in the scope of the program
 
     def signature(self) -> Hashable:
-        return self._signature
+        if self._types_here is None:
+            return self._signature
+        return self._signature, self._types_here
+
+    def entered(self, level: Level) -> Any:
+        context = super().entered(level)
+        return _InOtherTypes(self, context) if self._mixed() else context
+
+    def _mixed(self) -> list[tuple[Path, Any]]:
+        """The paths and types of arrays of one name and shape that are not all of one type.
+
+        A function that two scopes use is traced once, unless these say that it has to be traced
+        for other types in the second.
+        """
+        mixed = self._signature.mixed
+        if mixed is None:
+            pairs, _ = jax.tree_util.tree_flatten_with_path(self._given)
+            types = [(names_of(path), self._types[id(x)]) for path, x in pairs]
+            found: dict[Any, set[Any]] = {}
+            for path, aval in types:
+                found.setdefault((path[0], path[-1], np.shape(aval)), set()).add(aval)
+            mixed = self._signature.mixed = [
+                (path, aval)
+                for path, aval in types
+                if len(found[path[0], path[-1], np.shape(aval)]) > 1
+            ]
+        return mixed
+
+    def types_here(self) -> Hashable:
+        """The types of what is `_mixed` in the scope that the program is in."""
+        levels = self.scopes.inside(None, *boundaries(self))
+        path = self.layers().expected_path_of(levels)
+        n = len(path) + 1
+        return tuple([
+            (name[0], name[n:], aval) for name, aval in self._mixed() if name[1:n] == path
+        ]) or None  # fmt: skip
+
+    def use_types(self, types: Hashable) -> Hashable:
+        """Has functions traced for these types from now on; returns those before."""
+        before, self._types_here = self._types_here, types
+        if types != before:
+            signature_changed()
+        return before
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         if self._given[address.kind] is None:
@@ -322,6 +370,24 @@ class ApplyStore(Store):
         return scope
 
 
+class _InOtherTypes:
+    """One level that the program is in, where parameters may have other types than outside."""
+
+    __slots__ = ("_before", "_level", "_store")
+
+    def __init__(self, store: ApplyStore, level: Any) -> None:
+        self._store = store
+        self._level = level
+
+    def __enter__(self) -> None:
+        self._level.__enter__()
+        self._before = self._store.use_types(self._store.types_here())
+
+    def __exit__(self, *_: object) -> None:
+        self._level.__exit__()
+        self._store.use_types(self._before)
+
+
 def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool) -> Cell:
     """``is_stored`` says whether the value is of the type of what is stored of it."""
     if not is_stored or not _compat.is_plain_array(value):
@@ -336,23 +402,23 @@ class _Guess:
 
     def __init__(self, types: dict[Path, Any]) -> None:
         self.types = types
-        self._dtypes: dict[int, dict[Any, set[Any]]] = {}  # by how many last names are compared
+        self._by_name: dict[int, dict[Any, set[Any]]] = {}  # by how many last names are compared
 
     def __call__(self, path: Path, n: int, wanted: Any) -> Any:
         found = self.types.get(path)
         if found is not None and found.shape == wanted.shape:
             return found
-        dtypes = self._dtypes_of(n).get((path[-n:], wanted.shape), ())
-        (dtype, weak), *_ = dtypes if len(dtypes) == 1 else [(wanted.dtype, False)]
-        return _compat.ShapedArray(wanted.shape, dtype, weak_type=weak)
+        types = self._types_of(n).get((path[-n:], wanted.shape), ())
+        if len(types) == 1:
+            return next(iter(types))
+        return _compat.ShapedArray(wanted.shape, wanted.dtype)
 
-    def _dtypes_of(self, n: int) -> dict[Any, set[Any]]:
-        if n not in self._dtypes:
-            dtypes = self._dtypes[n] = {}
+    def _types_of(self, n: int) -> dict[Any, set[Any]]:
+        if n not in self._by_name:
+            by_name = self._by_name[n] = {}
             for path, aval in self.types.items():
-                found = dtypes.setdefault((path[-n:], aval.shape), set())
-                found.add((aval.dtype, getattr(aval, "weak_type", False)))
-        return self._dtypes[n]
+                by_name.setdefault((path[-n:], aval.shape), set()).add(aval)
+        return self._by_name[n]
 
 
 def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exception:
