@@ -1322,7 +1322,13 @@ def trace_context_without_state() -> Hashable:
 
 def type_context() -> Hashable:
     """The configuration that shapes the type of a new array."""
-    return jax.config.jax_enable_x64, mesh.get_abstract_mesh()
+    x64 = config.enable_x64.value, config.explicit_x64_dtypes.value
+    return (*x64, mesh.get_abstract_mesh())
+
+
+def default_key_kind() -> str:
+    """The kind of random keys that `jax.random.key` makes."""
+    return jax.config.jax_default_prng_impl
 
 
 def set_context_signature(signature: Any) -> None:

@@ -21,7 +21,7 @@ import jax
 
 from jaxstate import _compat
 from jaxstate.errors import InitializerDataError, message
-from jaxstate.forms import Form, form_of, takes_shape
+from jaxstate.forms import Form, all_arrays, form_of, takes_shape, typed
 from jaxstate.slots import Address
 from jaxstate.trace import current_use, read, read_p, state_effect, write_p
 
@@ -97,7 +97,7 @@ class _Maker:
         defaults = getattr(init, "__defaults__", None) or ()
         function = getattr(init, "__code__", init)
         shape, *dtype = init_args
-        self._key = kind, function, _typed((*contents, *defaults)), tuple(shape), tuple(dtype)
+        self._key = kind, function, typed((*contents, *defaults)), tuple(shape), tuple(dtype)
         try:
             hash(self._key)
             self.is_hashable = True
@@ -109,13 +109,6 @@ class _Maker:
 
     def __hash__(self) -> int:
         return hash(self._key)
-
-
-def _typed(x: Any) -> Any:
-    """A value such that what compares equal is the same: 1, 1.0 and True differ, 0.0 and -0.0."""
-    if isinstance(x, tuple):
-        return type(x), tuple(map(_typed, x))
-    return type(x), repr(x) if isinstance(x, (float, complex)) else x
 
 
 @functools.lru_cache(1024)
@@ -136,7 +129,11 @@ def trace_initializer(
     entry: Any, init: Callable[..., Any], *key_avals: Any
 ) -> tuple[Birth, list[Any]]:
     """The function ``init(*keys)`` of ``entry`` as a `Birth`, and the tracers it looks at."""
-    closed, shape = _compat.make_jaxpr(init, return_shape=True)(*key_avals)
+
+    def arrays(*keys: Any) -> Any:
+        return all_arrays(init(*keys), entry)
+
+    closed, shape = _compat.make_jaxpr(arrays, return_shape=True)(*key_avals)
     closed, addresses = _with_reads_as_inputs(closed)
     if state_effect in closed.effects:
         raise InitializerDataError(

@@ -55,14 +55,14 @@ class EntryAddress(Address):
       name: of the entry.
       used: ``file:line`` of the call that uses it.
       leaf: which array of the entry's value.
-      tree: structure of that value, once it is known.
+      form: of that value, once it is known.
       birth: how to make the entry, if it is being initialized.
       home: the jaxpr in which the address stands, if it stands in one.
       wanted: the type of the leaf, in an address that stands in a jaxpr.
       place: what ``levels`` are relative to, if that is not where the address is used.
     """
 
-    __slots__ = ("birth", "home", "leaf", "levels", "name", "place", "tree", "used", "wanted")
+    __slots__ = ("birth", "form", "home", "leaf", "levels", "name", "place", "used", "wanted")
 
     may_alias = True
 
@@ -77,7 +77,7 @@ class EntryAddress(Address):
         self.name = name
         self.used = used
         self.leaf: Leaf = ONLY_LEAF
-        self.tree: Any = None
+        self.form: Form | None = None
         self.birth: Birth | None = None
         self.home: Home | None = None
         self.wanted: Any = None
@@ -100,10 +100,10 @@ class EntryAddress(Address):
     def leaves(self, form: Form, birth: Birth | None) -> list[Any]:
         """The addresses of the leaves of an entry of that form; its own, if there is only one."""
         if form.is_array:
-            self.birth, self.tree, self.wanted = birth, form.tree, form.avals[0]
+            self.birth, self.form, self.wanted = birth, form, form.avals[0]
             return [self]
         return [
-            self.having(leaf=leaf, birth=birth, tree=form.tree, wanted=aval)
+            self.having(leaf=leaf, birth=birth, form=form, wanted=aval)
             for leaf, aval in zip(form.leaves, form.avals, strict=True)
         ]
 
@@ -202,7 +202,7 @@ class EntryAddress(Address):
 
     def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
         """The form of what the initializer makes, without making it."""
-        return wanted_form(init, init_args, self.takes_key)
+        return wanted_form(init, init_args, self.takes_key, self)
 
     def as_stored(self, value: Any) -> Any:
         """What is kept of a value that the user gives."""
@@ -239,18 +239,14 @@ class EntryAddress(Address):
             )
         )
 
-    def conflict(self, path: Path, made: str, first: Any, form: Any) -> Exception:
-        """The error for one name in one scope that is used for two entries.
-
-        ``first`` and ``form`` are two forms, or two structures.
-        """
-        if isinstance(first, Form):
-            first, form = contrast(first, form)
+    def conflict(self, path: Path, made: str, first: Form, form: Form) -> Exception:
+        """The error for one name in one scope that is used for two entries."""
+        shown = contrast(first, form)
         function = "param" if self.kind == "parameter" else "variable"
         return self.conflict_error(
             message(
-                f"{self.kind.capitalize()} {'/'.join(path)!r} is used twice, as {first} and as"
-                f" {form}. The same name in the same scope is the same {self.kind}.",
+                f"{self.kind.capitalize()} {'/'.join(path)!r} is used twice, as {shown[0]} and as"
+                f" {shown[1]}. The same name in the same scope is the same {self.kind}.",
                 fix=f"""
                 jaxstate.{function}("{path[-1]}_2", ...)          # another one: another name
                 with jaxstate.scope("second"): ...           # or another scope
@@ -320,16 +316,18 @@ def place_of(store: Store) -> Any:
 class Entry:
     """What is known of one parameter or variable: path, form, who used it first, leaves.
 
-    The form is None if only a leaf was used so far, by a jaxpr; then the structure is known.
+    The form is None if only a leaf was used so far, by a jaxpr that expects a form.
     """
 
-    __slots__ = ("__weakref__", "cells", "form", "initial", "kind", "path", "tree", "used")
+    __slots__ = ("__weakref__", "cells", "expected", "form", "initial", "kind", "path", "used")
 
-    def __init__(self, kind: str, path: Path, form: Form | None, tree: Any, used: str) -> None:
+    def __init__(
+        self, kind: str, path: Path, form: Form | None, expected: Form | None, used: str
+    ) -> None:
         self.kind = kind
         self.path = path
         self.form = form
-        self.tree = tree
+        self.expected = expected
         self.used = used
         self.cells: dict[Leaf, Cell] = {}
         self.initial: dict[Leaf, Any] = {}
@@ -463,13 +461,13 @@ class Store(Holder):
         entry = place.layers.entry(place.path, address.kind)
         if entry is None:
             form = address.birth and address.birth.form
-            tree = form.tree if form is not None else address.tree
-            entry = Entry(address.kind, place.path, form, tree, address.used)
+            expected = form or address.form
+            entry = Entry(address.kind, place.path, form, expected, address.used)
             place.layers.add_entry(place.path, address.kind, entry)
-        elif entry.tree is None:
-            entry.tree = address.tree
-        elif address.tree is not None and not same_structure(entry.tree, address.tree):
-            raise address.conflict(place.path, entry.used, entry.tree, address.tree)
+        elif entry.expected is None:
+            entry.expected = address.form
+        elif address.form and not same_structure(entry.expected.tree, address.form.tree):
+            raise address.conflict(place.path, entry.used, entry.expected, address.form)
         return entry
 
     def known_cell(self, address: EntryAddress) -> Cell | None:

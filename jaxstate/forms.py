@@ -160,11 +160,20 @@ def _contents(fn: Any) -> tuple[Any, ...]:
     return fn.__code__, cells, fn.__defaults__, fn.__kwdefaults__, fn.__dict__
 
 
+def typed(x: Any) -> Any:
+    """A value such that what compares equal is the same: 1, 1.0 and True differ, 0.0 and -0.0."""
+    if isinstance(x, tuple):
+        return type(x), tuple(map(typed, x))
+    return type(x), repr(x) if isinstance(x, (float, complex)) else x
+
+
 # -- The form that an initializer makes ------------------------------------------------------
 
 
-def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> Form:
-    """The form of what ``init([key,] *init_args)`` makes, without making it."""
+def wanted_form(
+    init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool, entry: Any
+) -> Form:
+    """The form of what ``init([key,] *init_args)`` makes for ``entry``, without making it."""
     if takes_shape(init, init_args, takes_key):
         shape, *dtype = init_args
         dtype = [d for d in dtype if d is not None] or _own_dtype(init)
@@ -174,18 +183,36 @@ def wanted_form(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key:
             return _array_form.__wrapped__(tuple(shape), tuple(dtype), None)
 
     def made(*keys: Any) -> Form:
-        return form_of(jax.eval_shape(lambda *keys: init(*keys, *init_args), *keys))
+        def arrays(*keys: Any) -> Any:
+            return all_arrays(init(*keys, *init_args), entry)
+
+        return form_of(jax.eval_shape(arrays, *keys))
 
     if not takes_key:
         return made()
+    kind = _compat.default_key_kind()
     try:
-        return made(_a_key(jax.random.key))
+        return made(_a_key(jax.random.key, kind))
     except Exception:
         try:
-            return made(_a_key(jax.random.PRNGKey))  # an initializer may want a raw key
+            return made(_a_key(jax.random.PRNGKey, kind))  # an initializer may want a raw key
         except Exception:
             pass
         raise
+
+
+def all_arrays(value: Any, entry: Any) -> Any:
+    """What an initializer made of ``entry``, if it is a tree of arrays."""
+    for leaf in jax.tree.leaves(value):
+        if not _compat.is_array_like(leaf):
+            raise TypeError(
+                f"The initializer of {entry} made {leaf!r}, which is no array. A parameter or"
+                " variable is a tree of arrays.\nTo mend it:\n"
+                "    jaxstate.param(name, lambda key: arrays)     # and keep outside what is none,"
+                " or in a static field\n"
+                "    arrays, rest = equinox.partition(module, equinox.is_array)   # for example"
+            )
+    return value
 
 
 def takes_shape(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> bool:
@@ -216,8 +243,8 @@ def _is_shape(x: Any) -> bool:
     return isinstance(x, (tuple, list)) and _INT.issuperset(map(type, x))
 
 
-@functools.cache
-def _a_key(make: Callable[[int], Any]) -> jax.ShapeDtypeStruct:
+@functools.lru_cache(16)
+def _a_key(make: Callable[[int], Any], kind: str) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: make(0))
 
 

@@ -292,11 +292,11 @@ class ReusingStore(InitStore):
 
 
 def _like(value: Any, made: Any) -> Any:
-    """A reused value, in the dtype for which the function is being traced."""
+    """A reused value, in the type for which the function is being traced."""
     value = _compat.as_array(value)
-    if value.dtype == made.dtype or _compat.is_typed_key(made):
-        return value
-    return value.astype(made.dtype)
+    if value.dtype != made.dtype and not _compat.is_typed_key(made):
+        value = value.astype(made.dtype)
+    return _compat.with_weak_type_of(_compat.typeof(made), value)
 
 
 class _Part:

@@ -227,7 +227,7 @@ class ApplyStore(Store):
             raise address.not_given()
         wanted = address.form_of_initial(init, init_args)
         place = self.located(address)
-        address.tree = wanted.tree
+        address.form = wanted
         entry = self.entry_at(place, address)
         if entry.form is None:
             if place.layers.layers[0] is self.layer:
@@ -245,8 +245,13 @@ class ApplyStore(Store):
         return form.avals[form.leaves.index(address.leaf)] if form else address.wanted
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
-        given = self._given_leaves(address, path, address.wanted, address.tree)
+        form = address.form
+        assert form is not None
+        given = self._given_leaves(address, path, form)
         value, aval = given[address.leaf.index]
+        if aval.shape != address.wanted.shape:
+            found = form._replace(avals=tuple([aval for _, aval in given]))
+            raise address.mismatch(path, str(found), str(form))
         is_stored = address.type_as_stored(aval) is aval
         return _add_cell(entry, address, address.leaf, value, is_stored)
 
@@ -268,7 +273,7 @@ class ApplyStore(Store):
     def _value_now(self, path: Path, entry: Entry) -> Any:
         """What is in the cells of a variable; as it was given what is in none."""
         given = self._scope("variable", path[:-1])[path[-1]]
-        leaves, tree = _flattened(given, entry.tree)
+        leaves, tree = _flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
                 leaves[leaf.index] = cell.value
@@ -281,7 +286,7 @@ class ApplyStore(Store):
             scope = self._scope(address.kind, entry.path[:-1]) or {}
             if entry.path[-1] not in scope:  # nothing is to be given
                 return wanted
-        given = self._given_leaves(address, entry.path, wanted, wanted.tree)
+        given = self._given_leaves(address, entry.path, wanted)
         types = tuple([address.type_as_stored(aval) for _, aval in given])
         if types == wanted.avals:
             found = wanted
@@ -319,41 +324,35 @@ class ApplyStore(Store):
         return wanted._replace(avals=tuple(avals))
 
     def _given_leaves(
-        self, address: EntryAddress, path: Path, wanted: Any, tree: Any
+        self, address: EntryAddress, path: Path, wanted: Form
     ) -> list[tuple[Any, Any]]:
-        """The arrays of what was given at ``path``, and their types.
-
-        Raises an error that says what was ``wanted`` (a form or, of one leaf, a type) if nothing
-        was given, or something of another structure than ``tree``.
-        """
+        """The arrays of what was given at ``path``, and their types; an error if nothing was given,
+        or something of another structure."""
         scope = self._scope(address.kind, path[:-1])
         if scope is None or path[-1] not in scope:
             raise _missing(address, path, self._given[address.kind], wanted)
         found = scope[path[-1]]
-        if tree == ONE_ARRAY:
+        if wanted.is_array:
             leaves = [found]
         else:
-            leaves, structure = _flattened(found, tree)
-            if not same_structure(structure, tree):
-                raise self._other_structure(address, path, found, structure, wanted)
+            leaves, structure = _flattened(found, wanted.tree)
+            if not same_structure(structure, wanted.tree):
+                raise self._other_structure(address, path, found, wanted)
         avals = [self._types.get(id(leaf)) or _type_of(leaf) for leaf in leaves]
         if any(isinstance(aval, type) for aval in avals):
-            raise self._other_structure(address, path, found, jax.tree.structure(found), wanted)
+            raise self._other_structure(address, path, found, wanted)
         return list(zip(leaves, avals, strict=True))
 
     def _other_structure(
-        self, address: EntryAddress, path: Path, found: Any, structure: Any, wanted: Any
+        self, address: EntryAddress, path: Path, found: Any, wanted: Form
     ) -> Exception:
         """The error for what is no tree of arrays of the wanted structure."""
-        try:
-            shown, wished = contrast(form_of(found), wanted)
-        except Exception:  # not all of it is arrays, or only the type of one leaf is wanted
-            shown, wished = str(structure), _shown(wanted)
-            if structure == ONE_ARRAY:
-                shown = repr(found)
-            elif isinstance(wanted, Form):
-                wished = str(wanted.tree)
-        return address.mismatch(path, shown, wished)
+        structure = jax.tree.structure(found)
+        if all(map(_compat.is_array_like, jax.tree.leaves(found))):
+            return address.mismatch(path, *contrast(form_of(found), wanted))
+        return address.mismatch(
+            path, repr(found) if structure == ONE_ARRAY else str(structure), str(wanted)
+        )
 
     def _scope(self, kind: str, path: Path) -> Any:
         """The given dict at ``path``, or None. Each is looked up in the one around it, once."""
@@ -435,7 +434,7 @@ def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exce
             f" is {where}: {', '.join(map(repr, names)) or 'nothing'}."
             + (f" The nearest name is {close!r}." if close else ""),
             fix=address.fix_by_init,
-            wanted=_shown(wanted),
+            wanted=str(wanted),
             used=address.used,
         )
     )
@@ -490,10 +489,6 @@ def _data_on_devices(address: EntryAddress) -> Exception:
             used=address.used,
         )
     )
-
-
-def _shown(wanted: Any) -> str:
-    return str(wanted) if isinstance(wanted, Form) else wanted.str_short()
 
 
 def _copied(node: Any, levels: set[Path], path: Path = ()) -> Any:

@@ -14,15 +14,21 @@ import jax
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.forms import strong
+from jaxstate.forms import strong, typed
 from jaxstate.handles import Slot, ZeroCell
 from jaxstate.trace import read, write
 
 
 class Static(NamedTuple):
-    """A leaf of the state that is no array."""
+    """A leaf of the state that is no array. (1, 1.0 and True are equal, and not the same.)"""
 
     value: Hashable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and typed(self.value) == typed(other.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
 
     def __repr__(self) -> str:
         return repr(self.value)
