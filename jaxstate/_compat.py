@@ -14,6 +14,7 @@ did), and scan describes its operands with trees. Both came with the module ``fl
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 import operator
@@ -41,6 +42,7 @@ from jax._src import (
     dtypes,
     effects,
     hijax,
+    indexing,
     linear_util,
     mesh,
     pjit,
@@ -253,13 +255,95 @@ def with_varying_axes_of(aval: Any, x: Any) -> Any:
     return aval if found.mat == aval.mat else aval.update(manual_axis_type=found.mat)
 
 
-def type_of_part(aval: Any, shape: Sequence[int]) -> Any:
-    """The type of some elements of an array of type ``aval``, in a new shape."""
+def type_of_part(aval: Any, shape: Sequence[int], part: Callable[[Any], Any]) -> Any:
+    """The type of ``part(x)``, elements of an array ``x`` of type ``aval``, in a new shape."""
+    if is_explicitly_sharded(aval):
+        return out_avals(jax.make_jaxpr(part)(aval))[0]
     if aval.sharding.mesh.empty:
-        return ShapedArray(shape, aval.dtype)
-    whole = jax.sharding.PartitionSpec(*[None] * len(shape))
-    sharding = aval.sharding.update(spec=whole)
-    return aval.update(shape=tuple(shape), sharding=sharding, weak_type=False)
+        return ShapedArray(shape, aval.dtype, weak_type=aval.weak_type)
+    sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=tuple(shape), sharding=sharding)
+
+
+def is_explicitly_sharded(aval: Any) -> bool:
+    """Whether a type says how the axes of an array lie on a mesh."""
+    return any(axis is not None for axis in aval.sharding.spec)
+
+
+def sharded_like(aval: Any, x: Any) -> Any:
+    """A value with axes sharded as those of the type ``aval``, whose shape it has."""
+    if typeof(x).sharding.spec == aval.sharding.spec:
+        return x
+    return pjit.reshard(x, aval.sharding)
+
+
+def broadcast_like(aval: Any, x: Any, axes: Sequence[int] | None = None) -> Any:
+    """A value broadcast to the shape of the type ``aval``, its axes being ``axes`` of that, and
+    sharded as an array of the type is."""
+    shape = aval.shape
+    if np.shape(x) != shape or axes is not None:
+        n = len(shape)
+        axes = range(n - np.ndim(x), n) if axes is None else axes
+        if not is_explicitly_sharded(aval):
+            return lax.broadcast_in_dim(x, shape, axes)
+        x = lax.broadcast_in_dim(x, shape, axes, out_sharding=None if np.ndim(x) else aval.sharding)
+    return sharded_like(aval, x) if is_explicitly_sharded(aval) else x
+
+
+def of_type(aval: Any, x: Any) -> Any:
+    """A value of the shape and dtype of ``aval`` as one of that type: weak or not, and sharded."""
+    if is_explicitly_sharded(aval):
+        x = sharded_like(aval, x)
+    return with_weak_type_of(aval, x) if is_weak(x) != aval.weak_type else x
+
+
+def broadcast_shapes(shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """The shape to which arrays of these shapes broadcast, whose sizes may be symbolic."""
+    return jax.lax.broadcast_shapes(*shapes)
+
+
+# -- Sizes, which may be symbolic (`jax.export`) ---------------------------------------------
+
+InconclusiveDimensionOperation = core.InconclusiveDimensionOperation
+DynamicSlice = indexing.Slice
+
+
+def is_size(x: Any) -> bool:
+    """Whether ``x`` is an integer or a symbolic size."""
+    if isinstance(x, (int, np.integer)):
+        return True
+    return not isinstance(x, (Tracer, jax.Array, np.ndarray)) and core.is_symbolic_dim(x)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal."""
+    return core.definitely_equal(a, b)
+
+
+def size_value(size: Any) -> Any:
+    """A size as something that can be computed with."""
+    return core.dimension_as_value(size)
+
+
+def divided_sizes(a: Sequence[Any], b: Sequence[Any]) -> Any:
+    """The size that makes of the shape ``b`` one with as many elements as ``a`` has."""
+    return core.divide_shape_sizes(a, b)
+
+
+def stand_in_size(size: Any) -> int:
+    """An integer in the place of a size, the same for equal ones."""
+    if isinstance(size, (int, np.integer)):
+        return int(size)
+    return int(size._evaluate(dict.fromkeys(size._get_vars(), 5040)))
+
+
+def slice_of_axis(entry: slice, size: Any) -> tuple[Any, int, Any]:
+    """Start, step and size of a slice of an axis."""
+    bounds = (entry.start, entry.stop, entry.step)
+    if isinstance(size, int) and all(b is None or isinstance(b, int) for b in bounds):
+        taken = range(*entry.indices(size))
+        return taken.start if taken else 0, taken.step, len(taken)
+    return core.canonicalize_slice(entry, size)
 
 
 abstract_mesh = mesh.get_abstract_mesh
@@ -684,6 +768,12 @@ _jax_package = os.path.dirname(jax.__file__) + os.sep
 def is_called_by_jax(depth: int) -> bool:
     """Whether the frame ``depth`` above the caller's is code of JAX itself."""
     return sys._getframe(depth + 1).f_code.co_filename.startswith(_jax_package)
+
+
+def is_operator_instruction(depth: int) -> bool:
+    """Whether the frame ``depth`` above the caller's is at an operator, such as ``a += b``."""
+    frame = sys._getframe(depth + 1)
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "BINARY_OP"
 
 
 # -- Jaxprs under construction ---------------------------------------------------------------

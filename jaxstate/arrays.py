@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat, slots, thread, trace, views
+from jaxstate import _compat, numpy_functions, slots, thread, trace, views
 from jaxstate.capture import nowhere
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 from jaxstate.handles import Slot, SlotAddress
@@ -453,8 +453,23 @@ class Writable:
     def to_concrete_value(self) -> Any:
         return _compat.concrete(self._read())
 
-    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        return np.array(self._read(), *args, **{"copy": True, **kwargs})
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values of this moment, which cannot be written (unless NumPy asks for a copy)."""
+        if copy:
+            return np.array(self._read(), dtype)
+        array = np.asarray(self._read(), dtype)
+        if array.flags.writeable:  # converted, where NumPy might have given the array itself
+            array.flags.writeable = False
+        return array
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return numpy_functions.call_function(Writable, function, args, kwargs)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return numpy_functions.call_ufunc(Writable, ufunc, method, inputs, kwargs)
+
+    def _plain_index(self, index: Any) -> Any:
+        return _value_of_index(index)
 
     def __bool__(self) -> bool:
         return self._computed("__bool__")
@@ -495,7 +510,7 @@ class Writable:
 
     def __repr__(self) -> str:
         value = self._shown()
-        return object.__repr__(self) if value is None else repr(value)
+        return f"{type(self).__name__}<{self.aval.str_short()}>" if value is None else repr(value)
 
     def __str__(self) -> str:
         value = self._shown()
@@ -561,8 +576,7 @@ class Writable:
         buffer = self._own_buffer()
         self._detach()  # a write may come through the view
         # Views of views may be the whole array again: x.T.T, x[None][0].
-        aval = self.aval if steps else buffer.aval().update(weak_type=False)
-        view = WritableArray(buffer, steps, aval)
+        view = WritableArray(buffer, steps, buffer.aval())
         view._is_view = True
         return view
 
@@ -773,16 +787,18 @@ def _written(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
     home = _compat.current_trace() is buffer.home
     with _quiet():
         write = update(base)
-        if not (home and buffer.slot is None and _is_computed(base)):
-            return _compat.as_array(_compat.canonicalize(write(_strong(base))))
+        if not (home and _is_computed(base)):
+            return _compat.as_array(_compat.canonicalize(write(base)))
+        # (What a jitted function has read is in a cell since then.)
+        kept = buffer if buffer.slot is None else buffer.slot.cell(buffer.slot.address)
         held = [base]
         del base
-        buffer.value = None
+        kept.value = None
         into_x = buffer.is_own and _is_unused(held)
         try:
             return write.compiled(held[0], into_x=into_x)
         except BaseException:
-            buffer.value = held[0]
+            kept.value = held[0]
             raise
 
 
@@ -803,7 +819,11 @@ def _same_extent(a: Any, b: Any) -> bool:
 
 def _resolved_shape(new: Sequence[Any], size: int) -> tuple[int, ...]:
     """The shape of ``size`` elements, with the size that -1 stands for."""
-    shape = [operator.index(n) for n in new]
+    shape = [n if _compat.is_size(n) else operator.index(n) for n in new]
+    if not all(isinstance(n, int) for n in (*shape, size)):
+        rest = [n for n in shape if not (isinstance(n, int) and n == -1)]
+        found = _compat.divided_sizes((size,), rest)
+        return tuple(found if isinstance(n, int) and n == -1 else n for n in shape)
     rest = math.prod(n for n in shape if n != -1)
     if shape.count(-1) == 1 and rest and size % rest == 0:
         shape[shape.index(-1)] = size // rest
@@ -841,6 +861,8 @@ def _value_of_entry(entry: Any) -> Any:
         return bool(entry)  # JAX takes no others
     if isinstance(entry, slice):
         return slice(*(snapshot(bound) for bound in (entry.start, entry.stop, entry.step)))
+    if isinstance(entry, _compat.DynamicSlice):
+        return jax.ds(*(snapshot(n) for n in (entry.start, entry.size, entry.stride)))
     if isinstance(entry, np.ndarray):
         entry = entry.copy()  # a jaxpr keeps it
     small = isinstance(entry, (np.ndarray, jax.Array)) and entry.dtype in _SMALL
@@ -878,7 +900,8 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
             other = np.array(other)  # a copy, since a jaxpr keeps it
         check_fits(other, self.dtype)
         with _quiet():
-            result = _compat.canonicalize(operation(self._read(), other))
+            # (A value of weak type would be computed in the precision of the other operand.)
+            result = _compat.canonicalize(operation(_strong(self._read()), other))
         if not np.can_cast(result.dtype, self.dtype, "same_kind"):
             raise TypeError(
                 f"Cannot cast the result of {name!r} from {result.dtype} to {self.dtype} with"
@@ -912,7 +935,7 @@ class WritableArray(Writable, _compat.Tracer):
     ) -> None:
         aval = _compat.typeof(buffer.value) if aval is None else aval
         if steps:
-            aval = _compat.type_of_part(aval, steps[-1].shape)
+            aval = _compat.type_of_part(aval, steps[-1].shape, lambda x: views.read(steps, x))
         _compat.Tracer.__init__(self, nowhere, aval)
         self._line_info = None
         self._buffer = buffer
@@ -931,9 +954,7 @@ class WritableArray(Writable, _compat.Tracer):
             return self._cache[2]
         value = self._buffer.read()
         with _compat.set_current_trace(here), _quiet():
-            for step in self._steps:
-                value = step.read(value)
-            value = _compat.canonicalize(value)
+            value = _compat.canonicalize(views.read(self._steps, value))
         if not isinstance(value, _compat.Tracer) or here is self._buffer.home:
             self._cache = here, state, value
         return value
@@ -942,10 +963,6 @@ class WritableArray(Writable, _compat.Tracer):
     def batch_dim(self) -> Any:
         """Asked for by the error of a vmap whose ``out_axes`` leave out the axis of its lanes."""
         return self._read().batch_dim
-
-    def _detach(self) -> None:
-        if self.aval.weak_type:
-            self.aval = self.aval.update(weak_type=False)
 
     def __reduce__(self) -> Any:
         """Pickled, it is an array of its own."""
@@ -1002,8 +1019,6 @@ def _writable_kind(kind: type) -> type:
             if self._trace is not nowhere:
                 self._own_buffer().activation = self._activation
                 self._trace = nowhere
-                if self.aval.weak_type:
-                    self.aval = self.aval.update(weak_type=False)
 
         def full_lower(self) -> Any:
             if self._trace is nowhere:
@@ -1154,10 +1169,10 @@ def _around_conversion(bind: Callable[..., Any]) -> Callable[..., Any]:
     """A conversion that has nothing to do gives the array itself, as JAX does with tracers."""
 
     def convert(x: Any, **params: Any) -> Any:
-        if isinstance(x, Writable) and _thread.activations and not _thread.quiet:
+        if isinstance(x, Writable):
             wanted = params["new_dtype"], params["weak_type"]
             if (x.dtype, x.aval.weak_type) == wanted and params["sharding"] is None:
-                return x
+                return x if _thread.activations and not _thread.quiet else snapshot(x)
         return bind(x, **params)
 
     return convert

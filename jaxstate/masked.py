@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.errors import MaskedWriteError, message
-from jaxstate.views import is_basic, is_mask, view
+from jaxstate.views import is_basic, is_mask, read, view
 
 __all__ = ["MaskedElements", "check_fits", "mask_in", "masked_elements"]
 
@@ -152,8 +152,8 @@ def masked_elements(array: Any, index: Any, entries: list[Any], mask: Any) -> An
     place = _place_of_mask(entries)
     if place is None or _compat.concrete(place.mask) is not None:
         return None
-    shape = _view(array, place).shape
-    found = jax.lax.broadcast_in_dim(place.mask, shape, place.axes)
+    like = _compat.typeof(_view(array, place))
+    found = _compat.broadcast_like(like, place.mask, place.axes)
     return MaskedElements(array, index, mask, place, found)
 
 
@@ -195,9 +195,7 @@ def _place_of_mask(entries: list[Any]) -> _Place | None:
 
 
 def _view(array: Any, place: _Place) -> Any:
-    for step in view((), array.shape, place.beside):
-        array = step.read(array)
-    return array
+    return read(view((), array.shape, place.beside), array)
 
 
 def check_fits(operand: Any, dtype: Any) -> None:

@@ -5,6 +5,9 @@
 * by a mask: ``select``;
 * to anything else: ``scatter``, as ``x.at[index].set(value)`` makes it.
 
+What is written through a view is written into the array (`jaxstate.positions`). The result has the
+type of the array: its dtype, weak or not, and its sharding.
+
 Each is a function of the array, of further arrays and of a static description (`Update`), so that
 an eager write can run it jitted, in the memory of the array itself.
 """
@@ -21,18 +24,20 @@ import numpy as np
 
 from jaxstate import _compat
 from jaxstate.errors import MaskedWriteError, message
+from jaxstate.positions import Layout, Line, Points, are_computed, placed, spread
 from jaxstate.views import (
     EMPTY_AXIS,
-    Fixed,
-    Range,
+    Reshape,
     Selection,
     Step,
+    Window,
     check_arrays,
     expanded,
     in_two_steps,
     is_basic,
     is_condition,
     is_mask,
+    read,
     view,
 )
 
@@ -47,7 +52,7 @@ class Update(NamedTuple):
     operands: tuple[Any, ...]
 
     def __call__(self, x: Any) -> Any:
-        return self.run(self.static, x, *self.operands)
+        return _compat.of_type(_compat.typeof(x), self.run(self.static, x, *self.operands))
 
     def compiled(self, x: Any, *, into_x: bool) -> Any:
         """The same, as one program; ``into_x`` gives the memory of ``x`` to the result.
@@ -55,17 +60,20 @@ class Update(NamedTuple):
         With a traced operand the result may be another array: one per lane, say.
         """
         into_x = into_x and self.run not in (_nothing, _replace)
-        into_x = into_x and not any(isinstance(y, _compat.Tracer) for y in self.operands)
-        return _program(self.run, self.static, into_x)(x, *self.operands)
+        is_traced = any(isinstance(y, _compat.Tracer) for y in self.operands)
+        placed = x.sharding if x.committed and not is_traced else None
+        into_x = into_x and not is_traced and self.run not in (_nothing, _replace)
+        return _program(self.run, self.static, into_x, placed)(x, *self.operands)
 
 
 @lru_cache(maxsize=4096)
-def _program(run: Callable[..., Any], static: Any, donate: bool) -> Any:
+def _program(run: Callable[..., Any], static: Any, donate: bool, placed: Any) -> Any:
     def write(x: Any, *operands: Any) -> Any:
-        return run(static, x, *operands)
+        return _compat.of_type(_compat.typeof(x), run(static, x, *operands))
 
     # Else an array of which nothing is left is no operand, and JAX warns of unused memory.
-    return _compat.jit(write, donate_argnums=0 if donate else (), keep_unused=True)
+    options: dict[str, Any] = dict(donate_argnums=0 if donate else (), keep_unused=True)
+    return _compat.jit(write, **options, **({} if placed is None else {"out_shardings": placed}))
 
 
 # -- The operations --------------------------------------------------------------------------
@@ -75,13 +83,18 @@ def _nothing(static: None, x: Any) -> Any:
     return x
 
 
-def _replace(shape: tuple[int, ...], x: Any, value: Any) -> Any:
-    return value if jnp.shape(value) == shape else jnp.broadcast_to(value, shape)
+def _replace(static: None, x: Any, value: Any) -> Any:
+    return _compat.broadcast_like(_compat.typeof(x), value)
 
 
 def _block(static: tuple[Any, Any], x: Any, value: Any, *starts: Any) -> Any:
     sizes, axes = static
+    if _compat.is_explicitly_sharded(_compat.typeof(x)):
+        taken = zip(starts, sizes, strict=True)
+        index = (slice(s, s + n) if d in axes else s for d, (s, n) in enumerate(taken))
+        return x.at[tuple(index)].set(value)
     if jnp.shape(value) != sizes:
+        axes = axes[len(axes) - jnp.ndim(value) :]
         value = jax.lax.broadcast_in_dim(value, sizes, axes)
     return jax.lax.dynamic_update_slice(x, value, starts, allow_negative_indices=False)
 
@@ -92,17 +105,21 @@ def _scatter(template: tuple[Any, ...], x: Any, value: Any, *arrays: Any) -> Any
     return x.at[index].set(value)
 
 
+def _scatter_through(static: tuple[Any, ...], x: Any, value: Any, *arrays: Any) -> Any:
+    """The write to some positions of a view."""
+    steps, shape, places = _with_operands(static, arrays)
+    layout = Layout(shape)
+    return _written(x, layout, placed(steps, layout, places), value)(x)
+
+
 def _by_mask(axes: tuple[int, ...], x: Any, value: Any, mask: Any) -> Any:
-    if mask.shape != x.shape:
-        mask = jax.lax.broadcast_in_dim(mask, x.shape, axes)
-    if jnp.shape(value) != x.shape:
-        value = jnp.broadcast_to(value, x.shape)
-    return jax.lax.select(mask, value, x)
+    like = _compat.typeof(x)
+    mask = _compat.broadcast_like(like, mask, None if mask.shape == x.shape else axes)
+    return jax.lax.select(mask, _compat.broadcast_like(like, value), x)
 
 
 _ARRAY = "array"
 _BETWEEN = (slice, type(None), type(Ellipsis))  # what separates integers and arrays
-_NO_ARRAYS = (int, *_BETWEEN)
 
 
 def _key(entry: Any) -> Any:
@@ -144,13 +161,12 @@ def fit(value: Any, shape: Sequence[int]) -> Any:
     """The value without surplus leading axes; NumPy's error if it does not broadcast."""
     given = jnp.shape(value)
     lead = 0
-    while len(given) - lead > len(shape) and given[lead] == 1:
+    while len(given) - lead > len(shape) and _is_one(given[lead]):
         lead += 1
-    try:
-        if np.broadcast_shapes(given[lead:], tuple(shape)) == tuple(shape):
-            return jnp.reshape(value, given[lead:]) if lead else value
-    except ValueError:
-        pass
+    left, wanted = given[lead:], tuple(shape)[len(shape) - len(given) + lead :]
+    fits = len(left) == len(wanted)
+    if fits and all(_is_one(m) or _compat.same_size(m, n) for m, n in zip(left, wanted)):
+        return jnp.reshape(value, left) if lead else value
     raise ValueError(
         f"could not broadcast input array from shape {given} into shape {tuple(shape)}"
     )
@@ -165,71 +181,102 @@ def update_through(steps: Sequence[Step], x: Any, value: Any) -> Update:
     The value is cast and broadcasts to the shape of the view.
     """
     if not steps:
-        return Update(_replace, x.shape, (value,))
-    *outer, last = steps
-    if len(outer) == 0 and isinstance(last, Selection):
-        return _update_selection(last, value)
-    parent = x
-    for step in outer:
-        parent = step.read(parent)
-    if isinstance(last, Selection):
-        inner = _update_selection(last, value)(parent)
-    else:
-        inner = jax.lax.reshape(jnp.broadcast_to(value, last.shape), last.parent)
-    return update_through(outer, x, inner)
-
-
-def _update_selection(selection: Selection, value: Any) -> Update:
-    if 0 in selection.shape or EMPTY_AXIS in selection.order:
+        return Update(_replace, None, (value,))
+    last = steps[-1]
+    if 0 in last.shape or (isinstance(last, Selection) and EMPTY_AXIS in last.order):
         return Update(_nothing, None, ())
-    value, axes = _in_order_of_parent(selection, value)
-    selection, value = _forwards(selection, value, axes)
-    kept = selection.kept
-    if selection.is_all:
-        return Update(_replace, selection.parent, (_with_axes(value, axes, kept),))
-    is_block = all(
-        isinstance(a.index, int) if isinstance(a, Fixed) else a.step == 1 for a in selection.along
-    )
-    if is_block:
-        sizes = tuple(1 if isinstance(a, Fixed) else a.size for a in selection.along)
-        starts = tuple(a.index if isinstance(a, Fixed) else a.start for a in selection.along)
-        return Update(_block, (sizes, tuple(axes)), (value, *starts))
-    template = tuple(_ARRAY if isinstance(i, jax.Array) else _key(i) for i in selection.index)
-    arrays = tuple(i for i in selection.index if isinstance(i, jax.Array))
-    return Update(_scatter, template, (_with_axes(value, axes, kept), *arrays))
+    if isinstance(last, Reshape):
+        value = jax.lax.reshape(jnp.broadcast_to(value, last.shape), last.parent)
+        return update_through(steps[:-1], x, value)
+    lines = tuple(Line((i,), 0, 1, n) for i, n in enumerate(last.shape))
+    return _update_places(steps, x, last.shape, lines, value)
 
 
-def _in_order_of_parent(selection: Selection, value: Any) -> tuple[Any, list[int]]:
-    """The value with its axes in the order of the parent's, and which axes of it they are."""
-    ndim = jnp.ndim(value)
-    order = selection.order[len(selection.order) - ndim :]
-    new = [i for i, d in enumerate(order) if d < 0]
-    if new:
-        value = jax.lax.squeeze(value, new)
-    axes = [d for d in order if d >= 0]
-    if axes != sorted(axes):
-        value = jax.lax.transpose(value, [int(i) for i in np.argsort(axes)])
-    return value, sorted(axes)
+def _update_places(
+    steps: Sequence[Step], x: Any, shape: Sequence[Any], places: Sequence[Any], value: Any
+) -> Update:
+    """The write to the positions ``places`` in the view of ``x`` with these steps.
+
+    The value broadcasts to ``shape``, that of the elements written.
+    """
+    description = tuple(steps), tuple(shape), tuple(places)
+    arrays: list[Any] = []
+    static = _without_operands(description, arrays)
+    if arrays:
+        return Update(_scatter_through, static, (value, *arrays))
+    layout = Layout(shape)
+    found = placed(steps, layout, places)
+    if any(isinstance(p, Points) for p in found):
+        return Update(_scatter_through, static, (value,))
+    return _written(x, layout, found, value)
 
 
-def _forwards(selection: Selection, value: Any, axes: Sequence[int]) -> tuple[Selection, Any]:
-    """The same write with positive steps only."""
-    along = list(selection.along)
-    for d, a in enumerate(along):
-        if isinstance(a, Range) and a.step < 0:
-            along[d] = Range(a.start + a.step * (a.size - 1), -a.step, a.size)
-            if d in axes and jnp.shape(value)[axes.index(d)] > 1:
-                value = jnp.flip(value, axes.index(d))
-        if isinstance(a, Range) and a.size == 1:
-            along[d] = Range(a.start, 1, 1)
-    return selection._replace(along=tuple(along)), value
+def _written(x: Any, layout: Layout, places: Sequence[Any], value: Any) -> Update:
+    """The write of a value to positions in ``x`` itself."""
+    points = [p for p in places if isinstance(p, Points)]
+    lines = [d for d, p in enumerate(places) if isinstance(p, Line)]
+    groups: list[tuple[int, ...]] = [places[d].axes for d in lines]
+    varying = [a for a in layout.axes if any(a in p.axes for p in points)]
+    if varying:
+        # The axes of arrays come in front of all others where a slice is between two of them.
+        arrays = [d for d in range(len(places)) if d not in lines]
+        is_one_block = arrays[-1] - arrays[0] < len(arrays)
+        at = sum(d < arrays[0] for d in lines) if is_one_block else 0
+        groups[at:at] = [(a,) for a in varying]
+    value = layout.arranged(value, groups)
+    if not points:
+        if all(p == (p.axes, 0, 1, n) if isinstance(p, Line) else False for p, n in zip(places, x.shape, strict=True)):
+            return Update(_replace, None, (value,))
+        if all(places[d].step == 1 or _is_one(places[d].size) for d in lines):
+            sizes = tuple(p.size if isinstance(p, Line) else 1 for p in places)
+            starts = (p.start if isinstance(p, Line) else p for p in places)
+            starts = tuple(map(_compat.size_value, starts))
+            return Update(_block, (sizes, tuple(lines)), (value, *starts))
+    template, operands = [], []
+    for place, n in zip(places, x.shape, strict=True):
+        if isinstance(place, Points):
+            template.append(_ARRAY)
+            operands.append(spread(place, varying) if varying else place.values)
+        else:
+            template.append(_key(_slice(place, n) if isinstance(place, Line) else place))
+    return Update(_scatter, tuple(template), (value, *operands))
 
 
-def _with_axes(value: Any, axes: Sequence[int], wanted: Sequence[int]) -> Any:
-    """The value with axes of size 1 where it lacks axes between the others."""
-    if list(axes) == list(wanted[len(wanted) - len(axes) :]):
-        return value
-    return jnp.expand_dims(value, [i for i, d in enumerate(wanted) if d not in axes])
+def _slice(line: Line, size: Any) -> slice:
+    _, start, step, n = line
+    if (start, step, n) == (0, 1, size):
+        return slice(None)
+    return slice(start, start + (n - 1) * step + 1, step)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+class _Operand(NamedTuple):
+    """Stands for an array in the description of a write."""
+
+    number: int
+
+
+def _without_operands(x: Any, arrays: list[Any]) -> Any:
+    """A description without its arrays, which are appended to ``arrays``."""
+    if isinstance(x, tuple):
+        parts = [_without_operands(e, arrays) for e in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if isinstance(x, (np.ndarray, jax.Array)):
+        arrays.append(x)
+        return _Operand(len(arrays) - 1)
+    return x
+
+
+def _with_operands(x: Any, arrays: Sequence[Any]) -> Any:
+    if isinstance(x, _Operand):
+        return arrays[x.number]
+    if isinstance(x, tuple):
+        parts = [_with_operands(e, arrays) for e in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
 
 
 # -- Writes by any index ---------------------------------------------------------------------
@@ -249,19 +296,11 @@ def update_at(steps: Sequence[Step], x: Any, index: Any, value: Any) -> Update:
     if two_steps is not None:
         new_axes, entries = two_steps
         steps = view(steps, shape, new_axes)
+        shape = steps[-1].shape if steps else x.shape
     elif all(map(is_basic, entries)):
         steps = view(steps, shape, entries)
         return update_through(steps, x, fit(value, steps[-1].shape if steps else x.shape))
-    target = _through(steps, x)
-    update = _update_advanced(target, entries, value)
-    return update_through(steps, x, update(target)) if steps else update
-
-
-def _through(steps: Sequence[Step], x: Any) -> Any:
-    """The view of ``x`` with these steps."""
-    for step in steps:
-        x = step.read(x)
-    return x
+    return _update_advanced(steps, shape, x, entries, value)
 
 
 def _update_if(
@@ -269,50 +308,95 @@ def _update_if(
 ) -> Update | None:
     """The write where one entry says if there is any, or None if more is to be known of it."""
     is_traced = _compat.concrete(condition) is None
-    if is_traced and not jnp.ndim(value):
-        # The shape of what is written does not matter, so the index is as good without the entry.
-        others = tuple(e for e in entries if e is not condition)
-        written = update_at(steps, x, others, value)(x)
-        return Update(_replace, x.shape, (_if_so(condition, written, x),))
     others = [None if e is condition else e for e in entries]
     if not all(map(is_basic, others)):
-        return None
+        if not is_traced or jnp.ndim(value):
+            return None
+        # The shape of what is written does not matter, so the index is as good without the entry.
+        others = [e for e in entries if e is not condition]
+        written = update_at(steps, x, tuple(others), value)(x)
+        return Update(_replace, None, (_if_so(condition, written, x),))
     if not is_traced and (not condition or not all(isinstance(e, _BETWEEN) for e in others)):
         return None
     steps = view(steps, shape, others)
     value = fit(value, steps[-1].shape if steps else x.shape)
     if is_traced:
-        value = _if_so(condition, value, _through(steps, x))
+        value = _if_so(condition, value, read(steps, x))
     return update_through(steps, x, value)
 
 
 def _if_so(condition: Any, value: Any, otherwise: Any) -> Any:
-    return jax.lax.select(
-        jnp.broadcast_to(condition, otherwise.shape),
-        jnp.broadcast_to(value, otherwise.shape),
-        otherwise,
-    )
+    like = _compat.typeof(otherwise)
+    condition, value = (_compat.broadcast_like(like, x) for x in (condition, value))
+    return jax.lax.select(condition, value, otherwise)
 
 
-def _update_advanced(x: Any, entries: Sequence[Any], value: Any) -> Update:
+def _update_advanced(
+    steps: Sequence[Step], shape: Sequence[Any], x: Any, entries: Sequence[Any], value: Any
+) -> Update:
     """The write with an index that has arrays."""
-    check_arrays(x.shape, entries)
+    check_arrays(shape, entries)
     masks = [e for e in entries if is_mask(e)]
     arrays = [e for e in entries if not is_basic(e) and not is_mask(e)]
     if len(masks) == 1 and not arrays and masks[0].ndim:
-        update = _update_by_mask(x, entries, masks[0], value)
+        update = _update_by_mask(steps, shape, x, entries, masks[0], value)
         if update is not None:
             return update
     entries = [e for entry in entries for e in _positions(entry)]
-    value = fit(value, _shape_of(x.shape, entries))
-    is_array = [not isinstance(e, _NO_ARRAYS) for e in entries]
-    template = tuple(_ARRAY if a else _key(e) for a, e in zip(is_array, entries, strict=True))
-    return Update(
-        _scatter, template, (value, *(e for a, e in zip(is_array, entries, strict=True) if a))
-    )
+    sizes, places = _places(shape, entries)
+    value = fit(value, sizes)
+    if 0 in sizes:
+        return Update(_nothing, None, ())
+    basic = [slice(None) if _is_array(e) else e for e in entries if e is not Ellipsis]
+    if are_computed(steps):
+        return _update_places(view(steps, shape, basic), x, sizes, places, value)
+    target = read(steps, x)
+    written = _update_places(view((), shape, basic), target, sizes, places, value)(target)
+    return update_through(steps, x, written)
 
 
-def _update_by_mask(x: Any, entries: Sequence[Any], mask: Any, value: Any) -> Update | None:
+def _is_array(entry: Any) -> bool:
+    return isinstance(entry, (np.ndarray, jax.Array)) and bool(entry.ndim)
+
+
+def _places(shape: Sequence[Any], entries: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """The shape of ``x[entries]``, and the positions in the view of ``x`` by the basic entries."""
+    arrays = [e for e in entries if _is_array(e)]
+    block = _compat.broadcast_shapes([e.shape for e in arrays])
+    advanced = [i for i, e in enumerate(entries) if not isinstance(e, _BETWEEN + (Window,))]
+    is_one_block = advanced[-1] - advanced[0] < len(advanced)
+    at = advanced[0] if is_one_block else 0
+    before = sum(isinstance(e, (slice, Window, type(None))) for e in entries[:at])
+    sizes: list[Any] = []
+    places: list[Any] = []
+    axis = 0
+    for entry in entries:
+        if entry is Ellipsis:
+            continue
+        if _is_array(entry):
+            axes = range(before + len(block) - entry.ndim, before + len(block))
+            places.append(Points(tuple(axes), entry))
+        elif isinstance(entry, (slice, Window, type(None))):
+            size = 1 if entry is None else _taken(entry, shape[axis])
+            number = len(sizes) + (len(block) if len(sizes) >= before else 0)
+            places.append(Line((number,), 0, 1, size))
+            sizes.append(size)
+        axis += entry is not None
+    return (*sizes[:before], *block, *sizes[before:]), places
+
+
+def _taken(entry: slice | Window, size: Any) -> Any:
+    return entry.size if isinstance(entry, Window) else _compat.slice_of_axis(entry, size)[2]
+
+
+def _update_by_mask(
+    outer: Sequence[Step],
+    shape: Sequence[Any],
+    x: Any,
+    entries: Sequence[Any],
+    mask: Any,
+    value: Any,
+) -> Update | None:
     """One select, if the value is the same for every element that the mask finds."""
     if any(e is None for e in entries) and jnp.ndim(value):
         return None
@@ -323,7 +407,7 @@ def _update_by_mask(x: Any, entries: Sequence[Any], mask: Any, value: Any) -> Up
     before, after = entries[:at], entries[at + 1 :]
     if not all(map(is_basic, before + after)):
         return None
-    steps = view((), x.shape, [*before, *[slice(None)] * mask.ndim, *after])
+    steps = view(outer, shape, [*before, *[slice(None)] * mask.ndim, *after])
     shape = steps[-1].shape if steps else x.shape
     first, last = (sum(isinstance(e, slice) for e in es) for es in (before, after))
     # In the value, the axis of the elements found is where the mask is, or in front of all others.
@@ -341,7 +425,7 @@ def _update_by_mask(x: Any, entries: Sequence[Any], mask: Any, value: Any) -> Up
     axes = tuple(range(first, first + mask.ndim))
     if not steps:
         return Update(_by_mask, axes, (value, jnp.asarray(mask)))
-    return update_through(steps, x, _by_mask(axes, steps[-1].read(x), value, jnp.asarray(mask)))
+    return update_through(steps, x, _by_mask(axes, read(steps, x), value, jnp.asarray(mask)))
 
 
 def _positions(entry: Any) -> Sequence[Any]:
@@ -363,14 +447,3 @@ def _positions(entry: Any) -> Sequence[Any]:
             )
         )
     return np.asarray(concrete).nonzero()
-
-
-def _shape_of(shape: Sequence[int], entries: Sequence[Any]) -> tuple[int, ...]:
-    """The shape of ``x[entries]``, which NumPy works out on a stand-in without elements."""
-    entries = [e if isinstance(e, _NO_ARRAYS) else np.zeros(e.shape, int) for e in entries]
-    sizes, axis = list(shape), 0
-    for entry in entries:
-        if isinstance(entry, np.ndarray):
-            sizes[axis] = max(sizes[axis], 1)  # or NumPy refuses the zeros
-        axis += entry is not None and entry is not Ellipsis
-    return np.broadcast_to(np.int8(0), sizes)[tuple(entries)].shape

@@ -4,7 +4,8 @@ A view is a chain of steps from the array to it. A step is a `Selection` (a basi
 slices, new axes; and permutations of the axes) or a `Reshape`. Selections of selections are one
 selection, so that a write through ``x.T[1:][2]`` is one write into ``x``.
 
-Integers and slices are known here; an integer may also be a traced scalar.
+Slices are known here, though with a symbolic size perhaps (`jax.export`); an integer, and the start
+of a `jax.ds`, may also be a traced scalar.
 """
 
 from __future__ import annotations
@@ -17,28 +18,62 @@ import jax
 import numpy as np
 
 from jaxstate import _compat
+from jaxstate.errors import message
 
-__all__ = ["Fixed", "Range", "Reshape", "Selection", "Step", "expanded", "is_view", "view"]
+__all__ = [
+    "Fixed", "Range", "Reshape", "Selection", "Step", "Window", "expanded", "is_view", "view",
+]  # fmt: skip
 
 NEW_AXIS, EMPTY_AXIS = -1, -2
-
-
-class Fixed(NamedTuple):
-    """One element along an axis of the parent; the view does not have that axis."""
-
-    index: Any
 
 
 class Range(NamedTuple):
     """``size`` elements along an axis of the parent, ``start``, ``start + step`` and so on."""
 
-    start: int
+    start: Any
     step: int
-    size: int
+    size: Any
 
     def as_slice(self) -> slice:
         stop = self.start + self.size * self.step
-        return slice(self.start, None if stop < 0 else stop, self.step)
+        is_to_front = self.step < 0 and isinstance(stop, int) and stop < 0
+        return slice(self.start, None if is_to_front else stop, self.step)
+
+
+class Fixed(NamedTuple):
+    """One element along an axis of the parent; the view does not have that axis.
+
+    Attributes:
+      index: of the element.
+      among: the elements that a traced index counts, if these are not all.
+    """
+
+    index: Any
+    among: Range | None = None
+
+    @property
+    def is_traced(self) -> bool:
+        return not _compat.is_size(self.index)
+
+    def read_index(self) -> Any:
+        """The index of the element of the parent, the nearest one for an index out of bounds."""
+        if self.among is None:
+            return self.index
+        start, step, size = map(_compat.size_value, self.among)
+        i = as_signed(self.index)
+        i = jax.numpy.where(i < 0, i + size, i)
+        return start + step * jax.numpy.clip(i, 0, size - 1)
+
+
+class Window(NamedTuple):
+    """A `Range` whose start is traced."""
+
+    start: Any
+    step: int
+    size: int
+
+    def as_ds(self) -> Any:
+        return jax.ds(self.start, self.size, self.step)
 
 
 class Selection(NamedTuple):
@@ -46,12 +81,12 @@ class Selection(NamedTuple):
 
     Attributes:
       parent: the shape that it selects from.
-      along: per axis of the parent, a `Fixed` or a `Range`.
+      along: per axis of the parent, a `Fixed`, a `Range` or a `Window`.
       order: per axis of the view, the axis of the parent, or NEW_AXIS, or EMPTY_AXIS.
     """
 
     parent: tuple[int, ...]
-    along: tuple[Fixed | Range, ...]
+    along: tuple[Fixed | Range | Window, ...]
     order: tuple[int, ...]
 
     @property
@@ -62,12 +97,7 @@ class Selection(NamedTuple):
     @property
     def kept(self) -> list[int]:
         """The axes of the parent that the view has, in the parent's order."""
-        return [d for d, what in enumerate(self.along) if isinstance(what, Range)]
-
-    @property
-    def index(self) -> tuple[Any, ...]:
-        """The index of the parent, without the permutation."""
-        return tuple(a.index if isinstance(a, Fixed) else a.as_slice() for a in self.along)
+        return [d for d, what in enumerate(self.along) if not isinstance(what, Fixed)]
 
     @property
     def is_all(self) -> bool:
@@ -79,19 +109,66 @@ class Selection(NamedTuple):
         """The elements of ``x``, an array of the shape ``parent``."""
         if EMPTY_AXIS in self.order:
             return jax.numpy.zeros(self.shape, x.dtype)
-        y = x if self.is_all else _compat.getitem(x, self.index)
+        y = self._selected(x)
         axes = [d for d in self.order if d >= 0]
         if axes != self.kept:
             y = jax.lax.transpose(y, [self.kept.index(d) for d in axes])
         new = [i for i, d in enumerate(self.order) if d == NEW_AXIS]
         return jax.lax.expand_dims(y, new) if new else y
 
+    def _selected(self, x: Any) -> Any:
+        """The elements of ``x``, the axes in the order of the parent's."""
+        if self.is_all:
+            return x
+        windows = any(isinstance(a, Window) for a in self.along)
+        if not windows and all(isinstance(n, int) for n in self.parent):
+            return _compat.getitem(x, tuple(map(_entry, self.along)))
+        # JAX takes a `jax.ds`, or an index of an axis of symbolic size, beside whole axes only.
+        dropped = []
+        for d, a in enumerate(self.along):
+            if isinstance(a, Fixed) and not a.is_traced:
+                x = _range_of(x, d, Range(a.index, 1, 1))
+                dropped.append(d)
+            if isinstance(a, Range) and a != (0, 1, self.parent[d]):
+                x = _range_of(x, d, a)
+        x = jax.lax.squeeze(x, dropped)
+        index = [_entry(a) if _is_traced(a) else slice(None) for a in self.along]
+        index = [e for d, e in enumerate(index) if d not in dropped]
+        return x if all(isinstance(e, slice) for e in index) else _compat.getitem(x, tuple(index))
+
     def read_numpy(self, x: np.ndarray) -> np.ndarray:
         """The view of a NumPy array (the first element along an axis for a traced integer)."""
-        index = tuple(i if isinstance(i, (int, slice)) else 0 for i in self.index)
-        y = x[index]
+        y = x[tuple(map(_entry_of_stand_in, self.along))]
         y = y.transpose([self.kept.index(d) for d in self.order if d >= 0])
         return y[tuple(None if d < 0 else slice(None) for d in self.order)]
+
+
+def _is_traced(what: Fixed | Range | Window) -> bool:
+    return isinstance(what, Window) or (isinstance(what, Fixed) and what.is_traced)
+
+
+def _entry(what: Fixed | Range | Window) -> Any:
+    """What selects these elements in an index of JAX."""
+    if isinstance(what, Fixed):
+        return what.read_index()
+    return what.as_slice() if isinstance(what, Range) else what.as_ds()
+
+
+def _entry_of_stand_in(what: Fixed | Range | Window) -> Any:
+    if isinstance(what, Fixed):
+        return 0 if what.is_traced else _compat.stand_in_size(what.index)
+    if isinstance(what, Window):
+        return slice(0, what.size * what.step, what.step)
+    return Range(*map(_compat.stand_in_size, what)).as_slice()
+
+
+def _range_of(x: Any, axis: int, a: Range) -> Any:
+    if a.step not in (1, -1):
+        positions = jax.numpy.arange(a.size) * a.step + _compat.size_value(a.start)
+        return jax.numpy.take(x, positions, axis, mode="clip")
+    start = a.start if a.step == 1 else a.start - a.size + 1
+    x = jax.lax.slice_in_dim(x, start, start + a.size, axis=axis)
+    return x if a.step == 1 else jax.lax.rev(x, [axis])
 
 
 class Reshape(NamedTuple):
@@ -104,10 +181,17 @@ class Reshape(NamedTuple):
         return jax.lax.reshape(x, self.shape)
 
     def read_numpy(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(self.shape, copy=False)
+        return x.reshape(tuple(map(_compat.stand_in_size, self.shape)), copy=False)
 
 
 Step = Selection | Reshape
+
+
+def read(steps: Sequence[Step], x: Any) -> Any:
+    """The view of ``x`` with these steps."""
+    for step in steps:
+        x = step.read(x)
+    return x
 
 
 def everything(shape: Sequence[int]) -> Selection:
@@ -165,6 +249,10 @@ def _as_array_or_scalar(entry: Any) -> Any:
         return entry
     if isinstance(entry, slice):
         return _static(entry)
+    if isinstance(entry, _compat.DynamicSlice):
+        return _slice_or_window(entry)
+    if _compat.is_size(entry):
+        return _compat.size_value(entry)
     dtype = getattr(entry, "dtype", None)
     if isinstance(entry, (np.integer, np.ndarray)) and not entry.ndim and entry.dtype.kind in "iu":
         return int(entry)
@@ -188,7 +276,7 @@ def _axes_of(entry: Any) -> int:
 
 def is_basic(entry: Any) -> bool:
     """Whether an entry alone makes a view: an integer (perhaps traced), a slice, or a new axis."""
-    if entry is None or entry is Ellipsis or isinstance(entry, (int, slice)):
+    if entry is None or entry is Ellipsis or isinstance(entry, (int, slice, Window)):
         return True
     return entry.ndim == 0 and not is_mask(entry)
 
@@ -229,17 +317,25 @@ def check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
                     )
                 axis += 1
             continue
-        if isinstance(entry, int):
+        if isinstance(entry, int) and isinstance(shape[axis], int):
             check_bounds(entry, shape[axis], axis)
-        elif isinstance(entry, np.ndarray) and entry.size:
+        elif isinstance(entry, np.ndarray) and entry.size and isinstance(shape[axis], int):
             check_bounds(int(entry.min()), shape[axis], axis)
             check_bounds(int(entry.max()), shape[axis], axis)
         axis += entry is not None and entry is not Ellipsis
 
 
-def check_bounds(i: int, size: int, axis: int) -> int:
+def _may_be_outside(i: int, size: Any) -> bool:
+    """Whether nobody knows if the index is out of bounds, for a symbolic size."""
+    try:
+        return (-i <= size if i < 0 else i < size) not in (True, False)
+    except _compat.InconclusiveDimensionOperation:
+        return True
+
+
+def check_bounds(i: int, size: Any, axis: int) -> Any:
     """The integer index, counted from the front."""
-    if not -size <= i < size:
+    if not (-i <= size if i < 0 else i < size):
         raise IndexError(f"index {i} is out of bounds for axis {axis} with size {size}")
     return i + size if i < 0 else i
 
@@ -253,8 +349,8 @@ def view(steps: Sequence[Step], shape: Sequence[int], entries: Sequence[Any]) ->
     The entries are basic and as `expanded` gives them.
     """
     before, last = _last_selection(steps, shape)
-    if any(_is_traced(e) for e in entries) and not last.is_all:
-        # A traced integer counts within the view: its bounds are those of the view.
+    windows = any(isinstance(a, Window) for a in last.along)
+    if windows or (any(isinstance(e, Window) for e in entries) and not last.is_all):
         before, last = tuple(steps), everything(shape)
     along, order = list(last.along), []
     axes = iter(range(len(last.order)))
@@ -266,34 +362,67 @@ def view(steps: Sequence[Step], shape: Sequence[int], entries: Sequence[Any]) ->
         d = last.order[axis]
         size = last.shape[axis]
         if isinstance(entry, slice):
-            start, stop, step = _static(entry).indices(size)
-            taken = range(start, stop, step)
+            start, step, taken = _compat.slice_of_axis(entry, size)
             if d < 0:
-                order.append(NEW_AXIS if taken else EMPTY_AXIS)
+                order.append(EMPTY_AXIS if taken == 0 else NEW_AXIS)
                 continue
             old = along[d]
             assert isinstance(old, Range)
-            first = taken.start if taken else 0
-            along[d] = Range(old.start + old.step * first, old.step * step, len(taken))
+            along[d] = Range(old.start + old.step * start, old.step * step, taken)
             order.append(d)
-        elif isinstance(entry, int):
+        elif isinstance(entry, int) and not _may_be_outside(entry, size):
             i = check_bounds(entry, size, axis)
             if d >= 0:
                 old = along[d]
                 assert isinstance(old, Range)
                 along[d] = Fixed(old.start + old.step * i)
+        elif isinstance(entry, Window):
+            along[d] = entry
+            order.append(d)
         elif d >= 0:
-            along[d] = Fixed(entry)
+            old = along[d]
+            assert isinstance(old, Range)
+            entry = jax.numpy.asarray(entry)
+            along[d] = Fixed(entry, None if old == (0, 1, last.parent[d]) else old)
     return _with(before, Selection(last.parent, tuple(along), tuple(order)))
 
 
 def _static(entry: slice) -> slice:
-    parts = (entry.start, entry.stop, entry.step)
-    return slice(*(None if p is None else operator.index(p) for p in parts))
+    return slice(*(None if b is None else _bound(b) for b in (entry.start, entry.stop, entry.step)))
 
 
-def _is_traced(entry: Any) -> bool:
-    return entry is not None and not isinstance(entry, (int, slice))
+def _bound(bound: Any) -> Any:
+    if _compat.is_size(bound):
+        return bound
+    try:
+        return operator.index(bound)
+    except jax.errors.TracerIntegerConversionError:
+        raise IndexError(
+            message(
+                "A bound of a slice is traced, so nobody knows how many elements it takes.",
+                fix="""
+                x[jax.ds(start, 3)] = values                # as many as you say, from a traced start
+                i = jnp.arange(len(x))
+                x[(start <= i) & (i < stop)] = value        # or one value for all between the bounds
+                """,
+                used=_compat.user_location(),
+            )
+        ) from None
+
+
+def _slice_or_window(entry: Any) -> slice | Window:
+    """A `jax.ds` of this index."""
+    start, size, step = entry.start, operator.index(entry.size), operator.index(entry.stride)
+    if not _compat.is_size(start):
+        return Window(as_signed(start), step, size)
+    return slice(start, start + size * step, step)
+
+
+def as_signed(index: Any) -> Any:
+    """An integer, traced or not, of a type that has negative numbers and room for all positions."""
+    index = index if isinstance(index, (np.ndarray, np.generic)) else jax.numpy.asarray(index)
+    is_large = np.dtype(index.dtype).itemsize >= 4 and np.dtype(index.dtype).kind == "i"
+    return index if is_large else index.astype(np.int32)
 
 
 def transposed(
@@ -323,6 +452,7 @@ def is_contiguous(steps: Sequence[Step], base: Sequence[int]) -> bool:
 
 def _stand_in(steps: Sequence[Step], base: Sequence[int]) -> np.ndarray:
     """A view of NumPy with these steps, of an array of the shape ``base``, and of no memory."""
+    base = [_compat.stand_in_size(n) for n in base]
     strides = np.cumprod([1, *(max(n, 1) for n in reversed(base))])[-2::-1]
     x = np.lib.stride_tricks.as_strided(
         np.empty(1, np.int8), shape=tuple(base), strides=tuple(int(s) for s in strides)

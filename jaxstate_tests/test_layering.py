@@ -18,7 +18,8 @@ ORDER = [
     "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
     "arguments", "reuse", "summary", "methods", "pickling",
     "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
-    "records", "mutate", "sow", "views", "masked", "updates", "arrays", "inplace", "",
+    "records", "mutate", "sow", "views", "positions", "masked", "updates",
+    "numpy_functions", "arrays", "inplace", "",
 ]  # fmt: skip
 FAMILIES = {name for name in ORDER if name.startswith("rules.")}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -65,13 +66,8 @@ def test_only_compat_knows_internals_and_versions(path):
 
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
-    submodules = {
-        "arguments", "arrays", "births", "capture", "containers", "entries", "errors", "forms",
-        "handles", "leaves", "masked", "methods", "names", "objects", "params", "pickling",
-        "records", "retraced", "reuse", "shadows", "slots", "sown", "stateful", "stores",
-        "successors", "thread", "trace", "tracestate", "updates", "variables", "views",
-    }  # fmt: skip
-    assert public - submodules == set(jaxstate.__all__)
+    submodules = {name.partition(".")[0] for name in map(module_name, FILES)}
+    assert public - (submodules - set(jaxstate.__all__)) == set(jaxstate.__all__)
 
 
 def test_importing_it_changes_nothing_outside_of_state():
