@@ -47,6 +47,7 @@ from jax._src import (
     mesh,
     pjit,
     shard_map,
+    sharding_impls,
     source_info_util,
     stages,
     traceback_util,
@@ -672,15 +673,25 @@ def wrap_auxiliary(hand_out: Callable[..., Any]) -> None:
 
 
 def wrap_forwarding(may_forward: Callable[[], bool]) -> None:
-    """Lets ``may_forward()`` say whether a result that is one of the operands may be that very
-    object, and not a result of the operation; and a residual that is one of the arguments."""
+    """Lets ``may_forward()`` say whether an array among the results that is one of the operands may
+    be that very object, and not a result of the operation; and a residual that is one of the
+    arguments."""
     plain, plain_of_rule = pe._jaxpr_forwarding, custom_derivatives._filter_forwarded_inputs
 
     def forwarding(jaxpr: Any) -> list[int | None]:
-        return plain(jaxpr) if may_forward() else [None] * len(jaxpr.outvars)
+        found = plain(jaxpr)
+        if may_forward():
+            return found
+        is_array = (isinstance(v.aval, ShapedArray) for v in jaxpr.outvars)
+        return [None if a else f for a, f in zip(is_array, found, strict=True)]
 
     def forwarding_of_rule(outs: Any, ins: Any) -> tuple[list[Any], list[int | None]]:
-        return plain_of_rule(outs, ins) if may_forward() else (list(outs), [None] * len(outs))
+        if may_forward():
+            return plain_of_rule(outs, ins)
+        found = [plain_of_rule([x], ins)[1][0] for x in outs]
+        is_array = (isinstance(typeof(x), ShapedArray) for x in outs)
+        found = [None if a else f for a, f in zip(is_array, found, strict=True)]
+        return [x for x, f in zip(outs, found, strict=True) if f is None], found
 
     pe._jaxpr_forwarding = forwarding
     custom_derivatives._filter_forwarded_inputs = forwarding_of_rule
@@ -710,9 +721,27 @@ def wrap_key_arrays(are_traced: Callable[[], bool]) -> None:
     keys.copy = copy
 
 
+def wrap_what_is_not_traced(wrap: Wrap) -> None:
+    """Puts a wrapper around what JAX does only where nothing is traced, and around the creation of
+    constants, which looks at its device only there."""
+    sharding_impls.set_mesh.__init__ = wrap(sharding_impls.set_mesh.__init__)
+    stages.Compiled.__call__ = wrap(stages.Compiled.__call__)
+    plain = {"get_mesh": sharding_impls.get_mesh, "full": lax.full, "full_like": lax.full_like}
+    new = {name: functools.wraps(f)(wrap(f)) for name, f in plain.items()}
+    for module in (sharding_impls, jax.sharding, lax, jax.lax):
+        for name, function in plain.items():
+            if getattr(module, name, None) is function:
+                setattr(module, name, new[name])
+
+
 def wrap_device_get(wrap: Wrap) -> None:
     """Puts a wrapper around what `jax.device_get` does with one array."""
     api._device_get = wrap(api._device_get)
+
+
+def donates(x: Any) -> bool:
+    """Whether ``x`` is a compiled function that takes the memory of an argument."""
+    return isinstance(x, stages.Compiled) and any(x.donate_argnums)
 
 
 def takes_results() -> bool:

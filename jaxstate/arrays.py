@@ -24,6 +24,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,7 +33,13 @@ import numpy as np
 
 from jaxstate import _compat, numpy_functions, slots, thread, trace, views
 from jaxstate.capture import nowhere
-from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
+from jaxstate.errors import (
+    ClosedStateError,
+    CustomRuleStateError,
+    LaneWriteError,
+    SlotTypeError,
+    message,
+)
 from jaxstate.handles import Slot, SlotAddress
 from jaxstate.masked import MaskedElements, check_fits, mask_in, masked_elements
 from jaxstate.slots import Address, Cell, Holder, Lane
@@ -180,7 +187,15 @@ class Buffer:
         if not way and not is_held:
             return self.slot.cell(self.slot.address).value
         with _quiet(), _compat.set_current_trace(here):
-            return _compat.canonicalize(trace.read(self.slot.address))
+            try:
+                value = trace.read(self.slot.address)
+            except CustomRuleStateError:
+                if way is None:
+                    raise
+                # A rule that reads what its function does not: a value that Python closes over.
+                with slots.only_open([h for h in slots.stack() if not self._is_held_by(h)]):
+                    value = trace.read(self.slot.address)
+            return _compat.canonicalize(value)
 
     def write(self, value: Any) -> None:
         here = _compat.current_trace()
@@ -206,8 +221,10 @@ class Buffer:
 
     def is_held_elsewhere(self) -> bool:
         """Whether a custom rule or a device runs now, which was given the array as an operand."""
-        inner = (h for h in slots.holders() if h.age > self.age)
-        return any(h.is_boundary or h.outside is not None for h in inner)
+        return any(map(self._is_held_by, slots.holders()))
+
+    def _is_held_by(self, holder: Holder) -> bool:
+        return holder.age > self.age and (holder.is_boundary or holder.outside is not None)
 
     def _become_slot(self) -> None:
         if self.slot is None:
@@ -372,8 +389,19 @@ class InplaceTrace(_compat.Trace):
             results.append(out.map(lambda _: None))
             return list(out)
 
-        with _compat.set_current_trace(self):
-            values = _compat.jit(staged)(*operands)
+        try:
+            with _compat.set_current_trace(self):
+                values = _compat.jit(staged)(*operands)
+        except _LOOKS_AT_VALUES:  # possible only where JAX runs the function at once
+            if self.parent_trace is not _compat.eval_trace:
+                raise
+            results.clear()
+            operands = self._values(operands)
+            with _compat.set_current_trace(self.parent_trace):
+                out = self.parent_trace.process_shard_map(
+                    primitive, fun, operands, *args, **params
+                )
+            return out.map(self._box)
         return results[0].update([self._box(x) for x in values])
 
     def stage_value(self, value: Any) -> Any:
@@ -399,6 +427,12 @@ class InplaceTrace(_compat.Trace):
         return WritableArray(Buffer(value, self, slots.next_age(), self.activation))
 
 
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)  # fmt: skip
+
+
 def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array) and isinstance(_compat.typeof(value), _compat.ShapedArray)
 
@@ -414,6 +448,7 @@ class Writable:
     _buffer: Any
     _steps: tuple[views.Step, ...] = ()
     _is_view = False
+    _is_read_only = False
     shape: tuple[int, ...]
     dtype: Any
     ndim: int
@@ -495,8 +530,44 @@ class Writable:
     def item(self, *args: Any) -> Any:
         return self._computed("item", *args)
 
+    def is_deleted(self) -> bool:
+        return self._computed("is_deleted")
+
     def devices(self) -> Any:
         return self._computed("devices")
+
+    def addressable_data(self, index: int) -> Any:
+        return self._shared("addressable_data")(index)
+
+    @property
+    def addressable_shards(self) -> Any:
+        return self._shared("addressable_shards")
+
+    @property
+    def global_shards(self) -> Any:
+        return self._shared("global_shards")
+
+    @property
+    def is_fully_addressable(self) -> bool:
+        return self._shared("is_fully_addressable")
+
+    @property
+    def is_fully_replicated(self) -> bool:
+        return self._shared("is_fully_replicated")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._shared("__dlpack__")(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._shared("__dlpack_device__")()
+
+    def _shared(self, name: str) -> Any:
+        """An attribute of the computed array, which may give its memory away."""
+        value = self._read()
+        concrete = _compat.concrete(value)
+        if concrete is not None:
+            self._own_buffer().is_own = False
+        return getattr(value if concrete is None else concrete, name)
 
     def _computed(self, method: str, *args: Any) -> Any:
         """What the method of a computed array gives; what that of a tracer raises, for others."""
@@ -578,6 +649,7 @@ class Writable:
         # Views of views may be the whole array again: x.T.T, x[None][0].
         view = WritableArray(buffer, steps, buffer.aval())
         view._is_view = True
+        view._is_read_only = self._is_read_only
         return view
 
     @property
@@ -616,10 +688,50 @@ class Writable:
             raise ValueError("cannot select an axis to squeeze out which has size not equal to one")
         return self[(*(0 if i in dropped else slice(None) for i in range(self.ndim)), ...)]
 
+    @property
+    def real(self) -> Any:
+        """The array itself, or a copy of the real parts, which cannot be written."""
+        return self._part(jnp.real) if self.dtype.kind == "c" else self[...]
+
+    @real.setter
+    def real(self, value: Any) -> None:
+        if self.dtype.kind == "c":
+            value = value + 1j * jnp.imag(self._read())
+        self[...] = value
+
+    @property
+    def imag(self) -> Any:
+        """A copy of the imaginary parts, which cannot be written."""
+        return self._part(jnp.imag)
+
+    @imag.setter
+    def imag(self, value: Any) -> None:
+        if self.dtype.kind != "c":
+            raise TypeError("array does not have imaginary part to set")
+        self[...] = jnp.real(self._read()) + 1j * value
+
+    def view(self, dtype: Any = None) -> Any:
+        """A view; a copy that cannot be written, if the dtype is another one."""
+        if dtype is None or np.dtype(dtype) == self.dtype:
+            return self[...]
+        return self._part(lambda x: x.view(dtype))
+
+    def diagonal(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy, which cannot be written."""
+        return self._part(lambda x: jnp.diagonal(x, *args, **kwargs))
+
+    def _part(self, part: Callable[[Any], Any]) -> WritableArray:
+        found = fresh(part(self._read()))
+        found._is_read_only = True
+        return found
+
     def reshape(self, *shape: Any, order: str = "C", copy: bool | None = None, **more: Any) -> Any:
         """The elements in another shape: a view where NumPy gives one, else a copy."""
         new = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         new = _resolved_shape(new, self.size)
+        if not copy and self._is_in_order_of_fortran(order):
+            return self.T.reshape(new[::-1]).T
+        order = "C" if order == "A" else order
         steps = None
         if order == "C" and not copy:
             steps = views.reshaped(self._steps, self._own_buffer_shape(), self.shape, new)
@@ -629,9 +741,22 @@ class Writable:
 
     def ravel(self, order: str = "C", **more: Any) -> Any:
         """The elements along one axis: a view if they are neighbours in memory, else a copy."""
-        if order != "C" or not views.is_contiguous(self._steps, self._own_buffer_shape()):
+        if self._is_in_order_of_fortran(order):
+            return self.T.ravel()
+        order = "C" if order in ("A", "K") and self._stand_in().flags.c_contiguous else order
+        if order != "C" or not self._stand_in().flags.c_contiguous:
             return self.flatten(order, **more)
         return self.reshape(-1, **more)
+
+    def _stand_in(self) -> np.ndarray:
+        return views.stand_in(self._steps, self._own_buffer_shape())
+
+    def _is_in_order_of_fortran(self, order: str) -> bool:
+        """Whether the elements in this order are those of the transpose in the order of C."""
+        if order not in ("A", "K"):
+            return order == "F"
+        flags = self._stand_in().flags
+        return flags.f_contiguous and not flags.c_contiguous
 
     def flatten(self, order: str = "C", **more: Any) -> Any:
         """A copy with one axis."""
@@ -657,6 +782,19 @@ class Writable:
     # Writes.
 
     def _write(self, update: Callable[[Any], Update]) -> None:
+        if self._is_read_only:
+            raise ValueError(
+                message(
+                    "An array that is a part of the bits of another one (its `real`, `imag`,"
+                    " `diagonal()` or `view(dtype)`) is a copy here, so it is read-only.",
+                    fix="""
+                    x.real = values; x.imag = values                # all of them
+                    x[i] = jax.lax.complex(real, imag)              # or the whole element
+                    x[jnp.arange(n), jnp.arange(n)] = diagonal      # or the array itself
+                    """,
+                    used=_compat.user_location(),
+                )
+            )
         buffer = self._own_buffer()
         self._detach()
         if buffer.made is None:
@@ -928,7 +1066,7 @@ for _name in (
 class WritableArray(Writable, _compat.Tracer):
     """A writable array of jaxstate's own, or a view of one."""
 
-    __slots__ = ("_buffer", "_cache", "_is_view", "_steps")
+    __slots__ = ("_buffer", "_cache", "_is_read_only", "_is_view", "_steps")
 
     def __init__(
         self, buffer: Buffer, steps: tuple[views.Step, ...] = (), aval: Any = None
@@ -941,6 +1079,7 @@ class WritableArray(Writable, _compat.Tracer):
         self._buffer = buffer
         self._steps = steps
         self._is_view = False
+        self._is_read_only = False
         self._cache: Any = None
 
     def _read(self) -> Any:
@@ -1189,10 +1328,28 @@ def _around_device_get(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """An array whose value is known is fetched; JAX hands back tracers."""
 
     def device_get(x: Any) -> Any:
-        known = isinstance(x, Writable) and x.to_concrete_value() is not None
-        return np.array(x) if known else get(x)
+        value = x.to_concrete_value() if isinstance(x, Writable) else None
+        return get(x if value is None else value)
 
     return device_get
+
+
+def _around_top_level(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What JAX does only where nothing is traced works with the values, where these are known."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        here = _compat.current_trace()
+        while isinstance(here, InplaceTrace):
+            here = here.parent_trace
+        if not _thread.activations or _thread.quiet or here is not _compat.eval_trace:
+            return function(*args, **kwargs)
+        donates = any(map(_compat.donates, args[:1]))
+        args, kwargs = jax.tree.map(partial(_given_away, donated=donates), (args, kwargs))
+        with _compat.set_current_trace(here):
+            out = function(*args, **kwargs)
+        return jax.tree.map(_own, out)
+
+    return call
 
 
 def _around_rules(bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -1249,6 +1406,7 @@ def install() -> None:
         for primitive in (_compat.custom_jvp_call_p, _compat.custom_vjp_call_p):
             _compat.wrap_bind_with_trace(primitive, _around_rules)
         _compat.wrap_device_get(_around_device_get)
+        _compat.wrap_what_is_not_traced(_around_top_level)
         _compat.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
         trace.to_program = _own
         _compat.wrap_transfers(_around_transfer)

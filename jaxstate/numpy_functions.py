@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,12 +60,20 @@ def _into(out: Any, name: str, function: Any, given: dict[str, Any]) -> Any:
         raise _unknown(name)
     names = inspect.signature(function).parameters
     positional = [x for key, x in given.items() if key.isdigit()]
-    spread = given.pop("args", ())
+    spread = [*given.pop("args", ()), *given.pop("operands", ())]
+    given = {**given.pop("kwargs", {}), **given}
+    given = {key: _as_array(x) for key, x in given.items()}
     options = {key: x for key, x in given.items() if not key.isdigit()}
     first = [options.pop(key) for key in list(options) if key not in names and not positional]
     result = function(*positional, *first, *spread, **options)
     _store(out, result, name, "same_kind")
     return out
+
+
+def _as_array(x: Any) -> Any:
+    """A list of numbers as an array, which the functions of JAX want."""
+    leaves = jax.tree.leaves(x) if isinstance(x, list) else ()
+    return np.asarray(x) if leaves and all(isinstance(n, (int, float)) for n in leaves) else x
 
 
 def _store(out: Any, result: Any, name: str, casting: Any, where: Any = True) -> None:
@@ -131,8 +140,21 @@ def _place(arr: Any, mask: Any, vals: Any) -> None:
         arr[...] = jnp.where(mask.reshape(arr.shape), chosen, arr)
 
 
+def _put_along_axis(arr: Any, indices: Any, values: Any, axis: Any = -1) -> None:
+    if axis is None:
+        arr, axis = arr.reshape(-1), 0
+    indices = indices if hasattr(indices, "dtype") else np.asarray(indices)
+    if indices.ndim != arr.ndim:
+        raise ValueError("`indices` and `arr` must have the same number of dimensions")
+    axis = range(arr.ndim)[axis]
+    index = list(np.ix_(*(np.arange(n) for n in arr.shape)))
+    index[axis] = indices
+    arr[tuple(index)] = values
+
+
 _writing: dict[Any, Callable[..., Any]] = {
     np.copyto: _copyto,
+    np.put_along_axis: _put_along_axis,
     np.putmask: _putmask,
     np.place: _place,
 }

@@ -439,18 +439,13 @@ def reshaped(
     """The steps to ``v.reshape(new)``, or None where NumPy makes a copy."""
     step = Reshape(tuple(shape), tuple(new))
     try:
-        step.read_numpy(_stand_in(steps, base))
+        step.read_numpy(stand_in(steps, base))
     except ValueError:
         return None
     return (*steps, step)
 
 
-def is_contiguous(steps: Sequence[Step], base: Sequence[int]) -> bool:
-    """Whether the elements of the view are neighbours in NumPy's memory, in the view's order."""
-    return _stand_in(steps, base).flags.c_contiguous
-
-
-def _stand_in(steps: Sequence[Step], base: Sequence[int]) -> np.ndarray:
+def stand_in(steps: Sequence[Step], base: Sequence[int]) -> np.ndarray:
     """A view of NumPy with these steps, of an array of the shape ``base``, and of no memory."""
     base = [_compat.stand_in_size(n) for n in base]
     strides = np.cumprod([1, *(max(n, 1) for n in reversed(base))])[-2::-1]
