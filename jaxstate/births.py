@@ -46,15 +46,20 @@ class Birth:
         self._looks_at_key = _looks_at_last_input(jaxpr)
 
     def run(self, data: Sequence[Any], *keys: Any) -> list[Any]:
-        return _compat.eval_closed_jaxpr(self.jaxpr, *data, *keys)
+        return _values(_compat.eval_closed_jaxpr(self.jaxpr, *data, *keys))
 
     def run_with_key(self, data: Sequence[Any], key: Any, words: Any) -> list[Any]:
         """Runs it with a key of its own: ``key``, with the ``words`` folded in."""
         if not self._looks_at_key:
             return self.run(data, key)
         if self.jitted is not None:
-            return self.jitted(key, *words)
+            return _values(self.jitted(key, *words))
         return self.run(data, _folded(key, words))
+
+
+def _values(results: Sequence[Any]) -> list[Any]:
+    """What an initializer made, for a store: in an in-place function it makes writable arrays."""
+    return [_compat.canonicalize(x) for x in results]
 
 
 def _folded(key: Any, words: Any) -> Any:
