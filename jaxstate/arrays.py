@@ -608,6 +608,11 @@ class Writable:
             if masked is not None:
                 return masked
             value = self._read()
+            if any(isinstance(e, views.Window) for e in entries):
+                steps, index = views.without_windows(self.shape, entries)
+                with _quiet():
+                    value = views.read(steps, value)
+                entries = list(index)
             for part in views.in_two_steps(entries) or (index,):
                 value = _compat.getitem(value, part)
             return fresh(value)

@@ -72,9 +72,10 @@ class Layout:
         self._parts[axis] = new
         return new
 
-    def _now(self, axis: int) -> list[int]:
+    def parts(self, axis: int) -> list[int]:
+        """The axes that an axis has been divided into."""
         parts = self._parts.get(axis)
-        return [axis] if parts is None else [a for part in parts for a in self._now(part)]
+        return [axis] if parts is None else [a for part in parts for a in self.parts(part)]
 
     def forwards(self, line: Line) -> Line:
         """The same elements from the first position to the last."""
@@ -90,7 +91,7 @@ class Layout:
         axes: list[int] = []
         sizes: list[Any] = []
         for axis, size in zip(range(n - jnp.ndim(value), n), jnp.shape(value), strict=True):
-            now = self._now(axis)
+            now = self.parts(axis)
             axes += now
             is_whole = len(now) > 1 and not _is_one(size)
             sizes += map(self.sizes.get, now) if is_whole else [size, *[1] * (len(now) - 1)]
@@ -228,9 +229,9 @@ def _as_points(layout: Layout, place: Place) -> Points:
     if not isinstance(place, Line):
         return Points((), _compat.size_value(place))
     place = layout.forwards(place)
-    sizes = [layout.sizes[a] for a in place.axes]
+    axes = tuple(part for a in place.axes for part in layout.parts(a))
     values = jnp.arange(place.size) * place.step + _compat.size_value(place.start)
-    return Points(place.axes, jnp.reshape(values, sizes))
+    return Points(axes, jnp.reshape(values, [layout.sizes[a] for a in axes]))
 
 
 # -- Reshapes --------------------------------------------------------------------------------
@@ -241,6 +242,7 @@ def _through_reshape(step: Reshape, layout: Layout, places: list[Place]) -> list
     at = 0
     for parent, shape in _factors(step.parent, step.shape):
         group = places[at : at + len(shape)]
+        group = [layout.forwards(p) if isinstance(p, Line) else p for p in group]
         at += len(shape)
         if parent == shape:
             found += group
@@ -259,6 +261,10 @@ def _factors(
     found = []
     i = j = 0
     while i < len(a) or j < len(b):
+        if found and (i == len(a) or j == len(b)):  # only axes of size 1 are left
+            left, right = found.pop()
+            found.append((left + tuple(a[i:]), right + tuple(b[j:])))
+            break
         m, n = i + (i < len(a)), j + (j < len(b))
         while True:
             left, right = math.prod(a[i:m]), math.prod(b[j:n])
@@ -296,7 +302,6 @@ class _Linear(NamedTuple):
             if isinstance(place, Points):
                 return None
             if isinstance(place, Line):
-                place = layout.forwards(place)
                 by = stride * place.step
                 for axis in reversed(place.axes):
                     growth[axis] = by
@@ -351,24 +356,39 @@ def _scattered(
     layout: Layout, shape: Sequence[Any], places: Sequence[Place], parent: Sequence[Any]
 ) -> list[Place]:
     """The positions per axis of ``parent``, one by one."""
-    points = [_as_points(layout, place) for place in places]
+    places = [_as_points(layout, p) if isinstance(p, Line) else p for p in places]
+    points = [p for p in places if isinstance(p, Points)]
     axes = tuple(a for a in layout.axes if any(a in p.axes for p in points))
-    total: Any = math.prod(shape)
     position: Any = 0
     fits: Any = True
-    for p, n in zip(points, shape, strict=True):
-        values, is_inside = _counted(spread(p, axes), n)
-        position = position * _compat.size_value(n) + values
-        fits = fits & is_inside
-    position = jnp.where(fits, position, _compat.size_value(total))
+    stride: Any = 1
+    for place, n in zip(reversed(places), reversed(shape), strict=True):
+        values = place
+        if isinstance(place, Points):
+            values, is_inside = _counted(spread(place, axes), n)
+            fits = is_inside if fits is True else fits & is_inside
+        position = position + _times(values, stride)
+        stride = stride * n
+    if fits is not True:
+        position = jnp.where(fits, position, _compat.size_value(stride))
     found: list[Place] = []
-    for i in range(len(parent)):
-        inner = _compat.size_value(math.prod(parent[i + 1 :]))
-        values = position // inner
-        if i:
-            values = values % _compat.size_value(parent[i])
-        found.append(Points(axes, values))
-    return found
+    inner: Any = 1
+    for i, n in reversed(list(enumerate(parent))):
+        values = _divided_by(jax.lax.div, position, inner)
+        found.append(Points(axes, _divided_by(jax.lax.rem, values, n) if i else values))
+        inner = inner * n
+    return found[::-1]
+
+
+def _times(values: Any, n: Any) -> Any:
+    return values if isinstance(n, int) and n == 1 else values * _compat.size_value(n)
+
+
+def _divided_by(divide: Any, values: Any, n: Any) -> Any:
+    """The quotient, or the remainder, of positions, none of which is negative."""
+    if isinstance(n, int) and n == 1:
+        return values if divide is jax.lax.div else jnp.zeros_like(values)
+    return divide(values, jnp.broadcast_to(jnp.asarray(_compat.size_value(n), values.dtype), values.shape))
 
 
 def spread(points: Points, axes: Sequence[int]) -> Any:

@@ -72,8 +72,14 @@ class Window(NamedTuple):
     step: int
     size: int
 
-    def as_ds(self) -> Any:
-        return jax.ds(self.start, self.size, self.step)
+    def read(self, x: Any, axis: int) -> Any:
+        """The elements of ``x`` along an axis; the nearest window for one out of bounds."""
+        n = _compat.size_value(x.shape[axis])
+        start = jax.numpy.where(self.start < 0, self.start + n, self.start)
+        if self.step == 1:
+            return jax.lax.dynamic_slice_in_dim(x, start, self.size, axis)
+        start = jax.numpy.clip(start, 0, n - 1 - (self.size - 1) * self.step)
+        return jax.numpy.take(x, start + np.arange(self.size) * self.step, axis, mode="clip")
 
 
 class Selection(NamedTuple):
@@ -123,7 +129,7 @@ class Selection(NamedTuple):
         windows = any(isinstance(a, Window) for a in self.along)
         if not windows and all(isinstance(n, int) for n in self.parent):
             return _compat.getitem(x, tuple(map(_entry, self.along)))
-        # JAX takes a `jax.ds`, or an index of an axis of symbolic size, beside whole axes only.
+        # JAX takes an index of an axis of symbolic size beside whole axes only.
         dropped = []
         for d, a in enumerate(self.along):
             if isinstance(a, Fixed) and not a.is_traced:
@@ -131,8 +137,11 @@ class Selection(NamedTuple):
                 dropped.append(d)
             if isinstance(a, Range) and a != (0, 1, self.parent[d]):
                 x = _range_of(x, d, a)
+            if isinstance(a, Window):
+                x = a.read(x, d)
         x = jax.lax.squeeze(x, dropped)
-        index = [_entry(a) if _is_traced(a) else slice(None) for a in self.along]
+        is_traced = [isinstance(a, Fixed) and a.is_traced for a in self.along]
+        index = [_entry(a) if t else slice(None) for a, t in zip(self.along, is_traced, strict=True)]
         index = [e for d, e in enumerate(index) if d not in dropped]
         return x if all(isinstance(e, slice) for e in index) else _compat.getitem(x, tuple(index))
 
@@ -143,15 +152,9 @@ class Selection(NamedTuple):
         return y[tuple(None if d < 0 else slice(None) for d in self.order)]
 
 
-def _is_traced(what: Fixed | Range | Window) -> bool:
-    return isinstance(what, Window) or (isinstance(what, Fixed) and what.is_traced)
-
-
-def _entry(what: Fixed | Range | Window) -> Any:
+def _entry(what: Any) -> Any:
     """What selects these elements in an index of JAX."""
-    if isinstance(what, Fixed):
-        return what.read_index()
-    return what.as_slice() if isinstance(what, Range) else what.as_ds()
+    return what.read_index() if isinstance(what, Fixed) else what.as_slice()
 
 
 def _entry_of_stand_in(what: Fixed | Range | Window) -> Any:
@@ -301,6 +304,17 @@ def in_two_steps(entries: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ..
     return tuple(new_axes), tuple(next(arrays) if is_condition(e) else e for e in entries)
 
 
+def without_windows(
+    shape: Sequence[Any], entries: Sequence[Any]
+) -> tuple[tuple[Step, ...], tuple[Any, ...]]:
+    """The steps to what the windows in an index take, and the index of that."""
+    windows: list[Any] = []
+    for entry in entries:
+        windows += [entry] if isinstance(entry, Window) else [slice(None)] * _axes_of(entry)
+    rest = tuple(slice(None) if isinstance(e, Window) else e for e in entries)
+    return view((), shape, windows), rest
+
+
 def check_arrays(shape: Sequence[int], entries: Sequence[Any]) -> None:
     """Raises an IndexError for known integers out of bounds, and masks of other sizes.
 
@@ -349,8 +363,7 @@ def view(steps: Sequence[Step], shape: Sequence[int], entries: Sequence[Any]) ->
     The entries are basic and as `expanded` gives them.
     """
     before, last = _last_selection(steps, shape)
-    windows = any(isinstance(a, Window) for a in last.along)
-    if windows or (any(isinstance(e, Window) for e in entries) and not last.is_all):
+    if not _takes(last, entries):
         before, last = tuple(steps), everything(shape)
     along, order = list(last.along), []
     axes = iter(range(len(last.order)))
@@ -379,12 +392,22 @@ def view(steps: Sequence[Step], shape: Sequence[int], entries: Sequence[Any]) ->
         elif isinstance(entry, Window):
             along[d] = entry
             order.append(d)
-        elif d >= 0:
+        else:
             old = along[d]
             assert isinstance(old, Range)
             entry = jax.numpy.asarray(entry)
             along[d] = Fixed(entry, None if old == (0, 1, last.parent[d]) else old)
     return _with(before, Selection(last.parent, tuple(along), tuple(order)))
+
+
+def _takes(last: Selection, entries: Sequence[Any]) -> bool:
+    """Whether a selection and an index of it are one selection."""
+    if any(isinstance(a, Window) for a in last.along):
+        return False
+    given = [e for e in entries if e is not None]
+    traced = [d for d, e in zip(last.order, given, strict=False) if not isinstance(e, (int, slice))]
+    windows = any(isinstance(e, Window) for e in given)
+    return all(d >= 0 for d in traced) and (last.is_all or not windows)
 
 
 def _static(entry: slice) -> slice:
