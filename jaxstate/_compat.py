@@ -942,6 +942,16 @@ def close(jaxpr: Any) -> Any:
     return jaxpr if is_closed(jaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
+def closed(jaxpr: Any, consts: Sequence[Any]) -> Any:
+    """The closed jaxpr of an open one and its constants."""
+    return jaxpr.with_consts(consts) if _flattree is not None else core.ClosedJaxpr(jaxpr, consts)
+
+
+def separated(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A closed jaxpr as JAX's functions return an open one and its constants."""
+    return _open(jaxpr), jaxpr.consts
+
+
 def opened(jaxpr: Any) -> Any:
     """The open jaxpr of a closed one without constants."""
     return _open(jaxpr)
@@ -1889,12 +1899,6 @@ def instantiate_symbolic_zero(tangent: Any) -> Any:
     if isinstance(tangent, SymbolicZero):
         return ad.instantiate_zeros(Zero(tangent.aval))
     return tangent
-
-
-def without_tangent_of(trace: Any, x: Any) -> Any:
-    """``x`` without the tangent that the derivative of ``trace`` gives it."""
-    is_dual = isinstance(x, (JVPTracer, LinearizeTracer))
-    return x.primal if is_dual and owns(trace, x) else x
 
 
 def symbolic_zero_like(primal: Any) -> Any:

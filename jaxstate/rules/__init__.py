@@ -17,6 +17,7 @@ from jaxstate.rules import (
     linear_calls,
     loops,
     mesh,
+    remat_opt,
     solves,
     traced_derivatives,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "linear_calls",
     "loops",
     "mesh",
+    "remat_opt",
     "solves",
     "traced_derivatives",
 ]

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax
+
 from jaxstate import _compat, slots
 from jaxstate.errors import CustomRuleStateError, message
 from jaxstate.slots import Address, Cell, Holder
@@ -635,11 +637,11 @@ class Explicit:
 def _stateful(
     calls_params: Callable[[_Calls, dict[str, Any]], dict[str, Any]],
     explicit_params: Callable[[Explicit, dict[str, Any]], dict[str, Any]],
-    left: Callable[[Any, Any], Any] = lambda trace, value: value,
+    left: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
     """The bind of a primitive with rules: see above.
 
-    ``left(trace, value)`` is what is written of a value that the function leaves in a slot.
+    ``left(value)`` is what is written of a value that the function leaves in a slot.
     """
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -676,7 +678,7 @@ def _stateful(
                     explicit_params(explicit, params),
                 )  # fmt: skip
                 n = len(out) - len(written)
-                return write_last(written, [*out[:n], *(left(trace, x) for x in out[n:])])
+                return write_last(written, [*out[:n], *map(left, out[n:])])
 
         return bind_with_trace
 
@@ -711,5 +713,5 @@ _compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_calls, _j
 # A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
 # results do.
 _compat.wrap_bind_with_trace(
-    _compat.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, _compat.without_tangent_of)
+    _compat.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, jax.lax.stop_gradient)
 )

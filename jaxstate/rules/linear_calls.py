@@ -40,7 +40,7 @@ def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
                 args, params = _explicit(args, params, captured)
             avals = list(map(_compat.typeof, args))
         else:
-            params = dict(params, transpose_thunk=_without_state(params["transpose_thunk"]))
+            params = dict(params, transpose_thunk=without_state(params["transpose_thunk"]))
         return bind(trace, args, avals, params)
 
     return bind_with_trace
@@ -111,13 +111,15 @@ def _split(items: Sequence[Any], n: int) -> tuple[list[Any], list[Any]]:
     return list(items[:n]), list(items[n:])
 
 
-def _without_state(transpose_thunk: Callable[[], Any]) -> Callable[[], Any]:
+def without_state(thunk: Callable[[], Any]) -> Callable[[], Any]:
+    """``thunk``, which traces a function to (jaxpr, constants), for one that uses no state."""
+
     def checked() -> Any:
-        transpose, consts = transpose_thunk()
-        captured = [c.address for c in consts if type(c) is StateTracer]
-        for address in (*captured, *sum(state_of_all([transpose]), ())):
+        jaxpr, consts = thunk()
+        reads, writes = state_of_all([jaxpr])
+        for address in (*(c.address for c in consts if type(c) is StateTracer), *reads, *writes):
             raise rule_touches_more(address)
-        return transpose, consts
+        return jaxpr, consts
 
     return checked
 

@@ -55,7 +55,6 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
     touched = tuple(dict.fromkeys((*captured, *reads, *writes)))
     if not touched and not captured_inputs(traced.jaxpr):
         return NotImplemented
-    trace = _compat.current_trace()
     with one_use():
         bear(traced.jaxpr, [*traced.consts, *traced.operands])
         args = _refreshed(args, traced)
@@ -65,7 +64,8 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         n = len(touched)
         call = _compat.like_traced_rules(function, rules.fun, n, rules.wrapped)
         out, written = call(*values, *args)
-        write_all(writes, [_compat.without_tangent_of(trace, x) for x in written])
+        # The derivative of what is written is zero; for JAX it is that of any result of a custom_vjp.
+        write_all(writes, map(jax.lax.stop_gradient, written))
     return out
 
 

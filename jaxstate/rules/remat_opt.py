@@ -1,0 +1,80 @@
+"""The forward rule of ``defvjp(..., optimize_remat=True)``: state goes in and out as of a branch.
+
+JAX makes one operation of the rule, and where nobody needs its residuals it runs the function
+instead. So the two are the branches of a ``cond``, of which it chooses one later:
+
+    r, y = remat_opt[fwd, f] x      -->      s = read;  r, y, s' = remat_opt[fwd, f] s x;  write s'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxstate import _compat
+from jaxstate.births import bear
+from jaxstate.capture import StateTracer
+from jaxstate.rules.linear_calls import without_state
+from jaxstate.slots import Address, any_open
+from jaxstate.thread import Thread, Uses, read_all, register_rule, settle, thread, uses_of, write_last
+from jaxstate.trace import captured_operands
+
+
+def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
+    def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+        if not any_open():
+            return bind(trace, args, avals, params)
+        if not captured_operands():
+            thunk = without_state(params["fun_jaxpr_thunk"])
+            return bind(trace, args, avals, dict(params, fun_jaxpr_thunk=thunk))
+        with _compat.set_current_trace(trace):
+            args, params, uses = _explicit(args, params)
+            return write_last(
+                uses.results, bind(trace, args, list(map(_compat.typeof, args)), params)
+            )
+
+    return bind_with_trace
+
+
+_compat.wrap_bind_with_trace(_compat.remat_opt_p, _with_state)
+
+
+@register_rule(_compat.remat_opt_p)
+def _remat_opt(args: Any, params: dict[str, Any]) -> list[Any]:
+    args, params, uses = _explicit(args, params)
+    return write_last(uses.results, _compat.remat_opt_p.bind(*args, **params))
+
+
+def _explicit(args: Any, params: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Uses]:
+    """The operands and parameters with slots in front of the operands that both functions take."""
+    n, fwd = params["num_consts"], params["fwd_jaxpr"]
+    fun = _compat.closed(*params["fun_jaxpr_thunk"]())
+    captured = tuple(c.address for c in _compat.consts_of(fun) if type(c) is StateTracer)
+    fun = _compat.hoist_constants(fun, lambda c: type(c) is StateTracer)
+    uses = uses_of([fwd, fun])
+    bear(fwd, args)
+    settle((*captured, *uses.ins), uses.results)
+    captures, slots = read_all(captured), read_all(uses.ins)
+    avals = list(map(_compat.typeof, slots))
+    unused = [_compat.Var(_compat.typeof(c)) for c in captures]
+    fwd = _threaded(fwd, uses, avals, lambda slots, rest: [*rest[:n], *unused, *slots, *rest[n:]])
+    m = len(captures)
+    fun = _threaded(fun, uses, avals, lambda slots, rest: [*rest[:m], *slots, *rest[m:]])
+    explicit = dict(params, fwd_jaxpr=fwd, fun_jaxpr_thunk=lambda: _compat.separated(fun))
+    return [*args[:n], *captures, *slots, *args[n:]], explicit, uses
+
+
+def _threaded(
+    jaxpr: Any,
+    uses: Uses,
+    avals: Sequence[Any],
+    order: Callable[[list[Any], list[Any]], list[Any]],
+) -> Any:
+    """The jaxpr with slots as inputs, in the order ``order(slots, other inputs)``, and outputs."""
+    how = Thread(uses.reads, uses.writes, outs=uses.outs, once=True)
+    threaded = thread(jaxpr, how, avals)
+    inputs, n = list(_compat.invars(threaded)), len(avals)
+    return _compat.remade(
+        threaded, invars=order(inputs[:n], inputs[n:]), outvars=_compat.outvars(threaded),
+        eqns=_compat.equations(threaded), effs=threaded.effects,
+    )  # fmt: skip
