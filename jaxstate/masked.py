@@ -150,9 +150,12 @@ def masked_elements(array: Any, index: Any, entries: list[Any], mask: Any) -> An
     ``mask`` is `mask_in` the index that the user gave: another array may be indexed by the same.
     """
     place = _place_of_mask(entries)
-    if place is None or _compat.concrete(place.mask) is not None:
+    if place is None:
         return None
     like = _compat.typeof(_view(array, place))
+    # (Of an array that is sharded JAX does not take elements by positions.)
+    if _compat.concrete(place.mask) is not None and not _compat.is_explicitly_sharded(like):
+        return None
     found = _compat.broadcast_like(like, place.mask, place.axes)
     return MaskedElements(array, index, mask, place, found)
 

@@ -369,6 +369,7 @@ def _scattered(
             fits = is_inside if fits is True else fits & is_inside
         position = position + _times(values, stride)
         stride = stride * n
+    position = jnp.asarray(_compat.size_value(position))
     if fits is not True:
         position = jnp.where(fits, position, _compat.size_value(stride))
     found: list[Place] = []
@@ -388,7 +389,8 @@ def _divided_by(divide: Any, values: Any, n: Any) -> Any:
     """The quotient, or the remainder, of positions, none of which is negative."""
     if isinstance(n, int) and n == 1:
         return values if divide is jax.lax.div else jnp.zeros_like(values)
-    return divide(values, jnp.broadcast_to(jnp.asarray(_compat.size_value(n), values.dtype), values.shape))
+    n = jnp.asarray(_compat.size_value(n), values.dtype)
+    return divide(values, jnp.broadcast_to(n, values.shape))
 
 
 def spread(points: Points, axes: Sequence[int]) -> Any:

@@ -89,10 +89,6 @@ def _replace(static: None, x: Any, value: Any) -> Any:
 
 def _block(static: tuple[Any, Any], x: Any, value: Any, *starts: Any) -> Any:
     sizes, axes = static
-    if _compat.is_explicitly_sharded(_compat.typeof(x)):
-        taken = zip(starts, sizes, strict=True)
-        index = (slice(s, s + n) if d in axes else s for d, (s, n) in enumerate(taken))
-        return x.at[tuple(index)].set(value)
     if jnp.shape(value) != sizes:
         axes = axes[len(axes) - jnp.ndim(value) :]
         value = jax.lax.broadcast_in_dim(value, sizes, axes)
@@ -225,9 +221,13 @@ def _written(x: Any, layout: Layout, places: Sequence[Any], value: Any) -> Updat
         groups[at:at] = [(a,) for a in varying]
     value = layout.arranged(value, groups)
     if not points:
-        if all(p == (p.axes, 0, 1, n) if isinstance(p, Line) else False for p, n in zip(places, x.shape, strict=True)):
+        if len(lines) == len(places) and all(
+            p[1:] == (0, 1, n) for p, n in zip(places, x.shape, strict=True)
+        ):
             return Update(_replace, None, (value,))
-        if all(places[d].step == 1 or _is_one(places[d].size) for d in lines):
+        # (Along an axis that is sharded JAX has a rule for scatter only.)
+        is_block = all(places[d].step == 1 or _is_one(places[d].size) for d in lines)
+        if is_block and not _compat.is_explicitly_sharded(_compat.typeof(x)):
             sizes = tuple(p.size if isinstance(p, Line) else 1 for p in places)
             starts = (p.start if isinstance(p, Line) else p for p in places)
             starts = tuple(map(_compat.size_value, starts))
@@ -342,7 +342,7 @@ def _update_advanced(
         update = _update_by_mask(steps, shape, x, entries, masks[0], value)
         if update is not None:
             return update
-    entries = [e for entry in entries for e in _positions(entry)]
+    entries = [_narrow(e) for entry in entries for e in _positions(entry)]
     sizes, places = _places(shape, entries)
     value = fit(value, sizes)
     if 0 in sizes:
@@ -353,6 +353,13 @@ def _update_advanced(
     target = read(steps, x)
     written = _update_places(view((), shape, basic), target, sizes, places, value)(target)
     return update_through(steps, x, written)
+
+
+def _narrow(entry: Any) -> Any:
+    """A known index in 32 bits, where it fits: JAX warns of the others beside symbolic sizes."""
+    if not isinstance(entry, np.ndarray) or entry.dtype != np.int64:
+        return entry
+    return entry.astype(np.int32) if not entry.size or abs(entry).max() < 2**31 else entry
 
 
 def _is_array(entry: Any) -> bool:
