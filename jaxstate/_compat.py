@@ -1355,9 +1355,7 @@ def _with_static_arguments(fun: Any, args: Sequence[Any], statics: Sequence[int]
     return of_others
 
 
-def like_traced_rules(
-    function: Any, fun: Any, more: int, wrap: Callable[[str, Any], Any]
-) -> Any:
+def like_traced_rules(function: Any, fun: Any, more: int, wrap: Callable[[str, Any], Any]) -> Any:
     """A function like ``function`` that is made of ``fun``, which takes ``more`` arguments in front.
 
     ``wrap(name, rule)`` is what becomes of each of its rules.

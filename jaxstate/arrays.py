@@ -190,11 +190,12 @@ class Buffer:
             try:
                 value = trace.read(self.slot.address)
             except CustomRuleStateError:
-                if way is None:
-                    raise
                 # A rule that reads what its function does not: a value that Python closes over.
                 with slots.only_open([h for h in slots.stack() if not self._is_held_by(h)]):
-                    value = trace.read(self.slot.address)
+                    if way is None:
+                        value = self.slot.cell(self.slot.address).value
+                    else:
+                        value = trace.read(self.slot.address)
             return _compat.canonicalize(value)
 
     def write(self, value: Any) -> None:
@@ -398,9 +399,7 @@ class InplaceTrace(_compat.Trace):
             results.clear()
             operands = self._values(operands)
             with _compat.set_current_trace(self.parent_trace):
-                out = self.parent_trace.process_shard_map(
-                    primitive, fun, operands, *args, **params
-                )
+                out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
             return out.map(self._box)
         return results[0].update([self._box(x) for x in values])
 

@@ -254,9 +254,7 @@ def _through_reshape(step: Reshape, layout: Layout, places: list[Place]) -> list
     return found
 
 
-def _factors(
-    a: Sequence[Any], b: Sequence[Any]
-) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+def _factors(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     """Two shapes of one size, cut into pieces that have one size each, as small as possible."""
     found = []
     i = j = 0
@@ -369,7 +367,8 @@ def _scattered(
             fits = is_inside if fits is True else fits & is_inside
         position = position + _times(values, stride)
         stride = stride * n
-    position = jnp.asarray(_compat.size_value(position))
+    if _compat.is_size(position):
+        position = jnp.asarray(_compat.size_value(position))
     if fits is not True:
         position = jnp.where(fits, position, _compat.size_value(stride))
     found: list[Place] = []

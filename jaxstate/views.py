@@ -141,7 +141,9 @@ class Selection(NamedTuple):
                 x = a.read(x, d)
         x = jax.lax.squeeze(x, dropped)
         is_traced = [isinstance(a, Fixed) and a.is_traced for a in self.along]
-        index = [_entry(a) if t else slice(None) for a, t in zip(self.along, is_traced, strict=True)]
+        index = [
+            _entry(a) if t else slice(None) for a, t in zip(self.along, is_traced, strict=True)
+        ]
         index = [e for d, e in enumerate(index) if d not in dropped]
         return x if all(isinstance(e, slice) for e in index) else _compat.getitem(x, tuple(index))
 

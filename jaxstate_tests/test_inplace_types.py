@@ -58,7 +58,10 @@ ROWS = {
     "last row": (lambda x: x.__setitem__(-1, 1.0), lambda x: x.at[-1].set(1.0)),
     "last rows": (lambda x: x.__setitem__(slice(-2, None), 1.0), lambda x: x.at[-2:].set(1.0)),
     "but the last": (lambda x: x.__setitem__(slice(None, -1), 1.0), lambda x: x.at[:-1].set(1.0)),
-    "every other row": (lambda x: x.__setitem__(slice(None, None, 2), 1.0), lambda x: x.at[::2].set(1.0)),
+    "every other row": (
+        lambda x: x.__setitem__(slice(None, None, 2), 1.0),
+        lambda x: x.at[::2].set(1.0),
+    ),
     "reversed": (lambda x: x.__setitem__(slice(None), x[::-1]), lambda x: x[::-1]),
     "reversed view": (lambda x: x[::-1].__setitem__(0, 1.0), lambda x: x.at[-1].set(1.0)),
     "every third, from behind": (

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxstate
 from jaxstate_tests.test_inplace_types import ROWS, WRITES, array, ours
 
+
 def explicit():
     return jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
 
@@ -53,5 +54,3 @@ def test_an_eager_write_leaves_the_array_where_it_is(name):
     np.testing.assert_array_equal(got, writes[1](array(8)))
     second = jax.device_put(array(8), jax.devices()[1])
     assert ours(writes)(second).devices() == {jax.devices()[1]}
-
-
