@@ -115,6 +115,9 @@ xla_metadata_call_p = getattr(xla_metadata, "xla_metadata_call_p", None)  # jax 
 call_p = core.closed_call_p if _flattree is None else core.eval_jaxpr_p
 
 
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 # -- Values and types ------------------------------------------------------------------------
 
 
@@ -128,6 +131,11 @@ def concrete(x: Any) -> Any:
     return core.to_concrete_value(x)
 
 
+def is_known(x: Any) -> bool:
+    """Whether Python can branch on ``x``."""
+    return not isinstance(x, Tracer) or core.is_concrete(x)
+
+
 # JAX's own arrays and tracers: what needs no conversion.
 _plain_arrays = frozenset(
     {array.ArrayImpl, pe.DynamicJaxprTracer, BatchTracer, JVPTracer, LinearizeTracer}
@@ -139,11 +147,52 @@ def is_plain_array(x: Any) -> bool:
     return type(x) in _plain_arrays
 
 
+def is_concrete_array(x: Any) -> bool:
+    """Whether ``x`` is an array of JAX's, and no tracer."""
+    return type(x) is array.ArrayImpl
+
+
+def beside(place: Any, x: Any) -> Any:
+    """The scalar ``x`` on the devices of the array, or key, ``place``, and bound to them or not as
+    that is. Where either is traced, ``x``."""
+    place = getattr(place, "_base_array", place)
+    if type(place) is not array.ArrayImpl or isinstance(x, Tracer):
+        return x
+    if (
+        type(x) is array.ArrayImpl
+        and x._committed == place._committed
+        and (not x._committed or x.sharding.device_set == place.sharding.device_set)
+    ):
+        return x
+    if place._committed:
+        sharding = place.sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(x, sharding) if sharding.is_fully_replicated else x
+    (device,) = place.sharding.device_set
+    if type(x) is array.ArrayImpl:
+        x = x.addressable_data(0)
+    x = jax.device_put(x, device)
+    return array.ArrayImpl(x.aval, x.sharding, x._arrays, committed=False, _skip_checks=True)
+
+
 def as_array(x: Any) -> Any:
     """``x`` as a JAX array or tracer."""
     if type(x) in _plain_arrays or isinstance(x, (jax.Array, Tracer)):
         return x
+    refuse_user_type(x)
     return jax.numpy.asarray(x)
+
+
+def refuse_user_type(x: Any) -> None:
+    """Raises if ``x`` is a value of a type that a user has registered with JAX."""
+    aval = type_of(x)
+    if getattr(aval, "is_high", False):
+        raise TypeError(
+            f"State is made of arrays, and this is a value of the type {aval} of"
+            " jax.experimental.hijax.\n"
+            "To mend it:\n    arrays = jax.typeof(value).lower_val(value)     # keep these instead"
+        )
 
 
 def is_array_like(x: Any) -> bool:
@@ -161,7 +210,10 @@ def type_of(x: Any) -> Any:
 
 def aval_of(x: Any) -> Any:
     """The type of an array, or of anything with a shape and a dtype."""
-    return x.aval if isinstance(x, Tracer) else core.shaped_abstractify(x)
+    if isinstance(x, Tracer):
+        return x.aval
+    refuse_user_type(x)
+    return core.shaped_abstractify(x)
 
 
 def same_type(value: Any, aval: Any) -> bool:
@@ -190,6 +242,19 @@ def stands_for(value: Any, aval: Any) -> bool:
     return found.weak_type == aval.weak_type and found.sharding.spec == aval.sharding.spec
 
 
+def same_place(a: Any, b: Any) -> bool:
+    """Whether values of two types of one shape are in the same memory, and sharded in the same way
+    (one that knows of no mesh may be sharded in any)."""
+    if not isinstance(a, ShapedArray) or not isinstance(b, ShapedArray):
+        return True
+    return a.memory_space == b.memory_space and same_sharding(a, b)
+
+
+def same_sharding(a: Any, b: Any) -> bool:
+    """Whether values of two types are sharded in the same way, as far as their types know."""
+    return mesh_of(a) is None or mesh_of(b) is None or a.sharding.spec == b.sharding.spec
+
+
 def same_aval(a: Any, b: Any) -> bool:
     """Whether a jaxpr that returns a value of type ``a`` may return one of type ``b`` instead."""
     return core.typematch(a, b)
@@ -213,6 +278,11 @@ def zeros(aval: Any) -> Any:
 def is_weak(x: Any) -> bool:
     """Whether the dtype of a value gives way to that of another operand."""
     return bool(getattr(typeof(x), "weak_type", False))
+
+
+def weak(x: Any) -> Any:
+    """``x`` as a value whose dtype gives way to that of another operand."""
+    return x if is_weak(x) else lax._convert_element_type(x, x.dtype, weak_type=True)
 
 
 def axes_of(aval: Any) -> frozenset[Any]:
@@ -365,6 +435,99 @@ def into_mesh(x: Any) -> Any:
     return pjit.reshard(x, jax.sharding.NamedSharding(here, jax.sharding.PartitionSpec()))
 
 
+def mesh_of(aval: Any) -> Any:
+    """The mesh that a type knows of, or None."""
+    found = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return None if found is None or found.empty else found
+
+
+def _may_become(found: Any, wanted: Any) -> bool:
+    """Whether two meshes differ in the types of their axes only, and none is of one device."""
+    if found is None or wanted is None or found == wanted:
+        return False
+    return (
+        found.shape_tuple == wanted.shape_tuple
+        and set(found.manual_axes) == set(wanted.manual_axes)
+    )  # fmt: skip
+
+
+def in_mesh(x: Any, here: Any = None) -> Any:
+    """``x`` as a value of the mesh ``here``, by default that of the program, if it is one of the
+    same mesh with axes of other types."""
+    here, aval = abstract_mesh() if here is None else here, typeof(x)
+    if not _may_become(mesh_of(aval), here):
+        return x
+    spec = core.modify_spec_for_auto_manual(aval.sharding.spec, here)
+    return _resharded(x, jax.sharding.NamedSharding(here, spec))
+
+
+def type_in_mesh(aval: Any, here: Any) -> Any:
+    """The type ``aval`` in the mesh ``here``, whose axes may have other types. If it knows of no
+    mesh, it is that of a value that is whole on every device."""
+    if here.empty or here.manual_axes or not isinstance(aval, ShapedArray):
+        return aval
+    spec = jax.sharding.PartitionSpec(*[None] * aval.ndim)
+    if mesh_of(aval) is not None:
+        if not _may_become(mesh_of(aval), here):
+            return aval
+        spec = core.modify_spec_for_auto_manual(aval.sharding.spec, here)
+    return aval.update(sharding=jax.sharding.NamedSharding(here, spec))
+
+
+def type_in_jaxpr(trace: Any, aval: Any) -> Any:
+    """The type ``aval`` in the mesh in which ``trace`` builds a jaxpr.
+
+    Its inputs know; the program may be in a region inside. (If they do not, it is taken for that of
+    the region: a value that comes out of it is whole on every device then.)
+    """
+    here = abstract_mesh()
+    if here.empty:
+        return aval
+    meshes = (mesh_of(v.aval) for v in trace.frame.invars)
+    return type_in_mesh(aval, next((m for m in meshes if m is not None), here))
+
+
+def with_mesh(x: Any) -> Any:
+    """``x``; if its type knows of no mesh, as a value of the mesh of the program."""
+    found = typeof(x)
+    wanted = type_in_mesh(found, abstract_mesh())
+    return x if mesh_of(found) is not None or wanted is found else _resharded(x, wanted.sharding)
+
+
+def in_mesh_set(x: Any) -> Any:
+    """``x`` as a value of the mesh that `jax.set_mesh` has set, if any."""
+    mesh_set = mesh.get_concrete_mesh()
+    return x if mesh_set.empty else in_mesh(x, mesh_set.abstract_mesh)
+
+
+def in_mesh_of(aval: Any, x: Any) -> Any:
+    """``x`` as a value of the mesh of ``aval``, and sharded so, if it is one of the same mesh with
+    axes of other types, or of none."""
+    found, wanted = mesh_of(typeof(x)), mesh_of(aval)
+    if wanted is None or not (found is None or _may_become(found, wanted)):
+        return x
+    return _resharded(x, aval.sharding)
+
+
+def _resharded(x: Any, sharding: Any) -> Any:
+    with use_abstract_mesh(sharding.mesh):
+        return pjit.reshard(x, sharding)
+
+
+def mesh_equation(atom: Any, like: Any) -> Any:
+    """The equation of a jaxpr whose result is ``atom`` as a value of the mesh of the type ``like``,
+    or of that of the program if that knows of none; None if it is one."""
+    change = in_mesh if mesh_of(like) is None else functools.partial(in_mesh_of, like)
+    eqns = equations(jax.make_jaxpr(change)(atom.aval))
+    return eqns[0].replace(invars=[atom]) if eqns else None
+
+
+def resharding_equation(atom: Any, like: Any) -> Any:
+    """The equation of a jaxpr whose result is ``atom``, sharded as a value of the type ``like``."""
+    (eqn,) = equations(jax.make_jaxpr(lambda x: _resharded(x, like.sharding))(atom.aval))
+    return eqn.replace(invars=[atom])
+
+
 def has_tangent(aval: Any) -> bool:
     """Whether values of the type have derivatives."""
     return getattr(aval.to_tangent_aval(), "dtype", dtypes.float0) != dtypes.float0
@@ -376,7 +539,7 @@ def is_tracer(x: Any) -> bool:
 
 def is_typed_key(x: Any) -> bool:
     """Whether an array, or a type, is one of `jax.random.key`."""
-    return dtypes.issubdtype(x.dtype, dtypes.prng_key)
+    return hasattr(x, "dtype") and dtypes.issubdtype(x.dtype, dtypes.prng_key)
 
 
 def is_standard_initializer(init: Any) -> bool:
@@ -1107,6 +1270,16 @@ def scan_params_with(
     )
 
 
+def wrap_while_loop(wrap: Wrap) -> None:
+    """Puts a wrapper around `jax.lax.while_loop`, where it is looked up."""
+    plain = loops.while_loop
+    wrapped = wrap(plain)
+    for module in list(sys.modules.values()):
+        is_of_jax = getattr(module, "__name__", "").startswith("jax.")
+        if is_of_jax and vars(module).get("while_loop") is plain:
+            module.while_loop = wrapped  # type: ignore[attr-defined]
+
+
 # -- Solves ----------------------------------------------------------------------------------
 
 
@@ -1421,6 +1594,21 @@ def scan3_with(prim: Any, jaxpr: Any, more: int) -> Any:
     return Scan3(**dict(prim.params, jaxpr=jaxpr, extensives=[False] * more + prim.extensives))
 
 
+def is_of_user(prim: Any) -> bool:
+    """Whether the class of an operation of `jax.experimental.hijax` is not one of JAX's own."""
+    return not type(prim).__module__.startswith("jax.")
+
+
+def expanded(prim: Any) -> Any:
+    """The closed jaxpr of the ``expand`` of an operation of `jax.experimental.hijax`."""
+    return jax.make_jaxpr(prim.expand)(*prim.in_avals)
+
+
+def is_high(jaxpr: Any) -> bool:
+    """Whether a jaxpr has operations that JAX expands when it compiles it."""
+    return jaxpr.is_high
+
+
 # -- Functions that return flat results ------------------------------------------------------
 
 flat_list = tree_util.FlatTree.flatten_list if _flattree is None else _flattree.flatten_list
@@ -1477,9 +1665,6 @@ def register_lowering(primitive: Any, rule: Callable[..., Any]) -> None:
     mlir.register_lowering(primitive, rule)
 
 
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
 def wrap_bind(primitive: Any, wrap: Wrap) -> None:
     """Wraps what a primitive does with its operands as they are given."""
     primitive.bind = wrap(primitive.bind)
@@ -1507,12 +1692,14 @@ class JitCall(NamedTuple):
       consts: its first operands, what the function closes over and traces.
       operands: its other operands, the flat arguments.
       out_tree: how its results are returned.
+      names: of the first operands and of the others, for JAX's errors.
     """
 
     params: dict[str, Any]
     consts: list[Any]
     operands: list[Any]
     out_tree: Any
+    names: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 
 class Jitted(NamedTuple):
@@ -1528,7 +1715,8 @@ class Jitted(NamedTuple):
 
 def _jit_call(p: Any, flat: list[Any]) -> JitCall:
     n = len(p.consts)
-    return JitCall(p.params, flat[:n], flat[n:], p.out_tree)
+    names = p.arg_names or ("",) * (len(flat) - n)
+    return JitCall(p.params, flat[:n], flat[n:], p.out_tree, ((), names))
 
 
 _infer_params = pjit._infer_params
@@ -1606,7 +1794,8 @@ def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[...,
         fun: Any = ref()
         call = prepare(Jitted(fun, info), values, args, kwargs)
         flat = [*call.consts, *call.operands]
-        p = pjit.PjitParams([], call.params, (), None, call.out_tree, ("",) * len(flat))
+        names = tuple(name for names in call.names for name in names)
+        p = pjit.PjitParams([], call.params, (), None, call.out_tree, names)
         outs, out_flat, out_tree, flat, jaxpr, executable, profiler, consts = _run_python_pjit(
             p, flat, fun, args, kwargs
         )

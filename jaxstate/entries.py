@@ -382,6 +382,7 @@ class Store(Holder):
         self.call_of_root: Any = self.scopes.entered(Level("", root), None)
         self.home = current_home()
         self.run = object()  # of which this store is, or for which it stands
+        self.mesh = _compat.abstract_mesh()
 
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
@@ -395,7 +396,7 @@ class Store(Holder):
 
         Then a cell is all there is to a slot: this is the short way of most reads and writes.
         """
-        if _compat.current_trace() is not self.anchor:
+        if _compat.current_trace() is not self.anchor or _compat.abstract_mesh() is not self.mesh:
             return False
         for holder in holders():
             if holder is self:

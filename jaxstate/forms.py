@@ -255,6 +255,7 @@ def strong(value: Any) -> Any:
     """The value as an array whose dtype no Python scalar can change."""
     if _compat.is_plain_array(value) and not _compat.is_weak(value):
         return value
+    _compat.refuse_user_type(value)
     value = _compat.resolved(jnp.asarray(value))
     if not getattr(_compat.typeof(value), "weak_type", False):
         return value

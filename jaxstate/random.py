@@ -61,43 +61,76 @@ _SAMPLERS = [
 
 __all__ = ["Stream", "next_key", "rng_stream"]
 
+_OPEN = np.False_
+
+
+Part = Literal["key", "count", "open"]
+
 
 class StreamAddress(Address):
-    """The key or the count of the innermost stream of a name, or of one particular stream."""
+    """The key or the count of the innermost stream of a name, or of one particular stream.
 
-    __slots__ = ("identity", "name", "part")
+    Attributes:
+      part: the key, the count, or that the stream is open: a slot without information, which a
+        jaxpr reads that looks at a particular stream and reads nothing else by its identity.
+      identity: of the particular stream, or None.
+      is_innermost: in an address that stands in a jaxpr and has an identity, whether the innermost
+        stream of that name was that very stream; else None.
+    """
+
+    __slots__ = ("identity", "is_innermost", "name", "part")
 
     # The key too, though nobody writes it: where a function was made a pytree of its constants, and
     # that pytree is an argument of a jitted function, a captured key would be the key outside, and
     # the count in a vmap inside the count of the lanes. Key and count have to be read in one place.
     threaded = True
 
-    def __init__(self, name: str, part: Literal["key", "count"], identity: Any = None) -> None:
+    def __init__(
+        self, name: str, part: Part, identity: Any = None, is_innermost: bool | None = None
+    ) -> None:
         self.name = name
         self.part = part
         self.identity = identity
+        self.is_innermost = is_innermost
 
     def cell_here(self) -> Cell | None:
         holder = next((h for h in holders() if h.knows(self)), None)
         if isinstance(holder, _StreamHolder) and holder.anchor is _compat.current_trace():
-            return holder.cell(self)
+            return None if self._order_changed(holder) else holder.cell(self)
         return None
+
+    def holder(self) -> Holder:
+        found = super().holder()
+        if self._order_changed(found):
+            raise self._other_order()
+        return found
+
+    def _order_changed(self, found: Holder) -> bool:
+        """Whether a jaxpr is wrong here that takes name and identity for one stream, or two."""
+        if self.is_innermost is None or not isinstance(found, _StreamHolder):
+            return False
+        named = StreamAddress(self.name, self.part)
+        innermost = next(h for h in holders() if h.knows(named))
+        return (innermost is found) is not self.is_innermost
 
     def seen_from(self, boundary: Any) -> StreamAddress:
         """A handle's count goes by its name where that means the same stream.
 
-        One slot must have one address in one jaxpr. (The key keeps the handle's identity, so that a
-        jaxpr that is used again after the handle was closed says so.)
+        One slot must have one address in one jaxpr. (The rest keeps the handle's identity, so that
+        a jaxpr that is used again where the name means another stream says so.)
         """
-        if self.identity is None or self.part == "key":
+        if self.identity is None:
             return self
-        named = StreamAddress(self.name, "count")
+        named = StreamAddress(self.name, self.part)
         outside = (h for h in holders() if not (h.is_boundary or is_inside(h, boundary)))
         meant = next((h for h in outside if h.knows(named)), None)
-        return named if meant is not None and meant.knows(self) else self
+        is_innermost = meant is not None and meant.knows(self)
+        if self.part == "count":
+            return named if is_innermost else self
+        return StreamAddress(self.name, self.part, self.identity, is_innermost)
 
     def _parts(self) -> tuple[Any, ...]:
-        return self.name, self.part, self.identity
+        return self.name, self.part, self.identity, self.is_innermost
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StreamAddress) and self._parts() == other._parts()
@@ -112,8 +145,9 @@ class StreamAddress(Address):
         if self.identity is not None:
             return ClosedStateError(
                 message(
-                    f"A key was drawn from a handle of random stream {self.name!r} after its"
-                    " 'with' block ended.",
+                    f"{'A key was drawn from a' if self.part == 'key' else 'The count of a'}"
+                    f" handle of random stream {self.name!r}"
+                    f"{'' if self.part == 'key' else ' was read'} after its 'with' block ended.",
                     fix="""
                     with jaxstate.rng_stream(stream.key, count=stream.count) as stream:
                         k = stream.next_key()
@@ -138,6 +172,43 @@ class StreamAddress(Address):
             )
         )
 
+    def _other_order(self) -> Exception:
+        return ClosedStateError(
+            message(
+                f"A function was traced where a handle of random stream {self.name!r} was"
+                f" {'' if self.is_innermost else 'not '}that of the innermost stream of the name,"
+                " and is used again where it is not so.",
+                fix=f"""
+                with jaxstate.rng_stream(key, "{self.name}_2"):   # streams with names of their own
+                jax.clear_caches()                            # or trace the function again
+                """,
+                used=_compat.user_location(),
+            )
+        )
+
+
+class _Count(Cell):
+    """The count of a stream: a number, which is kept where the key is.
+
+    A call on other devices leaves it there, which would bind all later draws to them.
+    """
+
+    __slots__ = ("_key", "_value")
+
+    def __init__(self, value: Any, key: Any) -> None:
+        self._key = key
+        self._value = value
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        if type(self._value) is np.int32:
+            self._value = _compat.beside(self._key, self._value)
+        return self._value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._value = _compat.beside(self._key, value)
+
 
 class _StreamHolder(Holder):
     """An open stream."""
@@ -150,13 +221,14 @@ class _StreamHolder(Holder):
         self.vmap = vmap
         self.made = made
         self.identity = object()
-        self.cells = {"key": Cell(key), "count": Cell(count)}
+        self.cells = {"key": Cell(key), "count": _Count(count, key), "open": Cell(_OPEN)}
         # Kept apart from the values: a rule that runs later asks for the types too.
         self.avals = {
             "key": key_type,
             "count": _compat.typeof(_compat.canonicalize(count)),
+            "open": _compat.typeof(_OPEN),
         }
-        self._signature = ("stream", name, vmap, *self.avals.values())
+        self._signature = ("stream", name, vmap, self.avals["key"], self.avals["count"])
 
     def knows(self, address: Address) -> bool:
         if not isinstance(address, StreamAddress) or address.name != self.name:
@@ -172,7 +244,7 @@ class _StreamHolder(Holder):
     def lane(  # type: ignore[override]
         self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
     ) -> Lane | None:
-        if self.vmap == "share":
+        if self.vmap == "share" or address.part == "open":
             return None
         lanes = notes.get(self)
         if lanes is None and address.part == "count":
@@ -201,7 +273,7 @@ class _StreamHolder(Holder):
             key = _draw(self.name, identity)
             lanes = jnp.arange(_compat.lane_count(trace), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes)
-        return {"key": Lane(keys, 0), "count": Lane(np.int32(0), None)}
+        return {"key": Lane(keys, 0), "count": Lane(_compat.beside(key, np.int32(0)), None)}
 
     def differs_by_device(self, address: Address) -> bool:
         return True
@@ -209,6 +281,8 @@ class _StreamHolder(Holder):
     def device_cell(  # type: ignore[override]
         self, address: StreamAddress, notes: Any, from_outside: Any, index: Any
     ) -> Cell:
+        if address.part == "open":
+            return Cell(_OPEN)
         cells = notes.get(self)
         if cells is None:
             key = from_outside(lambda: _draw(self.name, address.identity))
@@ -251,7 +325,7 @@ class Stream:
     def __init__(self, holder: _StreamHolder) -> None:
         self._holder = holder
 
-    def next_key(self) -> jax.Array:
+    def next_key(self, *nothing: Any) -> jax.Array:
         """Draws the next key of this very stream, also where another of its name is open.
 
         Returns:
@@ -259,7 +333,10 @@ class Stream:
 
         Raises:
           ClosedStateError: if the ``with`` block of the stream has ended.
+          TypeError: if it is given anything.
         """
+        if nothing:
+            raise _no_key_wanted("Stream.next_key", "stream.next_key()")
         return _draw(self._holder.name, self._holder.identity)
 
     @property
@@ -277,9 +354,12 @@ class Stream:
         return self._get("count")
 
     def _get(self, part: Literal["key", "count"]) -> Any:
-        if self._holder.anchor is None:
-            return self._holder.cells[part].value
-        return read(StreamAddress(self._holder.name, part, self._holder.identity))
+        holder = self._holder
+        if holder.anchor is None:
+            return holder.cells[part].value
+        if part == "count" and holder.anchor is not _compat.current_trace():
+            read(StreamAddress(holder.name, "open", holder.identity))
+        return read(StreamAddress(holder.name, part, holder.identity))
 
     def __repr__(self) -> str:
         return f"<random stream {self.name!r}>"
@@ -306,7 +386,7 @@ def rng_stream(
       A `Stream` handle.
 
     Raises:
-      TypeError: if ``key`` is not one key, or ``count`` not an integer.
+      TypeError: if ``key`` is not one key, ``name`` no string, or ``count`` not an integer.
       ValueError: if ``vmap`` is neither, or ``count`` negative or not an int32.
 
     >>> import jax, jaxstate
@@ -315,6 +395,8 @@ def rng_stream(
     >>> bool(k == jax.random.fold_in(jax.random.key(0), 0)), int(stream.count)
     (True, 1)
     """
+    if not isinstance(name, str):
+        raise TypeError(f"rng_stream: a name is a string, not {name!r}.")
     holder = _StreamHolder(
         *_key_and_type(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
         _compat.user_location(),
@@ -333,7 +415,10 @@ def next_key(name: str = "default") -> jax.Array:
 
     Raises:
       MissingStreamError: if no stream of that name is open.
+      TypeError: if ``name`` is no string: the key comes from the stream, and is not passed.
     """
+    if not isinstance(name, str):
+        raise _no_key_wanted("next_key", 'jaxstate.next_key("dropout")')
     return _draw(name, None)
 
 
@@ -341,8 +426,22 @@ def _draw(name: str, identity: Any) -> jax.Array:
     count_address = StreamAddress(name, "count", identity)
     key = read(StreamAddress(name, "key", identity))
     count = read(count_address)
-    write(count_address, count + 1)
+    write(count_address, _after(count))
     return jax.random.fold_in(key, count)
+
+
+def _after(count: Any) -> Any:
+    if not _compat.is_concrete_array(count):
+        return count + 1
+    # The same, without a number that has to be brought to the device: a transfer guard forbids it.
+    return jax.lax.neg(jax.lax.bitwise_not(count))
+
+
+def _no_key_wanted(name: str, better: str) -> Exception:
+    return TypeError(
+        f"{name} takes no key: the key comes from the random stream that is open.\n"
+        f"To mend it:\n    with jaxstate.rng_stream(key):\n        {better}"
+    )
 
 
 def check_key(key: Any, where: str) -> Any:
@@ -357,7 +456,9 @@ def _key_and_type(key: Any, where: str) -> tuple[Any, Any]:
         if _compat.is_typed_key(aval):
             if aval.shape == ():
                 return key, aval
-        elif aval.dtype == jnp.uint32 and aval.shape == _raw_key_shape(_default_kind()):
+        elif getattr(aval, "dtype", None) == jnp.uint32 and aval.shape == _raw_key_shape(
+            _default_kind()
+        ):
             key = _compat.canonicalize(key)
             return key, _compat.typeof(key)
     found = repr(key) if aval is None else aval.str_short()
@@ -389,6 +490,8 @@ def _check_count(count: Any) -> Any:
         if aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.integer):
             raise TypeError(f"rng_stream: count is one integer, not {aval.str_short()}.")
         return jax.lax.convert_element_type(count, jnp.int32)
+    if isinstance(count, jax.Array):
+        count = jax.device_get(count)
     count = operator.index(count)
     if not 0 <= count < 2**31:
         raise ValueError(f"rng_stream: count is from 0 to 2**31 - 1, not {count}.")
@@ -404,6 +507,9 @@ def _sampler(name: str) -> Callable[..., jax.Array]:
     stream = inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default="default")
 
     def sample(*args: Any, stream: str = "default", **kwargs: Any) -> jax.Array:
+        if "key" in kwargs or (args and _is_a_key(args[0])):
+            first = next(iter(sample.__signature__.parameters))  # type: ignore[attr-defined]
+            raise _no_key_wanted(f"jaxstate.random.{name}", f"jaxstate.random.{name}({first}=...)")
         return with_key(next_key(stream), *args, **kwargs)
 
     sample.__name__ = sample.__qualname__ = name
@@ -416,8 +522,19 @@ def _sampler(name: str) -> Callable[..., jax.Array]:
         f"All other arguments, the result and the distribution are those of"
         f" `jax.random.{name}`.\n\n"
         "Raises:\n  MissingStreamError: if no stream of that name is open.\n"
+        "  TypeError: if the first argument is a random key. (An array that only looks like one,\n"
+        "    of the type of a raw key, has to be passed by name.)\n"
     )
     return sample
+
+
+def _is_a_key(x: Any) -> bool:
+    """Whether an argument is one key, or looks like a raw one."""
+    if not isinstance(x, jax.Array):
+        return False
+    if _compat.is_typed_key(x):
+        return x.shape == ()
+    return x.dtype == jnp.uint32 and x.shape == _raw_key_shape(_default_kind())
 
 
 globals().update({name: _sampler(name) for name in _SAMPLERS})

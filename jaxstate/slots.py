@@ -59,6 +59,9 @@ class Address:
     # Whether a scan has one value of the slot per step, stacked outside (see `jaxstate.sown`).
     per_step = False
 
+    # Whether a loop may bring what is written to the sharding that the slot has before it.
+    may_be_resharded = False
+
     # Whether a custom derivative rule is given the value only if it reads it before it writes.
     given_if_read = False
 
@@ -139,8 +142,9 @@ class Address:
     def check_repeats(self) -> None:
         """Raises if a jaxpr that uses the slot may not run any number of times."""
 
-    def check_absence(self) -> None:
-        """Raises if a branch may not leave alone what another branch writes."""
+    def check_absence(self, others: Sequence[Address]) -> None:
+        """Raises if a branch, which writes ``others``, may not leave alone what another branch
+        writes."""
 
     def renewed(self, use: dict[Any, Any] | None) -> Address:
         """The address for one use of the jaxpr in which it stands.

@@ -25,7 +25,16 @@ from jaxstate import _compat, trace
 from jaxstate.errors import PlantMismatchError, message
 from jaxstate.handles import ZeroCell, strong
 from jaxstate.slots import Address, Cell, open_holder
-from jaxstate.sown import Event, Kind, SownAddress, SownHolder, holder_of, numbered, types_of
+from jaxstate.sown import (
+    Event,
+    Kind,
+    SownAddress,
+    SownHolder,
+    holder_of,
+    numbered,
+    reaps_inside,
+    types_of,
+)
 
 __all__ = ["plant", "reap", "sow"]
 
@@ -93,7 +102,9 @@ def _collect(name: str, value: Any, tag: str, mode: str) -> None:
 
 def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
     addresses, _ = _addresses("plant", name, value, tag, mode)
-    return _tree(addresses[0].event, [trace.read(address) for address in addresses])
+    planted = _tree(addresses[0].event, [trace.read(address) for address in addresses])
+    # A Python scalar, or what is computed from such only, gives way to the dtype of other operands.
+    return jax.tree.map(lambda x, y: _compat.weak(y) if _compat.is_weak(x) else y, value, planted)
 
 
 def _addresses(
@@ -103,6 +114,10 @@ def _addresses(
     made = _compat.user_location()
     leaves = _leaves(jax.tree.map(strong, value))
     event = Event(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves))
+    if kind == "plant":
+        holder = holder_of(kind, tag, name)
+        assert holder is not None
+        event = event._replace(reaps=reaps_inside(holder, tag))
     return numbered(event, made).addresses(made), leaves
 
 
@@ -147,7 +162,8 @@ class _Reap(SownHolder):
         events: dict[Event, list[Any]] = {}
         for address, cell in self.cells.items():
             if cell.written is not None:
-                events.setdefault(address.event, []).append((address.leaf, cell.written))
+                value = _compat.in_mesh(cell.written)
+                events.setdefault(address.event, []).append((address.leaf, value))
         values: dict[str, list[Any]] = {}
         for event, leaves in events.items():
             ordered = [leaf for _, leaf in sorted(leaves, key=lambda pair: pair[0])]
@@ -225,7 +241,7 @@ class _Plant(SownHolder):
         if jax.tree.structure(value) != event.tree:
             raise _mismatch(event, value, address.made)
         with _compat.set_current_trace(self.anchor):
-            leaf = jnp.asarray(_leaves(value)[address.leaf])
+            leaf = _compat.as_array(_leaves(value)[address.leaf])
             if _compat.is_weak(leaf) and jnp.result_type(leaf, wanted.dtype) == wanted.dtype:
                 leaf = leaf.astype(wanted.dtype)
             stacked = _is_stacked(event, leaf, wanted)
@@ -237,11 +253,17 @@ class _Plant(SownHolder):
 
     def check_counts(self) -> None:
         """Raises if more values were planted than sown."""
-        for record in self.extra.values():
-            event, value = record.outside, self.values[record.outside.name]
-            for leaf, wanted in zip(_leaves(value), event.types, strict=True):
-                if _is_stacked(event, leaf, wanted) and jnp.shape(leaf)[0] != record.count:
-                    raise _count_mismatch(event, value, f"{record.count} times", record.made)
+        for name, value in self.values.items():
+            records = [r for r in self.extra.values() if r.outside.name == name]
+            for record in records:
+                event = record.outside
+                for i, wanted in enumerate(event.types):
+                    leaf = _leaves(value)[i]
+                    if not _is_stacked(event, leaf, wanted):
+                        continue
+                    count = max(r.count for r in records)
+                    if jnp.shape(leaf)[0] != count:
+                        raise _count_mismatch(event, value, f"{count} times", record.made)
 
     def without_values(self) -> _Plant:
         return _Plant(self.tag, dict.fromkeys(self.values))

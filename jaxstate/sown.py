@@ -16,6 +16,7 @@ carries slots carries sown values. Four things are special about them:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +40,7 @@ __all__ = [
     "SownHolder",
     "holder_of",
     "numbered",
+    "reaps_inside",
     "stacked",
     "types_of",
     "unstacked",
@@ -55,6 +57,8 @@ class Event(NamedTuple):
       tree: structure of the value.
       types: of the leaves, with the axes of the loops and lanes inside.
       n: how many events of the name were before it in the same place.
+      reaps: for ``plant``, how many calls of ``reap`` inside of it are around the event. What they
+        hand on may be sown again, as another event.
     """
 
     kind: Kind
@@ -64,6 +68,7 @@ class Event(NamedTuple):
     tree: Any
     types: tuple[Any, ...]
     n: int = 0
+    reaps: int = 0
 
     def over(self, *sizes: int) -> Event:
         """The event as seen from outside of loops or lanes."""
@@ -92,6 +97,12 @@ def holder_of(kind: Kind, tag: str, name: str) -> Holder | None:
     return next((holder for holder in holders() if holder.knows(address)), None)
 
 
+def reaps_inside(plant: Holder, tag: str) -> int:
+    """How many calls of ``reap`` that take what is sown under the tag are inside of ``plant``."""
+    address = SownAddress(Event("reap", tag, "", "", None, ()), 0, "")
+    return sum(h.knows(address) for h in itertools.takewhile(lambda h: h is not plant, holders()))
+
+
 class _Shown(str):
     """A text that prints without quotes."""
 
@@ -108,6 +119,7 @@ class SownAddress(Address):
 
     threaded = True
     given_if_read = True
+    may_be_resharded = True  # before the first value a slot is zero, and sharded in no way
 
     def __init__(self, event: Event, leaf: int, made: str) -> None:
         self.event = event
@@ -182,16 +194,32 @@ class SownAddress(Address):
             )
         )
 
-    def check_absence(self) -> None:
+    def check_absence(self, others: Sequence[Address]) -> None:
         mode, name = self.event.mode, self.event.name
-        if mode == "cond_clobber":
+        found = (a.event for a in others if isinstance(a, SownAddress))
+        key = self.event._replace(types=(), tree=None, n=0)
+        same = (e for e in found if e._replace(types=(), tree=None, n=0) == key)
+        other = next(
+            (e for e in same if (e.tree, e.types) != (self.event.tree, self.event.types)), None
+        )
+        if mode == "cond_clobber" and other is None:
             return
+        absent = "and not in another (or not as often)"
+        if other is not None:
+            absent = f"and as {other.shown()} in another"
+        clobber = f'jaxstate.sow({name!r}, value, mode="cond_clobber")'
+        better = f'jaxstate.sow({name + "_1"!r}, value, mode="cond_clobber")'
         raise BranchSowError(
             message(
                 f"{name!r} was sown with mode={mode!r} as {self.event.shown()} in one branch of a"
-                " cond or switch, and not in another (or as often, or of the same type).",
+                f" cond or switch, {absent}.",
                 fix=f"""
-                jaxstate.sow({name!r}, value, mode="cond_clobber")     # zeros if no branch sows it
+                {clobber}     # zeros if no branch sows it
+                """
+                if other is None
+                else f"""
+                {clobber}       # in one branch,
+                {better}     # and with another name in the other
                 """,
                 made=self.made,
                 used=_compat.user_location(),
@@ -252,7 +280,7 @@ def numbered(event: Event, made: str, leaf: int | None = None) -> Event:
     notes, vmaps = destination(SownAddress(event, 0, made).holder())
     lanes = [_compat.lane_count(t) for t in vmaps if not _compat.lanes_are_directions(t)]
     outside = event.over(*reversed(lanes))._replace(n=0)
-    key = "sown", event.kind, event.tag, event.name
+    key = "sown", event.kind, event.tag, event.name, event.reaps
     record = notes.get(key)
     if record is None:
         record = notes[key] = _Record(event, outside, made)
@@ -264,6 +292,8 @@ def numbered(event: Event, made: str, leaf: int | None = None) -> Event:
             return event._replace(n=max(record.count - 1, 0))
     if event.mode in CLOBBER:
         return event._replace(n=0)
+    if event.mode == "strict" and event.reaps:
+        return event._replace(n=0)  # the ``reap`` counts
     if event.mode == "strict" and record.count:
         raise _repeated(event, record, made)
     record.count += 1
@@ -344,7 +374,8 @@ def _groups(
     groups: dict[Any, list[SownAddress]] = {}
     for address in addresses:
         event = address.event
-        groups.setdefault((event.kind, event.tag, event.name, address.leaf), []).append(address)
+        key = event.kind, event.tag, event.name, event.reaps, address.leaf
+        groups.setdefault(key, []).append(address)
     for inner in groups.values():
         axes = (length,) if len(inner) == 1 else (length, len(inner))
         yield inner[0].over(*axes), inner

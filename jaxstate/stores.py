@@ -37,7 +37,6 @@ class InitStore(Store):
         super().__init__(root)
         self.key = key
         self.key_aval = _compat.typeof(key)
-        self.mesh = _compat.abstract_mesh()
 
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
@@ -84,7 +83,7 @@ class InitStore(Store):
                 values = birth.run_with_key(data, self.key, _words(path))
             else:
                 values = birth.run(data)
-            leaves = [_compat.as_array(value) for value in values]
+            leaves = [_compat.in_mesh(_compat.as_array(value), self.mesh) for value in values]
         entry.initial = dict(zip(birth.form.leaves, leaves, strict=True))
         entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
 
@@ -276,7 +275,7 @@ class ApplyStore(Store):
         leaves, tree = _flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
-                leaves[leaf.index] = cell.value
+                leaves[leaf.index] = _compat.in_mesh(cell.value)
         return tree.unflatten(leaves)
 
     def _found(self, entry: Entry, address: EntryAddress, wanted: Form) -> Form:

@@ -25,7 +25,12 @@ from typing import Any, NamedTuple
 from jaxstate import _compat
 from jaxstate.births import addresses_of, birth_p
 from jaxstate.capture import StateTracer
-from jaxstate.errors import DeviceWriteError, UnsupportedPrimitiveError, message
+from jaxstate.errors import (
+    DeviceWriteError,
+    SlotTypeError,
+    UnsupportedPrimitiveError,
+    message,
+)
 from jaxstate.slots import Address, any_open
 from jaxstate.trace import (
     begin_use,
@@ -305,19 +310,39 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
         eqns.append(_compat.varying_equation(atom, _compat.axes_of(like.aval)))
         return eqns[-1].outvars[0]
 
+    def in_mesh_of(like: Any, atom: Any) -> Any:
+        """``atom`` as a value of the mesh of the type ``like``, or of that of the program."""
+        if _compat.mesh_of(atom.aval) == _compat.mesh_of(like):
+            return atom
+        eqn = _compat.mesh_equation(atom, like)
+        if eqn is None:
+            return atom
+        eqns.append(eqn)
+        return eqn.outvars[0]
+
     for eqn in _compat.equations(jaxpr):
         if _reads_captured(eqn, all_inputs) and eqn.params["address"] not in written:
             renamed[eqn.outvars[0]] = eqn.invars[0]
         elif eqn.primitive is read_p or eqn.primitive is birth_p:
             for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
                 _check_axes(address, current[address].aval, outvar.aval)
-                renamed[outvar] = varying_like(outvar, current[address])
+                renamed[outvar] = in_mesh_of(outvar.aval, varying_like(outvar, current[address]))
         elif eqn.primitive is write_p:
             current[eqn.params["address"]] = rename(eqn.invars[0])
         elif renamed:
             eqns.append(eqn.replace(invars=[rename(v) for v in eqn.invars]))
         else:
             eqns.append(eqn)
+
+    def as_it_came(address: Address) -> Any:
+        """What a slot holds at the end, of the mesh and sharding that it has at the start."""
+        first, last = incoming[address], current[address]
+        last = in_mesh_of(first.aval, varying_like(first, last))
+        if address.may_be_resharded and not _compat.same_sharding(first.aval, last.aval):
+            eqns.append(_compat.resharding_equation(last, first.aval))
+            last = eqns[-1].outvars[0]
+        return last
+
     reads = [incoming[a] for a in how.reads]
     writes = [incoming[a] for a in how.writes]
     lasts = [incoming[a] for a in how.lasts]
@@ -327,12 +352,13 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     invars = [v for v in invars if v not in dropped]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
-        outs = [varying_like(incoming[a], current[a]) for a in how.writes]
+        outs = [as_it_came(a) for a in how.writes]
         if not how.once:
             for address, out in zip(how.writes, outs, strict=True):
                 _check_turn(address, incoming[address].aval, out.aval)
+                check_place(address, incoming[address].aval, out.aval, "the body of a loop")
         outvars[out_at:out_at] = outs
-    outvars += [current[a] for a in how.outs]
+    outvars += [in_mesh_of(None, current[a]) for a in how.outs]
     return _compat.remade(
         jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
     )
@@ -369,6 +395,27 @@ def _check_turn(address: Address, first: Any, last: Any) -> None:
                 used=_compat.user_location(),
             )
         )
+
+
+def check_place(address: Address, first: Any, last: Any, where: str) -> None:
+    """What a loop carries, and what the branches of a ``cond`` return, is of one type: in the same
+    memory, and sharded in the same way."""
+    if _compat.same_place(first, last):
+        return
+    if first.memory_space != last.memory_space:
+        mended = f"jax.device_put(value, jax.memory.Space.{first.memory_space.name})"
+    else:
+        mended = f"jax.sharding.reshard(value, jax.P{tuple(first.sharding.spec)})"
+    raise SlotTypeError(
+        message(
+            f"{address} has type {_compat.shown(first)}, and {where} leaves a value of type"
+            f" {_compat.shown(last)} in it.",
+            fix=f"""
+            value = {mended}     # before it is written
+            """,
+            used=_compat.user_location(),
+        )
+    )
 
 
 def read_all(addresses: Sequence[Address]) -> list[Any]:
@@ -559,6 +606,9 @@ def register_hidden_rule(kind: Any) -> Callable[[Rule], Rule]:
 def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         prim = params["_prim"]
+        if isinstance(trace, _compat.StagingTrace) and any_open():
+            with _compat.set_current_trace(trace):
+                _look_into(prim)
         hidden = list(_compat.hidden_jaxprs(prim))
         if not any(state_effect in x.effects for x in [prim, *hidden]):
             return bind(trace, args, avals, params)
@@ -577,6 +627,64 @@ def _one_use_per_hidden_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
         return bind(*map(_compat.resolved, args), **params)
 
     return _one_use_per_bind(bind_values, lambda params: True)
+
+
+class _HiddenEffect(_compat.Effect):
+    """What an operation has whose ``expand`` uses state: it is not dropped where nobody uses its
+    result."""
+
+    def __repr__(self) -> str:
+        return "a use of jaxstate state in the expand of an operation of jax.experimental.hijax"
+
+    def __hash__(self) -> int:
+        return hash(_HiddenEffect)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HiddenEffect)
+
+
+_hidden_effect = _HiddenEffect()
+_compat.allow_effect_everywhere_but_in_compiled_code(_HiddenEffect)
+
+
+def _look_into(prim: Any) -> None:
+    """Notes whether the ``expand`` of a user's operation uses state.
+
+    JAX calls it when it compiles the jaxpr that is built now: for what is called at top level,
+    before that call returns. State that is open at top level is still open then.
+
+    Raises:
+      UnsupportedPrimitiveError: for any other state.
+    """
+    if not _compat.is_of_user(prim):
+        return
+    jaxpr = _compat.expanded(prim)
+    captured = [c.address for c in _compat.consts_of(jaxpr) if type(c) is StateTracer]
+    state = state_of(jaxpr)
+    used = [*state.writes, *state.reads]
+    inside = [a for a in used if not _is_at_top_level(a.holder())]
+    if captured or inside:
+        raise UnsupportedPrimitiveError(
+            message(
+                f"The expand method of {type(prim).__name__} uses {(captured + inside)[0]}. JAX"
+                " calls it when it compiles the function that is traced here, and that state is not"
+                " open then.",
+                fix="""
+                k = jaxstate.next_key()             # outside of expand:
+                w = jaxstate.param("w", ...)
+                y = Operation(...)(x, k, w)         # and pass it in
+                """,
+                used=_compat.user_location(),
+            )
+        )
+    if used or _hidden_effect in jaxpr.effects:
+        prim.effects = prim.effects | {_hidden_effect}
+
+
+def _is_at_top_level(holder: Any) -> bool:
+    if holder.is_boundary or holder.outside is not None:
+        return False
+    return not any(isinstance(t, _compat.StagingTrace) for t in _compat.chain(holder.anchor))
 
 
 _compat.wrap_bind(_compat.call_hi_primitive_p, _one_use_per_hidden_bind)

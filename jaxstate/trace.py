@@ -72,7 +72,8 @@ def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
     address = params["address"].renewed(None)
     with _compat.set_current_trace(trace):
-        return read_since(address, *args, params["version"]) if args else read(address)
+        value = read_since(address, *args, params["version"]) if args else read_stored(address)
+        return _compat.in_mesh_of(params["aval"], value)
 
 
 def _resolving_captures(bind: Any) -> Any:
@@ -204,7 +205,13 @@ def _drop_ended(tables: dict[int, Any]) -> None:
 
 
 def read(address: Address) -> Any:
-    """The current value of the slot."""
+    """The current value of the slot, as one of the mesh that the program is in."""
+    value = read_stored(address)
+    return value if _compat.abstract_mesh().empty else _compat.in_mesh(value)
+
+
+def read_stored(address: Address) -> Any:
+    """The current value of the slot, of the mesh type that it has."""
     holder = address.holder()
     if holder.anchor is _compat.current_trace():
         return holder.cell(address).value
@@ -213,14 +220,35 @@ def read(address: Address) -> Any:
 
 
 def write(address: Address, value: Any) -> None:
-    """Makes ``value`` the current value of the slot."""
+    """Makes ``value`` the current value of the slot, which keeps its mesh type."""
     address.note_write()
     holder = address.holder()
+    if not _compat.abstract_mesh().empty:
+        value = _of_mesh_before(address, holder, _compat.canonicalize(value))
     if holder.anchor is _compat.current_trace():
         holder.cell(address).value = _compat.canonicalize(value)
         return
     levels, base = _way_to(holder)
     _write_at(address, holder, levels, 0, base, value)
+
+
+def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
+    """A value that was made in a region with axes of other types (`jax.sharding.auto_axes`), as
+    one of the mesh type of the slot.
+
+    A slot without one keeps what is written. Who reads it sees it in the mesh of that place, and a
+    jaxpr hands it on in the mesh of the place where it is bound.
+    """
+    if _compat.mesh_of(_compat.typeof(value)) is None:
+        return value
+    if holder.anchor is _compat.current_trace():
+        before = _compat.typeof(holder.cell(address).value)
+        if _compat.mesh_of(before) is None:
+            return _compat.in_mesh_set(value)
+    else:
+        base = _way_to(holder)[1]
+        before = address.aval() if base is None else _compat.type_in_jaxpr(base, address.aval())
+    return _compat.in_mesh_of(before, value)
 
 
 def boundaries(holder: Holder) -> list[Any]:
@@ -550,7 +578,7 @@ def to_program(value: Any) -> Any:
 
 def resolve(tracer: StateTracer) -> Any:
     """The value that a capture stands for, here and now."""
-    value = read(tracer.address.renewed(current_use()))
+    value = _compat.in_mesh_of(tracer.aval, read_stored(tracer.address.renewed(current_use())))
     check_captured(tracer, value)
     return value
 
@@ -573,7 +601,10 @@ def _read_staged(address: Address, trace: Any) -> Any:
     key = address.seen_from(trace)
     value = notes.values.get(key)
     if value is None:
-        aval = _staged_aval(address, key, trace) if address.threaded else address.aval()
+        if address.threaded:
+            aval = _staged_aval(address, key, trace)
+        else:
+            aval = _compat.type_in_jaxpr(trace, address.aval())
         captured = () if address.threaded else (_compat.new_const(trace, StateTracer(key, aval)),)
         if address.may_be_written:
             params = dict(address=key, aval=aval, version=address.version())
@@ -665,7 +696,7 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
     In a shard_map it depends on what the slot holds around that jaxpr: a derivative sums over
     devices where a value that does not vary becomes one that does.
     """
-    aval = address.aval()
+    aval = _compat.type_in_jaxpr(trace, address.aval())
     parent = _compat.parent_of(trace)
     if not address.has_axes or parent is None or not _compat.device_axes():
         return aval

@@ -1,5 +1,6 @@
 """Random streams: draw number n is fold_in(key, n), wherever it is drawn."""
 
+import contextlib
 import threading
 
 import jax
@@ -159,6 +160,140 @@ def test_a_cached_handle_says_that_it_is_closed(key):
     with jaxstate.rng_stream(jax.random.key(1)):
         with pytest.raises(jaxstate.ClosedStateError, match="after its 'with' block ended"):
             f()
+
+
+LOOKS = {
+    "count": lambda stream: stream.count,
+    "key": lambda stream: jax.random.key_data(stream.key),
+    "next_key": lambda stream: jax.random.key_data(stream.next_key()),
+    "a draw by name and the count": lambda stream: (draw(), stream.count),
+    "the count in a loop": lambda stream: jax.lax.fori_loop(0, 2, lambda i, n: n + stream.count, 0),
+    "the count in lanes": lambda stream: jax.vmap(lambda x: x + stream.count)(jnp.arange(2)),
+    "the count in a rule": lambda stream: jax.grad(ruled(stream))(1.0),
+}
+
+
+def ruled(stream):
+    @jax.custom_jvp
+    def f(x):
+        return x * stream.count
+
+    f.defjvp(lambda p, t: (f(*p), t[0] * stream.count))
+    return f
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_cached_handle_is_that_of_its_stream(key, look):
+    kept = []
+    f = jax.jit(lambda: LOOKS[look](kept[0]))
+    with jaxstate.rng_stream(key) as stream:
+        kept.append(stream)
+        f()
+    with jaxstate.rng_stream(jax.random.key(1)) as other:
+        jaxstate.next_key()
+        with pytest.raises(jaxstate.ClosedStateError, match="'default'"):
+            f()
+        assert other.count == 1
+
+
+@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
+@pytest.mark.parametrize("look", ["count", "next_key", "a draw by name and the count"])
+def test_a_cached_handle_where_another_stream_has_become_the_innermost(key, look):
+    """The stream around it is closed, and one is opened inside of it: as many as before."""
+    f = jax.jit(lambda: LOOKS[look](handle))
+    outer = contextlib.ExitStack()
+    outer.enter_context(jaxstate.rng_stream(jax.random.key(1)))
+    with jaxstate.rng_stream(key) as handle:
+        f()
+        outer.close()
+        with jaxstate.rng_stream(jax.random.key(2)):
+            with pytest.raises(jaxstate.ClosedStateError, match="innermost stream of the name"):
+                f()
+
+
+SAMPLERS = [name for name in jaxstate.random._SAMPLERS if hasattr(jax.random, name)]
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_refuse_a_key(key, name, make):
+    sample = getattr(jaxstate.random, name)
+    with jaxstate.rng_stream(key) as stream:
+        for call in (
+            lambda k: sample(k),
+            lambda k: sample(k, (3,)),
+            lambda k: sample(key=k),
+            jax.jit(lambda k: sample(k)),
+        ):
+            with pytest.raises(TypeError, match="key comes from the random stream"):
+                call(make(7))
+        assert stream.count == 0
+
+
+def test_drawing_refuses_a_key(key):
+    with jaxstate.rng_stream(key) as stream:
+        wrong = [
+            lambda: jaxstate.next_key(key),
+            lambda: jaxstate.next_key(stream),
+            lambda: stream.next_key(key),
+            lambda: stream.next_key("default"),
+            lambda: jaxstate.random.normal((), stream=key),
+        ]
+        for call in wrong:
+            with pytest.raises(TypeError, match="key comes from the random stream"):
+                call()
+        assert stream.count == 0
+    with pytest.raises(TypeError, match="a name is a string"), jaxstate.rng_stream(key, key):
+        pass
+
+
+def test_arrays_that_look_like_keys_are_passed_by_name(key):
+    cards = jnp.arange(2, dtype=jnp.uint32)
+    with jaxstate.rng_stream(key):
+        found = jaxstate.random.permutation(x=cards)
+    np.testing.assert_array_equal(found, jax.random.permutation(jax.random.fold_in(key, 0), cards))
+
+
+GUARDED = {
+    "jit": jax.jit(lambda x: x + jaxstate.random.uniform()),
+    "scan": jax.jit(
+        lambda x: jax.lax.scan(
+            lambda c, _: (c + jaxstate.random.uniform(), None), x, None, length=1
+        )[0]
+    ),
+    "eagerly": lambda x: jaxstate.next_key(),
+    "vmap": jax.jit(jax.vmap(lambda x: x + jaxstate.random.uniform(), axis_size=2, in_axes=None)),
+    "eager vmap": jax.vmap(lambda x: jaxstate.next_key(), axis_size=2, in_axes=None),
+}
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+@pytest.mark.parametrize("way", GUARDED)
+def test_draws_under_the_transfer_guard(way, make):
+    x, key = jax.device_put(np.float32(0)), make(0)
+    with jaxstate.rng_stream(key, count=jax.device_put(np.int32(3))) as stream:
+        with jax.transfer_guard("disallow"):
+            for _ in range(2):
+                GUARDED[way](x)
+                jaxstate.next_key()
+            count = stream.count
+            with jaxstate.rng_stream(stream.key, count=count):
+                GUARDED[way](x)
+        assert count == 7
+        np.testing.assert_array_equal(draw(), fold(key, 7))
+
+
+def test_a_call_on_a_chosen_device_binds_no_later_draw_to_it(key):
+    """What a call is given decides where its results are, and the count is one of them."""
+    there = jax.device_put(np.float32(0), jax.devices()[0])
+    f = jax.jit(lambda x: x + jaxstate.random.uniform())
+    with jaxstate.rng_stream(key) as stream:
+        assert f(there).committed
+        assert not stream.count.committed
+        assert not jax.random.key_data(jaxstate.next_key()).committed
+        assert not f(1.0).committed
+        assert stream.count == 3
 
 
 def test_a_function_jitted_and_called_before_any_stream_was_open(key):

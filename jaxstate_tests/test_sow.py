@@ -808,3 +808,123 @@ def test_devices_sow_one_value_outside_and_their_own_inside():
         f = reap(program.sowing(op(program.mode)))
         inside = mapped(lambda x, f=f: f(x)[1]["h"])
         check(inside(X), program.by_hand(op_by_hand)(X, None)[1])
+
+
+# -- Values that are handed on ---------------------------------------------------------------
+
+
+def handed_on(mode):
+    """Programs that sow what a ``reap`` inside has collected; the same by hand, as functions
+    of x and of the value ``h`` that every site gives (None: what it is given); what is reaped."""
+
+    def inner(x):
+        return sow("a", 3 * x, mode=mode)
+
+    def once(x):
+        out, sown = reap(inner)(x)
+        return out + sow("a", sown["a"], mode=mode)
+
+    def twice(x):
+        out, sown = reap(once)(x)
+        return out + sow("a", sown["a"], mode=mode)
+
+    def jitted(x):
+        out, sown = jax.jit(reap(jax.jit(inner)))(x)
+        return out + sow("a", sown["a"], mode=mode)
+
+    yield once, lambda x, h: 2 * (3 * x if h is None else h), 3.0
+    yield twice, lambda x, h: 3 * (3 * x if h is None else h), 3.0
+    yield jitted, lambda x, h: 2 * (3 * x if h is None else h), 3.0
+    yield jax.jit(twice), lambda x, h: 3 * (3 * x if h is None else h), 3.0
+
+
+@pytest.mark.parametrize("mode", ["strict", "append", "clobber", "cond_clobber"])
+@pytest.mark.parametrize("i", range(4))
+def test_values_that_are_handed_on_can_be_planted(i, mode):
+    program, by_hand, value = list(handed_on(mode))[i]
+    out, sown = reap(program)(1.0)
+    check((out, sown), (by_hand(1.0, None), {"a": value}))
+    for values in (sown, {"a": 5.0}):
+        wanted = by_hand(1.0, float(values["a"]))
+        check(plant(program)(values, 1.0), wanted)
+        check(jax.jit(plant(program))(values, 1.0), wanted)
+    slope = jax.grad(lambda h: plant(program)({"a": h}, 1.0))(5.0)
+    check(slope, by_hand(1.0, 1.0))
+
+
+def test_several_values_that_are_handed_on_can_be_planted():
+    def steps(x):
+        return jax.lax.scan(lambda c, _: (sow("a", 3 * c, mode="append"), None), x, length=3)[0]
+
+    def program(x):
+        out, sown = reap(steps)(x)
+        return out + sow("a", sown["a"], mode="append").sum()
+
+    out, sown = reap(program)(1.0)
+    check((out, sown), (27.0 + 39.0, {"a": np.array([3.0, 9.0, 27.0], np.float32)}))
+    check(plant(program)(sown, 1.0), 66.0)
+    check(plant(program)({"a": jnp.array([1.0, 2.0, 4.0])}, 1.0), 4.0 + 7.0)
+
+    def in_python(x):
+        for _ in range(2):
+            _, sown = reap(lambda x: sow("a", 3 * x, mode="append"))(x)
+            x = x + sow("a", sown["a"], mode="append")
+        return x
+
+    out, sown = reap(in_python)(1.0)
+    check((out, sown), (16.0, {"a": np.array([3.0, 12.0], np.float32)}))
+    check(plant(in_python)(sown, 1.0), 16.0)
+    with pytest.raises(jaxstate.PlantMismatchError, match="2 times"):
+        plant(in_python)({"a": jnp.ones(3)}, 1.0)
+
+
+# -- Weak types ------------------------------------------------------------------------------
+
+SCALED = {
+    "a scalar of Python": lambda x: x * sow("s", 2.0),
+    "an integer": lambda x: x * sow("s", 2),
+    "a weak array": lambda x: x * sow("s", jnp.asarray(2.0)),
+    "a tree": lambda x: x * sow("s", {"a": 2.0, "b": x})["a"],
+    "jit": jax.jit(lambda x: x * sow("s", 2.0)),
+    "vmap": jax.vmap(lambda x: x * sow("s", 2.0)),
+    "checkpoint": jax.checkpoint(lambda x: x * sow("s", 2.0)),
+    "scan": lambda x: jax.lax.scan(
+        lambda c, _: (c * sow("s", 2.0, mode="append"), None), x, length=2
+    )[0],
+    "cond": lambda x: jax.lax.cond(True, lambda: x * sow("s", 2.0), lambda: x / sow("s", 4.0)),
+    "a weak carry": lambda x: (
+        x * jax.lax.scan(lambda c, _: (sow("s", c, mode="clobber"), None), 2.0, length=2)[0]
+    ),
+    "a strong array": lambda x: x * sow("s", jnp.float32(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_planted_values_give_way_as_the_sown_ones_do(name):
+    f, x = SCALED[name], jnp.ones(2, jnp.bfloat16)
+    wanted = f(x)  # without a plant `sow` returns what it is given
+    _, sown = reap(f)(x)
+    for planted in (plant(f)(sown, x), jax.jit(plant(f))(sown, x)):
+        assert planted.dtype == wanted.dtype
+        np.testing.assert_array_equal(planted, wanted)
+
+
+# -- Branches that sow values of different types ---------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["strict", "append", "clobber", "cond_clobber"])
+def test_branches_with_values_of_different_shapes_take_the_advice(mode):
+    def f(x, name, mode):
+        def long():
+            return sow(name, jnp.full(3, x), mode=mode).sum()
+
+        return jax.lax.cond(x > 0, lambda: sow("a", jnp.full(2, x), mode=mode).sum(), long)
+
+    with pytest.raises(
+        jaxstate.BranchSowError, match=r"as float32\[2\].*and as float32\[3\]"
+    ) as error:
+        reap(lambda x: f(x, "a", mode))(1.0)
+    assert "sow('a', value, mode=\"cond_clobber\")" in str(error.value)
+    assert "sow('a_1', value, mode=\"cond_clobber\")" in str(error.value)
+    out, sown = reap(lambda x: f(x, "a_1", "cond_clobber"))(1.0)
+    check((out, sown), (2.0, {"a": np.ones(2), "a_1": np.zeros(3)}))

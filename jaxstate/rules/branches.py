@@ -10,6 +10,7 @@ from jaxstate.births import bear
 from jaxstate.slots import Address
 from jaxstate.thread import (
     Thread,
+    check_place,
     read_all,
     refreshed,
     register_rule,
@@ -33,11 +34,19 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     avals = [_compat.typeof(s) for s in slots]
     how = Thread(reads, writes, outs=outs, once=True)
     branches = tuple(thread(j, how, avals) for j in params["branches"])
+    _check_places(uses.results, branches)
     if _compat.device_axes():
         axes = _axes(uses.results, branches, index)
         branches = tuple(_varying_last(j, axes) for j in branches)
     results = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
     return write_last(uses.results, results)
+
+
+def _check_places(written: Sequence[Address], branches: Sequence[Any]) -> None:
+    for i, address in enumerate(written, -len(written)):
+        first, *others = (_compat.out_avals(j)[i] for j in branches)
+        for other in others:
+            check_place(address, first, other, "another branch")
 
 
 def _axes(written: Sequence[Address], branches: Sequence[Any], index: Any) -> tuple[Any, ...]:
@@ -71,4 +80,4 @@ def _check_absent(writes: Sequence[Address], branch: Any) -> None:
     written = state_of(branch).writes
     for address in writes:
         if address not in written:
-            address.check_absence()
+            address.check_absence(written)

@@ -105,10 +105,13 @@ def _looks_at_operands(call: _compat.JitCall) -> bool:
     """Whether the operands say what the state is: a birth's data, or a tracer among them.
 
     (A function that somebody has converted to an object has its captures in the object. And arrays
-    that can be written are tracers.) Such a call is bound, as an equation is.
+    that can be written are tracers.) Or whether it is known only when operations are expanded.
+    Such a call is bound, as an equation is.
     """
     jaxpr = call.params["jaxpr"]
     if has_births(jaxpr) or any(map(_compat.is_tracer, call.operands)):
+        return True
+    if _compat.is_high(jaxpr) and any_open():
         return True
     if any(c.at >= len(call.consts) for c in captured_inputs(jaxpr)):
         return True
@@ -228,6 +231,7 @@ class _ThreadedCall:
         return call._replace(
             params=_threaded(call.params, uses, avals),
             consts=[*slots, *captures],
+            names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
             out_tree=_compat.tree_with_leaves(call.out_tree, len(uses.results)),
         )
 

@@ -6,13 +6,16 @@ second turn on that is not what the slot holds: such a constant becomes the carr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jaxstate import _compat, sown
 from jaxstate.births import bear
-from jaxstate.slots import Address
+from jaxstate.slots import Address, any_open
 from jaxstate.thread import (
     Addresses,
     Thread,
@@ -38,7 +41,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     writes, ys = _split(state.writes)
     n_consts, _ = _compat.scan_arity(params)
     bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
-    slots = read_all(reads + writes)
+    slots = _read_all(reads, writes)
     steps = sown.unstacked(xs, params["length"], read_all)
     avals = [_compat.typeof(s) for s in slots] + [a.aval() for a in xs]
     consts = refreshed(params["jaxpr"], args[:n_consts], writes=writes)
@@ -56,6 +59,12 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     write_all(writes, outs[: len(writes)])
     write_all(*sown.stacked(ys, params["length"], outs[end:]))
     return outs[len(writes) : end]
+
+
+def _read_all(reads: Addresses, writes: Addresses) -> list[Any]:
+    """The values of slots; those that are carried are of the mesh, as they are after a turn."""
+    values = read_all(reads + writes)
+    return [*values[: len(reads)], *map(_compat.with_mesh, values[len(reads) :])]
 
 
 def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
@@ -83,7 +92,7 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     reads, writes = state_of_all((cond, body))
     bear(cond, [*cond_consts, *[None] * len(carry)], writes)
     bear(body, [*body_consts, *[None] * len(carry)], writes)
-    slots = read_all(reads + writes)
+    slots = _read_all(reads, writes)
     avals = [_compat.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     cond_writes = bool(state_of(cond).writes)
@@ -128,6 +137,40 @@ def _write_ended(writes: Addresses, values: Sequence[Any], verdict: Any) -> None
     write_all(writes, values)
 
 
+def _run_in_python(while_loop: Callable[..., Any]) -> Callable[..., Any]:
+    """``while_loop`` as it is under `jax.disable_jit`.
+
+    JAX runs it in Python until the condition turns out to be traced; then it begins again, with the
+    primitive. What condition and body have written by then would stay. So here the primitive goes
+    on where Python has come to.
+    """
+
+    @functools.wraps(while_loop)
+    def run(cond_fun: Any, body_fun: Any, init_val: Any) -> Any:
+        if not _compat.jit_is_disabled() or not any_open():
+            return while_loop(cond_fun, body_fun, init_val)
+        value = init_val
+        while True:
+            value = jax.tree.map(jnp.asarray, value)
+            verdict = cond_fun(value)
+            if not _compat.is_known(verdict):
+                break
+            if not verdict:
+                return value
+            value = body_fun(value)
+
+        def turn(carried: Any) -> Any:
+            value = body_fun(carried[1])
+            return cond_fun(value), value
+
+        return while_loop(lambda carried: carried[0], turn, (verdict, value))[1]
+
+    return run
+
+
+_compat.wrap_while_loop(_run_in_python)
+
+
 @_compat.weakref_lru_cache
 def _body_then_condition(
     body: Any, cond: Any, n_body_consts: int, n_cond_consts: int, n_writes: int
@@ -152,7 +195,7 @@ def _body_then_condition(
     return _compat.trace_flat(turn, avals)
 
 
-@lru_cache
+@functools.lru_cache
 def _first_of(avals: tuple[Any, ...]) -> Any:
     """The jaxpr that returns the first of its inputs."""
     return _compat.trace_flat(lambda *args: args[0], avals)
