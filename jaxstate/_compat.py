@@ -1599,9 +1599,11 @@ def is_of_user(prim: Any) -> bool:
     return not type(prim).__module__.startswith("jax.")
 
 
-def expanded(prim: Any) -> Any:
-    """The closed jaxpr of the ``expand`` of an operation of `jax.experimental.hijax`."""
-    return jax.make_jaxpr(prim.expand)(*prim.in_avals)
+def expanded(prim: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr of the ``expand`` of an operation of `jax.experimental.hijax`, and what that closes
+    over."""
+    traced = jit(prim.expand).trace(*prim.in_avals)
+    return traced.jaxpr, [*traced.jaxpr.consts, *traced._consts]
 
 
 def is_high(jaxpr: Any) -> bool:

@@ -658,8 +658,8 @@ def _look_into(prim: Any) -> None:
     """
     if not _compat.is_of_user(prim):
         return
-    jaxpr = _compat.expanded(prim)
-    captured = [c.address for c in _compat.consts_of(jaxpr) if type(c) is StateTracer]
+    jaxpr, constants = _compat.expanded(prim)
+    captured = [c.address for c in constants if type(c) is StateTracer]
     state = state_of(jaxpr)
     used = [*state.writes, *state.reads]
     inside = [a for a in used if not _is_at_top_level(a.holder())]
