@@ -168,12 +168,18 @@ def beside(place: Any, x: Any) -> Any:
         sharding = place.sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
             sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.device_put(x, sharding) if sharding.is_fully_replicated else x
+        return _put(x, sharding) if sharding.is_fully_replicated else x
     (device,) = place.sharding.device_set
     if type(x) is array.ArrayImpl:
         x = x.addressable_data(0)
-    x = jax.device_put(x, device)
+    x = _put(x, device)
     return array.ArrayImpl(x.aval, x.sharding, x._arrays, committed=False, _skip_checks=True)
+
+
+def _put(x: Any, place: Any) -> Any:
+    """The concrete ``x`` in another place, whatever transformation is in progress."""
+    with set_current_trace(eval_trace):
+        return jax.device_put(x, place)
 
 
 def as_array(x: Any) -> Any:

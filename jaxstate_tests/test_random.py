@@ -557,3 +557,26 @@ def test_raw_keys_of_another_kind_by_default():
             np.testing.assert_array_equal(found, jax.random.fold_in(raw, 0))
             with pytest.raises(TypeError, match="wants one random key"):
                 jaxstate.rng_stream(jnp.zeros(6 - words, jnp.uint32)).__enter__()
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eagerly", "jit"])
+@pytest.mark.parametrize("look", [lambda s: draw(), lambda s: s.count, lambda s: (s.count, draw())])
+def test_the_first_look_at_a_stream_in_the_middle_of_a_transformation(key, look, jit):
+    def f(x):
+        with_state = jit(lambda: look(stream))
+        return x, with_state()
+
+    for transformed in (
+        lambda: jax.value_and_grad(f, has_aux=True)(1.0)[0][1],
+        lambda: jax.jvp(f, (1.0,), (1.0,))[0][1],
+        lambda: jax.tree.map(lambda x: x[0], jax.vmap(f)(jnp.arange(1.0))[1]),
+        lambda: jax.make_jaxpr(f)(1.0) and f(1.0)[1],
+    ):
+        with jaxstate.rng_stream(key, vmap="share") as stream:
+            found = transformed()
+        counts, draws = jax.tree.leaves(found), []
+        draws = [x for x in counts if jnp.ndim(x)]
+        for x in draws:
+            np.testing.assert_array_equal(x, fold(key, 0))
+        assert all(x == 0 for x in counts if not jnp.ndim(x))
+        assert stream.count == len(draws)
