@@ -1031,6 +1031,18 @@ def builds_jaxpr(outside: Any, inside: Any) -> bool:
     return False
 
 
+_RUN_ONCE = frozenset({
+    "jit", "make_jaxpr", "remat", "checkpoint", "cond", "switch", "compute_on", "closure_convert",
+    "linearize", "custom_jvp fun", "custom_jvp jvp", "custom_vjp fun", "custom_vjp fwd",
+})  # fmt: skip
+
+
+def may_run_again(trace: Any) -> bool:
+    """Whether a jaxpr that is under construction at ``trace`` may be that of a loop."""
+    builders = [t for t in chain(trace) if isinstance(t, StagingTrace)]
+    return any(t.frame.debug_info.traced_for not in _RUN_ONCE for t in builders)
+
+
 def abandon_traces_inside(outside: Any) -> None:
     """Ends the jaxprs under construction that ``outside`` does not know: nobody will finish them.
 

@@ -113,6 +113,65 @@ def _all_inputs(jaxpr: Any) -> Sequence[Any]:
     return (*_compat.constvars(jaxpr), *_compat.invars(jaxpr))
 
 
+class Computed(NamedTuple):
+    """A read of a slot whose capture a jaxpr makes of its inputs."""
+
+    eqn: int  # its number
+    address: Address
+    version: int
+
+
+@_compat.weakref_lru_cache
+def _computed_captures(jaxpr: Any) -> tuple[Computed, ...]:
+    inputs = _all_inputs(jaxpr)
+    return tuple(
+        Computed(i, eqn.params["address"], eqn.params["version"])
+        for i, eqn in enumerate(_compat.equations(jaxpr))
+        if eqn.primitive is read_p and eqn.invars and not _reads_captured(eqn, inputs)
+    )
+
+
+def settled_captures(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of an equation, without the reads that are what was captured for certain."""
+    stateful = [j for j in _compat.jaxprs_in(params) if state_effect in j.effects]
+    if not any(map(_computed_captures, stateful)):
+        return params
+    if _compat.may_run_again(_compat.current_trace()):
+        return params  # what comes later may write before this runs again
+    writes, use = state_of_all(stateful).writes, current_use()
+
+    def settled(jaxpr: Any) -> Any:
+        current = tuple(
+            i
+            for i, address, version in _computed_captures(jaxpr)
+            if address not in writes and address.renewed(use).version() == version
+        )
+        return _without_reads(jaxpr, current) if current else jaxpr
+
+    return _compat.with_jaxprs(params, settled)
+
+
+@_compat.weakref_lru_cache
+def _without_reads(jaxpr: Any, numbers: tuple[int, ...]) -> Any:
+    """The jaxpr with the operands of some of its reads in the place of their results."""
+    eqns = _compat.equations(jaxpr)
+    renamed = {eqns[i].outvars[0]: eqns[i].invars[0] for i in numbers}
+
+    def rename(atom: Any) -> Any:
+        return renamed.get(atom, atom) if isinstance(atom, _compat.Var) else atom
+
+    kept = [
+        eqn.replace(invars=[rename(v) for v in eqn.invars])
+        for i, eqn in enumerate(eqns)
+        if i not in numbers
+    ]
+    has_state = any(state_effect in eqn.effects for eqn in kept)
+    return _compat.remade(
+        jaxpr, invars=_compat.invars(jaxpr), outvars=[rename(v) for v in _compat.outvars(jaxpr)],
+        eqns=kept, effs=jaxpr.effects if has_state else jaxpr.effects - {state_effect},
+    )  # fmt: skip
+
+
 class Captured(NamedTuple):
     """An input of a jaxpr that is the capture of a slot which may be written."""
 
@@ -561,6 +620,9 @@ def _stateful_bind(
         if not has_state(params) or isinstance(trace, _compat.TransparentTrace):
             return bind(trace, args, avals, params)  # such a trace runs the jaxprs, state and all
         with _compat.set_current_trace(trace):
+            params = settled_captures(params)
+            if not has_state(params):
+                return bind(trace, args, avals, params)
             settle_jaxprs(list(_compat.jaxprs_in(params)))
             return _rules[primitive](args, params)
 

@@ -247,6 +247,8 @@ class _Calls(_RuleState):
         arguments = enumerate(map(_compat.resolved, self._arguments))
         primal = _compat.primal_of(value)
         at = next((i for i, x in arguments if _compat.is_same(x, primal)), None)
+        if at is None and is_current and not _compat.may_run_again(self.outside):
+            return value  # made of an argument, and nothing that comes later runs before this
         if at is None or (self.cells and not traced):
             return self.cell(address).value
         self._captured[self._operand_of(at)] = address.seen_from(self), version
