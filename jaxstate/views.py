@@ -426,9 +426,9 @@ def _bound(bound: Any) -> Any:
             message(
                 "A bound of a slice is traced, so nobody knows how many elements it takes.",
                 fix="""
-                x[jax.ds(start, 3)] = values                # as many as you say, from a traced start
+                x[jax.ds(start, 3)] = values            # as many as you say, from a traced start
                 i = jnp.arange(len(x))
-                x[(start <= i) & (i < stop)] = value        # or one value for all between the bounds
+                x[(start <= i) & (i < stop)] = value    # or one value for all between the bounds
                 """,
                 used=_compat.user_location(),
             )
