@@ -1079,8 +1079,12 @@ def with_constvars(jaxpr: Any, kept: Sequence[bool], eqns: Sequence[Any]) -> Any
     of_jaxpr = jaxpr.constvars if _flattree is None else jaxpr.all_invars[:n]
     inputs = jaxpr.invars if _flattree is None else jaxpr.all_invars[n:]
     constvars = [v for v, k in zip(of_jaxpr, kept, strict=True) if k]
+    debug_info = jaxpr.debug_info
+    names = debug_info.arg_names
+    if names is not None and len(names) == n + len(inputs):  # jax >= 0.11 has names for constants
+        debug_info = debug_info._replace(arg_names=names[n:])
     return core.Jaxpr(
-        constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects, jaxpr.debug_info,
+        constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects, debug_info,
         jaxpr.is_high,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """NumPy's functions on writable arrays, by NumPy's own protocols (NEP 13 and NEP 18).
 
-A function that writes (``np.copyto``, ``np.add.at``, ``out=``) writes into the array, by the function
-of `jax.numpy` of the same name. All others do what they do with arrays of JAX: NumPy computes with
-the values, if these are known.
+A function that writes (``np.copyto``, ``np.add.at``, ``out=``) writes into the array, by the
+function of `jax.numpy` of the same name. All others do what they do with arrays of JAX: NumPy
+computes with the values, if these are known.
 """
 
 from __future__ import annotations

@@ -161,7 +161,8 @@ def fit(value: Any, shape: Sequence[int]) -> Any:
         lead += 1
     left, wanted = given[lead:], tuple(shape)[len(shape) - len(given) + lead :]
     fits = len(left) == len(wanted)
-    if fits and all(_is_one(m) or _compat.same_size(m, n) for m, n in zip(left, wanted)):
+    pairs = zip(left, wanted, strict=False)
+    if fits and all(_is_one(m) or _compat.same_size(m, n) for m, n in pairs):
         return jnp.reshape(value, left) if lead else value
     raise ValueError(
         f"could not broadcast input array from shape {given} into shape {tuple(shape)}"
@@ -370,7 +371,7 @@ def _places(shape: Sequence[Any], entries: Sequence[Any]) -> tuple[tuple[Any, ..
     """The shape of ``x[entries]``, and the positions in the view of ``x`` by the basic entries."""
     arrays = [e for e in entries if _is_array(e)]
     block = _compat.broadcast_shapes([e.shape for e in arrays])
-    advanced = [i for i, e in enumerate(entries) if not isinstance(e, _BETWEEN + (Window,))]
+    advanced = [i for i, e in enumerate(entries) if not isinstance(e, (*_BETWEEN, Window))]
     is_one_block = advanced[-1] - advanced[0] < len(advanced)
     at = advanced[0] if is_one_block else 0
     before = sum(isinstance(e, (slice, Window, type(None))) for e in entries[:at])

@@ -426,9 +426,9 @@ def _bound(bound: Any) -> Any:
             message(
                 "A bound of a slice is traced, so nobody knows how many elements it takes.",
                 fix="""
-                x[jax.ds(start, 3)] = values                # as many as you say, from a traced start
+                x[jax.ds(start, 3)] = values            # as many as you say, from a traced start
                 i = jnp.arange(len(x))
-                x[(start <= i) & (i < stop)] = value        # or one value for all between the bounds
+                x[(start <= i) & (i < stop)] = value    # or one value for all between the bounds
                 """,
                 used=_compat.user_location(),
             )
@@ -446,8 +446,12 @@ def _slice_or_window(entry: Any) -> slice | Window:
 def as_signed(index: Any) -> Any:
     """An integer, traced or not, of a type that has negative numbers and room for all positions."""
     index = index if isinstance(index, (np.ndarray, np.generic)) else jax.numpy.asarray(index)
-    is_large = np.dtype(index.dtype).itemsize >= 4 and np.dtype(index.dtype).kind == "i"
-    return index if is_large else index.astype(np.int32)
+    dtype = np.dtype(index.dtype)
+    if dtype.kind == "i" and dtype.itemsize >= 4:
+        return index
+    if dtype.itemsize >= 4:  # what has no place among the positive numbers is out of bounds
+        index = index.clip(0, np.iinfo(np.int32).max)
+    return index.astype(np.int32)
 
 
 def transposed(

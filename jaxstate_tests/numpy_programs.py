@@ -417,6 +417,35 @@ def _run_flat(s, env, i, way):
     env[s.target].flat[s.index] = s.value
 
 
+# NumPy's own functions that write, of an array, a number and a mask.
+FUNCTIONS = {
+    "copyto": lambda x, n, mask: np.copyto(x, n, where=mask),
+    "copyto reversed": lambda x, n, mask: np.copyto(x, x[::-1] + x[:1]),
+    "putmask": lambda x, n, mask: np.putmask(x, mask, [n, n ^ 1]),
+    "place": lambda x, n, mask: np.place(x, mask, [n, n ^ 1, n]),
+    "out": lambda x, n, mask: np.maximum(x, n, out=x),
+    "out where": lambda x, n, mask: np.minimum(x, n, out=x, where=mask),
+    "at": lambda x, n, mask: np.maximum.at(x, [0, -1, 0], n),
+}
+
+
+@makes("function", 2)
+def _make_function(draw, scope):
+    target = _writable(draw, scope, has_axes=True)
+    shape, dtype = scope.types[target]
+    if not np.prod(shape):
+        return Statement("fill", target, value=1)
+    value = draw(st.booleans() if dtype == np.bool_ else st.integers(-9, 9))
+    how = draw(st.sampled_from(sorted(FUNCTIONS)))
+    return Statement("function", target, index=draw(st.integers(-5, 5)), value=value, op=how)
+
+
+@runs("function")
+def _run_function(s, env, i, way):
+    x = env[s.target]
+    FUNCTIONS[s.op](x, s.value, x.astype(np.int32) > s.index)
+
+
 # Views.
 
 
@@ -463,12 +492,40 @@ def _make_reshape(draw, scope):
     d = draw(st.sampled_from(divisors))
     new = draw(st.sampled_from(((d, n // d), (n,), (n // d, 1, d))))
     name = scope.add(new, scope.dtype(source), source)  # a view, or a copy
-    return Statement("reshape", name, source, value=new)
+    return Statement("reshape", name, source, value=(new, draw(st.sampled_from("CCFA"))))
 
 
 @runs("reshape")
 def _run_reshape(s, env, i, way):
-    env[s.target] = env[s.source].reshape(s.value)
+    new, order = s.value
+    env[s.target] = env[s.source].reshape(new, order=order)
+
+
+# Views that NumPy's own functions make.
+PIECES = {
+    "flip": np.flip,
+    "array_split": lambda x: np.array_split(x, 2)[1],
+    "moveaxis": lambda x: np.moveaxis(x, 0, -1),
+    "swapaxes": lambda x: np.swapaxes(x, 0, -1),
+    "reshape": lambda x: np.reshape(x, (-1, x.shape[0])),
+    "squeeze": np.squeeze,
+    "real": np.real,
+}
+
+
+@makes("piece", 2)
+def _make_piece(draw, scope):
+    source = draw(st.sampled_from([n for n in sorted(scope.types) if scope.shape(n)]))
+    how = draw(st.sampled_from(sorted(PIECES)))
+    if how == "reshape" and not np.prod(scope.shape(source)):
+        how = "flip"
+    found = PIECES[how](np.zeros(scope.shape(source))).shape
+    return Statement("piece", scope.add(found, scope.dtype(source), source), source, value=how)
+
+
+@runs("piece")
+def _run_piece(s, env, i, way):
+    env[s.target] = PIECES[s.value](env[s.source])
 
 
 @makes("ravel")

@@ -381,3 +381,17 @@ def test_derivatives_of_nested_custom_rules_that_write(jitted, depth, rules):
         y = 2 * np.array(x)
         y[..., 0] = 5
         np.testing.assert_array_equal(log[..., 1:], y[..., :3])
+
+
+def test_a_branch_in_the_condition_of_a_loop_writes():
+    @jaxstate.inplace
+    def f(x):
+        def condition(i):
+            jax.lax.cond(i < 2, lambda i: x.__setitem__(i, 5.0), lambda i: None, i)
+            return i < 2
+
+        jax.lax.while_loop(condition, lambda i: i + 1, 0)
+        return x
+
+    for run in (f, jax.jit(f)):
+        np.testing.assert_array_equal(run(jnp.ones(3)), [5, 5, 1])

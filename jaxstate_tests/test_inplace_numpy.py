@@ -149,7 +149,7 @@ def test_a_write_to_what_numpy_makes_of_an_array_is_seen_or_refused(name, jitted
 def test_parts_of_complex_numbers():
     @jaxstate.inplace
     def f(x):
-        with pytest.raises(ValueError, match="x.real = values"):
+        with pytest.raises(ValueError, match=r"x\.real = values"):
             x.real[0] = 5.0
         with pytest.raises(ValueError, match="read-only"):
             x.real += 1.0

@@ -73,9 +73,9 @@ def placed(x):
     sharding = NamedSharding(one_device_mesh(), PartitionSpec("d"))
     y = jax.device_put(x, sharding)
     made = [
-        jnp.ones(4, device=sharding), jnp.zeros(4, device=sharding), jnp.full(4, 2.0, device=sharding),
-        jnp.arange(4, device=sharding), jnp.empty(4, device=sharding) * 0, jnp.zeros_like(y),
-        jnp.full_like(y, 3), jnp.ones_like(x, device=sharding), jnp.asarray([1.0, 2], device=sharding),
+        jnp.ones(4, device=sharding), jnp.zeros(4, device=sharding), jnp.arange(4, device=sharding),
+        jnp.full(4, 2.0, device=sharding), jnp.empty(4, device=sharding) * 0, jnp.zeros_like(y),
+        jnp.full_like(y, 3), jnp.ones_like(x, device=sharding), jnp.asarray([1.0], device=sharding),
     ]  # fmt: skip
     return made, [m.sharding for m in made], len(y.addressable_shards), y.is_fully_addressable
 

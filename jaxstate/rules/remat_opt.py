@@ -16,16 +16,7 @@ from jaxstate.births import bear
 from jaxstate.capture import StateTracer
 from jaxstate.rules.linear_calls import without_state
 from jaxstate.slots import Address, any_open
-from jaxstate.thread import (
-    Thread,
-    Uses,
-    read_all,
-    register_rule,
-    settle,
-    thread,
-    uses_of,
-    write_last,
-)
+from jaxstate.thread import Thread, Uses, read_all, register_rule, settle, thread, uses_of, write_last
 from jaxstate.trace import captured_operands
 
 

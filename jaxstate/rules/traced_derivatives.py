@@ -127,10 +127,8 @@ class _Rules:
         n = self._n_statics
         statics, ((residuals, state), (cts, _), *accumulators) = args[:n], args[n:]
         out = self._run_backward(state, bwd, *statics, residuals, cts, *accumulators[self._n :])
-        return (
-            out
-            if accumulators
-            else self._with_cotangents(out, getattr(self._function, "with_logs", False))
+        return out if accumulators else self._with_cotangents(
+            out, getattr(self._function, "with_logs", False)
         )
 
     def _remat_fwd(self, fwd: Callable[..., Any], *args: Any) -> Any:
