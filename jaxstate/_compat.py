@@ -510,6 +510,11 @@ def known_part(value: Any) -> Any:
     return value
 
 
+def plain_value(tracer: Any) -> Any:
+    """The value that a tracer boxes, if its trace says that it is only that; else the tracer."""
+    return core.full_lower(tracer)
+
+
 def lane_tracer(trace: Any, value: Any, batch_dim: int | None) -> Any:
     """What one lane of the vmap of ``trace`` sees of an array over all lanes."""
     return value if batch_dim is None else BatchTracer(trace, value, batch_dim)

@@ -31,7 +31,7 @@ from jaxstate.thread import (
     thread,
     write_last,
 )
-from jaxstate.trace import captured_operands
+from jaxstate.trace import captured_operands, own_use
 
 
 class _Given(Given):
@@ -156,3 +156,6 @@ def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
         out_tree=jax.tree.structure((outs, writes)) if writes else out_tree,
     )
     return write_last(writes, _compat.custom_vmap_p.bind(*values, *args, **threaded))
+
+
+_compat.wrap_bind(_compat.custom_vmap_p, own_use)

@@ -60,9 +60,10 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         args = _refreshed(args, traced)
         settle(touched, writes)
         values = list(map(undifferentiated, touched, read_all(touched)))
-        rules = _Rules(function, traced, Explicit(touched, writes))
-        n = len(touched)
-        call = _compat.like_traced_rules(function, rules.fun, n, rules.wrapped)
+        rules = _Rules(function, Explicit(touched, writes))
+        call = _compat.like_traced_rules(
+            function, functools.partial(_explicit, traced, touched), len(touched), rules.wrapped
+        )
         out, written = call(*values, *args)
         # The derivative of what is written is zero; for JAX it is that of any result of a custom_vjp.
         write_all(writes, map(jax.lax.stop_gradient, written))
@@ -78,30 +79,29 @@ def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]
     return tuple(new.get(i, x) for i, x in enumerate(args))
 
 
-class _Rules:
-    """A function and its rules with the state as further arguments in front, and with what they
-    write as one more result."""
+def _explicit(traced: _compat.Traced, touched: Sequence[Address], *args: Any) -> Any:
+    """The function with the state as further arguments in front, and with what it writes as one
+    more result."""
+    state, args = args[: len(touched)], args[len(touched) :]
+    reads, writes = uses = state_of(traced.jaxpr)
+    values = dict(zip(touched, state, strict=True))
+    slots = [values[address] for addresses in uses for address in addresses]
+    jaxpr = thread(traced.jaxpr, Thread(reads, writes, once=True), list(map(_compat.typeof, slots)))
+    consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
+    operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
+    outs = _compat.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
+    n = traced.out_tree.num_leaves
+    return jax.tree.unflatten(traced.out_tree, outs[:n]), outs[n:]
 
-    def __init__(self, function: Any, traced: _compat.Traced, explicit: Explicit) -> None:
+
+class _Rules:
+    """The rules of a function with the state as further arguments, and with what they write."""
+
+    def __init__(self, function: Any, explicit: Explicit) -> None:
         self._function = function
-        self._traced = traced
         self._explicit = explicit
         self._n = explicit.n
         self._n_statics = len(function.static_argnums)
-
-    def fun(self, *args: Any) -> Any:
-        state, args = args[: self._n], args[self._n :]
-        traced = self._traced
-        reads, writes = uses = state_of(traced.jaxpr)
-        values = dict(zip(self._explicit.touched, state, strict=True))
-        slots = [values[address] for addresses in uses for address in addresses]
-        how = Thread(reads, writes, once=True)
-        jaxpr = thread(traced.jaxpr, how, list(map(_compat.typeof, slots)))
-        consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
-        operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
-        outs = _compat.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
-        n = traced.out_tree.num_leaves
-        return jax.tree.unflatten(traced.out_tree, outs[:n]), outs[n:]
 
     def wrapped(self, name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
         """The rule ``name`` of JAX's function."""
