@@ -857,7 +857,7 @@ def notes_of(trace: Any, make: Callable[[], Any]) -> Any:
 
 
 def builds_jaxpr(outside: Any, inside: Any) -> bool:
-    """Whether what runs under the trace ``inside`` builds a jaxpr that ``outside`` does not know."""
+    """Whether what runs under the trace ``inside`` builds a jaxpr, which ``outside`` does not."""
     known = list(chain(outside))
     for trace in chain(inside):
         if any(trace is t for t in known):
@@ -1298,22 +1298,24 @@ class Traced(NamedTuple):
     out_tree: Any
 
 
-# custom_jvp and custom_vjp as JAX has them behind flags, and for ``generic_batching``: they trace the
-# function at once, and make one operation of it and its rules.
+# custom_jvp and custom_vjp as JAX has them behind flags, and for ``generic_batching``: they trace
+# the function at once, and make one operation of it and its rules.
 CustomJVP3: Any = getattr(hijax, "custom_jvp3", None)
 CustomVJP3: Any = hijax.custom_vjp3
 
 
-def wrap_traced_rules(call_with_state: Callable[[Any, tuple[Any, ...], Traced], Any]) -> None:
-    """Lets ``call_with_state(function, args, traced)`` call functions with rules of these kinds,
-    unless it returns `NotImplemented`."""
+def wrap_traced_rules(
+    when: Callable[[], bool], call_with_state: Callable[[Any, tuple[Any, ...], Traced], Any]
+) -> None:
+    """Lets ``call_with_state(function, args, traced)`` call functions with rules of these kinds, if
+    ``when()``, and unless it returns `NotImplemented`."""
 
     def wrap(kind: Any) -> None:
         plain = kind.__call__
 
         @functools.wraps(plain)
         def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-            found = _trace_with_rules(function, args, kwargs)
+            found = _trace_with_rules(function, args, kwargs) if when() else None
             if found is not None:
                 result = call_with_state(function, *found)
                 if result is not NotImplemented:
@@ -1337,11 +1339,11 @@ def _trace_with_rules(
         return None  # JAX says what is wrong
     leaves = [jax.tree.leaves(x) for x in args]
     traced = [any(map(is_tracer, xs)) for xs in leaves]
-    if _flattree is not None and isinstance(function, CustomVJP3) and core.trace_state_clean():
-        if not any(traced):
-            return None  # JAX calls it
+    at_once = _flattree is not None and type(function) is CustomVJP3
+    if at_once and core.trace_state_clean() and not any(traced):
+        return None  # JAX calls it
     statics = [i for i in function.static_argnums if not traced[i]]
-    if len(statics) < len(function.static_argnums) and not isinstance(function, CustomJVP3):
+    if len(statics) < len(function.static_argnums) and type(function) is CustomVJP3:
         return None  # JAX refuses it
     flat = [x for i, xs in enumerate(leaves) if i not in statics for x in xs]
     try:
@@ -1361,7 +1363,7 @@ def _with_static_arguments(fun: Any, args: Sequence[Any], statics: Sequence[int]
 
 
 def like_traced_rules(function: Any, fun: Any, more: int, wrap: Callable[[str, Any], Any]) -> Any:
-    """A function like ``function`` that is made of ``fun``, which takes ``more`` arguments in front.
+    """A function like ``function``, made of ``fun``, which takes ``more`` arguments in front.
 
     ``wrap(name, rule)`` is what becomes of each of its rules.
     """

@@ -2,9 +2,10 @@
 
 Outside of a vmap the function is just called. Under a vmap JAX calls the user's rule instead, once,
 with all lanes, and perhaps long after the values of this moment were written. What the function
-reads comes in with its constants, which JAX keeps from the rule: there the rule finds the state. But
-a rule has no way to say what becomes of a slot that the function writes. So under a vmap a function
-that writes (a draw does) and a rule that uses other slots than its function are named errors.
+reads comes in with its constants, which JAX keeps from the rule: there the rule finds the state.
+But a rule has no way to say what becomes of a slot that the function writes. So under a vmap a
+function that writes (a draw does) and a rule that uses other slots than its function are named
+errors.
 
 Where the lanes differ in what the function reads, each is a vmap over one lane.
 """

@@ -15,8 +15,7 @@ from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.rules.derivatives import rule_touches_more
-from jaxstate.rules.traced_derivatives import undifferentiated
+from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
 from jaxstate.slots import Address, any_open
 from jaxstate.thread import (
     Thread,

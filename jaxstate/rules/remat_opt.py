@@ -15,7 +15,7 @@ from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
 from jaxstate.rules.linear_calls import Settled, without_state
-from jaxstate.slots import Address, any_open
+from jaxstate.slots import any_open
 from jaxstate.thread import (
     Thread,
     Uses,

@@ -21,8 +21,8 @@ import jax
 from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
-from jaxstate.rules.derivatives import Explicit, differentiates_state
-from jaxstate.slots import Address
+from jaxstate.rules.derivatives import Explicit, undifferentiated
+from jaxstate.slots import Address, any_open
 from jaxstate.thread import (
     Thread,
     captured_inputs,
@@ -35,20 +35,7 @@ from jaxstate.thread import (
 )
 from jaxstate.trace import one_use
 
-# The rules say nothing of the derivative with respect to the state.
-_operand_p = _compat.without_derivative(
-    "state_of_custom_rule", lambda *, address: differentiates_state(address)
-)
 
-
-def undifferentiated(address: Address, value: Any) -> Any:
-    """``value`` of the slot ``address`` as an operand that may not be differentiated."""
-    if not _compat.has_tangent(_compat.typeof(value)):
-        return value
-    return _operand_p.bind(value, address=address)
-
-
-@_compat.wrap_traced_rules
 def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
     captured = tuple(c.address for c in traced.consts if isinstance(c, StateTracer))
     reads, writes = state_of(traced.jaxpr)
@@ -65,9 +52,12 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
             function, functools.partial(_explicit, traced, touched), len(touched), rules.wrapped
         )
         out, written = call(*values, *args)
-        # The derivative of what is written is zero; for JAX it is that of any result of a custom_vjp.
+        # The derivative of what is written is zero. (For JAX all results of a custom_vjp have one.)
         write_all(writes, map(jax.lax.stop_gradient, written))
     return out
+
+
+_compat.wrap_traced_rules(any_open, _call)
 
 
 def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]:
