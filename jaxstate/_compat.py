@@ -1878,7 +1878,7 @@ def wrap_backward_rule(
 _TakesAccumulators: Any = getattr(ad, "CustomBwdWithAccums", None)
 
 
-class _WithAccumulators(_TakesAccumulators or object):
+class _WithAccumulators(_TakesAccumulators or object):  # type: ignore[misc]
     def __init__(self, bwd: Any, call: Callable[..., Any], given: Callable[..., Any]) -> None:
         self._bwd = bwd
         self._call = call

@@ -304,8 +304,9 @@ class _Calls(_RuleState):
 
     def touched(self) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
         """The slots whose value the function is to be given, and those that it wrote."""
-        given = tuple(a for a, cell in self.cells.items() if cell.was_read)
-        return given, tuple(a for a, cell in self.cells.items() if cell.was_written)
+        cells = [(a, c) for a, c in self.cells.items() if isinstance(c, _RecordedCell)]
+        given = tuple(address for address, cell in cells if cell.was_read)
+        return given, tuple(address for address, cell in cells if cell.was_written)
 
     def function(self, fun: Any, operand_of: Callable[[int], int] = lambda i: i) -> Any:
         """The function, or its rule; not the backward rule.
