@@ -679,6 +679,11 @@ def known_part(value: Any) -> Any:
     return value
 
 
+def plain_value(tracer: Any) -> Any:
+    """The value that a tracer boxes, if its trace says that it is only that; else the tracer."""
+    return core.full_lower(tracer)
+
+
 def lane_tracer(trace: Any, value: Any, batch_dim: int | None) -> Any:
     """What one lane of the vmap of ``trace`` sees of an array over all lanes."""
     return value if batch_dim is None else BatchTracer(trace, value, batch_dim)
@@ -1021,7 +1026,7 @@ def notes_of(trace: Any, make: Callable[[], Any]) -> Any:
 
 
 def builds_jaxpr(outside: Any, inside: Any) -> bool:
-    """Whether what runs under the trace ``inside`` builds a jaxpr that ``outside`` does not know."""
+    """Whether what runs under the trace ``inside`` builds a jaxpr, which ``outside`` does not."""
     known = list(chain(outside))
     for trace in chain(inside):
         if any(trace is t for t in known):
@@ -1488,22 +1493,24 @@ class Traced(NamedTuple):
     out_tree: Any
 
 
-# custom_jvp and custom_vjp as JAX has them behind flags, and for ``generic_batching``: they trace the
-# function at once, and make one operation of it and its rules.
+# custom_jvp and custom_vjp as JAX has them behind flags, and for ``generic_batching``: they trace
+# the function at once, and make one operation of it and its rules.
 CustomJVP3: Any = getattr(hijax, "custom_jvp3", None)
 CustomVJP3: Any = hijax.custom_vjp3
 
 
-def wrap_traced_rules(call_with_state: Callable[[Any, tuple[Any, ...], Traced], Any]) -> None:
-    """Lets ``call_with_state(function, args, traced)`` call functions with rules of these kinds,
-    unless it returns `NotImplemented`."""
+def wrap_traced_rules(
+    when: Callable[[], bool], call_with_state: Callable[[Any, tuple[Any, ...], Traced], Any]
+) -> None:
+    """Lets ``call_with_state(function, args, traced)`` call functions with rules of these kinds, if
+    ``when()``, and unless it returns `NotImplemented`."""
 
     def wrap(kind: Any) -> None:
         plain = kind.__call__
 
         @functools.wraps(plain)
         def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-            found = _trace_with_rules(function, args, kwargs)
+            found = _trace_with_rules(function, args, kwargs) if when() else None
             if found is not None:
                 result = call_with_state(function, *found)
                 if result is not NotImplemented:
@@ -1527,11 +1534,11 @@ def _trace_with_rules(
         return None  # JAX says what is wrong
     leaves = [jax.tree.leaves(x) for x in args]
     traced = [any(map(is_tracer, xs)) for xs in leaves]
-    if _flattree is not None and isinstance(function, CustomVJP3) and core.trace_state_clean():
-        if not any(traced):
-            return None  # JAX calls it
+    at_once = _flattree is not None and type(function) is CustomVJP3
+    if at_once and core.trace_state_clean() and not any(traced):
+        return None  # JAX calls it
     statics = [i for i in function.static_argnums if not traced[i]]
-    if len(statics) < len(function.static_argnums) and not isinstance(function, CustomJVP3):
+    if len(statics) < len(function.static_argnums) and type(function) is CustomVJP3:
         return None  # JAX refuses it
     flat = [x for i, xs in enumerate(leaves) if i not in statics for x in xs]
     try:
@@ -1551,7 +1558,7 @@ def _with_static_arguments(fun: Any, args: Sequence[Any], statics: Sequence[int]
 
 
 def like_traced_rules(function: Any, fun: Any, more: int, wrap: Callable[[str, Any], Any]) -> Any:
-    """A function like ``function`` that is made of ``fun``, which takes ``more`` arguments in front.
+    """A function like ``function``, made of ``fun``, which takes ``more`` arguments in front.
 
     ``wrap(name, rule)`` is what becomes of each of its rules.
     """
@@ -2084,7 +2091,7 @@ def wrap_backward_rule(
 _TakesAccumulators: Any = getattr(ad, "CustomBwdWithAccums", None)
 
 
-class _WithAccumulators(_TakesAccumulators or object):
+class _WithAccumulators(_TakesAccumulators or object):  # type: ignore[misc]
     def __init__(self, bwd: Any, call: Callable[..., Any], given: Callable[..., Any]) -> None:
         self._bwd = bwd
         self._call = call

@@ -17,9 +17,10 @@ of the holder that answers for the slot. What they meet on the way decides:
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -397,16 +398,19 @@ def _write_at(
             _views(trace)[key] = _View(value.tangent, stored)
             return stored
     elif isinstance(value, _compat.Tracer) and value._trace is trace:
-        raise UnsupportedPrimitiveError(
-            message(
-                f"{address} was written with a value of a {type(trace).__name__} (devices of a"
-                " shard_map, say), and there is no rule that makes one value of it.",
-                fix="""
-                value = jax.lax.pmean(value, axis)      # return it, and write it outside
-                """,
-                used=_compat.user_location(),
+        given, value = value, _compat.plain_value(value)
+        if value is given:
+            raise UnsupportedPrimitiveError(
+                message(
+                    f"{address} was written with a value of a {type(trace).__name__} (devices of a"
+                    " shard_map, a type of the user's), and there is no rule that makes one array"
+                    " of it.",
+                    fix="""
+                    value = jax.lax.pmean(value, axis)      # return it, and write it outside
+                    """,
+                    used=_compat.user_location(),
+                )
             )
-        )
     return _write_at(address, holder, levels, i + 1, base, value)
 
 
@@ -522,6 +526,21 @@ def one_use() -> Iterator[None]:
         yield
     finally:
         uses.pop()
+
+
+def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
+    """A bind with a use of its own, whatever its operands are: also where JAX binds the primitive
+    again in the middle of another bind of it, `captured_operands` are its own."""
+
+    @functools.wraps(bind)
+    def bound(*args: Any, **params: Any) -> Any:
+        uses = begin_use(args)
+        try:
+            return bind(*args, **params)
+        finally:
+            uses.pop()
+
+    return bound
 
 
 # -- Inside a jaxpr under construction -------------------------------------------------------

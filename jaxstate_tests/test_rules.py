@@ -239,16 +239,11 @@ def test_what_the_rule_for_lanes_cannot_say_is_refused(key):
     def draws_in_rule(size, batched, x):
         return x + jaxstate.random.uniform((size,)), True
 
-    def ensemble(w):
-        f = with_vmap_rule(lambda x: x * jaxstate.param("w", ones, ()))
-        return jaxstate.parametrized(lambda x: f(x), name="net").apply({"w": w}, 1.0)
-
     for f, match in (
         (with_vmap_rule(add_draw), "count of random stream 'default' is written"),
         (with_vmap_rule(lambda x: (write(slot, 1.0), x)[1]), "slot 'slot' is written"),
         (with_vmap_rule(lambda x: x, draws_in_rule), "A rule of custom_vmap uses"),
         (with_vmap_rule(lambda x: x, writes_in_rule), "A rule of custom_vmap uses"),
-        (ensemble, "state of each lane"),
     ):
         for run in (jax.vmap(f), jax.jit(jax.vmap(f)), jax.vmap(jax.jit(f))):
             with jaxstate.rng_stream(key, vmap="share") as stream:

@@ -2,9 +2,10 @@
 
 Outside of a vmap the function is just called. Under a vmap JAX calls the user's rule instead, once,
 with all lanes, and perhaps long after the values of this moment were written. What the function
-reads comes in with its constants, which JAX keeps from the rule: there the rule finds the state. But
-a rule has no way to say what becomes of a slot that the function writes. So under a vmap a function
-that writes (a draw does) and a rule that uses other slots than its function are named errors.
+reads comes in with its constants, which JAX keeps from the rule: there the rule finds the state.
+But a rule has no way to say what becomes of a slot that the function writes. So under a vmap a
+function that writes (a draw does) and a rule that uses other slots than its function are named
+errors.
 
 Where the lanes differ in what the function reads, each is a vmap over one lane.
 """
@@ -31,7 +32,7 @@ from jaxstate.thread import (
     thread,
     write_last,
 )
-from jaxstate.trace import captured_operands
+from jaxstate.trace import captured_operands, own_use
 
 
 class _Given(Given):
@@ -156,3 +157,6 @@ def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
         out_tree=jax.tree.structure((outs, writes)) if writes else out_tree,
     )
     return write_last(writes, _compat.custom_vmap_p.bind(*values, *args, **threaded))
+
+
+_compat.wrap_bind(_compat.custom_vmap_p, own_use)

@@ -284,7 +284,7 @@ class _Calls(_RuleState):
         """The value as the function sees it: a rule runs under a trace further out."""
 
         def refuse() -> None:
-            raise differentiates_state(key)
+            raise _differentiates_state(key)
 
         traces = list(_compat.chain(self.anchor))
         value = _compat.without_tangents(
@@ -306,8 +306,9 @@ class _Calls(_RuleState):
 
     def touched(self) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
         """The slots whose value the function is to be given, and those that it wrote."""
-        given = tuple(a for a, cell in self.cells.items() if cell.was_read)
-        return given, tuple(a for a, cell in self.cells.items() if cell.was_written)
+        cells = [(a, c) for a, c in self.cells.items() if isinstance(c, _RecordedCell)]
+        given = tuple(address for address, cell in cells if cell.was_read)
+        return given, tuple(address for address, cell in cells if cell.was_written)
 
     def function(self, fun: Any, operand_of: Callable[[int], int] = lambda i: i) -> Any:
         """The function, or its rule; not the backward rule.
@@ -474,7 +475,22 @@ def _rule_touches_less(address: Address) -> Exception:
     )
 
 
-def differentiates_state(address: Address) -> Exception:
+def undifferentiated(address: Address, value: Any) -> Any:
+    """``value`` of the slot ``address`` as an operand that may not be differentiated.
+
+    (In the middle of a ``checkpoint`` JAX says of every operand that it is.)
+    """
+    if not _compat.has_tangent(_compat.typeof(value)):
+        return value
+    return _operand_p.bind(value, address=address)
+
+
+_operand_p = _compat.without_derivative(
+    "state_of_custom_rule", lambda *, address: _differentiates_state(address)
+)
+
+
+def _differentiates_state(address: Address) -> Exception:
     return CustomRuleStateError(
         message(
             f"A function with a custom derivative rule uses {address}, and is differentiated with"
@@ -578,11 +594,9 @@ class Explicit:
         def explicit(*args: Any) -> list[Any]:
             half = len(args) // 2
             primals, tangents = args[:half], args[half:]
-            nonzero = [not isinstance(t, _compat.SymbolicZero) for t in tangents[: self.n]]
-            self.refuse_derivatives(primals[: self.n], nonzero)
             given = tangents[self.n :]
             if not symbolic_zeros:
-                given = [_compat.instantiate_symbolic_zero(t) for t in given]
+                given = map(_compat.instantiate_symbolic_zero, given)
             operands = (*primals[self.n :], *given)
             out, cells = self.run(lambda: _run(jvp, operands), primals[: self.n])
             written = self.results(cells)
@@ -596,9 +610,8 @@ class Explicit:
         """``fwd`` takes (value, is it differentiated) for every operand, in turns."""
 
         def explicit(*args: Any) -> list[Any]:
-            state, rest = args[: 2 * self.n], args[2 * self.n :]
-            self.refuse_derivatives(state[::2], state[1::2])
-            out, cells = self.run(lambda: _run(fwd, rest), state[::2])
+            state, rest = args[: 2 * self.n : 2], args[2 * self.n :]
+            out, cells = self.run(lambda: _run(fwd, rest), state)
             return [*out, *self.results(cells)]
 
         return _compat.wrap_rule_function(fwd, explicit)
@@ -629,11 +642,6 @@ class Explicit:
             return _compat.prepend_cotangents(zeros, out)
 
         return _compat.wrap_rule_function(bwd, explicit)
-
-    def refuse_derivatives(self, values: Sequence[Any], nonzero: Sequence[bool]) -> None:
-        for address, value, differentiated in zip(self.touched, values, nonzero, strict=True):
-            if differentiated and _compat.has_tangent(_compat.typeof(value)):
-                raise differentiates_state(address)
 
 
 def _stateful(
@@ -672,7 +680,7 @@ def _stateful(
                 return bind_with_trace(trace, args, avals, params)
             with one_use(), _compat.set_current_trace(trace):
                 settle(touched, written)
-                values = read_all(touched)
+                values = list(map(undifferentiated, touched, read_all(touched)))
                 explicit = Explicit(touched, written)
                 operands = [*values, *args]
                 out = bind(

@@ -15,8 +15,7 @@ from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.rules.derivatives import rule_touches_more
-from jaxstate.rules.traced_derivatives import undifferentiated
+from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
 from jaxstate.slots import Address, any_open
 from jaxstate.thread import (
     Thread,
@@ -27,12 +26,12 @@ from jaxstate.thread import (
     state_of_all,
     thread,
 )
-from jaxstate.trace import captured_operands
+from jaxstate.trace import captured_operands, own_use
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not any_open():
+        if not any_open() or isinstance(params["transpose_thunk"], Settled):
             return bind(trace, args, avals, params)
         captured = captured_operands()
         if captured or any(state_of_all([params["callee"]])):
@@ -55,6 +54,9 @@ def _linear_call(args: Any, params: dict[str, Any]) -> list[Any]:
     return _compat.linear_call_p.bind(*args, **params)
 
 
+_compat.wrap_bind(_compat.linear_call_p, own_use)
+
+
 def _explicit(
     args: Sequence[Any], params: dict[str, Any], captured: dict[int, Address]
 ) -> tuple[list[Any], dict[str, Any]]:
@@ -67,42 +69,40 @@ def _explicit(
     bear(callee, args)
     args = refreshed(callee, args)
     captures = {i: c.address for i, c in enumerate(transpose_consts) if type(c) is StateTracer}
-    residuals = (*captures.values(), *reads)
-    settle(residuals, ())
-    values = list(map(undifferentiated, residuals, read_all(residuals)))
+    read = (*captures.values(), *reads)
+    settle((*captured.values(), *read), ())
+    values = [*(args[i] for i in captured), *read_all(read)]
+    values = list(map(undifferentiated, (*captured.values(), *read), values))
     avals = list(map(_compat.typeof, values))
-    args = [undifferentiated(captured[i], x) if i in captured else x for i, x in enumerate(args)]
-    callee = _with_residuals(callee, {}, len(captures), reads, avals, n + n_res)
+    own = {i: slot for slot, i in enumerate(captured)}
+    callee = _with_residuals(callee, own, reads, avals, n + n_res)
+    own = {i: slot for slot, i in enumerate(captures, len(captured))}
+    transpose = _with_residuals(transpose, own, reads, avals, len(transpose_consts) + n_res)
     kept = [c for i, c in enumerate(transpose_consts) if i not in captures]
-    transpose = _with_residuals(
-        transpose, captures, len(captures), reads, avals, len(transpose_consts) + n_res
-    )
     explicit = dict(
-        params,
-        callee=callee,
-        num_res=n_res + len(values),
-        transpose_thunk=lambda: (transpose, kept),
-    )
-    return [*args[: n + n_res], *values, *args[n + n_res :]], explicit
+        params, callee=callee, num_callee_consts=n - len(captured), num_res=n_res + len(values),
+        transpose_thunk=Settled(lambda: (transpose, kept)),
+    )  # fmt: skip
+    front = [x for i, x in enumerate(args[: n + n_res]) if i not in captured]
+    return [*front, *values, *args[n + n_res :]], explicit
 
 
 def _with_residuals(
-    jaxpr: Any,
-    captures: dict[int, Address],
-    n_captured: int,
-    reads: tuple[Address, ...],
-    avals: Sequence[Any],
-    at: int,
+    jaxpr: Any, own: dict[int, int], reads: tuple[Address, ...], avals: Sequence[Any], at: int
 ) -> Any:
-    """The jaxpr with ``n_captured`` inputs for captures and one for each of ``reads`` behind its
-    first ``at`` inputs. Those of ``captures`` are there no longer in front."""
-    threaded = thread(jaxpr, Thread(reads, ()), avals[n_captured:])
+    """The jaxpr with inputs of the types ``avals`` behind its first ``at`` inputs: for captures,
+    and for ``reads``. Its own captures are not in front any more: ``own`` says what takes the place
+    of which input."""
+    n = len(avals) - len(reads)
+    threaded = thread(jaxpr, Thread(reads, ()), avals[n:])
     slots, inputs = _split(_compat.invars(threaded), len(reads))
     front, linear = _split(inputs, at)
-    new = [front[i] for i in captures] or [_compat.Var(aval) for aval in avals[:n_captured]]
-    front = [v for i, v in enumerate(front) if i not in captures]
+    captures = list(map(_compat.Var, avals[:n]))
+    for i, slot in own.items():
+        captures[slot] = front[i]
+    front = [v for i, v in enumerate(front) if i not in own]
     return _compat.remade(
-        threaded, invars=[*front, *new, *slots, *linear], outvars=_compat.outvars(threaded),
+        threaded, invars=[*front, *captures, *slots, *linear], outvars=_compat.outvars(threaded),
         eqns=_compat.equations(threaded), effs=threaded.effects,
     )  # fmt: skip
 
@@ -111,8 +111,18 @@ def _split(items: Sequence[Any], n: int) -> tuple[list[Any], list[Any]]:
     return list(items[:n]), list(items[n:])
 
 
-def without_state(thunk: Callable[[], Any]) -> Callable[[], Any]:
-    """``thunk``, which traces a function to (jaxpr, constants), for one that uses no state."""
+class Settled:
+    """What traces a function to (jaxpr, constants) when JAX needs it, if its state is settled."""
+
+    def __init__(self, thunk: Callable[[], Any]) -> None:
+        self._thunk = thunk
+
+    def __call__(self) -> Any:
+        return self._thunk()
+
+
+def without_state(thunk: Callable[[], Any]) -> Settled:
+    """``thunk``, for a function that uses no state."""
 
     def checked() -> Any:
         jaxpr, consts = thunk()
@@ -121,7 +131,7 @@ def without_state(thunk: Callable[[], Any]) -> Callable[[], Any]:
             raise rule_touches_more(address)
         return jaxpr, consts
 
-    return checked
+    return Settled(checked)
 
 
 def _written(address: Address) -> Exception:

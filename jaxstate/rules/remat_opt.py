@@ -14,15 +14,24 @@ from typing import Any
 from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
-from jaxstate.rules.linear_calls import without_state
-from jaxstate.slots import Address, any_open
-from jaxstate.thread import Thread, Uses, read_all, register_rule, settle, thread, uses_of, write_last
-from jaxstate.trace import captured_operands
+from jaxstate.rules.linear_calls import Settled, without_state
+from jaxstate.slots import any_open
+from jaxstate.thread import (
+    Thread,
+    Uses,
+    read_all,
+    register_rule,
+    settle,
+    thread,
+    uses_of,
+    write_last,
+)
+from jaxstate.trace import captured_operands, own_use
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not any_open():
+        if not any_open() or isinstance(params["fun_jaxpr_thunk"], Settled):
             return bind(trace, args, avals, params)
         if not captured_operands():
             thunk = without_state(params["fun_jaxpr_thunk"])
@@ -45,6 +54,9 @@ def _remat_opt(args: Any, params: dict[str, Any]) -> list[Any]:
     return write_last(uses.results, _compat.remat_opt_p.bind(*args, **params))
 
 
+_compat.wrap_bind(_compat.remat_opt_p, own_use)
+
+
 def _explicit(args: Any, params: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Uses]:
     """The operands and parameters with slots in front of the operands that both functions take."""
     n, fwd = params["num_consts"], params["fwd_jaxpr"]
@@ -60,7 +72,7 @@ def _explicit(args: Any, params: dict[str, Any]) -> tuple[list[Any], dict[str, A
     fwd = _threaded(fwd, uses, avals, lambda slots, rest: [*rest[:n], *unused, *slots, *rest[n:]])
     m = len(captures)
     fun = _threaded(fun, uses, avals, lambda slots, rest: [*rest[:m], *slots, *rest[m:]])
-    explicit = dict(params, fwd_jaxpr=fwd, fun_jaxpr_thunk=lambda: _compat.separated(fun))
+    explicit = dict(params, fwd_jaxpr=fwd, fun_jaxpr_thunk=Settled(lambda: _compat.separated(fun)))
     return [*args[:n], *captures, *slots, *args[n:]], explicit, uses
 
 

@@ -21,8 +21,8 @@ import jax
 from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
-from jaxstate.rules.derivatives import Explicit, differentiates_state
-from jaxstate.slots import Address
+from jaxstate.rules.derivatives import Explicit, undifferentiated
+from jaxstate.slots import Address, any_open
 from jaxstate.thread import (
     Thread,
     captured_inputs,
@@ -35,20 +35,7 @@ from jaxstate.thread import (
 )
 from jaxstate.trace import one_use
 
-# The rules say nothing of the derivative with respect to the state.
-_operand_p = _compat.without_derivative(
-    "state_of_custom_rule", lambda *, address: differentiates_state(address)
-)
 
-
-def undifferentiated(address: Address, value: Any) -> Any:
-    """``value`` of the slot ``address`` as an operand that may not be differentiated."""
-    if not _compat.has_tangent(_compat.typeof(value)):
-        return value
-    return _operand_p.bind(value, address=address)
-
-
-@_compat.wrap_traced_rules
 def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
     captured = tuple(c.address for c in traced.consts if isinstance(c, StateTracer))
     reads, writes = state_of(traced.jaxpr)
@@ -60,13 +47,17 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         args = _refreshed(args, traced)
         settle(touched, writes)
         values = list(map(undifferentiated, touched, read_all(touched)))
-        rules = _Rules(function, traced, Explicit(touched, writes))
-        n = len(touched)
-        call = _compat.like_traced_rules(function, rules.fun, n, rules.wrapped)
+        rules = _Rules(function, Explicit(touched, writes))
+        call = _compat.like_traced_rules(
+            function, functools.partial(_explicit, traced, touched), len(touched), rules.wrapped
+        )
         out, written = call(*values, *args)
-        # The derivative of what is written is zero; for JAX it is that of any result of a custom_vjp.
+        # The derivative of what is written is zero. (For JAX all results of a custom_vjp have one.)
         write_all(writes, map(jax.lax.stop_gradient, written))
     return out
+
+
+_compat.wrap_traced_rules(any_open, _call)
 
 
 def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]:
@@ -78,30 +69,29 @@ def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]
     return tuple(new.get(i, x) for i, x in enumerate(args))
 
 
-class _Rules:
-    """A function and its rules with the state as further arguments in front, and with what they
-    write as one more result."""
+def _explicit(traced: _compat.Traced, touched: Sequence[Address], *args: Any) -> Any:
+    """The function with the state as further arguments in front, and with what it writes as one
+    more result."""
+    state, args = args[: len(touched)], args[len(touched) :]
+    reads, writes = uses = state_of(traced.jaxpr)
+    values = dict(zip(touched, state, strict=True))
+    slots = [values[address] for addresses in uses for address in addresses]
+    jaxpr = thread(traced.jaxpr, Thread(reads, writes, once=True), list(map(_compat.typeof, slots)))
+    consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
+    operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
+    outs = _compat.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
+    n = traced.out_tree.num_leaves
+    return jax.tree.unflatten(traced.out_tree, outs[:n]), outs[n:]
 
-    def __init__(self, function: Any, traced: _compat.Traced, explicit: Explicit) -> None:
+
+class _Rules:
+    """The rules of a function with the state as further arguments, and with what they write."""
+
+    def __init__(self, function: Any, explicit: Explicit) -> None:
         self._function = function
-        self._traced = traced
         self._explicit = explicit
         self._n = explicit.n
         self._n_statics = len(function.static_argnums)
-
-    def fun(self, *args: Any) -> Any:
-        state, args = args[: self._n], args[self._n :]
-        traced = self._traced
-        reads, writes = uses = state_of(traced.jaxpr)
-        values = dict(zip(self._explicit.touched, state, strict=True))
-        slots = [values[address] for addresses in uses for address in addresses]
-        how = Thread(reads, writes, once=True)
-        jaxpr = thread(traced.jaxpr, how, list(map(_compat.typeof, slots)))
-        consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
-        operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
-        outs = _compat.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
-        n = traced.out_tree.num_leaves
-        return jax.tree.unflatten(traced.out_tree, outs[:n]), outs[n:]
 
     def wrapped(self, name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
         """The rule ``name`` of JAX's function."""
