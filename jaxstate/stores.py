@@ -273,6 +273,7 @@ class ApplyStore(Store):
     def _value_now(self, path: Path, entry: Entry) -> Any:
         """What is in the cells of a variable; as it was given what is in none."""
         given = self._scope("variable", path[:-1])[path[-1]]
+        assert entry.expected is not None
         leaves, tree = flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
