@@ -94,7 +94,8 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
 
     Args:
       name: without "/", unique in that scope; the same name there is the same parameter.
-      init: called as ``init(key, *init_args)``, returns any tree of arrays. The initializers of
+      init: called as ``init(key, *init_args)``, returns any tree of arrays, which is kept with its
+        types (tuples, dataclasses, modules of other packages). The initializers of
         `jax.nn.initializers` fit: ``param("w", jax.nn.initializers.lecun_normal(), (3, 4))``.
       *init_args: static values or arrays.
 
@@ -204,7 +205,7 @@ class Parametrized(Reusable, Summarizable):
             `parameters_from`.
 
         Returns:
-          A new nested dict with string keys and arrays.
+          A new nested dict with string keys, and what the initializers made.
 
         Raises:
           TypeError: if ``key`` is not a key.
@@ -226,8 +227,8 @@ class Parametrized(Reusable, Summarizable):
           reuse: parameters; the initializers of variables see these. Variables are made.
 
         Returns:
-          ``(params, state)``, two new nested dicts with string keys and arrays. A variable has the
-          path that a parameter of its name would have.
+          ``(params, state)``, two new nested dicts with string keys, and what the initializers
+          made. A variable has the path that a parameter of its name would have.
 
         Raises what `init` raises, and what `variable` raises.
         """
@@ -381,14 +382,16 @@ def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = Non
     """Makes a function with parameters out of one that calls `param`.
 
     Args:
-      fn: any function; a method makes every instance of its class a module of its own.
+      fn: any function but a generator or coroutine; a method makes every instance of its class a
+        module of its own.
       name: of the module; by default the function's name.
 
     Returns:
       A `Parametrized` object. Called inside another parametrized function it runs ``fn`` as a
-      module: the same object called twice shares its parameters, two objects do not. Outside it
-      offers ``init(key, *args, **kwargs)`` and ``apply(params, *args, key=None, **kwargs)``, and
-      with variables ``init_with_state`` and ``apply_with_state``.
+      module: the same object called twice shares its parameters, two objects do not, and the
+      objects that it makes are the same in every call. Outside it offers
+      ``init(key, *args, **kwargs)`` and ``apply(params, *args, key=None, **kwargs)``, and with
+      variables ``init_with_state`` and ``apply_with_state``.
 
     >>> import jax, jax.numpy as jnp, jaxstate
     >>> @jaxstate.parametrized

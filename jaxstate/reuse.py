@@ -41,7 +41,7 @@ from jaxstate.forms import ONE_ARRAY, Form, contrast, form_of
 from jaxstate.names import Home, Layer, Path, Token
 from jaxstate.random import StreamAddress
 from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
-from jaxstate.stores import InitStore
+from jaxstate.stores import InitStore, flattened
 
 __all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
 
@@ -382,11 +382,12 @@ class _Part:
 
     def _checked(self, value: Any, path: Path, form: Form) -> Any:
         """The value, if it is of that structure and these shapes."""
-        leaves, tree = jax.tree.flatten(value)
+        leaves, tree = flattened(value, form.tree)
         if not all(map(_compat.is_array_like, leaves)):
             shown, wanted = type(value).__name__ if tree == ONE_ARRAY else str(tree), str(form)
         else:
-            found = form_of(jax.tree.map(_compat.typeof, value))
+            value = tree.unflatten(leaves)
+            found = form_of(tree.unflatten(map(_compat.typeof, leaves)))
             if found.same_shapes(form):
                 return value
             shown, wanted = contrast(found, form)

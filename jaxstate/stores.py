@@ -27,7 +27,7 @@ from jaxstate.names import Layers, Level, Path, Token
 from jaxstate.slots import Cell, Holder, holders, signature_changed
 from jaxstate.trace import boundaries, boundary_of, notes_of, read, same_trace
 
-__all__ = ["ApplyStore", "InitStore"]
+__all__ = ["ApplyStore", "InitStore", "flattened"]
 
 
 class InitStore(Store):
@@ -272,7 +272,8 @@ class ApplyStore(Store):
     def _value_now(self, path: Path, entry: Entry) -> Any:
         """What is in the cells of a variable; as it was given what is in none."""
         given = self._scope("variable", path[:-1])[path[-1]]
-        leaves, tree = _flattened(given, entry.expected.tree)
+        assert entry.expected is not None
+        leaves, tree = flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
                 leaves[leaf.index] = _compat.in_mesh(cell.value)
@@ -334,7 +335,7 @@ class ApplyStore(Store):
         if wanted.is_array:
             leaves = [found]
         else:
-            leaves, structure = _flattened(found, wanted.tree)
+            leaves, structure = flattened(found, wanted.tree)
             if not same_structure(structure, wanted.tree):
                 raise self._other_structure(address, path, found, wanted)
         avals = [self._types.get(id(leaf)) or _type_of(leaf) for leaf in leaves]
@@ -502,7 +503,7 @@ def _copied(node: Any, levels: set[Path], path: Path = ()) -> Any:
     return jax.tree.map(lambda x: x, node)
 
 
-def _flattened(value: Any, tree: Any) -> tuple[list[Any], Any]:
+def flattened(value: Any, tree: Any) -> tuple[list[Any], Any]:
     """The leaves and the structure of a value that should be of the structure ``tree``, in which
     a dict may stand for another mapping."""
     leaves, structure = jax.tree.flatten(value)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import types
-from functools import partial
+from functools import partial, update_wrapper, wraps
 from typing import NamedTuple
 
 import jax
@@ -1112,3 +1113,127 @@ def test_initializers_that_differ_in_the_sign_of_zero(key):
 
     params = net.init(key, 1.0)
     assert not np.signbit(params["a"]) and np.signbit(params["b"])
+
+
+# -- Initializers that differ in one thing -----------------------------------------------------
+
+lecun = jax.nn.initializers.lecun_normal()
+FACTOR = 1.0
+
+
+def by_keyword_default(factor):
+    @wraps(lecun)
+    def init(key, shape, dtype=jnp.float32, *, factor=factor):
+        return factor * lecun(key, shape, dtype)
+
+    return init
+
+
+def by_default(factor):
+    @wraps(lecun)
+    def init(key, shape, dtype=jnp.float32, factor=factor):
+        return factor * lecun(key, shape, dtype)
+
+    return init
+
+
+def by_closure(factor):
+    return wraps(lecun)(lambda key, *args: factor * lecun(key, *args))
+
+
+@wraps(lecun)
+def reads_global(key, *args):
+    return FACTOR * lecun(key, *args)
+
+
+def by_global(factor):
+    globals()["FACTOR"] = factor
+    return reads_global
+
+
+@wraps(lecun)
+def reads_attribute(key, *args):
+    return reads_attribute.factor * lecun(key, *args)
+
+
+def by_attribute(factor):
+    reads_attribute.factor = factor
+    return reads_attribute
+
+
+class Factor:
+    def __init__(self, factor):
+        update_wrapper(self, lecun)
+        self.factor = factor
+
+    def __call__(self, key, *args):
+        return self.factor * lecun(key, *args)
+
+
+def by_changed_default(factor, init=by_keyword_default(0.0)):
+    init.__kwdefaults__ = {"factor": factor}
+    return init
+
+
+DIFFERING = [
+    by_keyword_default, by_default, by_closure, by_global, by_attribute, Factor,
+    by_changed_default, lambda factor: partial(by_default(1.0), factor=factor),
+    lambda factor: Factor(factor).__call__,
+    lambda factor: jax.nn.initializers.variance_scaling(factor**2, "fan_in", "truncated_normal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", DIFFERING, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_initializers_that_differ_in_one_thing_are_told_apart(make, wrap, key):
+    def net(init):
+        f = wrap(lambda x: x @ jaxstate.param("w", init, (4, 4)))
+        return jaxstate.parametrized(lambda x: f(x), name="net")
+
+    x = jnp.ones((2, 4))
+    own = lecun(folded(key, "w"), (4, 4))
+    for factor in (1.0, 10.0, 3.0, 10.0):
+        p = net(make(factor)).init(key, x)
+        np.testing.assert_allclose(p["w"], factor * own, rtol=1e-5)
+
+
+def folded(key, path):
+    for word in np.frombuffer(hashlib.sha256(path.encode()).digest(), "<u4", 2):
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+@pytest.mark.parametrize("init", ["zeros", "normal"])
+def test_the_dtype_that_an_initializer_was_made_with(init, key):
+    make = getattr(jax.nn.initializers, init)
+    init = make(dtype=jnp.bfloat16) if init == "normal" else partial(make, dtype=jnp.bfloat16)
+    net = jaxstate.parametrized(jax.jit(lambda: jaxstate.param("w", init, (2,)) + 1), name="net")
+    assert net.init(key)["w"].dtype == jnp.bfloat16
+    assert net.apply(net.init(key)).dtype == jnp.bfloat16
+
+
+def test_arguments_that_are_equal_and_not_the_same(key):
+    def init(key, value):
+        return jnp.asarray(value)
+
+    @jaxstate.parametrized
+    def net():
+        return [jaxstate.param(f"p{i}", init, v) for i, v in enumerate((1, 1.0, True, 0.0, -0.0))]
+
+    params = net.init(key)
+    for out in (net.apply(params), jax.jit(net.apply)(params)):
+        kinds = [jnp.asarray(x).dtype.kind for x in out]
+        assert kinds == ["i", "f", "b", "f", "f"] and np.signbit(out[4]) and not np.signbit(out[3])
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_the_form_of_a_parameter_that_is_a_raw_key(kind):
+    net = jaxstate.parametrized(lambda: jaxstate.param("k", lambda key: key), name="net")
+    with jax.default_prng_impl(kind):
+        params = net.init(jax.random.PRNGKey(0))
+        raw = jaxstate.parametrized(
+            lambda: jaxstate.param("k", lambda key: jax.random.key_data(key)), name="raw"
+        )
+        typed = raw.init(jax.random.key(0))
+        assert (raw.apply(typed) == typed["k"]).all()
+    assert params["k"].shape == jax.random.PRNGKey(0, impl=kind).shape

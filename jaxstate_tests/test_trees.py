@@ -238,6 +238,31 @@ def test_a_tree_is_kept_by_pickle_orbax_and_optax(tree, tmp_path):
         np.testing.assert_allclose(net.apply(restored, 1.0), net.apply(params, 1.0))
 
 
+@pytest.mark.parametrize("wrap", ["plain", "jit", "scan"])
+def test_other_mappings_stand_for_dicts(wrap):
+    make = TREES["dict of dicts"]
+
+    def use(x):
+        with jaxstate.scope("a"):
+            p, v = jaxstate.param("p", make), jaxstate.variable("v", make, KEY)
+        v.value = jax.tree.map(lambda a: 2 * a, v.value)
+        return x + total(p) + total(v.value)
+
+    net = jaxstate.parametrized(WRAPS[wrap](use), name="net")
+    x = jnp.float32(1)
+    params, state = net.init_with_state(KEY, x)
+    wanted = net.apply_with_state(params, state, x)
+    backwards = lambda d: dict(reversed(d.items())) if type(d) is dict else d  # noqa: E731
+    kinds = [flax.core.freeze, types.MappingProxyType, collections.OrderedDict, backwards]
+    for kind in kinds:
+
+        def mapped(d, kind=kind):
+            return kind({k: mapped(v) for k, v in d.items()}) if isinstance(d, dict) else d
+
+        assert_equal(net.apply_with_state(mapped(params), mapped(state), x), wanted)
+        assert_equal(net.parameters_from({net: mapped(params)}, x), params)
+
+
 # -- What does not fit -----------------------------------------------------------------------
 
 # What a function makes, what it is given, and what of both the error shows.
