@@ -1,0 +1,931 @@
+"""Random programs whose functions and modules are shared, and random sequences of calls of them.
+
+A program is a list of definitions. Each is a body of statements about a float32 scalar ``x``, as in
+`random_programs`, and is a module (a parametrized object) or a function. A definition uses those
+before it. There is one Python object per definition and per way of using it: one jitted function,
+one body of a scan, so that whatever JAX or jaxstate keeps for a function is kept for all its uses:
+in several scopes, several modules, several calls, under other types, configurations and threads.
+
+A sequence is a program and actions: init, apply, jit, grad, vmap, a pullback that is kept and
+called later, another thread, an emptied cache ... `World` performs them with jaxstate. `ByHand`
+performs them in plain Python: no jaxprs, no caches and no loops of JAX, every value computed when
+its statement is run, all state in one dict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxstate
+from jaxstate.extend import new_slot, read, write
+from jaxstate_tests.random_programs import (
+    Arithmetic,
+    Body,
+    Place,
+    Read,
+    Scope,
+    Statement,
+    Write,
+    changed,
+    run_by_hand,
+    run_stateful,
+)
+
+normal = jax.nn.initializers.normal(1.0)
+SPLIT_STREAMS = ("default", "dropout")
+STREAMS = (*SPLIT_STREAMS, "shared")
+INITIAL = {"v": 0.4, "r": -0.2}
+SLOTS = {"a": 0.2, "b": -0.3}
+
+# What the package gets wrong today: programs of these kinds are not made. Each is a set of facts
+# (see `facts`) of a program and its actions, by the name of the fault.
+KNOWN_FAULTS: dict[str, frozenset[str]] = {}
+
+
+# -- Statements ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draw(Statement):
+    stream: str
+
+    def uses(self, at):
+        return {f"key {self.stream}", f"count {self.stream}"}
+
+    def facts(self, facts):
+        return {"draws", f"draws {self.stream}"}
+
+    def stateful(self, x, world):
+        return x + 0.5 * jaxstate.random.uniform((), jnp.float32, stream=self.stream)
+
+    def by_hand(self, x, s, at):
+        key, count = s[f"key {self.stream}"], s[f"count {self.stream}"]
+        u = jax.random.uniform(jax.random.fold_in(key, count), (), jnp.float32)
+        return x + 0.5 * u, {**s, f"count {self.stream}": count + 1}
+
+
+@dataclass(frozen=True)
+class Parameter(Statement):
+    name: str
+
+    def uses(self, at):
+        return {f"param {at.path}{self.name}"}
+
+    def facts(self, facts):
+        return {"params"}
+
+    def stateful(self, x, world):
+        w = jaxstate.param(self.name, normal, (), jnp.float32)
+        return jnp.cos(x * w.astype(jnp.float32))
+
+    def by_hand(self, x, s, at):
+        return jnp.cos(x * jnp.asarray(s[f"param {at.path}{self.name}"], jnp.float32)), s
+
+
+@dataclass(frozen=True)
+class OnlyParameter(Parameter):
+    """The parameter is the result, nothing is done with it."""
+
+    def facts(self, facts):
+        return {"params", "forwards"}
+
+    def stateful(self, x, world):
+        return jaxstate.param(self.name, normal, (), jnp.float32)
+
+    def by_hand(self, x, s, at):
+        return s[f"param {at.path}{self.name}"], s
+
+
+@dataclass(frozen=True)
+class Variable(Statement):
+    name: str
+
+    def uses(self, at):
+        return {f"variable {at.path}{self.name}"}
+
+    def facts(self, facts):
+        return {"variables"}
+
+    def variable(self):
+        reduce = jnp.mean if self.name == "r" else None
+        initial = INITIAL[self.name]
+        return jaxstate.variable(self.name, jnp.full, (), initial, jnp.float32, reduce=reduce)
+
+
+@dataclass(frozen=True)
+class ReadVariable(Variable):
+    def stateful(self, x, world):
+        return x - 0.6 * self.variable().value
+
+    def by_hand(self, x, s, at):
+        return x - 0.6 * s[f"variable {at.path}{self.name}"], s
+
+
+@dataclass(frozen=True)
+class WriteVariable(Variable):
+    how: str
+
+    def facts(self, facts):
+        lanes = {"writes shared"} if self.name != "r" and self.how != "scale" else set()
+        diverging = {"writes v"} if self.name != "r" else set()
+        return {"variables", "writes"} | lanes | diverging
+
+    def stateful(self, x, world):
+        variable = self.variable()
+        variable.value = changed(0.0 if self.how == "set" else variable.value, x, self.how)
+        return x
+
+    def by_hand(self, x, s, at):
+        key = f"variable {at.path}{self.name}"
+        return x, {**s, key: changed(s[key], x, self.how)}
+
+
+@dataclass(frozen=True)
+class Use(Statement):
+    """A definition, used in one of `WAYS`."""
+
+    number: int
+    way: str
+
+    def uses(self, at):
+        body = at.bodies[self.number]
+        inside = at.module(self.number) if self.number in at.homes else at
+        touched = set().union(*(statement.uses(inside) for statement in body))
+        return touched
+
+    def facts(self, facts):
+        return facts[self.number] | {self.way} | WAYS[self.way].makes
+
+    def stateful(self, x, world):
+        return world.function(self.number, self.way)(x)
+
+    def by_hand(self, x, s, at):
+        body = at.bodies[self.number]
+        inside = at.module(self.number) if self.number in at.homes else at
+        touched = self.uses(at)
+        return WAYS[self.way].by_hand(lambda x, s: run_by_hand(body, inside, x, s), touched, x, s)
+
+
+@dataclass(frozen=True)
+class Fresh(Statement):
+    """A module that is made where it is called."""
+
+    body: Body
+
+    def inside(self):
+        return (self.body,)
+
+    def facts(self, facts):
+        return {"fresh"}.union(*(facts_of(s, facts) for s in self.body))
+
+
+def facts_of(statement: Statement, facts: list[set[str]]) -> set[str]:
+    """What a statement does, as far as it decides where it may stand."""
+    if isinstance(statement, Write):
+        return {"writes", "writes shared", "writes v", "slots"}
+    if isinstance(statement, Read):
+        return {"slots"}
+    if isinstance(statement, Scope):
+        return set().union(*(facts_of(s, facts) for s in statement.body))
+    return statement.facts(facts) if hasattr(statement, "facts") else set()
+
+
+# -- Ways to use a function ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """With jaxstate: given the function ``x -> y``. By hand: ``(x, s) -> (y, s)``, and what it
+    touches."""
+
+    stateful: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+    by_hand: Callable[..., tuple[Any, Any]]
+    not_with: frozenset[str] = frozenset()
+    makes: frozenset[str] = frozenset()
+
+
+def directly(f, touched, x, s):
+    return f(x, s)
+
+
+def scan(f):
+    def step(x, t):
+        y = f(x + t)
+        return y, y
+
+    def run(x):
+        x, ys = lax.scan(step, x, jnp.array([0.0, 0.1], jnp.float32))
+        return x + jnp.sum(ys)
+
+    return run
+
+
+def scan_by_hand(f, touched, x, s):
+    total = 0.0
+    for t in (0.0, 0.1):
+        x, s = f(x + jnp.float32(t), s)
+        total = total + x
+    return x + total, s
+
+
+def fori(f):
+    step = lambda i, x: f(x)
+    return lambda x: lax.fori_loop(0, 2, step, x)
+
+
+def fori_by_hand(f, touched, x, s):
+    return f(*f(x, s))
+
+
+def while_loop(f):
+    go_on = lambda c: c[0] < 2.5
+    turn = lambda c: (c[0] + 1.0, f(c[1]))
+    return lambda x: lax.while_loop(go_on, turn, (jnp.clip(x, 0.0, 2.0), x))[1]
+
+
+def while_by_hand(f, touched, x, s):
+    turns = jnp.clip(x, 0.0, 2.0)
+    while turns < 2.5:
+        turns = turns + 1.0
+        x, s = f(x, s)
+    return x, s
+
+
+def cond(f):
+    other = lambda x: 0.5 * x
+    return lambda x: lax.cond(x > 0.3, f, other, x)
+
+
+def cond_by_hand(f, touched, x, s):
+    return f(x, s) if x > 0.3 else (0.5 * x, s)
+
+
+def same_branches(f):
+    return lambda x: lax.cond(x > 0.3, f, f, x)
+
+
+def switch(f):
+    other = lambda x: 0.5 * x
+    return lambda x: lax.switch(jnp.int32(jnp.floor(3 * x)), [f, other, f], x)
+
+
+def switch_by_hand(f, touched, x, s):
+    return (0.5 * x, s) if int(jnp.clip(jnp.int32(jnp.floor(3 * x)), 0, 2)) == 1 else f(x, s)
+
+
+def value_and_grad(f):
+    g = jax.value_and_grad(f)
+
+    def run(x):
+        y, dx = g(x)
+        return y + 0.5 * dx
+
+    return run
+
+
+def grad_by_hand(f, touched, x, s):
+    (y, s), dx = jax.value_and_grad(lambda x: f(x, s), has_aux=True)(x)
+    return y + 0.5 * dx, s
+
+
+def vjp(f):
+    def run(x):
+        y, back = jax.vjp(f, x)
+        return y + 0.5 * back(jnp.ones_like(y))[0]
+
+    return run
+
+
+def linearize(f):
+    def run(x):
+        y, along = jax.linearize(f, x)
+        return y + 0.5 * along(jnp.ones_like(x))
+
+    return run
+
+
+def jvp(f):
+    def run(x):
+        y, t = jax.jvp(f, (x,), (jnp.ones_like(x),))
+        return y + 0.5 * t
+
+    return run
+
+
+def jvp_by_hand(f, touched, x, s):
+    y, t, s = jax.jvp(lambda x: f(x, s), (x,), (jnp.ones_like(x),), has_aux=True)
+    return y + 0.5 * t, s
+
+
+def custom_jvp(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda primals, tangents: (f(*primals), 3.0 * tangents[0]))
+    return g
+
+
+def custom_vjp(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: (f(x), None), lambda _, ct: (3.0 * ct,))
+    return g
+
+
+def custom_by_hand(f, touched, x, s):
+    """The value without its derivative, and 3 x without its value."""
+    y, after = f(x, s)
+    for name in touched:
+        if name.split(" ")[0] in ("slot", "variable"):
+            after = {**after, name: lax.stop_gradient(after[name])}
+    return lax.stop_gradient(y) + 3.0 * (x - lax.stop_gradient(x)), after
+
+
+def closure_convert(f):
+    def run(x):
+        converted, constants = jax.closure_convert(f, x)
+        return converted(x, *constants)
+
+    return run
+
+
+LANES = 2
+
+
+def vmap(f):
+    g = jax.vmap(f)
+    return lambda x: jnp.mean(g(x + 0.2 * jnp.arange(LANES, dtype=jnp.float32)))
+
+
+def vmap_by_hand(f, touched, x, s):
+    ys, s = lanes_by_hand(f, touched, [x + jnp.float32(0.2 * i) for i in range(LANES)], s)
+    return sum(ys) / LANES, s
+
+
+def lanes_by_hand(f, touched, xs, s):
+    """One lane after the other: each has streams of its own, and starts from what is outside."""
+    regions = {}
+    for name in SPLIT_STREAMS:
+        if f"count {name}" in touched:
+            regions[name] = jax.random.fold_in(s[f"key {name}"], s[f"count {name}"])
+            s = {**s, f"count {name}": s[f"count {name}"] + 1}
+    ys, after = [], []
+    for i, x in enumerate(xs):
+        own = {f"key {name}": jax.random.fold_in(key, i) for name, key in regions.items()}
+        own |= {f"count {name}": 0 for name in regions}
+        y, own = f(x, {**s, **own})
+        ys.append(y)
+        after.append(own)
+    changes = {}
+    for name in s:
+        if name.startswith("variable"):
+            lanes = [own[name] for own in after]
+            changes[name] = sum(lanes) / len(lanes) if name.endswith("r") else lanes[0]
+    return ys, {**s, **changes, "count shared": after[0]["count shared"]}
+
+
+REVERSE = frozenset({"while"})
+FORWARD = frozenset({"custom_vjp"})
+IN_LANES = frozenset({"writes shared"})
+
+WAYS = {
+    "plain": Way(lambda f: f, directly),
+    "jit": Way(jax.jit, directly),
+    "checkpoint": Way(jax.checkpoint, directly),
+    "closure_convert": Way(closure_convert, directly),
+    "scan": Way(scan, scan_by_hand),
+    "fori": Way(fori, fori_by_hand),
+    "while": Way(while_loop, while_by_hand, makes=frozenset({"diverges"})),
+    "cond": Way(cond, cond_by_hand, makes=frozenset({"diverges"})),
+    "same branches": Way(same_branches, directly, makes=frozenset({"diverges"})),
+    "switch": Way(switch, switch_by_hand, makes=frozenset({"diverges"})),
+    "grad": Way(value_and_grad, grad_by_hand, REVERSE),
+    "vjp": Way(vjp, grad_by_hand, REVERSE),
+    "jvp": Way(jvp, jvp_by_hand, FORWARD),
+    "linearize": Way(linearize, grad_by_hand, REVERSE | FORWARD),
+    "custom_jvp": Way(custom_jvp, custom_by_hand),
+    "custom_vjp": Way(custom_vjp, custom_by_hand),
+    "vmap": Way(vmap, vmap_by_hand, IN_LANES),
+}
+
+
+def refused(needs: frozenset[str], facts: set[str]) -> bool:
+    """Whether JAX or jaxstate says no to what does this, where that is not to be."""
+    lanes = needs & IN_LANES and "diverges" in facts and facts & {"writes v", "draws shared"}
+    return bool(needs & facts or lanes)
+
+
+# -- Programs and actions --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Definition:
+    is_module: bool
+    body: Body
+
+
+@dataclass(frozen=True)
+class Program:
+    definitions: tuple[Definition, ...]
+
+    @functools.cached_property
+    def facts(self) -> list[set[str]]:
+        found: list[set[str]] = []
+        for d in self.definitions:
+            found.append(set().union(*(facts_of(s, found) for s in d.body)))
+        return found
+
+    @functools.cache  # noqa: B019
+    def place(self, root: int) -> Place:
+        """With the home of each module under this one: where it is called first."""
+        bodies = tuple(d.body for d in self.definitions)
+        homes: dict[int, str] = {root: ""}
+        self._find_homes(bodies[root], Place("", bodies, homes))
+        return Place("", bodies, homes)
+
+    def _find_homes(self, body: Body, at: Place) -> None:
+        for statement in body:
+            if isinstance(statement, Use):
+                inside = at
+                if self.definitions[statement.number].is_module:
+                    if statement.number in at.homes:
+                        continue
+                    at.homes[statement.number] = f"{at.path}m{statement.number}/"
+                    inside = at.module(statement.number)
+                self._find_homes(at.bodies[statement.number], inside)
+            elif isinstance(statement, Scope):
+                self._find_homes(statement.body, at.inside(statement.name))
+
+    def entries(self, root: int) -> list[str]:
+        at = self.place(root)
+        uses = set().union(*(statement.uses(at) for statement in at.bodies[root]))
+        return sorted(name for name in uses if name.split(" ")[0] in ("param", "variable"))
+
+
+@dataclass(frozen=True)
+class Action:
+    """What is done, with which definition, for which ``x`` and parameters, in which contexts."""
+
+    what: str
+    number: int = 0
+    x: float = 0.6
+    values: int = 0
+    own_key: bool = False
+    under: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sequence:
+    program: Program
+    actions: tuple[Action, ...]
+
+
+@functools.cache
+def initial_parameter(path: str) -> Any:
+    """The documented one: two words of the path's SHA-256 digest, folded into the key."""
+    digest, key = hashlib.sha256(path.encode()).digest(), jax.random.key(11)
+    for i in (0, 4):
+        key = jax.random.fold_in(key, np.uint32(int.from_bytes(digest[i : i + 4], "little")))
+    return np.asarray(normal(key, (), jnp.float32))
+
+
+def initial(entry: str) -> Any:
+    kind, path = entry.split(" ")
+    return initial_parameter(path) if kind == "param" else np.float32(INITIAL[path[-1]])
+
+
+def given(entries: list[str], values: int) -> dict[str, Any]:
+    """The values that a call is given, in several kinds of arrays."""
+    made = {entry: np.float32(initial(entry) * (1 + 0.25 * values)) for entry in entries}
+    return {e: jnp.asarray(v) for e, v in made.items()} if values % 2 else made
+
+
+def nested(entries: dict[str, Any], kind: str) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for entry, value in entries.items():
+        if entry.startswith(kind):
+            *scopes, name = entry.split(" ")[1].split("/")
+            functools.reduce(lambda t, scope: t.setdefault(scope, {}), scopes, tree)[name] = value
+    return tree
+
+
+def flat(tree: Any, kind: str) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {f"{kind} {'/'.join(p.key for p in path)}": value for path, value in leaves}
+
+
+# -- The contexts that an action may run in --------------------------------------------------
+
+
+def mesh(kind: str) -> Any:
+    types = (getattr(jax.sharding.AxisType, kind),)
+    return jax.set_mesh(jax.make_mesh((1,), ("d",), axis_types=types))
+
+
+CONTEXTS = {
+    "x64": lambda: jax.enable_x64(True),
+    "disable_jit": jax.disable_jit,
+    "precision": lambda: jax.default_matmul_precision("float32"),
+    "device": lambda: jax.default_device(jax.devices()[-1]),
+    "mesh": lambda: mesh("Auto"),
+    "explicit mesh": lambda: mesh("Explicit"),
+    "no promotion": lambda: jax.numpy_dtype_promotion("standard"),
+}
+THREAD = "thread"
+
+
+def in_thread(f: Callable[[], Any]) -> Any:
+    """The result of ``f``, or its exception, from a thread of its own."""
+    result: list[Any] = []
+
+    def run():
+        try:
+            result.append((f(), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def stream_keys(number: int) -> dict[str, Any]:
+    return {name: jax.random.key(20 + 3 * number + i) for i, name in enumerate(STREAMS)}
+
+
+@contextlib.contextmanager
+def open_streams(keys: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(
+                jaxstate.rng_stream(key, name, vmap="share" if name == "shared" else "split")
+            )
+            for name, key in keys.items()
+        }
+
+
+OWN_KEY = 77
+
+
+# -- With jaxstate ---------------------------------------------------------------------------
+
+
+class World:
+    """The Python objects of a program, and the streams and slots that its calls use."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.slots = {name: new_slot(jnp.float32(value)) for name, value in SLOTS.items()}
+        self.kept: list[Any] = []
+        self.opened = 0
+        self.stack = contextlib.ExitStack()
+        self.build()
+        self.reopen()
+
+    def build(self) -> None:
+        self.objects = [
+            self._object(i, definition) for i, definition in enumerate(self.program.definitions)
+        ]
+        self.functions: dict[Any, Any] = {}
+
+    def _object(self, i: int, definition: Definition) -> Any:
+        def run(x):
+            return run_stateful(definition.body, self, x)
+
+        return jaxstate.parametrized(run, name=f"m{i}") if definition.is_module else run
+
+    def function(self, number: int, way: str) -> Any:
+        if (number, way) not in self.functions:
+            self.functions[number, way] = WAYS[way].stateful(self.objects[number])
+        return self.functions[number, way]
+
+    def reopen(self) -> None:
+        self.stack.close()
+        self.streams = self.stack.enter_context(open_streams(stream_keys(self.opened)))
+        self.opened += 1
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def state(self) -> dict[str, Any]:
+        s = {f"slot {name}": read(slot) for name, slot in self.slots.items()}
+        return s | {f"count {name}": stream.count for name, stream in self.streams.items()}
+
+    def set_state(self, s: dict[str, Any]) -> None:
+        for name, slot in self.slots.items():
+            write(slot, jnp.float32(s[f"slot {name}"]))
+
+    def do(self, action: Action) -> Any:
+        if action.what == "reopen":
+            return self.reopen()
+        if action.what == "rebuild":
+            self.build()
+            gc.collect()
+            return None
+        if action.what == "clear":
+            gc.collect()
+            return jax.clear_caches()
+        with contextlib.ExitStack() as stack:
+            for name in action.under:
+                if name != THREAD:
+                    stack.enter_context(CONTEXTS[name]())
+            if THREAD not in action.under:
+                return self.call(action)
+
+        def call():
+            with contextlib.ExitStack() as stack:
+                for name in action.under:
+                    if name != THREAD:
+                        stack.enter_context(CONTEXTS[name]())
+                with open_streams(stream_keys(10)):
+                    return self.call(action)
+
+        return in_thread(call)
+
+    def call(self, action: Action) -> Any:
+        x = jnp.float32(action.x)
+        if action.what == "kept":
+            return self.kept[action.number % len(self.kept)](x) if self.kept else None
+        if action.what == "call":
+            return self.function(action.number, "plain")(x)
+        if action.what == "call jitted":
+            return self.function(action.number, "jit")(x)
+        net = self.objects[action.number]
+        if action.what == "init":
+            return flat(net.init(jax.random.key(11), x), "param")
+        if action.what == "init jitted":
+            return flat(self.once(action, lambda: jax.jit(net.init))(jax.random.key(11), x), "param")
+        entries = given(self.program.entries(action.number), action.values)
+        params, state = nested(entries, "param"), nested(entries, "variable")
+        key = jax.random.key(OWN_KEY) if action.own_key else None
+
+        def apply(params, state, x, key):
+            return net.apply_with_state(params, state, x, key=key)
+
+        def value(params, state, x, key):
+            y, state = net.apply_with_state(params, state, x, key=key)
+            return y, flat(state, "variable")
+
+        if action.what == "apply":
+            y, state = apply(params, state, x, key)
+            return y, flat(state, "variable")
+        if action.what == "jit":
+            y, state = self.once(action, lambda: jax.jit(apply))(params, state, x, key)
+            return y, flat(state, "variable")
+        if action.what in ("grad", "grad jitted"):
+            run = jax.value_and_grad(value, argnums=(0, 2), has_aux=True)
+            if action.what == "grad jitted":
+                run = self.once(action, lambda: jax.jit(run))
+            (y, state), (dp, dx) = run(params, state, x, key)
+            return y, state, flat(dp, "param"), dx
+        if action.what == "vmap":
+            xs = x + 0.2 * jnp.arange(LANES, dtype=jnp.float32)
+            ys, state = jax.vmap(lambda x: apply(params, state, x, key))(xs)
+            return ys, flat(state, "variable")
+        if action.what == "scan":
+
+            def step(carry, t):
+                x, state = carry
+                y, state = apply(params, state, x + t, key)
+                return (y, state), y
+
+            (y, state), ys = lax.scan(
+                step, (x, jax.tree.map(jnp.float32, state)), jnp.array([0.0, 0.1], jnp.float32)
+            )
+            return y, ys, flat(state, "variable")
+        if action.what == "jvp":
+            return jax.jvp(
+                lambda params, x: value(params, state, x, key),
+                (params, x),
+                (jax.tree.map(jnp.ones_like, params), jnp.float32(1.0)),
+                has_aux=True,
+            )
+        of_both = lambda params, x: value(params, state, x, key)
+        if action.what in ("vjp", "vjp jitted"):
+            run = lambda params, x: jax.vjp(of_both, params, x, has_aux=True)
+            if action.what == "vjp jitted":
+                run = jax.jit(run)
+            y, back, state = run(params, x)
+
+            def pull(ct):
+                dp, dx = back(ct)
+                return flat(dp, "param"), dx
+
+            self.kept.append(pull)
+            return y, state
+        if action.what == "linearize":
+            y, along, state = jax.linearize(of_both, params, x, has_aux=True)
+            ones = jax.tree.map(jnp.ones_like, params)
+            self.kept.append(lambda t: along(ones, t))
+            return y, state
+        raise AssertionError(action.what)
+
+    def once(self, action: Action, make: Callable[[], Any]) -> Any:
+        """One jitted function for all such actions."""
+        key = (action.what, action.number)
+        if key not in self.functions:
+            self.functions[key] = make()
+        return self.functions[key]
+
+
+# -- By hand ---------------------------------------------------------------------------------
+
+
+class ByHand:
+    def __init__(self, program: Program):
+        self.program = program
+        self.s: dict[str, Any] = {f"slot {name}": np.float32(v) for name, v in SLOTS.items()}
+        self.kept: list[Any] = []
+        self.opened = 0
+        self.reopen()
+
+    def reopen(self) -> None:
+        self.s |= streams_by_hand(stream_keys(self.opened))
+        self.opened += 1
+
+    def state(self) -> dict[str, Any]:
+        return {name: value for name, value in self.s.items() if not name.startswith("key")}
+
+    def do(self, action: Action) -> Any:
+        if action.what == "reopen":
+            return self.reopen()
+        if action.what in ("rebuild", "clear"):
+            return None
+        before = self.s
+        if THREAD in action.under:
+            self.s = self.s | streams_by_hand(stream_keys(10))
+        result = self.call(action)
+        if THREAD in action.under:
+            own = {name: before[name] for name in before if not name.startswith("slot")}
+            self.s = self.s | own
+        return result
+
+    def call(self, action: Action) -> Any:
+        x = jnp.float32(action.x)
+        number = action.number
+        if action.what == "kept":
+            return self.kept[number % len(self.kept)](x) if self.kept else None
+        at = self.program.place(number)
+        body = at.bodies[number]
+        if action.what in ("call", "call jitted"):
+            y, self.s = run_by_hand(body, at, x, self.s)
+            return y
+        entries = given(self.program.entries(number), action.values)
+        if action.what in ("init", "init jitted"):
+            return {name: initial(name) for name in entries if name.startswith("param")}
+        params = {e: jnp.float32(v) for e, v in entries.items() if e.startswith("param")}
+        state = {e: jnp.float32(v) for e, v in entries.items() if e.startswith("variable")}
+        own = streams_by_hand({"default": jax.random.key(OWN_KEY)}) if action.own_key else {}
+
+        def apply(params, state, x, s):
+            """``s`` is what is outside; ``own`` and the variables are the call's."""
+            y, after = run_by_hand(body, at, x, s | own | params | state)
+            outside = {name: after[name] if name not in own else s[name] for name in s}
+            return y, {e: after[e] for e in state}, outside
+
+        def value(params, x):
+            y, after, outside = apply(params, state, x, self.s)
+            return y, (after, outside)
+
+        if action.what in ("apply", "jit"):
+            y, state, self.s = apply(params, state, x, self.s)
+            return y, state
+        if action.what in ("grad", "grad jitted"):
+            run = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+            (y, (state, self.s)), (dp, dx) = run(params, x)
+            return y, state, dp, dx
+        if action.what == "vmap":
+            xs = [x + jnp.float32(0.2 * i) for i in range(LANES)]
+            touched = set().union(*(statement.uses(at) for statement in body)) - set(own)
+
+            def lane(x, s):
+                y, state_, s = apply(params, state, x, s)
+                return (y, state_), s
+
+            lanes, self.s = lanes_by_hand(lane, touched, xs, self.s)
+            return jax.tree.map(lambda *values: jnp.stack(values), *lanes)
+        if action.what == "scan":
+            ys = []
+            for t in (0.0, 0.1):
+                x, state, self.s = apply(params, state, x + jnp.float32(t), self.s)
+                ys.append(x)
+            return x, jnp.stack(ys), state
+        if action.what == "jvp":
+            y, t, (state, self.s) = jax.jvp(
+                value, (params, x), ({e: jnp.ones_like(v) for e, v in params.items()}, 1.0), True
+            )
+            return y, t, state
+        if action.what in ("vjp", "vjp jitted"):
+            y, back, (state, self.s) = jax.vjp(value, params, x, has_aux=True)
+            self.kept.append(back)
+            return y, state
+        if action.what == "linearize":
+            y, along, (state, self.s) = jax.linearize(value, params, x, has_aux=True)
+            ones = {e: jnp.ones_like(v) for e, v in params.items()}
+            self.kept.append(lambda t: along(ones, t))
+            return y, state
+        raise AssertionError(action.what)
+
+
+def streams_by_hand(keys: dict[str, Any]) -> dict[str, Any]:
+    return {f"key {n}": k for n, k in keys.items()} | {f"count {n}": 0 for n in keys}
+
+
+# -- The strategy ----------------------------------------------------------------------------
+
+_hows = st.sampled_from(["set", "add", "scale"])
+_leaves = [
+    st.builds(Arithmetic, st.sampled_from([0.5, 1.3])),
+    st.builds(Draw, st.sampled_from(STREAMS)),
+    st.builds(Parameter, st.sampled_from(["w", "u"])),
+    st.builds(OnlyParameter, st.sampled_from(["w", "u"])),
+    st.builds(Read, st.sampled_from(["a", "b"])),
+    st.builds(Write, st.sampled_from(["a", "b"]), _hows),
+    st.builds(ReadVariable, st.sampled_from(["v", "r"])),
+    st.builds(WriteVariable, st.sampled_from(["v", "r"]), _hows),
+]
+
+
+def unmade(facts: set[str]) -> bool:
+    """Whether one of the known faults would show."""
+    return any(fault <= facts for fault in KNOWN_FAULTS.values())
+
+
+@st.composite
+def _statements(draw: Any, facts: list[set[str]], scoped: bool = False) -> Any:
+    kind = draw(st.integers(0, 9)) if facts else 0
+    if kind >= 4:
+        number = draw(st.integers(0, len(facts) - 1))
+        ways = [
+            name
+            for name, way in WAYS.items()
+            if not refused(way.not_with, facts[number]) and not unmade(facts[number] | {name})
+        ]
+        return Use(number, draw(st.sampled_from(ways)))
+    if kind == 3 and not scoped:
+        return Scope((draw(_statements(facts, True)),), draw(st.sampled_from(["s", "t"])))
+    return draw(st.one_of(_leaves))
+
+
+NEEDS = {
+    "apply": frozenset(),
+    "jit": frozenset(),
+    "init": frozenset(),
+    "init jitted": frozenset(),
+    "scan": frozenset(),
+    "grad": REVERSE,
+    "grad jitted": REVERSE,
+    "vjp": REVERSE,
+    "vjp jitted": REVERSE,
+    "jvp": FORWARD,
+    "linearize": REVERSE | FORWARD,
+    "vmap": IN_LANES,
+    "call": frozenset({"params", "variables"}),
+    "call jitted": frozenset({"params", "variables"}),
+    "kept": frozenset(),
+    "reopen": frozenset(),
+    "rebuild": frozenset(),
+    "clear": frozenset(),
+}
+
+
+@st.composite
+def sequences(draw: Any, length: int = 10) -> Sequence:
+    definitions: list[Definition] = []
+    facts: list[set[str]] = []
+    for i in range(number := draw(st.integers(2, 5))):
+        body = tuple(draw(_statements(facts)) for _ in range(draw(st.integers(1, 3))))
+        definitions.append(Definition(i == number - 1 or draw(st.booleans()), body))
+        facts = Program(tuple(definitions)).facts
+    contexts = st.lists(st.sampled_from([*CONTEXTS, THREAD]), max_size=2, unique=True).map(tuple)
+    choices = [
+        (what, i)
+        for what, needs in NEEDS.items()
+        for i, d in enumerate(definitions)
+        if not refused(needs, facts[i]) and (d.is_module or what.startswith("call"))
+    ]
+    actions = [
+        Action(
+            *draw(st.sampled_from(choices)),
+            draw(st.sampled_from([0.6, -0.4, 0.2])),
+            draw(st.integers(0, 3)),
+            draw(st.booleans()),
+            draw(contexts) if draw(st.booleans()) else (),
+        )
+        for _ in range(draw(st.integers(3, length)))
+    ]
+    return Sequence(Program(tuple(definitions)), tuple(actions))
