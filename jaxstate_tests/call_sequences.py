@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 import jaxstate
 from jaxstate.extend import new_slot, read, write
@@ -50,10 +51,15 @@ STREAMS = (*SPLIT_STREAMS, "shared")
 INITIAL = {"v": 0.4, "r": -0.2}
 SLOTS = {"a": 0.2, "b": -0.3}
 
-# What the package gets wrong today, and is not made: a way to use a function (see `WAYS`), and what
-# the function does (see `facts_of`).
-KNOWN_FAULTS: dict[str, tuple[str, frozenset[str]]] = {
-    "a parameter that equal branches hand on": ("same branches", frozenset({"forwards"})),
+# What the package gets wrong today, and is not made: given the way in which a function is used, and
+# what the function does (see `facts_of`).
+STATE = {"draws", "params", "variables", "slots"}
+KNOWN_FAULTS: dict[str, Callable[[str, set[str]], bool]] = {
+    "a parameter that equal branches hand on": lambda way, facts: (
+        way == "same branches" and "forwards" in facts
+    ),
+    "a module made in a module that is called twice": lambda way, facts: "fresh" in facts,
+    "optimize_remat": lambda way, facts: way == "optimize_remat" and bool(facts & STATE),
 }
 
 
@@ -79,6 +85,24 @@ class Draw(Statement):
         return x + 0.5 * u, {**s, f"count {self.stream}": count + 1}
 
 
+def scaled(scale: float) -> Callable[..., Any]:
+    """An initializer that is made anew, and says that it is the one of JAX."""
+
+    @functools.wraps(normal)
+    def initialize(key, shape, dtype):
+        return scale * normal(key, shape, dtype)
+
+    return initialize
+
+
+SCALES = {"w": 1.0, "u": 1.0, "tenfold": 10.0, "half": 0.5}
+
+
+def parameter(name: str) -> Any:
+    initialize = normal if SCALES[name] == 1.0 else scaled(SCALES[name])
+    return jnp.asarray(jaxstate.param(name, initialize, (), jnp.float32), jnp.float32)
+
+
 @dataclass(frozen=True)
 class Parameter(Statement):
     name: str
@@ -90,11 +114,10 @@ class Parameter(Statement):
         return {"params"}
 
     def stateful(self, x, world):
-        w = jaxstate.param(self.name, normal, (), jnp.float32)
-        return jnp.cos(x * w.astype(jnp.float32))
+        return jnp.cos(x * parameter(self.name))
 
     def by_hand(self, x, s, at):
-        return jnp.cos(x * jnp.asarray(s[f"param {at.path}{self.name}"], jnp.float32)), s
+        return jnp.cos(x * s[f"param {at.path}{self.name}"]), s
 
 
 @dataclass(frozen=True)
@@ -105,10 +128,26 @@ class OnlyParameter(Parameter):
         return {"params", "forwards"}
 
     def stateful(self, x, world):
-        return jaxstate.param(self.name, normal, (), jnp.float32)
+        return parameter(self.name)
 
     def by_hand(self, x, s, at):
         return s[f"param {at.path}{self.name}"], s
+
+
+@dataclass(frozen=True)
+class LaneRule(Statement):
+    """A function without state that has a rule of its own for lanes."""
+
+    def facts(self, facts):
+        return {"while", "lane rule"}  # reverse mode does not exist in JAX
+
+    def stateful(self, x, world):
+        f = custom_vmap(lambda x: jnp.sin(x))
+        f.def_vmap(lambda size, batched, x: (jnp.sin(x), batched[0]))
+        return f(x)
+
+    def by_hand(self, x, s, at):
+        return jnp.sin(x), s
 
 
 @dataclass(frozen=True)
@@ -140,6 +179,9 @@ class ReadVariable(Variable):
 class WriteVariable(Variable):
     how: str
 
+    def writes(self, at):
+        return {f"write {name}" for name in self.uses(at)}
+
     def facts(self, facts):
         lanes = {"writes shared"} if self.name != "r" and self.how != "scale" else set()
         diverging = {"writes v"} if self.name != "r" else set()
@@ -165,8 +207,7 @@ class Use(Statement):
     def uses(self, at):
         body = at.bodies[self.number]
         inside = at.module(self.number) if self.number in at.homes else at
-        touched = set().union(*(statement.uses(inside) for statement in body))
-        return touched
+        return set().union(*(statement.uses(inside) for statement in body))
 
     def facts(self, facts):
         return facts[self.number] | {self.way} | WAYS[self.way].makes
@@ -177,21 +218,51 @@ class Use(Statement):
     def by_hand(self, x, s, at):
         body = at.bodies[self.number]
         inside = at.module(self.number) if self.number in at.homes else at
-        touched = self.uses(at)
+        touched = self.uses(at) | written(body, inside)
         return WAYS[self.way].by_hand(lambda x, s: run_by_hand(body, inside, x, s), touched, x, s)
+
+    def writes(self, at):
+        inside = at.module(self.number) if self.number in at.homes else at
+        return written(at.bodies[self.number], inside)
 
 
 @dataclass(frozen=True)
 class Fresh(Statement):
-    """A module that is made where it is called."""
+    """The k-th module that is made in a call of a definition, and a parameter of it."""
 
-    body: Body
+    k: int
+    name: str
 
-    def inside(self):
-        return (self.body,)
+    def _inside(self, at):
+        return at.inside(f"fresh_{self.k}" if self.k else "fresh"), Parameter(self.name)
+
+    def uses(self, at):
+        inside, statement = self._inside(at)
+        return statement.uses(inside)
 
     def facts(self, facts):
-        return {"fresh"}.union(*(facts_of(s, facts) for s in self.body))
+        return {"fresh", "params"}
+
+    def stateful(self, x, world):
+        run = lambda x: Parameter(self.name).stateful(x, world)
+        return jaxstate.parametrized(run, name="fresh")(x)
+
+    def by_hand(self, x, s, at):
+        inside, statement = self._inside(at)
+        return statement.by_hand(x, s, inside)
+
+
+def written(body: Body, at: Place) -> set[str]:
+    """What may be written, as far as it has derivatives, each after the word "write"."""
+    found: set[str] = set()
+    for statement in body:
+        if isinstance(statement, Scope):
+            found |= written(statement.body, at.inside(statement.name))
+        elif isinstance(statement, Write):
+            found |= {f"write {name}" for name in statement.uses(at)}
+        elif hasattr(statement, "writes"):
+            found |= statement.writes(at)
+    return found
 
 
 def facts_of(statement: Statement, facts: list[set[str]]) -> set[str]:
@@ -199,7 +270,7 @@ def facts_of(statement: Statement, facts: list[set[str]]) -> set[str]:
     if isinstance(statement, Write):
         return {"writes", "writes shared", "writes v", "slots"}
     if isinstance(statement, Read):
-        return {"slots"}
+        return {"slots", "reads"}
     if isinstance(statement, Scope):
         return set().union(*(facts_of(s, facts) for s in statement.body))
     return statement.facts(facts) if hasattr(statement, "facts") else set()
@@ -344,6 +415,12 @@ def custom_vjp(f):
     return g
 
 
+def optimize_remat(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: (g(x), None), lambda _, ct: (3.0 * ct,), optimize_remat=True)
+    return g
+
+
 def custom_by_hand(f, touched, x, s):
     """The value without its derivative, and 3 x without its value."""
     y, after = f(x, s)
@@ -353,8 +430,8 @@ def custom_by_hand(f, touched, x, s):
 
 def without_derivatives(s, touched):
     """The state, after what was written to it counts as constant."""
-    floats = [name for name in touched if name.split(" ")[0] not in ("key", "count", "param")]
-    return {**s, **{name: jax.tree.map(lax.stop_gradient, s[name]) for name in floats}}
+    names = [name.removeprefix("write ") for name in touched if name.startswith("write ")]
+    return {**s, **{name: jax.tree.map(lax.stop_gradient, s[name]) for name in names}}
 
 
 def closure_convert(f):
@@ -420,7 +497,8 @@ WAYS = {
     "jvp": Way(jvp, jvp_by_hand, FORWARD),
     "linearize": Way(linearize, grad_by_hand, REVERSE | FORWARD),
     "custom_jvp": Way(custom_jvp, custom_by_hand),
-    "custom_vjp": Way(custom_vjp, custom_by_hand),
+    "custom_vjp": Way(custom_vjp, custom_by_hand, makes=FORWARD),
+    "optimize_remat": Way(optimize_remat, custom_by_hand, makes=FORWARD),
     "vmap": Way(vmap, vmap_by_hand, IN_LANES),
 }
 
@@ -442,7 +520,10 @@ class Definition:
 
 @dataclass(frozen=True)
 class Program:
+    """With ``same_names`` modules are told apart by the order in which they are called first."""
+
     definitions: tuple[Definition, ...]
+    same_names: bool = False
 
     @functools.cached_property
     def facts(self) -> list[set[str]]:
@@ -466,11 +547,19 @@ class Program:
                 if self.definitions[statement.number].is_module:
                     if statement.number in at.homes:
                         continue
-                    at.homes[statement.number] = f"{at.path}m{statement.number}/"
+                    at.homes[statement.number] = self._home(statement.number, at)
                     inside = at.module(statement.number)
                 self._find_homes(at.bodies[statement.number], inside)
             elif isinstance(statement, Scope):
                 self._find_homes(statement.body, at.inside(statement.name))
+
+    def _home(self, number: int, at: Place) -> str:
+        name = self.name(number)
+        taken = [f"{at.path}{name}_{k}/" if k else f"{at.path}{name}/" for k in range(9)]
+        return next(home for home in taken if home not in at.homes.values())
+
+    def name(self, number: int) -> str:
+        return "m" if self.same_names else f"m{number}"
 
     def entries(self, root: int) -> list[str]:
         at = self.place(root)
@@ -502,7 +591,7 @@ def initial_parameter(path: str) -> Any:
     digest, key = hashlib.sha256(path.encode()).digest(), jax.random.key(11)
     for i in (0, 4):
         key = jax.random.fold_in(key, np.uint32(int.from_bytes(digest[i : i + 4], "little")))
-    return np.asarray(normal(key, (), jnp.float32))
+    return np.float32(SCALES[path.split("/")[-1]]) * np.asarray(normal(key, (), jnp.float32))
 
 
 def initial(entry: str) -> Any:
@@ -511,9 +600,22 @@ def initial(entry: str) -> Any:
 
 
 def given(entries: list[str], values: int) -> dict[str, Any]:
-    """The values that a call is given, in several kinds of arrays."""
-    made = {entry: np.float32(initial(entry) * (1 + 0.25 * values)) for entry in entries}
-    return {e: jnp.asarray(v) for e, v in made.items()} if values % 2 else made
+    """The values that a call is given: multiples of 1/8, which each type of parameters has."""
+    made = {e: np.float32(np.round(initial(e) * (8 + values)) / 8) for e in entries}
+    kinds = [(np.float32,), (jnp.float32,), (float, np.float32), (jnp.bfloat16, np.float32)]
+    kinds = kinds[values % len(kinds)]
+    return {
+        e: kinds[i % len(kinds)](v) if e.startswith("param") else v
+        for i, (e, v) in enumerate(made.items())
+    }
+
+
+def types_of(action: Action) -> int:
+    """How many kinds of arrays it takes: derivatives have the precision of what they belong to."""
+    return 3 if action.what in DERIVATIVES else 4
+
+
+DERIVATIVES = ("grad", "grad jitted", "jvp", "vjp", "vjp jitted", "linearize")
 
 
 def nested(entries: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -538,6 +640,16 @@ def mesh(kind: str) -> Any:
     return jax.set_mesh(jax.make_mesh((1,), ("d",), axis_types=types))
 
 
+@contextlib.contextmanager
+def flag(name: str) -> Iterator[None]:
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 CONTEXTS = {
     "x64": lambda: jax.enable_x64(True),
     "disable_jit": jax.disable_jit,
@@ -546,6 +658,9 @@ CONTEXTS = {
     "mesh": lambda: mesh("Auto"),
     "explicit mesh": lambda: mesh("Explicit"),
 }
+for _flag in ("jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3", "jax_scan3"):
+    if hasattr(jax.config, _flag):
+        CONTEXTS[_flag] = functools.partial(flag, _flag)
 THREAD = "thread"
 
 
@@ -611,7 +726,7 @@ class World:
         def run(x):
             return run_stateful(definition.body, self, x)
 
-        return jaxstate.parametrized(run, name=f"m{i}") if definition.is_module else run
+        return jaxstate.parametrized(run, name=self.program.name(i)) if definition.is_module else run
 
     def function(self, number: int, way: str) -> Any:
         if (number, way) not in self.functions:
@@ -674,7 +789,7 @@ class World:
             return flat(net.init(jax.random.key(11), x), "param")
         if action.what == "init jitted":
             return flat(self.once(action, lambda: jax.jit(net.init))(jax.random.key(11), x), "param")
-        entries = given(self.program.entries(action.number), action.values)
+        entries = given(self.program.entries(action.number), action.values % types_of(action))
         params, state = nested(entries, "param"), nested(entries, "variable")
         key = jax.random.key(OWN_KEY) if action.own_key else None
 
@@ -789,7 +904,7 @@ class ByHand:
         if action.what in ("call", "call jitted"):
             y, self.s = run_by_hand(body, at, x, self.s)
             return y
-        entries = given(self.program.entries(number), action.values)
+        entries = given(self.program.entries(number), action.values % types_of(action))
         if action.what in ("init", "init jitted"):
             return {name: initial(name) for name in entries if name.startswith("param")}
         params = {e: jnp.float32(v) for e, v in entries.items() if e.startswith("param")}
@@ -856,8 +971,9 @@ _hows = st.sampled_from(["set", "add", "scale"])
 _leaves = [
     st.builds(Arithmetic, st.sampled_from([0.5, 1.3])),
     st.builds(Draw, st.sampled_from(STREAMS)),
-    st.builds(Parameter, st.sampled_from(["w", "u"])),
+    st.builds(Parameter, st.sampled_from(sorted(SCALES))),
     st.builds(OnlyParameter, st.sampled_from(["w", "u"])),
+    st.builds(LaneRule),
     st.builds(Read, st.sampled_from(["a", "b"])),
     st.builds(Write, st.sampled_from(["a", "b"]), _hows),
     st.builds(ReadVariable, st.sampled_from(["v", "r"])),
@@ -867,25 +983,26 @@ _leaves = [
 
 def is_known(way: str, facts: set[str]) -> bool:
     """Whether one of the known faults would show."""
-    return any(way == w and fault <= facts for w, fault in KNOWN_FAULTS.values())
+    return any(shows(way, facts) for shows in KNOWN_FAULTS.values())
 
 
 @st.composite
 def _statements(draw: Any, facts: list[set[str]], scoped: bool = False) -> Any:
-    kind = draw(st.integers(0, 9)) if facts else 0
-    if kind >= 4:
-        number = draw(st.integers(0, len(facts) - 1))
-        ways = [
-            name
-            for name, way in WAYS.items()
-            if not refused(way.not_with, facts[number]) and not is_known(name, facts[number])
-        ]
-        return Use(number, draw(st.sampled_from(ways)))
+    kind = draw(st.integers(0, 9))
+    uses = [
+        Use(number, name)
+        for number, inside in enumerate(facts)
+        for name, way in WAYS.items()
+        if not refused(way.not_with, inside) and not is_known(name, inside)
+    ]
+    if kind >= 4 and uses:
+        return draw(st.sampled_from(uses))
     if kind == 3 and not scoped:
         return Scope((draw(_statements(facts, True)),), draw(st.sampled_from(["s", "t"])))
     return draw(st.one_of(_leaves))
 
 
+KEPT = ("vjp", "vjp jitted", "linearize", "kept")
 NEEDS = {
     "apply": frozenset(),
     "jit": frozenset(),
@@ -909,31 +1026,52 @@ NEEDS = {
 
 
 @st.composite
+def _modules(draw: Any, facts: list[set[str]], same_names: bool) -> Definition:
+    """With a parameter first where names are given by order, since a module is named by its first
+    use."""
+    body = [draw(_statements(facts)) for _ in range(draw(st.integers(1, 3)))]
+    names = st.sampled_from(["w", "tenfold"])
+    body += [Fresh(k, draw(names)) for k in range(draw(st.integers(-3, 2)))]
+    return Definition(True, ((Parameter("w"),) if same_names else ()) + tuple(body))
+
+
+@st.composite
 def sequences(draw: Any, length: int = 10) -> Sequence:
     definitions: list[Definition] = []
     facts: list[set[str]] = []
+    same_names = draw(st.booleans())
     for i in range(number := draw(st.integers(2, 5))):
-        body = tuple(draw(_statements(facts)) for _ in range(draw(st.integers(1, 3))))
-        definitions.append(Definition(i == number - 1 or draw(st.booleans()), body))
+        if i == number - 1 or draw(st.booleans()):
+            definitions.append(draw(_modules(facts, same_names)))
+        else:
+            body = [draw(_statements(facts)) for _ in range(draw(st.integers(1, 3)))]
+            definitions.append(Definition(False, tuple(body)))
         facts = Program(tuple(definitions)).facts
-    # JAX itself refuses an array of one kind of mesh in the other one.
-    refused_mesh = draw(st.sampled_from(["mesh", "explicit mesh"]))
-    names = [name for name in (*CONTEXTS, THREAD) if name != refused_mesh]
-    contexts = st.lists(st.sampled_from(names), max_size=2, unique=True).map(tuple)
     choices = [
         (what, i)
         for what, needs in NEEDS.items()
         for i, d in enumerate(definitions)
         if not refused(needs, facts[i]) and (d.is_module or what.startswith("call"))
     ]
-    actions = [
-        Action(
-            *draw(st.sampled_from(choices)),
-            draw(st.sampled_from([0.6, -0.4, 0.2])),
-            draw(st.integers(0, 3)),
-            draw(st.booleans()),
-            draw(contexts) if draw(st.booleans()) else (),
+    meshes = [draw(st.sampled_from(["mesh", "explicit mesh"]))]
+    names = [name for name in (*CONTEXTS, THREAD) if "mesh" not in name]
+    actions = []
+    for _ in range(draw(st.integers(3, length))):
+        what, i = draw(st.sampled_from(choices))
+        # Python calls one branch of two without jit, which gives other names. JAX refuses an array
+        # that was made under one kind of mesh in the other, and often outside of an explicit one.
+        mine = [name for name in names if name != "disable_jit" or not same_names]
+        if meshes == ["mesh"] or not ("slots" in facts[i] or what in KEPT):
+            mine += meshes
+        contexts = st.lists(st.sampled_from(mine), max_size=2, unique=True).map(tuple)
+        actions.append(
+            Action(
+                what,
+                i,
+                draw(st.sampled_from([0.6, -0.4, 0.2])),
+                draw(st.integers(0, 3)),
+                draw(st.booleans()),
+                draw(contexts) if draw(st.booleans()) else (),
+            )
         )
-        for _ in range(draw(st.integers(3, length)))
-    ]
-    return Sequence(Program(tuple(definitions)), tuple(actions))
+    return Sequence(Program(tuple(definitions), same_names), tuple(actions))

@@ -56,6 +56,9 @@ class WriteArray(Statement):
     def uses(self, at):
         return {"array"}
 
+    def writes(self, at):
+        return {"write array"}
+
     def facts(self, facts):
         return {"array", "writes", "writes shared", "writes v"}
 
@@ -95,6 +98,9 @@ class Assign(Statement):
     def uses(self, at):
         return {"object"}
 
+    def writes(self, at):
+        return {"write object"}
+
     def facts(self, facts):
         return {"object", "writes", "writes shared", "writes v"}
 
@@ -113,6 +119,9 @@ class Sow(Statement):
 
     def uses(self, at):
         return {"sown"}
+
+    def writes(self, at):
+        return {"write sown"}
 
     def facts(self, facts):
         return {"sown"}
@@ -480,6 +489,7 @@ KNOWN_FAULTS: dict[str, set[str]] = {
     "a parameter that is made in an in-place function": {"init", "params", "inplace"},
     "a variable that is made in an in-place function": {"init", "variables", "inplace"},
     "an object in an in-place function": {"object", "inplace"},
+    "an array among constants that are handed on as operands": {"hoists", "array"},
 }
 
 
@@ -513,10 +523,15 @@ class Library(Statement):
     def inside(self):
         return (self.body,)
 
+    def writes(self, at):
+        return cs.written(self.body, at)
+
     def facts(self, facts):
         found = set().union(*(cs.facts_of(s, facts) for s in self.body))
         for layer in self.layers:
             found |= RUNS[layer.run].makes | {layer.run, layer.convert}
+            if layer.convert in ("hoisted", "interpreter", "closure_convert") and not layer.closed:
+                found |= {"hoists"}
         return found
 
     def stateful(self, x, tools):
@@ -528,7 +543,7 @@ class Library(Statement):
     def by_hand(self, x, s, at):
         f = lambda x, s: run_by_hand(self.body, at, x, s)
         for layer in self.layers:
-            f = layer.by_hand(f, self.uses(at))
+            f = layer.by_hand(f, self.uses(at) | self.writes(at))
         return f(x, s)
 
 
