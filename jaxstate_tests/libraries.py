@@ -485,6 +485,7 @@ RUNS = {
 # What the package gets wrong today, and is not run: the facts of such programs, and what is asked.
 KNOWN_FAULTS: dict[str, set[str]] = {
     "a parameter that equal branches hand on": {"switch", "forwards"},
+    "a parameter that an interpreter hands on": {"interpreter", "forwards"},
     "optimize_remat": {"custom_vjp, optimize_remat"},
     "a parameter that is made in an in-place function": {"init", "params", "inplace"},
     "a variable that is made in an in-place function": {"init", "variables", "inplace"},

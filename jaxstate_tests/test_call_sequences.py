@@ -39,9 +39,13 @@ def assert_same(found, wanted, action):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=str(action))
 
 
+CHUNKS = 5
+
+
 @pytest.mark.leaks_allowed("the leak checker empties the caches that are tested")
-def test_call_sequences():
-    drawn(0, 100, cs.sequences())(check)
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_call_sequences(chunk):
+    drawn(chunk, 100 // CHUNKS, cs.sequences(length=5))(check)
 
 
 @pytest.mark.slow
