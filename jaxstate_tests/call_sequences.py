@@ -31,7 +31,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 import jaxstate
-from jaxstate.extend import new_slot, read, write
+from jaxstate.extend import new_slot, read
 from jaxstate_tests.random_programs import (
     Arithmetic,
     Body,
@@ -55,13 +55,8 @@ SLOTS = {"a": 0.2, "b": -0.3}
 # what the function does (see `facts_of`).
 # The contexts in which state is refused or lost today.
 KNOWN_CONTEXTS = ("jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3", "jax_scan3")
-STATE = {"draws", "params", "variables", "slots"}
 KNOWN_FAULTS: dict[str, Callable[[str, set[str]], bool]] = {
-    "a parameter that equal branches hand on": lambda way, facts: (
-        way == "same branches" and "forwards" in facts
-    ),
     "a module made in a module that is called twice": lambda way, facts: "fresh" in facts,
-    "optimize_remat": lambda way, facts: way == "optimize_remat" and bool(facts & STATE),
 }
 
 
@@ -88,7 +83,7 @@ class Draw(Statement):
 
 
 def scaled(scale: float) -> Callable[..., Any]:
-    """An initializer that is made anew, and says that it is the one of JAX."""
+    """An initializer that is made anew, and says that it is one of JAX's."""
 
     @functools.wraps(normal)
     def initialize(key, shape, dtype):
@@ -246,7 +241,9 @@ class Fresh(Statement):
         return {"fresh", "params"}
 
     def stateful(self, x, world):
-        run = lambda x: Parameter(self.name).stateful(x, world)
+        def run(x):
+            return Parameter(self.name).stateful(x, world)
+
         return jaxstate.parametrized(run, name="fresh")(x)
 
     def by_hand(self, x, s, at):
@@ -317,7 +314,9 @@ def scan_by_hand(f, touched, x, s):
 
 
 def fori(f):
-    step = lambda i, x: f(x)
+    def step(i, x):
+        return f(x)
+
     return lambda x: lax.fori_loop(0, 2, step, x)
 
 
@@ -326,8 +325,12 @@ def fori_by_hand(f, touched, x, s):
 
 
 def while_loop(f):
-    go_on = lambda c: c[0] < 2.5
-    turn = lambda c: (c[0] + 1.0, f(c[1]))
+    def go_on(c):
+        return c[0] < 2.5
+
+    def turn(c):
+        return (c[0] + 1.0, f(c[1]))
+
     return lambda x: lax.while_loop(go_on, turn, (jnp.clip(x, 0.0, 2.0), x))[1]
 
 
@@ -340,7 +343,9 @@ def while_by_hand(f, touched, x, s):
 
 
 def cond(f):
-    other = lambda x: 0.5 * x
+    def other(x):
+        return 0.5 * x
+
     return lambda x: lax.cond(x > 0.3, f, other, x)
 
 
@@ -353,7 +358,9 @@ def same_branches(f):
 
 
 def switch(f):
-    other = lambda x: 0.5 * x
+    def other(x):
+        return 0.5 * x
+
     return lambda x: lax.switch(jnp.int32(jnp.floor(3 * x)), [f, other, f], x)
 
 
@@ -563,10 +570,13 @@ class Program:
     def name(self, number: int) -> str:
         return "m" if self.same_names else f"m{number}"
 
-    def entries(self, root: int) -> list[str]:
+    def uses(self, root: int) -> set[str]:
         at = self.place(root)
-        uses = set().union(*(statement.uses(at) for statement in at.bodies[root]))
-        return sorted(name for name in uses if name.split(" ")[0] in ("param", "variable"))
+        return set().union(*(statement.uses(at) for statement in at.bodies[root]))
+
+    def entries(self, root: int) -> list[str]:
+        kinds = ("param", "variable")
+        return sorted(name for name in self.uses(root) if name.split(" ")[0] in kinds)
 
 
 @dataclass(frozen=True)
@@ -601,23 +611,21 @@ def initial(entry: str) -> Any:
     return initial_parameter(path) if kind == "param" else np.float32(INITIAL[path[-1]])
 
 
+KINDS = ((np.float32,), (jnp.float32,), (float, np.float32), (jnp.bfloat16, np.float32))
+
+
 def given(entries: list[str], values: int) -> dict[str, Any]:
     """The values that a call is given: multiples of 1/8, which each type of parameters has."""
     made = {e: np.float32(np.round(initial(e) * (8 + values)) / 8) for e in entries}
-    kinds = [(np.float32,), (jnp.float32,), (float, np.float32), (jnp.bfloat16, np.float32)]
-    kinds = kinds[values % len(kinds)]
+    kinds = KINDS[values % len(KINDS)]
     return {
         e: kinds[i % len(kinds)](v) if e.startswith("param") else v
         for i, (e, v) in enumerate(made.items())
     }
 
 
-def types_of(action: Action) -> int:
-    """How many kinds of arrays it takes: derivatives have the precision of what they belong to."""
-    return 3 if action.what in DERIVATIVES else 4
-
-
-DERIVATIVES = ("grad", "grad jitted", "jvp", "vjp", "vjp jitted", "linearize")
+# What has derivatives takes no bfloat16: they have the precision of what they belong to.
+DERIVATIVES = ("grad", "grad jitted", "jvp", "vjp", "linearize")
 
 
 def nested(entries: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -701,44 +709,131 @@ def open_streams(keys: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 OWN_KEY = 77
+OTHER_THREAD = 10
+
+
+def own_streams() -> Any:
+    return open_streams(stream_keys(OTHER_THREAD))
+
+
+# -- What both sides do ----------------------------------------------------------------------
+
+
+class Side:
+    """Performs actions. What differs between the two sides is in `World` and `ByHand`.
+
+    ``outside`` is the state that is passed by hand to all calls; with jaxstate there is none.
+    """
+
+    outside: Any = None
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.kept: list[Any] = []
+        self.opened = 0
+
+    def net(self, number: int) -> Any:
+        """A module as ``(params, x, variables, key, outside) -> (y, (variables, outside))``.
+
+        Parameters and variables are dicts by entry.
+        """
+        raise NotImplementedError
+
+    def jitted(self, action: Action, run: Any) -> Any:
+        return run
+
+    def perform(self, action: Action) -> Any:
+        what = action.what.removesuffix(" jitted")
+        if what == "kept":
+            x = jnp.float32(action.x)
+            return self.kept[action.number % len(self.kept)](x) if self.kept else None
+        return getattr(self, what)(action)
+
+    def arguments(self, action: Action) -> tuple[Any, ...]:
+        kinds = 3 if action.what in DERIVATIVES else len(KINDS)
+        entries = given(self.program.entries(action.number), action.values % kinds)
+        params = {e: v for e, v in entries.items() if e.startswith("param")}
+        state = {e: v for e, v in entries.items() if e.startswith("variable")}
+        key = jax.random.key(OWN_KEY) if action.own_key else None
+        return params, jnp.float32(action.x), state, key, self.outside
+
+    def apply(self, action: Action) -> Any:
+        run = self.jitted(action, self.net(action.number))
+        y, (state, self.outside) = run(*self.arguments(action))
+        return y, state
+
+    def grad(self, action: Action) -> Any:
+        run = jax.value_and_grad(self.net(action.number), argnums=(0, 1), has_aux=True)
+        (y, (state, self.outside)), slopes = self.jitted(action, run)(*self.arguments(action))
+        return y, state, slopes
+
+    def jvp(self, action: Action) -> Any:
+        run, primals, ones = self.in_two(action)
+        y, t, (state, self.outside) = jax.jvp(run, primals, ones, has_aux=True)
+        return y, t, state
+
+    def vjp(self, action: Action) -> Any:
+        run, primals, _ = self.in_two(action)
+        y, back, (state, self.outside) = jax.vjp(run, *primals, has_aux=True)
+        self.kept.append(back)
+        return y, state
+
+    def linearize(self, action: Action) -> Any:
+        run, primals, ones = self.in_two(action)
+        y, along, (state, self.outside) = jax.linearize(run, *primals, has_aux=True)
+        self.kept.append(lambda t: along(ones[0], t))
+        return y, state
+
+    def in_two(self, action: Action) -> Any:
+        """The module as a function of its parameters and of ``x``, these, and tangents of them."""
+        net = self.net(action.number)
+        *primals, state, key, outside = self.arguments(action)
+
+        def run(params, x):
+            return net(params, x, state, key, outside)
+
+        return run, primals, jax.tree.map(jnp.ones_like, primals)
 
 
 # -- With jaxstate ---------------------------------------------------------------------------
 
 
-class World:
+class World(Side):
     """The Python objects of a program, and the streams and slots that its calls use."""
 
     def __init__(self, program: Program):
-        self.program = program
+        super().__init__(program)
         self.slots = {name: new_slot(jnp.float32(value)) for name, value in SLOTS.items()}
-        self.kept: list[Any] = []
-        self.opened = 0
         self.stack = contextlib.ExitStack()
-        self.build()
+        self.rebuild()
         self.reopen()
 
-    def build(self) -> None:
-        self.objects = [
-            self._object(i, definition) for i, definition in enumerate(self.program.definitions)
-        ]
+    def rebuild(self, action: Action | None = None) -> None:
+        """Other Python objects for the same program; the old ones are gone."""
+        definitions = enumerate(self.program.definitions)
+        self.objects = [self._object(i, definition) for i, definition in definitions]
         self.functions: dict[Any, Any] = {}
+        gc.collect()
 
     def _object(self, i: int, definition: Definition) -> Any:
         def run(x):
             return run_stateful(definition.body, self, x)
 
-        return jaxstate.parametrized(run, name=self.program.name(i)) if definition.is_module else run
+        return (
+            jaxstate.parametrized(run, name=self.program.name(i)) if definition.is_module else run
+        )
 
     def function(self, number: int, way: str) -> Any:
+        """One object for each way to use a definition."""
         if (number, way) not in self.functions:
             self.functions[number, way] = WAYS[way].stateful(self.objects[number])
         return self.functions[number, way]
 
-    def reopen(self) -> None:
-        self.stack.close()
-        self.streams = self.stack.enter_context(open_streams(stream_keys(self.opened)))
-        self.opened += 1
+    def jitted(self, action, run):
+        """One jitted function for all such actions."""
+        if not action.what.endswith(" jitted"):
+            return run
+        return self.functions.setdefault((action.what, action.number), jax.jit(run))
 
     def close(self) -> None:
         self.stack.close()
@@ -747,220 +842,139 @@ class World:
         s = {f"slot {name}": read(slot) for name, slot in self.slots.items()}
         return s | {f"count {name}": stream.count for name, stream in self.streams.items()}
 
-    def set_state(self, s: dict[str, Any]) -> None:
-        for name, slot in self.slots.items():
-            write(slot, jnp.float32(s[f"slot {name}"]))
-
     def do(self, action: Action) -> Any:
-        if action.what == "reopen":
-            return self.reopen()
-        if action.what == "rebuild":
-            self.build()
-            gc.collect()
-            return None
-        if action.what == "clear":
-            gc.collect()
-            return jax.clear_caches()
-        with contextlib.ExitStack() as stack:
-            for name in action.under:
-                if name != THREAD:
-                    stack.enter_context(CONTEXTS[name]())
-            if THREAD not in action.under:
-                return self.call(action)
-
-        def call():
+        def perform():
             with contextlib.ExitStack() as stack:
                 for name in action.under:
-                    if name != THREAD:
-                        stack.enter_context(CONTEXTS[name]())
-                with open_streams(stream_keys(10)):
-                    return self.call(action)
+                    stack.enter_context(CONTEXTS[name]() if name != THREAD else own_streams())
+                return self.perform(action)
 
-        return in_thread(call)
+        return in_thread(perform) if THREAD in action.under else perform()
+
+    def reopen(self, action: Action | None = None) -> None:
+        self.stack.close()
+        self.streams = self.stack.enter_context(open_streams(stream_keys(self.opened)))
+        self.opened += 1
+
+    def clear(self, action: Action) -> None:
+        gc.collect()
+        jax.clear_caches()
 
     def call(self, action: Action) -> Any:
-        x = jnp.float32(action.x)
-        if action.what == "kept":
-            return self.kept[action.number % len(self.kept)](x) if self.kept else None
-        if action.what == "call":
-            return self.function(action.number, "plain")(x)
-        if action.what == "call jitted":
-            return self.function(action.number, "jit")(x)
-        net = self.objects[action.number]
-        if action.what == "init":
-            return flat(net.init(jax.random.key(11), x), "param")
-        if action.what == "init jitted":
-            return flat(self.once(action, lambda: jax.jit(net.init))(jax.random.key(11), x), "param")
-        entries = given(self.program.entries(action.number), action.values % types_of(action))
-        params, state = nested(entries, "param"), nested(entries, "variable")
-        key = jax.random.key(OWN_KEY) if action.own_key else None
+        way = "jit" if action.what.endswith(" jitted") else "plain"
+        return self.function(action.number, way)(jnp.float32(action.x))
 
-        def apply(params, state, x, key):
-            return net.apply_with_state(params, state, x, key=key)
+    def net(self, number):
+        module = self.objects[number]
 
-        def value(params, state, x, key):
-            y, state = net.apply_with_state(params, state, x, key=key)
-            return y, flat(state, "variable")
+        def run(params, x, state, key, outside):
+            trees = nested(params, "param"), nested(state, "variable")
+            y, state = module.apply_with_state(*trees, x, key=key)
+            return y, (flat(state, "variable"), None)
 
-        if action.what == "apply":
-            y, state = apply(params, state, x, key)
-            return y, flat(state, "variable")
-        if action.what == "jit":
-            y, state = self.once(action, lambda: jax.jit(apply))(params, state, x, key)
-            return y, flat(state, "variable")
-        if action.what in ("grad", "grad jitted"):
-            run = jax.value_and_grad(value, argnums=(0, 2), has_aux=True)
-            if action.what == "grad jitted":
-                run = self.once(action, lambda: jax.jit(run))
-            (y, state), (dp, dx) = run(params, state, x, key)
-            return y, state, flat(dp, "param"), dx
-        if action.what == "vmap":
-            xs = x + 0.2 * jnp.arange(LANES, dtype=jnp.float32)
-            ys, state = jax.vmap(lambda x: apply(params, state, x, key))(xs)
-            return ys, flat(state, "variable")
-        if action.what == "scan":
+        return run
 
-            def step(carry, t):
-                x, state = carry
-                y, state = apply(params, state, x + t, key)
-                return (y, state), y
+    def init(self, action: Action) -> Any:
+        run = self.jitted(action, self.objects[action.number].init)
+        return flat(run(jax.random.key(11), jnp.float32(action.x)), "param")
 
-            (y, state), ys = lax.scan(
-                step, (x, jax.tree.map(jnp.float32, state)), jnp.array([0.0, 0.1], jnp.float32)
-            )
-            return y, ys, flat(state, "variable")
-        if action.what == "jvp":
-            return jax.jvp(
-                lambda params, x: value(params, state, x, key),
-                (params, x),
-                (jax.tree.map(jnp.ones_like, params), jnp.float32(1.0)),
-                has_aux=True,
-            )
-        of_both = lambda params, x: value(params, state, x, key)
-        if action.what in ("vjp", "vjp jitted"):
-            run = lambda params, x: jax.vjp(of_both, params, x, has_aux=True)
-            if action.what == "vjp jitted":
-                run = jax.jit(run)
-            y, back, state = run(params, x)
+    def vmap(self, action: Action) -> Any:
+        params, x, state, key, _ = self.arguments(action)
+        net = self.net(action.number)
+        xs = x + 0.2 * jnp.arange(LANES, dtype=jnp.float32)
+        ys, (state, _) = jax.vmap(lambda x: net(params, x, state, key, None))(xs)
+        return ys, state
 
-            def pull(ct):
-                dp, dx = back(ct)
-                return flat(dp, "param"), dx
+    def scan(self, action: Action) -> Any:
+        params, x, state, key, _ = self.arguments(action)
+        net = self.net(action.number)
 
-            self.kept.append(pull)
-            return y, state
-        if action.what == "linearize":
-            y, along, state = jax.linearize(of_both, params, x, has_aux=True)
-            ones = jax.tree.map(jnp.ones_like, params)
-            self.kept.append(lambda t: along(ones, t))
-            return y, state
-        raise AssertionError(action.what)
+        def step(carry, t):
+            y, (state, _) = net(params, carry[0] + t, carry[1], key, None)
+            return (y, state), y
 
-    def once(self, action: Action, make: Callable[[], Any]) -> Any:
-        """One jitted function for all such actions."""
-        key = (action.what, action.number)
-        if key not in self.functions:
-            self.functions[key] = make()
-        return self.functions[key]
+        start = x, jax.tree.map(jnp.float32, state)
+        (y, state), ys = lax.scan(step, start, jnp.array([0.0, 0.1], jnp.float32))
+        return y, ys, state
 
 
 # -- By hand ---------------------------------------------------------------------------------
 
 
-class ByHand:
+class ByHand(Side):
     def __init__(self, program: Program):
-        self.program = program
-        self.s: dict[str, Any] = {f"slot {name}": np.float32(v) for name, v in SLOTS.items()}
-        self.kept: list[Any] = []
-        self.opened = 0
+        super().__init__(program)
+        self.outside = {f"slot {name}": np.float32(value) for name, value in SLOTS.items()}
         self.reopen()
 
-    def reopen(self) -> None:
-        self.s |= streams_by_hand(stream_keys(self.opened))
-        self.opened += 1
-
     def state(self) -> dict[str, Any]:
-        return {name: value for name, value in self.s.items() if not name.startswith("key")}
+        return {name: value for name, value in self.outside.items() if not name.startswith("key")}
 
     def do(self, action: Action) -> Any:
-        if action.what == "reopen":
-            return self.reopen()
-        if action.what in ("rebuild", "clear"):
-            return None
-        before = self.s
-        if THREAD in action.under:
-            self.s = self.s | streams_by_hand(stream_keys(10))
-        result = self.call(action)
-        if THREAD in action.under:
-            own = {name: before[name] for name in before if not name.startswith("slot")}
-            self.s = self.s | own
+        """A thread has streams of its own, and the slots of all."""
+        if THREAD not in action.under or action.what in ("reopen", "rebuild", "clear"):
+            return self.perform(action)
+        before = self.outside
+        self.outside = before | streams_by_hand(stream_keys(OTHER_THREAD))
+        result = self.perform(action)
+        self.outside |= {n: v for n, v in before.items() if not n.startswith("slot")}
         return result
 
+    def reopen(self, action: Action | None = None) -> None:
+        self.outside |= streams_by_hand(stream_keys(self.opened))
+        self.opened += 1
+
+    def rebuild(self, action: Action) -> None:
+        pass
+
+    clear = rebuild
+
     def call(self, action: Action) -> Any:
-        x = jnp.float32(action.x)
-        number = action.number
-        if action.what == "kept":
-            return self.kept[number % len(self.kept)](x) if self.kept else None
+        at = self.program.place(action.number)
+        body = at.bodies[action.number]
+        y, self.outside = run_by_hand(body, at, jnp.float32(action.x), self.outside)
+        return y
+
+    def net(self, number):
         at = self.program.place(number)
-        body = at.bodies[number]
-        if action.what in ("call", "call jitted"):
-            y, self.s = run_by_hand(body, at, x, self.s)
-            return y
-        entries = given(self.program.entries(number), action.values % types_of(action))
-        if action.what in ("init", "init jitted"):
-            return {name: initial(name) for name in entries if name.startswith("param")}
-        params = {e: jnp.float32(v) for e, v in entries.items() if e.startswith("param")}
-        state = {e: jnp.float32(v) for e, v in entries.items() if e.startswith("variable")}
-        own = streams_by_hand({"default": jax.random.key(OWN_KEY)}) if action.own_key else {}
 
-        def apply(params, state, x, s):
-            """``s`` is what is outside; ``own`` and the variables are the call's."""
-            y, after = run_by_hand(body, at, x, s | own | params | state)
-            outside = {name: after[name] if name not in own else s[name] for name in s}
-            return y, {e: after[e] for e in state}, outside
+        def run(params, x, state, key, outside):
+            """Streams of the call's own key, and variables, are not those outside."""
+            own = streams_by_hand({"default": key}) if key is not None else {}
+            values = {e: jnp.asarray(v, jnp.float32) for e, v in (params | state).items()}
+            y, after = run_by_hand(at.bodies[number], at, x, outside | own | values)
+            outside = {name: v if name in own else after[name] for name, v in outside.items()}
+            return y, ({e: after[e] for e in state}, outside)
 
-        def value(params, x):
-            y, after, outside = apply(params, state, x, self.s)
-            return y, (after, outside)
+        return run
 
-        if action.what in ("apply", "jit"):
-            y, state, self.s = apply(params, state, x, self.s)
-            return y, state
-        if action.what in ("grad", "grad jitted"):
-            run = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-            (y, (state, self.s)), (dp, dx) = run(params, x)
-            return y, state, dp, dx
-        if action.what == "vmap":
-            xs = [x + jnp.float32(0.2 * i) for i in range(LANES)]
-            touched = set().union(*(statement.uses(at) for statement in body)) - set(own)
+    def init(self, action: Action) -> Any:
+        entries = self.program.entries(action.number)
+        return {entry: initial(entry) for entry in entries if entry.startswith("param")}
 
-            def lane(x, s):
-                y, state_, s = apply(params, state, x, s)
-                return (y, state_), s
+    def vmap(self, action: Action) -> Any:
+        params, x, state, key, _ = self.arguments(action)
+        net = self.net(action.number)
+        touched = self.program.uses(action.number) - (
+            {"count default"} if action.own_key else set()
+        )
 
-            lanes, self.s = lanes_by_hand(lane, touched, xs, self.s)
-            return jax.tree.map(lambda *values: jnp.stack(values), *lanes)
-        if action.what == "scan":
-            ys = []
-            for t in (0.0, 0.1):
-                x, state, self.s = apply(params, state, x + jnp.float32(t), self.s)
-                ys.append(x)
-            return x, jnp.stack(ys), state
-        if action.what == "jvp":
-            y, t, (state, self.s) = jax.jvp(
-                value, (params, x), ({e: jnp.ones_like(v) for e, v in params.items()}, 1.0), True
-            )
-            return y, t, state
-        if action.what in ("vjp", "vjp jitted"):
-            y, back, (state, self.s) = jax.vjp(value, params, x, has_aux=True)
-            self.kept.append(back)
-            return y, state
-        if action.what == "linearize":
-            y, along, (state, self.s) = jax.linearize(value, params, x, has_aux=True)
-            ones = {e: jnp.ones_like(v) for e, v in params.items()}
-            self.kept.append(lambda t: along(ones, t))
-            return y, state
-        raise AssertionError(action.what)
+        def lane(x, outside):
+            y, (after, outside) = net(params, x, state, key, outside)
+            return (y, after), outside
+
+        xs = [x + jnp.float32(0.2 * i) for i in range(LANES)]
+        lanes, self.outside = lanes_by_hand(lane, touched, xs, self.outside)
+        return jax.tree.map(lambda *values: jnp.stack(values), *lanes)
+
+    def scan(self, action: Action) -> Any:
+        params, x, state, key, _ = self.arguments(action)
+        net = self.net(action.number)
+        ys = []
+        for t in (0.0, 0.1):
+            x, (state, self.outside) = net(params, x + jnp.float32(t), state, key, self.outside)
+            ys.append(x)
+        return x, jnp.stack(ys), state
 
 
 def streams_by_hand(keys: dict[str, Any]) -> dict[str, Any]:
@@ -1004,17 +1018,16 @@ def _statements(draw: Any, facts: list[set[str]], scoped: bool = False) -> Any:
     return draw(st.one_of(_leaves))
 
 
-KEPT = ("vjp", "vjp jitted", "linearize", "kept")
+KEPT = ("vjp", "linearize", "kept")
 NEEDS = {
     "apply": frozenset(),
-    "jit": frozenset(),
+    "apply jitted": frozenset(),
     "init": frozenset(),
     "init jitted": frozenset(),
     "scan": frozenset(),
     "grad": REVERSE,
     "grad jitted": REVERSE,
     "vjp": REVERSE,
-    "vjp jitted": REVERSE,
     "jvp": FORWARD,
     "linearize": REVERSE | FORWARD,
     "vmap": IN_LANES,

@@ -238,7 +238,9 @@ def scanned(step, x, *consts):
 
 
 def repeated(step, x, *consts):
-    turn = lambda _, c: (step(*c), *c[1:])
+    def turn(_, c):
+        return (step(*c), *c[1:])
+
     return lax.fori_loop(0, 2, turn, (x, *consts))[0]
 
 
@@ -384,7 +386,10 @@ def root_by_hand(f, touched, x, s):
         fy, after = f(y, after)
         y = 0.5 * x + 0.1 * fy
     y = lax.stop_gradient(y)
-    g = lambda y: y - 0.5 * x - 0.1 * f(y, s)[0]
+
+    def g(y):
+        return y - 0.5 * x - 0.1 * f(y, s)[0]
+
     gy, slope = jax.value_and_grad(g)(y)
     y = y - (gy - lax.stop_gradient(gy)) / lax.stop_gradient(slope)
     return y, cs.without_derivatives(after, touched)
@@ -395,7 +400,9 @@ def linear_solve(step, x, *consts):
         c = step(jnp.float32(0.5), *consts)
         return (2.0 + c**2) * v
 
-    solve = lambda operator, b: b / operator(jnp.ones_like(b))
+    def solve(operator, b):
+        return b / operator(jnp.ones_like(b))
+
     return lax.custom_linear_solve(operator, x, solve, symmetric=True)
 
 
@@ -484,13 +491,7 @@ RUNS = {
 
 # What the package gets wrong today, and is not run: the facts of such programs, and what is asked.
 KNOWN_FAULTS: dict[str, set[str]] = {
-    "a parameter that equal branches hand on": {"switch", "forwards"},
-    "a parameter that an interpreter hands on": {"interpreter", "forwards"},
-    "optimize_remat": {"custom_vjp, optimize_remat"},
-    "a parameter that is made in an in-place function": {"init", "params", "inplace"},
-    "a variable that is made in an in-place function": {"init", "variables", "inplace"},
-    "an object in an in-place function": {"object", "inplace"},
-    "an array among constants that are handed on as operands": {"hoists", "array"},
+    "an array that is read by an operand of a custom_vjp": {"hoists", "array", "custom_vjp"},
 }
 
 
@@ -504,7 +505,10 @@ class Layer:
         def g(x):
             h, consts = CONVERSIONS[self.convert](f, x)
             if self.closed and consts:
-                closed_over = lambda x: h(x, *consts)
+
+                def closed_over(x):
+                    return h(x, *consts)
+
                 return RUNS[self.run].stateful(closed_over, x)
             return RUNS[self.run].stateful(h, x, *consts)
 
@@ -536,13 +540,17 @@ class Library(Statement):
         return found
 
     def stateful(self, x, tools):
-        f = lambda x: run_stateful(self.body, tools, x)
+        def f(x):
+            return run_stateful(self.body, tools, x)
+
         for layer in self.layers:
             f = layer.stateful(f)
         return f(x)
 
     def by_hand(self, x, s, at):
-        f = lambda x, s: run_by_hand(self.body, at, x, s)
+        def f(x, s):
+            return run_by_hand(self.body, at, x, s)
+
         for layer in self.layers:
             f = layer.by_hand(f, self.uses(at) | self.writes(at))
         return f(x, s)
@@ -567,7 +575,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Program:
-    """``inplace``: the array is one of an in-place function, else it is made by `jaxstate.array`."""
+    """``inplace``: the array is one of an in-place function, else one of `jaxstate.array`."""
 
     body: Body
     inplace: bool
@@ -619,9 +627,8 @@ class Program:
             # An element is a view, and this a value.
             return y, {"array": [tools.array[i] + 0.0 for i in range(3)]} if "array" in uses else {}
 
-        if self.inplace:
-            run = jaxstate.inplace(run)
-        run = jaxstate.reap(jaxstate.mutate(run) if "object" in uses else beside(run))
+        run = jaxstate.mutate(run) if "object" in uses else beside(run)
+        run = jaxstate.reap(jaxstate.inplace(run) if self.inplace else run)
         ((result, tree), sown) = run({"n": INITIAL_OBJECT}, x)
         y, after = result
         return y, after | sown | ({"object": tree["n"]} if "object" in uses else {})
@@ -661,11 +668,7 @@ def _libraries(draw: Any, depth: int) -> Library:
     facts = set().union(*(cs.facts_of(s, []) for s in body))
     layers = []
     for _ in range(draw(st.integers(1, 3))):
-        runs = [
-            name
-            for name, run in RUNS.items()
-            if not cs.refused(run.not_with, facts)
-        ]
+        runs = [name for name, run in RUNS.items() if not cs.refused(run.not_with, facts)]
         run = draw(st.sampled_from(runs))
         layers.append(Layer(draw(st.sampled_from(sorted(CONVERSIONS))), run, draw(st.booleans())))
         facts |= RUNS[run].makes

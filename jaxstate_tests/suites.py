@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,7 +62,9 @@ def download(suite: Suite, folder: pathlib.Path) -> pathlib.Path:
     return source
 
 
-def run(suite: Suite, source: pathlib.Path, way: str, options: argparse.Namespace) -> dict[str, str]:
+def run(
+    suite: Suite, source: pathlib.Path, way: str, options: argparse.Namespace
+) -> dict[str, str]:
     """The outcome of each test."""
     folders = [name for name in suite.folders if (source / name).is_dir()][:1]
     results = source / f"results-{way}.json"
@@ -90,7 +93,7 @@ def run(suite: Suite, source: pathlib.Path, way: str, options: argparse.Namespac
     return json.loads(results.read_text())
 
 
-def compare(name: str, options: argparse.Namespace) -> bool:
+def compare(name: str, options: Any) -> bool:
     suite = SUITES[name]
     with tempfile.TemporaryDirectory() as folder:
         if options.sources:

@@ -46,9 +46,9 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "call" or report.outcome != "passed":
-        if outcomes.get(report.nodeid, "passed") == "passed":
-            outcomes[report.nodeid] = report.outcome
+    said = outcomes.get(report.nodeid)
+    if said in (None, "passed") and (report.when == "call" or report.outcome != "passed"):
+        outcomes[report.nodeid] = report.outcome
 
 
 def pytest_sessionfinish(session):
