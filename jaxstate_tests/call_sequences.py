@@ -55,9 +55,7 @@ SLOTS = {"a": 0.2, "b": -0.3}
 # what the function does (see `facts_of`).
 # The contexts in which state is refused or lost today.
 KNOWN_CONTEXTS = ("jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3", "jax_scan3")
-KNOWN_FAULTS: dict[str, Callable[[str, set[str]], bool]] = {
-    "a module made in a module that is called twice": lambda way, facts: "fresh" in facts,
-}
+KNOWN_FAULTS: dict[str, Callable[[str, set[str]], bool]] = {}
 
 
 # -- Statements ------------------------------------------------------------------------------

@@ -27,7 +27,11 @@ def check(program, x, mode):
         return assert_same(born, entries)
     given = {name: jnp.float32(v) for name, v in cs.given(program.entries, 1).items()}
     run, by_hand = MODES[mode](program)
-    assert_same(found(program, run, x, given), by_hand(jnp.float32(x), given))
+    result = found(mode, run, x, given)
+    if result is None:
+        assert "rule" in program.facts
+    else:
+        assert_same(result, by_hand(jnp.float32(x), given))
 
 
 MODES = {
@@ -41,15 +45,22 @@ X = st.sampled_from([np.float32(0.6), np.float32(-0.4)])
 ARGUMENTS = (libraries.programs(), X, st.sampled_from(sorted(MODES)))
 
 
-def found(program, run, *args):
-    """None where a derivative is asked of a custom rule that does not say what it is."""
+def found(mode, run, *args):
+    """None where a derivative is asked of a custom rule that does not say what it is.
+
+    JAX has errors of its own where a library closes over what is differentiated.
+    """
+    refusals = [jaxstate.CustomRuleStateError]
+    if mode == "of parameters too":
+        refusals.append(jax.errors.UnexpectedTracerError)
     try:
         return run(*args)
+    except tuple(refusals):
+        return None
     except Exception as error:
-        if isinstance(error, jaxstate.CustomRuleStateError) or "CustomVJP" in type(error).__name__:
-            assert "rule" in program.facts
-            return None
-        raise
+        if type(error).__name__ != "CustomVJPException":
+            raise
+        return None
 
 
 def derivatives(program, argnums):
@@ -81,8 +92,6 @@ def derivatives(program, argnums):
 
 
 def assert_same(found, wanted):
-    if found is None:
-        return
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert not isinstance(a, jax.core.Tracer)
