@@ -7,7 +7,13 @@
 #   make matrix                                 every kind of state under every transformation, and
 #                                               all else that takes too long for make test
 #   make fuzz MINUTES=60 SEED=1                 new random programs for so long, from that seed;
-#                                               PROGRAMS=numpy or state: only those of that kind
+#                                               PROGRAMS=numpy, state, sequences or libraries: only
+#                                               those of that kind
+#   make mutants N=100 SEED=1                   put so many faults into copies of the package, one
+#                                               at a time, and list those that no test notices
+#   make suites ONLY=quax                       the tests of other libraries, with and without open
+#                                               state; without ONLY those of all; SOURCES=FOLDER
+#                                               has checkouts of those that publish no tests
 #   make bench                                  timings against hand-written JAX and other libraries
 #   make lint format types docs notebooks
 #   make clean
@@ -20,8 +26,9 @@ TEST := .venv-test
 LINT := .venv-lint
 DOCS := .venv-docs
 BENCH := .venv-bench
+SUITES := .venv-suites
 
-.PHONY: demo test test-with matrix fuzz lint format types docs notebooks bench clean
+.PHONY: demo test test-with matrix fuzz mutants suites lint format types docs notebooks bench clean
 .DEFAULT_GOAL := test
 .SECONDARY:
 
@@ -32,6 +39,7 @@ EXTRAS_test := test
 EXTRAS_lint := lint
 EXTRAS_docs := docs,demo,test
 EXTRAS_bench := bench
+EXTRAS_suites := test,suites
 
 # The stamp is written last, so that an installation that was interrupted is taken up again.
 .venv-%/installed: pyproject.toml
@@ -71,13 +79,21 @@ format: $(LINT)/installed
 types: $(LINT)/installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 
-PROGRAMS ?= state numpy
+PROGRAMS ?= state numpy sequences libraries
 FUZZ_state := jaxstate_tests/test_random_programs.py
 FUZZ_numpy := jaxstate_tests/test_inplace_programs.py
+FUZZ_sequences := jaxstate_tests/test_call_sequences.py
+FUZZ_libraries := jaxstate_tests/test_libraries.py
 
 fuzz: $(TEST)/installed
 	FUZZ_MINUTES=$(or $(MINUTES),10) FUZZ_SEED=$(SEED) $(TEST)/bin/python -m pytest -s \
 	    -m slow $(foreach programs,$(PROGRAMS),$(FUZZ_$(programs)))
+
+mutants: $(TEST)/installed
+	$(TEST)/bin/python -m jaxstate_tests.mutants --number $(or $(N),100) --seed $(or $(SEED),1)
+
+suites: $(SUITES)/installed
+	$(SUITES)/bin/python -m jaxstate_tests.suites $(if $(SOURCES),--sources $(SOURCES)) $(ONLY)
 
 docs: $(DOCS)/installed
 	$(DOCS)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
