@@ -1,28 +1,77 @@
 """The examples of the README and of the documentation run, each file from top to bottom."""
 
+import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def python_blocks(path):
-    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), flags=re.M | re.S)
-
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "jaxstate/README.md"]
-FILES = [path for path in PAGES if python_blocks(path)]
+
+
+def python_source(path):
+    """The code of a page, each line where it is in the page."""
+    lines, inside = [], False
+    for line in path.read_text().splitlines():
+        inside = inside and line != "```"
+        lines.append(line if inside else "")
+        inside = inside or line == "```python"
+    return "\n".join(lines)
+
+
+def statements(path):
+    source = python_source(path)
+    return source.splitlines(), ast.parse(source, str(path)).body
+
+
+FILES = [path for path in PAGES if python_source(path).strip()]
+# A comment below what prints is what it prints.
+SHOW_OUTPUT = [
+    ROOT / "docs" / f"{name}.md"
+    for name in ("index", "quickstart", "recipes", "coming_from", "faq")
+]
+
+
+def comment_after(lines, number):
+    """The lines of the comment that follows line ``number``."""
+    found = []
+    for line in lines[number:]:
+        if not line.startswith("#"):
+            break
+        found.append(line[2:].rstrip())
+    return found
 
 
 @pytest.mark.leaks_allowed("examples show errors, whose tracebacks hold tracers")
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_examples_run(path, capsys):
-    source = "\n".join(python_blocks(path))
+def test_examples_run(path, capsys, monkeypatch, tmp_path):
+    """And print what they show. They may write files into the current folder."""
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    exec(compile(source, str(path), "exec"), namespace)
+    lines, body = statements(path)
+    for statement in body:
+        exec(compile(ast.Module([statement], []), str(path), "exec"), namespace)
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        if printed and path in SHOW_OUTPUT:
+            shown = comment_after(lines, statement.end_lineno)
+            assert shown == printed, f"{path.name}, line {statement.lineno}"
+
+
+@pytest.mark.parametrize("path", SHOW_OUTPUT, ids=lambda p: p.name)
+def test_a_page_says_how_to_install_what_it_imports(path):
+    installed = {"jax", "jaxstate", "numpy", *sys.stdlib_module_names}
+    for line in re.findall(r"^pip install (.*)$", path.read_text(), flags=re.M):
+        installed |= {name.replace("-", "_").partition("_checkpoint")[0] for name in line.split()}
+    imported = set()
+    for statement in ast.walk(ast.parse(python_source(path))):
+        if isinstance(statement, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            imported.add(statement.module.partition(".")[0])
+    assert imported <= installed
 
 
 def test_the_readme_has_an_example():
-    assert python_blocks(ROOT / "README.md")
+    assert python_source(ROOT / "README.md").strip()
