@@ -645,7 +645,7 @@ def read_since(address: Address, captured: Any, version: int) -> Any:
         its own.
     """
     holder = address.known_holder()
-    if holder is None:
+    if holder is None or not (holder.is_boundary or _is_around(holder)):
         return captured
     levels, base = _way_to(holder)
     is_written = base is not None and address.seen_from(base) in notes_of(base).written
@@ -662,6 +662,13 @@ def read_since(address: Address, captured: Any, version: int) -> Any:
     if base is None or is_written:
         return captured
     return _staged_since(captured, levels, base, address, version)
+
+
+def _is_around(holder: Holder) -> bool:
+    """Whether the program is inside of the transformation in which ``holder`` was opened. (The rule
+    of a derivative runs outside of that derivative.)"""
+    chain = _compat.chain(_compat.current_trace())
+    return any(same_trace(trace, holder.anchor) for trace in chain)
 
 
 def _staged_since(x: Any, levels: list[Any], base: Any, address: Address, version: int) -> Any:
