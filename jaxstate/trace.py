@@ -403,8 +403,7 @@ def _write_at(
             raise UnsupportedPrimitiveError(
                 message(
                     f"{address} was written with a value of a {type(trace).__name__} (devices of a"
-                    " shard_map, a type of the user's), and there is no rule that makes one array"
-                    " of it.",
+                    " shard_map, say), and there is no rule that makes one value of it.",
                     fix="""
                     value = jax.lax.pmean(value, axis)      # return it, and write it outside
                     """,

@@ -13,15 +13,18 @@ PACKAGE = pathlib.Path(jaxstate.__file__).parent
 ORDER = [
     "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "sown", "births",
     "thread",
-    "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.solves",
-    "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels", "rules",
+    "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.linear_calls",
+    "rules.solves", "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.hijax",
+    "rules.remat_opt", "rules.traced_derivatives", "rules.kernels", "rules",
     "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
     "arguments", "reuse", "summary", "methods", "pickling",
     "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
     "records", "mutate", "sow", "views", "positions", "masked", "updates",
     "numpy_functions", "arrays", "inplace", "",
 ]  # fmt: skip
-FAMILIES = {name for name in ORDER if name.startswith("rules.")}
+# The rules of functions that run later find their state as those of `rules.derivatives` do.
+SHARED = {"rules.derivatives", "rules.linear_calls"}
+FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -48,8 +48,9 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         settle(touched, writes)
         values = list(map(undifferentiated, touched, read_all(touched)))
         rules = _Rules(function, Explicit(touched, writes))
+        given = traced._replace(operands=())  # JAX may keep the function
         call = _compat.like_traced_rules(
-            function, functools.partial(_explicit, traced, touched), len(touched), rules.wrapped
+            function, functools.partial(_explicit, given, touched), len(touched), rules.wrapped
         )
         out, written = call(*values, *args)
         # The derivative of what is written is zero. (For JAX all results of a custom_vjp have one.)
