@@ -15,6 +15,7 @@ import ast
 import concurrent.futures
 import copy
 import difflib
+import itertools
 import os
 import pathlib
 import queue
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,7 +76,14 @@ class Mutant:
     line: int
     kind: str
     before: str
-    after: str
+    place: tuple[int, int]  # in bytes
+    text: str
+
+    @property
+    def after(self) -> str:
+        start, end = self.place
+        source = self.before.encode()
+        return (source[:start] + self.text.encode() + source[end:]).decode()
 
     @property
     def area(self) -> str:
@@ -162,38 +170,31 @@ def of_behaviour(tree: ast.AST) -> Iterator[ast.AST]:
 def mutants_of(path: pathlib.Path) -> Iterator[Mutant]:
     source = path.read_text()
     name = str(path.relative_to(ROOT))
+    starts = [0, *itertools.accumulate(map(len, source.encode().splitlines(keepends=True)))]
     for node in of_behaviour(ast.parse(source)):
         for kind, old, new in variants(node):
+            start = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
             text = ast.unparse(new)
-            after = with_segment(source, old, text if isinstance(new, ast.stmt) else f"({text})")
-            yield Mutant(name, old.lineno, kind, source, after)
+            text = text if isinstance(new, ast.stmt) else f"({text})"
+            yield Mutant(name, old.lineno, kind, source, (start, end), text)
 
 
-def with_segment(source: str, node, text: str) -> str:
-    """The source with the text of a node replaced; columns are those of the bytes."""
-    lines = source.encode().splitlines(keepends=True)
-    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
-    data = source.encode()
-    return (data[:start] + text.encode() + data[end:]).decode()
-
-
-def choose(number: int, seed: int, areas: list[str]) -> list[Mutant]:
-    files = sorted((ROOT / "jaxstate").rglob("*.py"))
+def choose(number: int, seed: int, areas: Iterable[str]) -> list[Mutant]:
+    names = {str(path.relative_to(ROOT)): path for path in (ROOT / "jaxstate").rglob("*.py")}
     found = [
         mutant
-        for path in files
-        if not matches(str(path.relative_to(ROOT)), LEFT_OUT)
-        and area_of(str(path.relative_to(ROOT))) in areas
-        for mutant in mutants_of(path)
-        if compiles(mutant.after)
+        for name in sorted(names)
+        if not matches(name, LEFT_OUT) and area_of(name) in areas
+        for mutant in mutants_of(names[name])
     ]
-    return random.Random(seed).sample(found, min(number, len(found)))
+    random.Random(seed).shuffle(found)
+    return list(itertools.islice(filter(compiles, found), number))
 
 
-def compiles(source: str) -> bool:
+def compiles(mutant: Mutant) -> bool:
     try:
-        compile(source, "mutant", "exec")
+        compile(mutant.after, mutant.path, "exec")
     except SyntaxError:
         return False
     return True
@@ -277,7 +278,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the faults, and run nothing")
     parser.add_argument("--limit", type=float, help="seconds; otherwise three times the area's own")
     options = parser.parse_args()
-    mutants = choose(options.number, options.seed, options.area or list(AREAS))
+    mutants = choose(options.number, options.seed, options.area or AREAS)
     if options.list:
         print("".join(f"{mutant.kind}\n{mutant.diff()}\n" for mutant in mutants))
         return 0
