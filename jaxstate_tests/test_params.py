@@ -737,7 +737,7 @@ class Generating:
 LATE = [coroutine, asynchronous, Generating(), Generating().method, lambda x: (yield x)]
 
 
-@pytest.mark.parametrize("fn", [*LATE, *map(partial, LATE)], ids=str)
+@pytest.mark.parametrize("fn", [*LATE, *map(partial, LATE)], ids=range(2 * len(LATE)))
 def test_a_function_that_does_not_run_when_it_is_called_is_refused(fn):
     with pytest.raises(TypeError, match="runs when it is called"):
         jaxstate.parametrized(fn)
