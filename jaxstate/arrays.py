@@ -191,11 +191,11 @@ class Buffer:
                 value = trace.read(self.slot.address)
             except CustomRuleStateError:
                 # A rule that reads what its function does not: a value that Python closes over.
+                value = self.slot.cell(self.slot.address).value
+                if way is None and isinstance(value, _compat.DIFFERENTIATED):
+                    raise
                 with slots.only_open([h for h in slots.stack() if not self._is_held_by(h)]):
-                    if way is None:
-                        value = self.slot.cell(self.slot.address).value
-                    else:
-                        value = trace.read(self.slot.address)
+                    value = value if way is None else trace.read(self.slot.address)
             return _compat.canonicalize(value)
 
     def write(self, value: Any) -> None:
