@@ -89,9 +89,9 @@ def state_of_all(jaxprs: Iterable[Any]) -> State:
 def _state_of(jaxpr: Any) -> State:
     reads: dict[Address, None] = {}
     writes: dict[Address, None] = {}
-    inputs = _all_inputs(jaxpr)
+    captures = _captures_of(jaxpr)
     for eqn in _compat.equations(jaxpr):
-        if _reads_captured(eqn, inputs):
+        if _reads_captured(eqn, captures):
             continue
         if eqn.primitive is read_p or eqn.primitive is birth_p:
             reads.update(dict.fromkeys(addresses_of(eqn)))
@@ -103,14 +103,34 @@ def _state_of(jaxpr: Any) -> State:
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
 
 
-def _reads_captured(eqn: Any, inputs: Sequence[Any]) -> bool:
-    """Whether an equation reads a slot of which one of the ``inputs`` is the capture."""
-    is_read = eqn.primitive is read_p and eqn.invars
-    return bool(is_read) and any(eqn.invars[0] is v for v in inputs)
+def _is_read_of_capture(eqn: Any) -> bool:
+    return eqn.primitive is read_p and bool(eqn.invars)
 
 
-def _all_inputs(jaxpr: Any) -> Sequence[Any]:
-    return (*_compat.constvars(jaxpr), *_compat.invars(jaxpr))
+@_compat.weakref_lru_cache
+def _captures_of(jaxpr: Any, writes: frozenset[Address] = frozenset()) -> dict[Any, Any]:
+    """The inputs of a jaxpr, and what is read of slots of which they are the captures: variable ->
+    input. What is read may be an operand of the next such read: an argument that can be written.
+
+    ``writes`` are slots that others write while the jaxpr is used.
+    """
+    inputs = (*_compat.constvars(jaxpr), *_compat.invars(jaxpr))
+    captures: dict[Any, Any] = {v: v for v in inputs}
+    eqns = _compat.equations(jaxpr)
+    written = writes | {e.params["address"] for e in eqns if e.primitive is write_p}
+    for eqn in eqns:
+        if _is_read_of_capture(eqn) and eqn.params["address"] not in written:
+            operand = eqn.invars[0]
+            if isinstance(operand, _compat.Var) and operand in captures:
+                captures[eqn.outvars[0]] = captures[operand]
+    return captures
+
+
+def _reads_captured(eqn: Any, captures: dict[Any, Any]) -> bool:
+    """Whether an equation reads a slot of which an input of its jaxpr is the capture."""
+    if not _is_read_of_capture(eqn):
+        return False
+    return isinstance(eqn.invars[0], _compat.Var) and eqn.invars[0] in captures
 
 
 class Computed(NamedTuple):
@@ -123,11 +143,11 @@ class Computed(NamedTuple):
 
 @_compat.weakref_lru_cache
 def _computed_captures(jaxpr: Any) -> tuple[Computed, ...]:
-    inputs = _all_inputs(jaxpr)
+    captures = _captures_of(jaxpr)
     return tuple(
         Computed(i, eqn.params["address"], eqn.params["version"])
         for i, eqn in enumerate(_compat.equations(jaxpr))
-        if eqn.primitive is read_p and eqn.invars and not _reads_captured(eqn, inputs)
+        if _is_read_of_capture(eqn) and not _reads_captured(eqn, captures)
     )
 
 
@@ -183,13 +203,13 @@ class Captured(NamedTuple):
 @_compat.weakref_lru_cache
 def captured_inputs(jaxpr: Any) -> tuple[Captured, ...]:
     """The inputs of a jaxpr of which its reads say what slots they are (`trace.read_since`)."""
-    inputs = _compat.invars(jaxpr)
+    captures, inputs = _captures_of(jaxpr), list(_compat.invars(jaxpr))
+    reads = [eqn for eqn in _compat.equations(jaxpr) if _reads_captured(eqn, captures)]
+    origins = [captures[eqn.invars[0]] for eqn in reads]
     return tuple(
-        Captured(i, eqn.params["address"], eqn.params["version"])
-        for eqn in _compat.equations(jaxpr)
-        if eqn.primitive is read_p and eqn.invars
-        for i, v in enumerate(inputs)
-        if v is eqn.invars[0]
+        Captured(inputs.index(v), eqn.params["address"], eqn.params["version"])
+        for eqn, v in zip(reads, origins, strict=True)
+        if any(v is input_ for input_ in inputs)
     )
 
 
@@ -197,7 +217,22 @@ def superseded(jaxpr: Any, writes: Sequence[Address]) -> tuple[int, ...]:
     """The inputs that are captures of slots which a loop writes: the carried value is meant."""
     if state_effect not in jaxpr.effects:
         return ()
-    return tuple(c.at for c in captured_inputs(jaxpr) if c.address in writes)
+    return _superseded(jaxpr, frozenset(writes))
+
+
+@_compat.weakref_lru_cache
+def _superseded(jaxpr: Any, writes: frozenset[Address]) -> tuple[int, ...]:
+    captures = _captures_of(jaxpr, writes)
+    eqns = _compat.equations(jaxpr)
+    used = [v for e in eqns if not _is_read_of_capture(e) for v in e.invars]
+    used = [v for v in (*used, *_compat.outvars(jaxpr)) if isinstance(v, _compat.Var)]
+    kept = {captures[v] for v in used if v in captures}
+    meant = {
+        captures[e.invars[0]]
+        for e in eqns
+        if _reads_captured(e, captures) and e.params["address"] in writes
+    }
+    return tuple(i for i, v in enumerate(_compat.invars(jaxpr)) if v in meant and v not in kept)
 
 
 def refreshed(jaxpr: Any, operands: Sequence[Any], writes: Sequence[Address] = ()) -> Sequence[Any]:
@@ -354,8 +389,8 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
     inputs = list(_compat.invars(jaxpr))
-    all_inputs = _all_inputs(jaxpr)
     written = {*how.writes, *how.outs}
+    captures = _captures_of(jaxpr)
     renamed: dict[Any, Any] = {}
     eqns = []
 
@@ -380,8 +415,8 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
         return eqn.outvars[0]
 
     for eqn in _compat.equations(jaxpr):
-        if _reads_captured(eqn, all_inputs) and eqn.params["address"] not in written:
-            renamed[eqn.outvars[0]] = eqn.invars[0]
+        if _reads_captured(eqn, captures) and eqn.params["address"] not in written:
+            renamed[eqn.outvars[0]] = rename(eqn.invars[0])
         elif eqn.primitive is read_p or eqn.primitive is birth_p:
             for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
                 _check_axes(address, current[address].aval, outvar.aval)
