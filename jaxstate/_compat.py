@@ -1499,6 +1499,15 @@ def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:
 # -- Jitted calls at top level ---------------------------------------------------------------
 
 
+def _infer(infer: Any, jitted: Jitted, args: Any, kwargs: Any, is_call: bool) -> Any:
+    return infer(jitted.fun, jitted.info, args, kwargs)
+
+
+# How JAX is asked for the jaxpr of a call of a jitted function, or (if not `is_call`) for one
+# without a call. A client may replace this.
+around_inference: Callable[..., Any] = _infer
+
+
 class JitCall(NamedTuple):
     """What JAX makes of a call of a jitted function.
 
@@ -1523,7 +1532,7 @@ class Jitted(NamedTuple):
 
     def infer(self, args: Any, kwargs: Any) -> JitCall:
         """Traces the function, unless JAX knows the jaxpr for such arguments."""
-        return _jit_call(*_infer_params(self.fun, self.info, args, kwargs))
+        return _jit_call(*around_inference(_infer_params, self, args, kwargs, True))
 
 
 def _jit_call(p: Any, flat: list[Any]) -> JitCall:
@@ -1564,12 +1573,12 @@ def wrap_jitted_calls(
         # `lower` and `trace` infer too.
         is_call = sys._getframe(1).f_code is _cache_miss_code
         if not is_call or not core.trace_state_clean() or config.debug_key_reuse.value:
-            return _infer_params(fun, info, args, kwargs)
+            return around_inference(_infer_params, Jitted(fun, info), args, kwargs, is_call)
         jitted = Jitted(fun, info)
         results = call(jitted, args, kwargs)
         if results is not NotImplemented:
             return _Done(results), ()
-        p, flat = _infer_params(fun, info, args, kwargs)
+        p, flat = around_inference(_infer_params, jitted, args, kwargs, True)
         results = call_traced(jitted, _jit_call(p, flat), args, kwargs)
         return (p, flat) if results is NotImplemented else (_Done(results), ())
 
@@ -1980,3 +1989,156 @@ def _described(trace: Any) -> str | None:
 def location_of(eqn: Any) -> str:
     """``file:line`` of the user's code that an equation comes from."""
     return source_info_util.summarize(eqn.source_info)
+
+
+# -- Where JAX calls functions of a program --------------------------------------------------
+
+
+def wrap_current_trace(enter: Callable[[Any], Any], leave: Callable[[Any, bool], None]) -> None:
+    """Comes between when JAX makes a trace current, and calls a function under it.
+
+    ``enter(trace)`` is called when the trace is current. If that returns something, it is given to
+    ``leave(something, failed)`` before the trace stops to be current.
+    """
+    plain = core.set_current_trace
+
+    class SetCurrentTrace(plain):
+        __slots__ = ("entered",)
+
+        def __enter__(self) -> None:
+            plain.__enter__(self)
+            self.entered = None
+            try:
+                self.entered = enter(self.trace)
+            except BaseException:
+                plain.__exit__(self, *sys.exc_info())
+                raise
+
+        def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+            entered, self.entered = self.entered, None
+            try:
+                if entered is not None:
+                    leave(entered, kind is not None)
+            except BaseException:
+                plain.__exit__(self, *sys.exc_info())
+                raise
+            plain.__exit__(self, kind, error, traceback)
+
+    core.set_current_trace = SetCurrentTrace
+
+
+class _Wrapped:
+    """Something of JAX with other attributes here and there."""
+
+    def __init__(self, plain: Any, call: Any = None, **others: Any) -> None:
+        self.__dict__.update(others, _plain=plain, _call=call or plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def __instancecheck__(self, x: Any) -> bool:
+        return isinstance(x, self._plain)
+
+
+def wrap_tracing(around: Callable[[Any], Any], result_of: Callable[[str, Any], Any]) -> None:
+    """Comes between when JAX traces a function to a jaxpr.
+
+    ``with around(fun)``: before JAX looks for the jaxpr in its cache. ``result_of(kind, result)``
+    is what the function returned, as JAX is to see it; ``kind`` says what it is traced for.
+    """
+    trace_to_jaxpr = pe.trace_to_jaxpr
+
+    def trace(fun: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(fun):
+            return trace_to_jaxpr(fun, *args, **kwargs)
+
+    pe.trace_to_jaxpr = _Wrapped(trace_to_jaxpr, trace)
+    flat_trees = pe.FlatTree if _flattree is None else pe.ft
+
+    def flatten(x: Any, *args: Any, **kwargs: Any) -> Any:
+        trace = core.trace_ctx.trace
+        if isinstance(trace, StagingTrace):
+            x = result_of(trace.frame.debug_info.traced_for, x)
+        return flat_trees.flatten(x, *args, **kwargs)
+
+    wrapped = _Wrapped(flat_trees, flatten=flatten)
+    if _flattree is None:
+        pe.FlatTree = wrapped
+    else:
+        pe.ft = wrapped
+
+
+def wrap_control_flow(around: Callable[..., Any]) -> None:
+    """Calls ``around(name, function, args, kwargs)`` instead of loops and branches.
+
+    Programs and libraries have imported these: what is replaced is the function inside.
+    """
+    for module, name in (
+        (loops, "scan"), (loops, "while_loop"), (conditionals, "cond"), (conditionals, "switch")
+    ):  # fmt: skip
+        function = getattr(module, name)
+        cell = function.__closure__[function.__code__.co_freevars.index("fun")]
+        plain = cell.cell_contents
+
+        @functools.wraps(plain)
+        def wrapped(*args: Any, plain: Any = plain, name: str = name, **kwargs: Any) -> Any:
+            return around(name, plain, args, kwargs)
+
+        wrapped._jaxstate_replaces = plain
+        cell.cell_contents = wrapped
+
+
+def wrap_checkpoint_operands(convert: Callable[[Any], Any]) -> None:
+    """Calls ``convert(operands)`` for the operands of `jax.checkpoint`."""
+    registry = ad_checkpoint.tracing_registry
+    ad_checkpoint.tracing_registry = _Wrapped(
+        registry, flatten=lambda x, *args: registry.flatten(convert(x), *args)
+    )
+
+
+def wrap_copied_arguments(notice: Callable[[Any], None]) -> None:
+    """Calls ``notice(arguments)`` with the arguments that JAX puts together of the tracers of a
+    derivative or a vmap, before it calls a function with them."""
+    cls = tree_util.FlatTree if _flattree is None else _flattree.FlatTree
+    unflatten, tree_unflatten = cls.unflatten, batching.tree_unflatten
+
+    def flat_tree_unflatten(flat: Any, *args: Any, **kwargs: Any) -> Any:
+        tree = unflatten(flat, *args, **kwargs)
+        if isinstance(core.trace_ctx.trace, DIFFERENTIATING):
+            notice(tree)
+        return tree
+
+    def unflatten_for_vmap(*args: Any) -> Any:
+        tree = tree_unflatten(*args)
+        if isinstance(core.trace_ctx.trace, BatchTrace):
+            notice(tree)
+        return tree
+
+    cls.unflatten, batching.tree_unflatten = flat_tree_unflatten, unflatten_for_vmap
+
+
+def content(x: Any) -> Any:
+    """What the tracer of a derivative or a vmap was made of."""
+    if isinstance(x, BatchTracer):
+        return x.val
+    return x.primal if isinstance(x, (JVPTracer, LinearizeTracer)) else x
+
+
+_MODULES_WITHOUT_CALLBACKS = (
+    "jax._src.numpy.", "jax._src.lax.", "jax._src.nn.", "jax._src.random.", "jax._src.ops.",
+    "jax._src.image.", "jax._src.scipy.special", "jax._src.scipy.stats", "jax._src.scipy.linalg",
+    "jax._src.scipy.fft", "jax._src.scipy.signal", "jax._src.prng",
+)  # fmt: skip
+
+
+def calls_no_user(fun: Any) -> bool:
+    """Whether a function is of JAX's library and calls none of the program's."""
+    if not isinstance(fun, types.FunctionType) or fun.__closure__ is not None:
+        return False
+    module = fun.__globals__.get("__name__", "")
+    if not module.startswith(_MODULES_WITHOUT_CALLBACKS):
+        return False
+    return "control_flow" not in module and fun.__name__ != "_piecewise"

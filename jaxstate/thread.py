@@ -19,7 +19,9 @@ under whatever trace is current: no transformation of JAX ever sees a jaxpr with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
@@ -484,9 +486,39 @@ def has_rule(primitive: Any) -> bool:
 # What a client does around the bind of every primitive that has a rule: `arrays` lets it be.
 around_binds: list[Callable[..., Any]] = []
 
+# Called before a rule reads and writes slots.
+before_rules: list[Callable[[], None]] = []
+
+
+class _Binds(threading.local):
+    """How many binds of primitives with rules are in progress. What is traced meanwhile are jaxprs,
+    and no functions of a program."""
+
+    depth = 0
+
+
+_binds = _Binds()
+
+
+def in_bind() -> bool:
+    """Whether a primitive is being bound that has a rule."""
+    return _binds.depth > 0
+
+
+@contextmanager
+def out_of_bind() -> Iterator[None]:
+    """For a function of a program that is called from inside a bind."""
+    depth, _binds.depth = _binds.depth, 0
+    try:
+        yield
+    finally:
+        _binds.depth = depth
+
 
 def _one_use_per_bind(
-    bind: Callable[..., Any], has_state: Callable[[dict[str, Any]], bool]
+    bind: Callable[..., Any],
+    has_state: Callable[[dict[str, Any]], bool],
+    runs_jaxprs: bool = True,
 ) -> Callable[..., Any]:
     def bind_around(args: Any, params: Any) -> Any:
         for around in around_binds:
@@ -496,13 +528,17 @@ def _one_use_per_bind(
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
-        if StateTracer not in map(type, args) and not has_state(params):
-            return bind_around(args, params)
-        uses = begin_use(args)
+        _binds.depth += runs_jaxprs
         try:
-            return bind_around(args, params)
+            if StateTracer not in map(type, args) and not has_state(params):
+                return bind_around(args, params)
+            uses = begin_use(args)
+            try:
+                return bind_around(args, params)
+            finally:
+                uses.pop()
         finally:
-            uses.pop()
+            _binds.depth -= runs_jaxprs
 
     return one_bind
 
@@ -514,6 +550,8 @@ def _stateful_bind(
         if not has_state(params) or isinstance(trace, _compat.TransparentTrace):
             return bind(trace, args, avals, params)  # such a trace runs the jaxprs, state and all
         with _compat.set_current_trace(trace):
+            for notice in before_rules:
+                notice()
             settle_jaxprs(list(_compat.jaxprs_in(params)))
             return _rules[primitive](args, params)
 
@@ -576,7 +614,7 @@ def _one_use_per_hidden_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_values(*args: Any, **params: Any) -> Any:  # JAX does not look at these operands
         return bind(*map(_compat.resolved, args), **params)
 
-    return _one_use_per_bind(bind_values, lambda params: True)
+    return _one_use_per_bind(bind_values, lambda params: True, runs_jaxprs=False)
 
 
 _compat.wrap_bind(_compat.call_hi_primitive_p, _one_use_per_hidden_bind)

@@ -17,9 +17,11 @@ ORDER = [
     "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.kernels", "rules",
     "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
     "arguments", "reuse", "summary", "methods", "pickling",
-    "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
-    "records", "mutate", "sow", "views", "positions", "masked", "updates",
-    "numpy_functions", "arrays", "inplace", "",
+    "params", "variables", "stack", "sow", "views", "positions", "masked", "updates",
+    "numpy_functions", "arrays", "inplace",
+    "tree", "tree.objects", "tree.problems", "tree.graph", "tree.addresses", "tree.entry",
+    "tree.session", "tree.frames", "tree.operands", "tree.boundaries", "tree.frozen",
+    "tree.mutate", "",
 ]  # fmt: skip
 FAMILIES = {name for name in ORDER if name.startswith("rules.")}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -54,6 +54,8 @@ class _RuleState(Holder):
         self.cells: dict[Address, Cell] = {}
 
     def knows(self, address: Address) -> bool:
+        if address.in_objects:
+            return False  # the objects hold what this holder gave them
         if address.own_holder is not None:
             owner = address.own_holder()
             if owner is None:
@@ -108,7 +110,7 @@ class _RuleState(Holder):
         self.families = _families_of(current)
         self.around = tuple(slots.stack()) if self.families else ()
         try:
-            with slots.only_open([*self.below, self]):
+            with slots.only_open([*self.below, self]), slots.function_inside(self):
                 yield
         finally:
             self.anchor = None
