@@ -477,6 +477,15 @@ def has_ended(value: Any) -> bool:
     return not any(getattr(t, "tag", None) is value._trace.tag for t in chain(current_trace()))
 
 
+def is_of_finished_jaxpr(value: Any) -> bool:
+    """Whether ``value`` is a tracer of a jaxpr that is not under construction any more."""
+    trace = getattr(value, "_trace", None)
+    if not isinstance(trace, StagingTrace) or any(t is trace for t in chain(current_trace())):
+        return False
+    frame = trace.frame
+    return not (frame.tracing_eqns or frame.constid_to_tracer or frame.constvar_to_val)
+
+
 def without_tangents(
     value: Any,
     keep: Callable[[Any], bool] = lambda trace: False,
@@ -824,6 +833,16 @@ def are_its_inputs(trace: Any, values: Sequence[Any]) -> bool:
         isinstance(v, Tracer) and v._trace is trace and getattr(v, "val", None) in inputs
         for v in values
     )
+
+
+def traced_for(trace: Any) -> str:
+    """What the jaxpr is for that ``trace`` is building: "jit", "scan" ..."""
+    return trace.frame.debug_info.traced_for
+
+
+def is_finished(trace: Any) -> bool:
+    """Whether a trace with notes has built its jaxpr. (JAX does not mark it as invalid.)"""
+    return type(trace.frame.constvar_to_val) is not _Constants
 
 
 def new_const(trace: Any, value: Any) -> Any:
@@ -2061,7 +2080,7 @@ def wrap_tracing(around: Callable[[Any], Any], result_of: Callable[[str, Any], A
     def flatten(x: Any, *args: Any, **kwargs: Any) -> Any:
         trace = core.trace_ctx.trace
         if isinstance(trace, StagingTrace):
-            x = result_of(trace.frame.debug_info.traced_for, x)
+            x = result_of(traced_for(trace), x)
         return flat_trees.flatten(x, *args, **kwargs)
 
     wrapped = _Wrapped(flat_trees, flatten=flatten)

@@ -42,10 +42,15 @@ def _enter(trace_: Any) -> list[Frame] | None:
     here = sessions()
     if not here or thread.in_bind() or not isinstance(trace_, _TRACES):
         return None
-    if _compat.is_linear_part(trace_) or publishes.jax_only:
+    if _compat.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
         return None
     new = [s for s in here if not _is_in(s, trace_)]
     return [_begin(Frame(s, trace_)) for s in new] or None
+
+
+def _is_of_devices(trace_: Any) -> bool:
+    """Whether a jaxpr is that of a shard_map: see `_function_inside`."""
+    return isinstance(trace_, _compat.StagingTrace) and _compat.traced_for(trace_) == "shard_map"
 
 
 def _is_in(session: Any, trace_: Any) -> bool:

@@ -38,7 +38,7 @@ class Entry(_compat.Tracer):
 
     def is_alive(self) -> bool:
         """Whether it can still be used."""
-        return bool(self._frame.entries)
+        return not self._frame.is_finished()
 
     def __repr__(self) -> str:
         return f"Entry({self.aval.str_short()})"

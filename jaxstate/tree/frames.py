@@ -69,6 +69,8 @@ class Frame:
         if not walk.graph.has_structure_of(session.graph):
             raise problems.closed("the tree")  # a rule that runs after `mutate`
         self.copies: list[Walk] = []
+        if self.stages and rule is None:
+            trace.notes_of(trace_)
         self.entries: list[Any] = walk.leaves
         if self.stages:
             self.entries = [
@@ -93,15 +95,18 @@ class Frame:
         label = self.walk.label(number)
         address = LeafAddress(self.session.level, number, label)
         aval = self.walk.avals[number]
+        if self.is_finished():
+            raise problems.read_before(label)
         if self.rule is not None:
-            if not self.entries:
-                raise problems.read_before(label)
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
-        if not self.trace.is_valid():
-            raise problems.read_before(label)
         with _compat.set_current_trace(self.trace):
             return _compat.new_const(self.trace, StateTracer(address, aval))
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing to read any more. (A jaxpr is under construction for a little
+        longer than its function runs.)"""
+        return not self.entries if self.rule is not None else _compat.is_finished(self.trace)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -231,11 +236,11 @@ class Frame:
 
     @property
     def runs_once(self) -> bool:
-        return self.rule is None and self.trace.frame.debug_info.traced_for in _ONCE
+        return self.rule is None and _compat.traced_for(self.trace) in _ONCE
 
     @property
     def is_loop(self) -> bool:
-        return self.rule is None and self.trace.frame.debug_info.traced_for in _LOOPS
+        return self.rule is None and _compat.traced_for(self.trace) in _LOOPS
 
     def _reaches(self, n: int) -> bool:
         """Whether the function that was traced has an object, and not from the objects."""

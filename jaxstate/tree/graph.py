@@ -408,24 +408,25 @@ def value_of(entry: Entry, leaf: Callable[[int], Any], node: Callable[[int], Any
 
 def first_difference(before: Walk, after: Walk) -> str:
     """How a program gets to the first part whose structure is another one than before."""
-    for number, (old, new) in enumerate(zip(before.graph.nodes, after.graph.nodes, strict=False)):
-        if old == new:
-            continue
-        node = before.nodes[number]
-        if old.cls is new.cls and (old.names, old.keys) == (new.names, new.keys):
-            pairs = zip(old.entries, new.entries, strict=True)
-            place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-            if place is not None:
-                return before.label_of_part(number, place)
-        for x, walk in ((old, before), (new, after)):
-            node = walk.nodes[number]
-            other = new if x is old else old
-            for i, name in enumerate(node.names):
-                if name not in other.names:
-                    return walk.label_of_part(number, i)
-            if isinstance(x.keys, tuple) and isinstance(other.keys, tuple):
-                for i, key in enumerate(x.keys):
-                    if key not in other.keys:
-                        return walk.label_of_part(number, len(node.names) + i)
-        return before.label_of_node(number)
-    return "tree"
+    pairs = list(enumerate(zip(before.graph.nodes, after.graph.nodes, strict=False)))
+    for n, (old, new) in pairs:
+        for walk, x, y in ((before, old, new), (after, new, old)):
+            names = [*x.names, *(x.keys if isinstance(x.keys, tuple) else ())]
+            others = [*y.names, *(y.keys if isinstance(y.keys, tuple) else ())]
+            for i, name in enumerate(names):
+                if name not in others:
+                    return walk.label_of_part(n, i)
+        if old.cls is not new.cls or old.keys != new.keys:
+            return before.label_of_node(n)
+        for i, (a, b) in enumerate(zip(old.entries, new.entries, strict=True)):
+            if not _is_like(a, b):
+                return before.label_of_part(n, i)
+    n = next((n for n, (old, new) in pairs if old != new), None)
+    return "tree" if n is None else before.label_of_node(n)
+
+
+def _is_like(a: Entry, b: Entry) -> bool:
+    """Whether two entries are equal but for the numbers of what they mention."""
+    if a[0] is not b[0] or (a[0] in (STATIC, MADE) and a[1] != b[1]):
+        return False
+    return a[0] is not MADE or all(map(_is_like, a[2], b[2]))

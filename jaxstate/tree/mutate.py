@@ -216,7 +216,7 @@ def _has_ended(x: Any) -> bool:
         return False  # it says so itself
     if isinstance(x, (Entry, Ended)):
         return not x.is_alive()
-    return not x._trace.is_valid() or _compat.has_ended(x)
+    return _compat.has_ended(x) or _compat.is_of_finished_jaxpr(x)
 
 
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)

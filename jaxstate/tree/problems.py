@@ -44,8 +44,9 @@ def held_outside(label: str) -> Exception:
 def type_changed(label: str, value: Any, aval: Any) -> Exception:
     return SlotTypeError(
         message(
-            f"{label} has type {aval.str_short()}, and was assigned one of type"
-            f" {_compat.typeof(value).str_short()} inside a transformed function.",
+            f"{label} has type {aval.str_short()}, and was assigned a value of type"
+            f" {_compat.typeof(value).str_short()} inside a loop, a branch or a jitted function,"
+            " which has to leave it one type.",
             fix="""
             tree.x = jnp.asarray(value, dtype)
             """,
@@ -112,10 +113,11 @@ def lanes_differ(label: str, made: str, lanes: int) -> Exception:
 def copy_written(label: str, under: str) -> Exception:
     return CopyWriteError(
         message(
-            f"{label} was assigned to a copy that {under} has made of the tree, and would be lost.",
+            f"{label} was assigned, but the object is a copy that {under} has made of the tree: the"
+            " assignment would be lost.",
             fix="""
-            jax.grad(lambda x: loss(tree, x))(x)     # the tree itself: not an argument,
-            _, tree = jaxstate.mutate(fn)(tree)      # or mutate inside, and return the new tree
+            jax.vmap(jaxstate.mutate(fn))(tree)      # a tree per lane,
+            jax.grad(lambda w: loss(w, tree))(w)     # or what is assigned to is no argument
             """,
             used=_compat.user_location(),
         )
