@@ -320,9 +320,11 @@ class _Calls(_RuleState):
                 self._arguments, self._operand_of = args, operand_of
                 out = _run(fun, args)
                 self._arguments = ()
-                if not self.over and self._is_traced() and (self.refresh() or self.cells):
-                    _compat.abandon_traces_inside(self.outside)
-                    raise _Touched(self)
+                is_traced = not self.over and self._is_traced()
+                is_refreshed = is_traced and self.refresh()
+            if is_traced and (is_refreshed or self.cells):  # (objects are compared at the end)
+                _compat.abandon_traces_inside(self.outside)
+                raise _Touched(self)
             return out
 
         return _compat.wrap_rule_function(fun, call)

@@ -53,6 +53,7 @@ class Frame:
       function: what is traced, if this is a jaxpr.
       walk: the objects at the beginning.
       entries: what was put in the place of the arrays then.
+      writes: what the function has written, for the rule.
       copies: of objects, which the function was given instead of these.
     """
 
@@ -69,6 +70,7 @@ class Frame:
         if not walk.graph.has_structure_of(session.graph):
             raise problems.closed("the tree")  # a rule that runs after `mutate`
         self.copies: list[Walk] = []
+        self.writes: list[Any] = []
         if self.stages and rule is None:
             trace.notes_of(trace_)
         self.entries: list[Any] = walk.leaves
@@ -101,7 +103,9 @@ class Frame:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
         with _compat.set_current_trace(self.trace):
-            return _compat.new_const(self.trace, StateTracer(address, aval))
+            captured = _compat.new_const(self.trace, StateTracer(address, aval))
+            params = dict(address=address, aval=aval, version=address.version())
+            return _compat.stage(self.trace, trace.read_p, (captured,), params)
 
     def is_finished(self) -> bool:
         """Whether there is nothing to read any more. (A jaxpr is under construction for a little
@@ -135,12 +139,14 @@ class Frame:
                 raise
             if self.stages:
                 self.restore()
+            for address, value in self.writes:  # which may be to the objects, as they are outside
+                self.rule.cell(address).value = value  # type: ignore[union-attr]
             for n in replaced:
                 if self._reaches(n) if self.is_loop else self._is_held(n):
                     raise problems.held_outside(self.walk.label_of_node(n))
         finally:
             self.session.called, self.session.added = self.called, []
-            self.copies, self.function = [], None
+            self.copies, self.writes, self.function = [], [], None
             if self.stages:
                 self.entries = []  # or they would keep each other alive
 
@@ -186,8 +192,7 @@ class Frame:
                 lost = [n.object for n in before.nodes if after.number_of(n.object) is None]
                 if lost:
                     after = Walk([*session.roots, *self.detached, *lost], after)
-        if self.rule is not None:
-            self._read_replaced(after)
+        self._read_replaced(after)
         pairs = list(zip(before.nodes, after.nodes, strict=False))
         replaced = [n for n, (a, b) in enumerate(pairs) if a.object is not b.object]
         if after.graph.has_structure_of(before.graph) and not (replaced and runs_once):
@@ -230,9 +235,8 @@ class Frame:
     def _stage(self, address: Any, value: Any) -> None:
         if self.rule is None:
             _compat.stage(self.trace, trace.write_p, (value,), dict(address=address))
-            return
-        with self._as_it_was():
-            self.rule.cell(address).value = value
+        else:
+            self.writes.append((address, value))
 
     @property
     def runs_once(self) -> bool:
