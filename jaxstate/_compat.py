@@ -824,6 +824,19 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
     return trace.default_process_primitive(primitive, operands, params, source_info)
 
 
+def emit(
+    trace: Any, primitive: Any, operands: Sequence[Any], avals: Sequence[Any], params: Any,
+    effs: Any, source_info: Any = None,
+) -> list[Any]:  # fmt: skip
+    """`stage`, of an equation of which everything is known."""
+    source_info = source_info or source_info_util.current()
+    operands = [trace.to_jaxpr_tracer(x, source_info) for x in operands]
+    return trace.emit_eqn(operands, avals, primitive, params, effs, source_info)
+
+
+current_source = source_info_util.current
+
+
 def are_its_inputs(trace: Any, values: Sequence[Any]) -> bool:
     """Whether ``trace`` builds a jaxpr, has done nothing yet, and ``values`` are inputs of it."""
     if not isinstance(trace, StagingTrace) or trace.frame.tracing_eqns:
@@ -845,9 +858,9 @@ def is_finished(trace: Any) -> bool:
     return type(trace.frame.constvar_to_val) is not _Constants
 
 
-def new_const(trace: Any, value: Any) -> Any:
+def new_const(trace: Any, value: Any, source_info: Any = None) -> Any:
     """The tracer of ``value`` as a constant of the jaxpr that ``trace`` is building."""
-    return trace.new_const(value, source_info_util.current())
+    return trace.new_const(value, source_info or source_info_util.current())
 
 
 class _Constants(dict):
@@ -2155,9 +2168,17 @@ _MODULES_WITHOUT_CALLBACKS = (
 
 def calls_no_user(fun: Any) -> bool:
     """Whether a function is of JAX's library and calls none of the program's."""
-    if not isinstance(fun, types.FunctionType) or fun.__closure__ is not None:
+    if type(fun) is not types.FunctionType or fun.__closure__ is not None:
         return False
+    if fun.__code__ in _without_callbacks:
+        return True
     module = fun.__globals__.get("__name__", "")
     if not module.startswith(_MODULES_WITHOUT_CALLBACKS):
         return False
-    return "control_flow" not in module and fun.__name__ != "_piecewise"
+    if "control_flow" in module or fun.__name__ == "_piecewise":
+        return False
+    _without_callbacks.add(fun.__code__)
+    return True
+
+
+_without_callbacks: set[Any] = set()

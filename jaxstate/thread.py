@@ -342,8 +342,10 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
 
 def _check_axes(address: Address, found: Any, wanted: Any) -> None:
     """A jaxpr traced with a value that is the same on all devices is right only for such."""
+    if not address.has_axes:
+        return
     axes = sorted(map(str, _compat.axes_of(found) - _compat.axes_of(wanted)))
-    if axes and address.has_axes:
+    if axes:
         raise DeviceWriteError(
             message(
                 f"{address} varies over the mesh axes {', '.join(axes)} here, and a function that"

@@ -18,33 +18,37 @@ import numpy as np
 from jaxstate import _compat
 from jaxstate.slots import Address
 from jaxstate.tree import problems
-from jaxstate.tree.graph import Graph, Walk
+from jaxstate.tree.graph import Graph, Walk, first_difference
 from jaxstate.tree.objects import Blank
 
 
 class TreeAddress(Address):
     """A slot of the objects of a call of `mutate`."""
 
-    __slots__ = ("label", "level")
+    __slots__ = ("_hash", "_key", "graph", "level")
 
     in_objects = True
     may_be_written = True
 
-    def __init__(self, level: int, label: str) -> None:
+    def __init__(self, level: int, graph: Graph, *key: Any) -> None:
         self.level = level
-        self.label = label
+        self.graph = graph
+        self._key = (type(self), level, *key)
+        self._hash = hash(self._key)
 
     def missing(self) -> Exception:
         return problems.closed(self.label)
 
-    def key(self) -> Any:
+    @property
+    def label(self) -> str:
+        """How a program gets to it."""
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.key() == other.key()  # type: ignore[attr-defined]
+        return self is other or (isinstance(other, TreeAddress) and self._key == other._key)
 
     def __hash__(self) -> int:
-        return hash(self.key())
+        return self._hash
 
     def __repr__(self) -> str:
         return f"leaf {self.label}"
@@ -59,13 +63,16 @@ class LeafAddress(TreeAddress):
 
     __slots__ = ("number", "renewed_objects")
 
-    def __init__(self, level: int, number: int, label: str, renewed: tuple[int, ...] = ()) -> None:
-        super().__init__(level, label)
+    def __init__(
+        self, level: int, graph: Graph, number: int, renewed: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(level, graph, number)
         self.number = number
         self.renewed_objects = renewed
 
-    def key(self) -> Any:
-        return self.level, self.number
+    @property
+    def label(self) -> str:
+        return self.graph.label(self.number)
 
 
 class Change:
@@ -76,6 +83,7 @@ class Change:
       objects: for each object at the end, its number at the beginning, or None for a new one.
       blanks: for each object at the end, what makes one like it.
       leaves: for each array at the end, its number at the beginning, or None for a new one.
+      label: how a program gets to what is changed.
       roots: how many of the roots are the program's. (Behind them come detached objects.)
     """
 
@@ -87,6 +95,7 @@ class Change:
         self.blanks = [Blank.of(node.object) for node in after.nodes]
         self.leaves = [numbers.get(id(x)) for x in after.leaves]
         self.roots = roots
+        self.label = first_difference(before, after)
 
 
 class Shape(TreeAddress):
@@ -95,12 +104,13 @@ class Shape(TreeAddress):
     __slots__ = ("change",)
     threaded = True
 
-    def __init__(self, level: int, change: Change, label: str) -> None:
-        super().__init__(level, label)
+    def __init__(self, level: int, change: Change) -> None:
+        super().__init__(level, change.after, id(change))
         self.change = change
 
-    def key(self) -> Any:
-        return self.level, id(self.change)
+    @property
+    def label(self) -> str:
+        return self.change.label
 
     def __repr__(self) -> str:
         return f"the structure of {self.label}"
@@ -117,13 +127,14 @@ class NewLeaf(TreeAddress):
     __slots__ = ("change", "number")
     threaded = True
 
-    def __init__(self, level: int, change: Change, number: int, label: str) -> None:
-        super().__init__(level, label)
+    def __init__(self, level: int, change: Change, number: int) -> None:
+        super().__init__(level, change.after, id(change), number)
         self.change = change
         self.number = number
 
-    def key(self) -> Any:
-        return self.level, id(self.change), self.number
+    @property
+    def label(self) -> str:
+        return self.graph.label(self.number)
 
 
 FLAG = np.bool_(True)  # what is written to a `Shape`

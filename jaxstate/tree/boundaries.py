@@ -45,7 +45,11 @@ def _enter(trace_: Any) -> list[Frame] | None:
     if _compat.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
         return None
     new = [s for s in here if not _is_in(s, trace_)]
-    return [_begin(Frame(s, trace_)) for s in new] or None
+    if not new:
+        return None
+    frames = [_begin(Frame(s, trace_)) for s in new]
+    _publish_graphs(False)
+    return frames
 
 
 def _is_of_devices(trace_: Any) -> bool:
@@ -104,14 +108,20 @@ class _around:
 
     def __enter__(self) -> None:
         self.before = publishes.graphs, publishes.jax_only, publishes.function
-        publishes.graphs, publishes.jax_only = not self.jax_only, self.jax_only
-        publishes.function = self.function
+        publishes.jax_only, publishes.function = self.jax_only, self.function
         if not self.jax_only:
             refresh()
-        signature_changed()
+        _publish_graphs(not self.jax_only)
 
     def __exit__(self, *_: object) -> None:
-        publishes.graphs, publishes.jax_only, publishes.function = self.before
+        graphs, publishes.jax_only, publishes.function = self.before
+        _publish_graphs(graphs)
+
+
+def _publish_graphs(yes: bool) -> None:
+    """Whether the caches are to know the objects: where JAX looks for a function of the program."""
+    if publishes.graphs or yes:
+        publishes.graphs = yes
         signature_changed()
 
 

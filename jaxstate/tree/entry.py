@@ -59,20 +59,21 @@ class Entry(_compat.Tracer):
 class Ended(_compat.Tracer):
     """An array of an object that a function under `mutate` was given, when that has ended."""
 
-    __slots__ = ("_label",)
+    __slots__ = ("_graph", "_number")
 
-    def __init__(self, label: str, aval: Any) -> None:
+    def __init__(self, graph: Any, number: int, aval: Any) -> None:
         super().__init__(nowhere, aval)
-        self._label = label
+        self._graph = graph
+        self._number = number
 
     def resolve(self) -> Any:
-        raise problems.closed(self._label)
+        raise problems.closed(self._graph.label(self._number))
 
     def is_alive(self) -> bool:
         return False
 
     def __repr__(self) -> str:
-        return f"Ended({self._label}, {self.aval.str_short()})"
+        return f"Ended({self._graph.label(self._number)}, {self.aval.str_short()})"
 
     def dimension_as_value(self) -> Any:
         return self.resolve()

@@ -69,6 +69,7 @@ class Frame:
         self.walk = walk = session.refresh()
         if not walk.graph.has_structure_of(session.graph):
             raise problems.closed("the tree")  # a rule that runs after `mutate`
+        self._source: Any = None
         self.copies: list[Walk] = []
         self.writes: list[Any] = []
         if self.stages and rule is None:
@@ -94,18 +95,20 @@ class Frame:
 
     def read(self, number: int) -> Any:
         """What an array was at the beginning, for the trace of this frame."""
-        label = self.walk.label(number)
-        address = LeafAddress(self.session.level, number, label)
+        address = LeafAddress(self.session.level, self.walk.graph, number)
         aval = self.walk.avals[number]
         if self.is_finished():
-            raise problems.read_before(label)
+            raise problems.read_before(address.label)
         if self.rule is not None:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
-        with _compat.set_current_trace(self.trace):
-            captured = _compat.new_const(self.trace, StateTracer(address, aval))
-            params = dict(address=address, aval=aval, version=address.version())
-            return _compat.stage(self.trace, trace.read_p, (captured,), params)
+        self._source = source = self._source or _compat.current_source()
+        captured = _compat.new_const(self.trace, StateTracer(address, aval), source)
+        params = dict(address=address, aval=aval, version=address.version())
+        (value,) = _compat.emit(
+            self.trace, trace.read_p, (captured,), [aval], params, {trace.state_effect}, source
+        )
+        return value
 
     def is_finished(self) -> bool:
         """Whether there is nothing to read any more. (A jaxpr is under construction for a little
@@ -143,7 +146,7 @@ class Frame:
                 self.rule.cell(address).value = value  # type: ignore[union-attr]
             for n in replaced:
                 if self._reaches(n) if self.is_loop else self._is_held(n):
-                    raise problems.held_outside(self.walk.label_of_node(n))
+                    raise problems.held_outside(self.walk.graph.label_of_node(n))
         finally:
             self.session.called, self.session.added = self.called, []
             self.copies, self.writes, self.function = [], [], None
@@ -169,7 +172,7 @@ class Frame:
                 raise problems.copy_written(first_difference(walk, Walk(walk.roots)), _UNDER)
             for i, (old, new) in enumerate(zip(leaves, walk.leaves, strict=True)):
                 if old is not new:
-                    raise problems.copy_written(walk.label(i), _UNDER)
+                    raise problems.copy_written(walk.graph.label(i), _UNDER)
 
     def restore(self) -> None:
         """Makes the objects what they were at the beginning."""
@@ -217,26 +220,28 @@ class Frame:
         aval = self.walk.avals[i]
         value = _compat.canonicalize(fitted(after.leaves[i], aval))
         if not _compat.same_type(value, aval):
-            raise problems.type_changed(after.label(i), value, aval)
+            raise problems.type_changed(after.graph.label(i), value, aval)
         if isinstance(self.entries[i], Writable) and not self.runs_once:
             self.entries[i][...] = value  # the next turn reads it there
             return
-        self._stage(LeafAddress(self.session.level, i, after.label(i), renewed), value)
+        self._stage(LeafAddress(self.session.level, self.walk.graph, i, renewed), value)
 
     def _write_change(self, after: Walk) -> None:
         level = self.session.level
         change = Change(self.walk, self.entries, after, len(self.session.roots))
-        self._stage(Shape(level, change, first_difference(self.walk, after)), FLAG)
+        self._stage(Shape(level, change), FLAG)
         for j, i in enumerate(change.leaves):
             if i is None:
                 value = _compat.canonicalize(fitted(after.leaves[j], after.avals[j]))
-                self._stage(NewLeaf(level, change, j, after.label(j)), value)
+                self._stage(NewLeaf(level, change, j), value)
 
     def _stage(self, address: Any, value: Any) -> None:
-        if self.rule is None:
-            _compat.stage(self.trace, trace.write_p, (value,), dict(address=address))
-        else:
+        if self.rule is not None:
             self.writes.append((address, value))
+            return
+        self._source = self._source or _compat.current_source()
+        params, effects = dict(address=address), {trace.state_effect}
+        _compat.emit(self.trace, trace.write_p, (value,), [], params, effects, self._source)
 
     @property
     def runs_once(self) -> bool:
@@ -283,7 +288,7 @@ class Frame:
         for i, leaf in enumerate(walk.leaves):
             x = snapshot(leaf)
             if isinstance(x, _compat.Tracer) and x._trace is not nowhere and self._owns(x):
-                value = self._lowered(walk.label(i), x)
+                value = self._lowered(walk.graph.label(i), x)
                 with _compat.set_current_trace(_compat.parent_of(self.trace)):
                     session.set(i, value)
 

@@ -60,12 +60,18 @@ class TraceNote(Static):
 
 
 class Record(NamedTuple):
-    """The static part of one object: its class, the names of its parts, and their entries."""
+    """The static part of one object: its class, the names of its parts, and their entries.
+
+    Attributes:
+      parent, place: the number of the object that it is a part of, and of the part.
+    """
 
     cls: type
     names: tuple[str, ...]
     keys: Any
     entries: tuple[Entry, ...]
+    parent: int
+    place: int
 
 
 class Graph:
@@ -75,15 +81,31 @@ class Graph:
       nodes: a `Record` per object.
       roots: the entries of the objects that the others were reached from.
       avals: the types of the arrays.
+      places: for each array, the number of its object and of the part there.
     """
 
-    __slots__ = ("_hash", "avals", "nodes", "roots")
+    __slots__ = ("_hash", "avals", "nodes", "places", "roots")
 
-    def __init__(self, nodes: Any, roots: Any, avals: Any) -> None:
+    def __init__(self, nodes: Any, roots: Any, avals: Any, places: Any) -> None:
         self.nodes: tuple[Record, ...] = nodes
         self.roots: tuple[Entry, ...] = roots
         self.avals: tuple[Any, ...] = avals
+        self.places: tuple[tuple[int, int], ...] = places
         self._hash: int | None = None
+
+    def label(self, i: int) -> str:
+        """How the program gets to an array."""
+        return self.label_of_part(*self.places[i])
+
+    def label_of_part(self, number: int, place: int) -> str:
+        if number < 0:
+            return "tree"
+        record = self.nodes[number]
+        return self.label_of_node(number) + objects.label(record.names, record.keys, place)
+
+    def label_of_node(self, number: int) -> str:
+        record = self.nodes[number]
+        return self.label_of_part(record.parent, record.place)
 
     def has_structure_of(self, other: Graph) -> bool:
         return self is other or (self.nodes == other.nodes and self.roots == other.roots)
@@ -177,10 +199,13 @@ class Walk:
         self._memo: dict[int, int] = {}
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
         records = [
-            Record(type(n.object), tuple(n.names), _frozen(n.keys), tuple(n.entries))
+            Record(
+                type(n.object), tuple(n.names), _frozen(n.keys), tuple(n.entries), n.parent, n.place
+            )
             for n in self.nodes
         ]
-        self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals))
+        places = tuple(self.places)
+        self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals), places)
         self._before = None
 
     def _entry(self, x: Any, static: bool, node: int, place: int, tree: bool) -> Entry:
@@ -336,21 +361,6 @@ class Walk:
     def object_of(self, number: int) -> Any:
         return self.nodes[number].object
 
-    def label(self, i: int) -> str:
-        """How the program gets to an array."""
-        node, place = self.places[i]
-        return self.label_of_part(node, place)
-
-    def label_of_part(self, number: int, place: int) -> str:
-        if number < 0:
-            return "tree"
-        node = self.nodes[number]
-        return self.label_of_node(number) + objects.label(node.names, node.keys, place)
-
-    def label_of_node(self, number: int) -> str:
-        node = self.nodes[number]
-        return self.label_of_part(node.parent, node.place)
-
 
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
@@ -376,6 +386,9 @@ def can_hold(old: Any, value: Any, found: Any) -> bool:
 
 def fitted(value: Any, aval: Any) -> Any:
     """The array that a number in the place of an array of type ``aval`` stands for."""
+    found = getattr(value, "aval", None)
+    if found is not None and not getattr(found, "weak_type", False):
+        return value
     if isinstance(value, (bool, int, float, complex)) or getattr(value, "weak_type", False):
         array = _compat.as_array(value)
         holds = can_hold(aval, value, _compat.typeof(array))
@@ -415,14 +428,14 @@ def first_difference(before: Walk, after: Walk) -> str:
             others = [*y.names, *(y.keys if isinstance(y.keys, tuple) else ())]
             for i, name in enumerate(names):
                 if name not in others:
-                    return walk.label_of_part(n, i)
+                    return walk.graph.label_of_part(n, i)
         if old.cls is not new.cls or old.keys != new.keys:
-            return before.label_of_node(n)
+            return before.graph.label_of_node(n)
         for i, (a, b) in enumerate(zip(old.entries, new.entries, strict=True)):
             if not _is_like(a, b):
-                return before.label_of_part(n, i)
+                return before.graph.label_of_part(n, i)
     n = next((n for n, (old, new) in pairs if old != new), None)
-    return "tree" if n is None else before.label_of_node(n)
+    return "tree" if n is None else before.graph.label_of_node(n)
 
 
 def _is_like(a: Entry, b: Entry) -> bool:

@@ -202,13 +202,13 @@ def _check_leaves(walk: Walk) -> None:
     """Raises if a tracer is left in the objects that is worth nothing from here on."""
     for i, x in enumerate(walk.leaves):
         if isinstance(x, _compat.Tracer) and _has_ended(x):
-            raise problems.tracer_left(walk.label(i), x)
+            raise problems.tracer_left(walk.graph.label(i), x)
     for number, node in enumerate(walk.nodes):
         for place, (entry, value) in enumerate(zip(node.entries, node.values, strict=True)):
             if entry[0] is STATIC and gc.is_tracked(value):
                 hidden = next((x for x in _tracers_in(value) if _has_ended(x)), None)
                 if hidden is not None:
-                    raise problems.tracer_left(walk.label_of_part(number, place), hidden)
+                    raise problems.tracer_left(walk.graph.label_of_part(number, place), hidden)
 
 
 def _has_ended(x: Any) -> bool:
@@ -234,7 +234,7 @@ def _tracers_in(value: Any, depth: int = 3) -> Iterator[Any]:
 
 def _end(session: Session, walk: Walk) -> None:
     """Takes the arrays out of the objects: the program may have kept them."""
-    leaves = [Ended(walk.label(i), aval) for i, aval in enumerate(walk.avals)]
+    leaves = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
     walk.with_leaves(leaves, put=True)
     session.walk = None
     session.roots = []

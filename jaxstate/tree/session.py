@@ -332,4 +332,4 @@ publishes = _Publishes()
 
 def sessions() -> list[Session]:
     """The open sessions of this thread, outermost first."""
-    return [h for h in slots.stack() if isinstance(h, Session)]
+    return [h for h in slots.stack() if type(h) is Session]
