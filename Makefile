@@ -74,6 +74,7 @@ types: $(LINT)/installed
 PROGRAMS ?= state numpy
 FUZZ_state := jaxstate_tests/test_random_programs.py
 FUZZ_numpy := jaxstate_tests/test_inplace_programs.py
+FUZZ_objects := jaxstate_tests/test_object_programs.py
 
 fuzz: $(TEST)/installed
 	FUZZ_MINUTES=$(or $(MINUTES),10) FUZZ_SEED=$(SEED) $(TEST)/bin/python -m pytest -s \

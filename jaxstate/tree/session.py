@@ -86,7 +86,9 @@ class Session(Holder):
 
     def signature(self) -> Any:
         # While functions of JAX are traced, their caches need not know the objects.
-        return ("mutate", self.graph if publishes.graphs else None, publishes.by_value)
+        if not publishes.graphs:
+            return ("mutate", publishes.by_value)
+        return ("mutate", publishes.by_value, self.graph, closed_over(publishes.function, self))
 
     @property
     def graph(self) -> Any:
@@ -328,6 +330,22 @@ class _Publishes(threading.local):
 
 
 publishes = _Publishes()
+
+
+def closed_over(function: Any, session: Session) -> tuple[int, ...]:
+    """The numbers of the objects that a function has in its closure, as it is now: a name in it may
+    be that of another object when the function is called again."""
+    found = []
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            x = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        for part in x if type(x) in (list, tuple) and len(x) < 20 else (x,):
+            number = session.walk.number_of(part)
+            if number is not None:
+                found.append(number)
+    return tuple(found)
 
 
 def sessions() -> list[Session]:
