@@ -1,6 +1,6 @@
 """Random programs that assign to the parts of random objects, in transformations of all kinds.
 
-A program is data. `run` runs it in one of two ways: `Real` calls JAX's transformations, and `Plain`
+A program is data. `Run` runs it in one of two ways: `Real` calls JAX's transformations, and `Plain`
 is Python, in which a loop is a loop, a branch an ``if``, and a jitted function the function. On plain
 objects the second one is the reference.
 """
@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 def register(cls):
     jax.tree_util.register_pytree_node(
-        cls, lambda d: (tuple(d.values()), tuple(d)), lambda keys, parts: cls(zip(keys, parts))
+        cls,
+        lambda d: (tuple(d.values()), tuple(d)),
+        lambda keys, parts: cls(zip(keys, parts, strict=True)),
     )
     return cls
 
@@ -285,9 +287,7 @@ def blocks(depth, can_grow):
         inner = [
             st.tuples(st.sampled_from(ONCE), blocks(depth - 1, can_grow)),
             st.tuples(st.sampled_from(OFTEN), blocks(depth - 1, False), st.integers(0, 3)),
-            st.tuples(
-                st.just("cond"), blocks(depth - 1, False), blocks(depth - 1, False), numbers
-            ),
+            st.tuples(st.just("cond"), blocks(depth - 1, False), blocks(depth - 1, False), numbers),
         ]
         statement = st.one_of(statement, *inner)
     return st.lists(statement, min_size=1, max_size=3)
@@ -504,7 +504,12 @@ def _once(how):
 
 
 def _often(how):
-    return lambda self, root, x, block, n: self.way.often(how, self.block(block), root, x, n)
+    least = how == "scan"  # JAX refuses to scan nothing if jit is disabled
+
+    def statement(self, root, x, block, n):
+        return self.way.often(how, self.block(block), root, x, max(n, least))
+
+    return statement
 
 
 for _how in ONCE:

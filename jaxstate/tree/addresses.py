@@ -82,6 +82,7 @@ class Change:
       before, after: the objects at the beginning and the end.
       objects: for each object at the end, its number at the beginning, or None for a new one.
       blanks: for each object at the end, what makes one like it.
+      parts: for each object at the end, the names, keys and entries of its parts.
       leaves: for each array at the end, its number at the beginning, or None for a new one.
       label: how a program gets to what is changed.
       roots: how many of the roots are the program's. (Behind them come detached objects.)
@@ -93,6 +94,7 @@ class Change:
         self.after: Graph = after.graph
         self.objects = [before.number_of(node.object) for node in after.nodes]
         self.blanks = [Blank.of(node.object) for node in after.nodes]
+        self.parts = [(tuple(n.names), n.keys, tuple(n.entries)) for n in after.nodes]
         self.leaves = [numbers.get(id(x)) for x in after.leaves]
         self.roots = roots
         self.label = first_difference(before, after)

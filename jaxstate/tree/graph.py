@@ -11,7 +11,9 @@ by identity, and takes over arrays that have been replaced by others of their ty
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +42,10 @@ class Static:
         except TypeError:
             self.key = (type(value), id(value))
 
+    def made(self) -> Any:
+        """What stands for it in an object that is made here."""
+        return self.value
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and (self.value is other.value or self._equals(other))
 
@@ -57,6 +63,9 @@ class TraceNote(Static):
 
     def __init__(self, value: Any) -> None:
         self.value, self.key = value, (type(value), None)
+
+    def made(self) -> Any:
+        return type(self.value)()
 
 
 class Record(NamedTuple):
@@ -127,7 +136,9 @@ class Graph:
 class Node:
     """One object as it was when it was looked at."""
 
-    __slots__ = ("entries", "keys", "names", "object", "parent", "place", "values", "with_leaves")
+    __slots__ = (
+        "entries", "keys", "names", "object", "order", "parent", "place", "values", "with_leaves"
+    )  # fmt: skip
 
     def __init__(self, x: Any, parent: int, place: int) -> None:
         self.object = x
@@ -137,12 +148,13 @@ class Node:
         self.keys: Any = None
         self.values: list[Any] = []
         self.entries: list[Entry] = []
+        self.order: list[int] | None = None  # in which the graph has the parts
         self.with_leaves: list[int] = []  # the parts that are, or are made of, arrays
 
     def copy(self) -> Node:
         other = Node(self.object, self.parent, self.place)
         other.names, other.keys, other.values = self.names, self.keys, self.values[:]
-        other.entries, other.with_leaves = self.entries, self.with_leaves
+        other.entries, other.order, other.with_leaves = self.entries, self.order, self.with_leaves
         return other
 
     def entry_of(self, names: Any, keys: Any, place: int) -> Entry | None:
@@ -198,15 +210,30 @@ class Walk:
         self._before = before
         self._memo: dict[int, int] = {}
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
-        records = [
-            Record(
-                type(n.object), tuple(n.names), _frozen(n.keys), tuple(n.entries), n.parent, n.place
-            )
-            for n in self.nodes
-        ]
-        places = tuple(self.places)
+        records = [self._record(node) for node in self.nodes]
+        places = tuple([(n, self._rank(n, place)) for n, place in self.places])
         self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals), places)
         self._before = None
+
+    def _record(self, node: Node) -> Record:
+        names, keys, entries = node.names, node.keys, node.entries
+        if node.order:
+            n = len(names)
+            entries = [entries[i] for i in node.order]
+            if isinstance(keys, list):
+                keys = [keys[i - n] for i in node.order[n:]]
+            names = [names[i] for i in node.order[:n]]
+        keys = tuple(keys) if isinstance(keys, list) else keys
+        place = self._rank(node.parent, node.place)
+        return Record(type(node.object), tuple(names), keys, tuple(entries), node.parent, place)
+
+    def _rank(self, number: int, place: int) -> int:
+        order = self.nodes[number].order if number >= 0 else None
+        return order.index(place) if order else place
+
+    def label_of_part(self, number: int, place: int) -> str:
+        """How the program gets to the part number ``place`` of an object."""
+        return self.graph.label_of_part(number, self._rank(number, place))
 
     def _entry(self, x: Any, static: bool, node: int, place: int, tree: bool) -> Entry:
         cls = type(x)
@@ -261,10 +288,11 @@ class Walk:
         node.names, node.keys, node.values = parts_of(x)
         n = len(node.names)
         children = children_names(x, node.names, node.values) if n else ()
-        for i, value in enumerate(node.values):
+        node.order = order = _order(type(x), node.names, node.keys)
+        node.entries = [(STATIC,)] * len(node.values)
+        for i in order or range(len(node.values)):
             is_static = static or (i < n and node.names[i] not in children)
-            entry = self._entry(value, is_static, number, i, tree)
-            node.entries.append(entry)
+            node.entries[i] = entry = self._entry(node.values[i], is_static, number, i, tree)
             if entry[0] is LEAF or (entry[0] is MADE and has_leaves(entry)):
                 node.with_leaves.append(i)
         return number
@@ -373,8 +401,19 @@ def _is_same_static(entry: Entry, new: Any) -> bool:
     return kind_of(new) is STATIC and bool(entry[1] == Static(new))
 
 
-def _frozen(keys: Any) -> Any:
-    return tuple(keys) if isinstance(keys, list) else keys
+def _order(cls: type, names: list[str], keys: Any) -> list[int] | None:
+    """In what order to look at the parts of an object; None for that in which they are.
+
+    The order of attributes says nothing about a structure, nor (for JAX) that of a dict.
+    """
+    n = len(names)
+    order = sorted(range(n), key=names.__getitem__)
+    items: Any = range(keys if isinstance(keys, int) else len(keys or ()))
+    if cls is dict or cls is defaultdict:
+        with contextlib.suppress(TypeError):
+            items = sorted(items, key=keys.__getitem__)
+    order += [n + i for i in items]
+    return None if order == list(range(len(order))) else order
 
 
 def can_hold(old: Any, value: Any, found: Any) -> bool:
@@ -415,7 +454,7 @@ def value_of(entry: Entry, leaf: Callable[[int], Any], node: Callable[[int], Any
     if kind is NODE:
         return node(entry[1])
     if kind is STATIC:
-        return entry[1].value
+        return entry[1].made()
     return entry[1].make([value_of(e, leaf, node) for e in entry[2]])
 
 

@@ -208,7 +208,7 @@ def _check_leaves(walk: Walk) -> None:
             if entry[0] is STATIC and gc.is_tracked(value):
                 hidden = next((x for x in _tracers_in(value) if _has_ended(x)), None)
                 if hidden is not None:
-                    raise problems.tracer_left(walk.graph.label_of_part(number, place), hidden)
+                    raise problems.tracer_left(walk.label_of_part(number, place), hidden)
 
 
 def _has_ended(x: Any) -> bool:

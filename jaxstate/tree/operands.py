@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from jaxstate import _compat
 from jaxstate.slots import signature_changed
 from jaxstate.thread import in_bind
 from jaxstate.tree.graph import Walk
@@ -143,7 +144,7 @@ Number = Callable[[Any, Any], Any]
 
 
 def referred(tree: Any, number_of: Number, path: Any = ()) -> Any:
-    """A tree of tuples, lists and dicts with references in the place of objects of sessions."""
+    """A pytree with references in the place of objects of sessions."""
     found = number_of(tree, path)
     if found is not None:
         return found
@@ -157,17 +158,17 @@ def referred(tree: Any, number_of: Number, path: Any = ()) -> Any:
 
 
 def _pairs(tree: Any) -> list[tuple[Any, Any]] | None:
+    """The parts of a pytree with their keys; None for a leaf."""
     if type(tree) is dict:
         return list(tree.items())
-    if type(tree) in (tuple, list) or (isinstance(tree, tuple) and hasattr(tree, "_fields")):
-        return list(enumerate(tree))
-    return None
+    children = _compat.children_of(tree)
+    return None if children is None else list(enumerate(children))
 
 
 def _like(tree: Any, parts: list[Any]) -> Any:
     if type(tree) is dict:
         return dict(zip(tree, parts, strict=True))
-    return parts if type(tree) is list else tuple.__new__(type(tree), parts)
+    return jax.tree.structure(tree, is_leaf=lambda x: x is not tree).unflatten(parts)
 
 
 def as_operands(tree: Any, by_value: frozenset[Any] = frozenset()) -> Any:
@@ -296,6 +297,8 @@ def around_control_flow(name: str, plain: Callable[..., Any], args: Any, kwargs:
     """A call of a loop or of branches, with objects of sessions by reference where that can be."""
     if not sessions() or in_bind():
         return plain(*args, **kwargs)
+    if _compat.jit_is_disabled() and name != "scan":
+        return plain(*args, **kwargs)  # Python calls the functions with what they are given
     around = _loop if name in _CARRIES else _branches
     return around(name, plain, args, kwargs, frozenset())
 

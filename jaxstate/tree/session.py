@@ -195,8 +195,8 @@ class Session(Holder):
             return
         self._pending = None
         leaf, node = leaves.__getitem__, nodes.__getitem__
-        for x, record in zip(nodes, change.after.nodes, strict=True):
-            fill(x, record.names, record.keys, [value_of(e, leaf, node) for e in record.entries])
+        for x, (names, keys, entries) in zip(nodes, change.parts, strict=True):
+            fill(x, names, keys, [value_of(e, leaf, node) for e in entries])
         roots = [value_of(e, leaf, node) for e in change.after.roots]
         self.roots[:] = roots[: change.roots]
         self.detached = roots[change.roots :]
