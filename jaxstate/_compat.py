@@ -931,8 +931,8 @@ def with_constvars(jaxpr: Any, kept: Sequence[bool], eqns: Sequence[Any]) -> Any
     inputs = jaxpr.invars if _flattree is None else jaxpr.all_invars[n:]
     constvars = [v for v, k in zip(of_jaxpr, kept, strict=True) if k]
     return core.Jaxpr(
-        constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects, jaxpr.debug_info._replace(arg_names=None),
-        jaxpr.is_high,
+        constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects,
+        jaxpr.debug_info._replace(arg_names=None), jaxpr.is_high,
     )  # fmt: skip
 
 
