@@ -837,17 +837,6 @@ def emit(
 current_source = source_info_util.current
 
 
-def are_its_inputs(trace: Any, values: Sequence[Any]) -> bool:
-    """Whether ``trace`` builds a jaxpr, has done nothing yet, and ``values`` are inputs of it."""
-    if not isinstance(trace, StagingTrace) or trace.frame.tracing_eqns:
-        return False
-    inputs = set(trace.frame.invars)
-    return all(
-        isinstance(v, Tracer) and v._trace is trace and getattr(v, "val", None) in inputs
-        for v in values
-    )
-
-
 def traced_for(trace: Any) -> str:
     """What the jaxpr is for that ``trace`` is building: "jit", "scan" ..."""
     return trace.frame.debug_info.traced_for
@@ -1826,14 +1815,6 @@ def _untraced(fun: Callable[..., Any]) -> Callable[..., Any]:
     return untraced
 
 
-def wrap_tree_map(wrap: Wrap) -> None:
-    """Puts a wrapper around `jax.tree.map` and its relatives, where they are looked up."""
-    for name in ("tree_map", "tree_map_with_path"):
-        wrapped = wrap(getattr(tree_util, name))
-        setattr(tree_util, name, wrapped)
-        setattr(jax.tree_util, name, wrapped)
-
-
 _captures: list[type] = []
 
 
@@ -2160,7 +2141,7 @@ def content(x: Any) -> Any:
 
 
 _MODULES_WITHOUT_CALLBACKS = (
-    "jax._src.numpy.", "jax._src.lax.", "jax._src.nn.", "jax._src.random.", "jax._src.ops.",
+    "jax._src.numpy.", "jax._src.lax.", "jax._src.nn.", "jax._src.random", "jax._src.ops.",
     "jax._src.image.", "jax._src.scipy.special", "jax._src.scipy.stats", "jax._src.scipy.linalg",
     "jax._src.scipy.fft", "jax._src.scipy.signal", "jax._src.prng",
 )  # fmt: skip

@@ -81,6 +81,10 @@ class Address:
         """How often the slot was written, for one that is captured and may be written."""
         return 0
 
+    def is_written_in(self, trace: Any, written: Any) -> bool:
+        """Whether the jaxpr that ``trace`` builds, which wrote the slots ``written``, wrote it."""
+        return self.seen_from(trace) in written
+
     def note_write(self) -> None:
         """To be called at every write."""
 
@@ -187,6 +191,11 @@ class Holder:
 
     # The `family` of the transparent trace whose slot this is.
     family: Any = None
+
+    @property
+    def home(self) -> Any:
+        """The trace under which it was opened."""
+        return self.anchor
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`

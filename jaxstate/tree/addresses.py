@@ -74,6 +74,24 @@ class LeafAddress(TreeAddress):
     def label(self) -> str:
         return self.graph.label(self.number)
 
+    def known_holder(self) -> Any:
+        session = super().known_holder()
+        if session is not None and session.is_given():
+            return None  # a function with a custom rule has what it was given
+        return session
+
+    def version(self) -> int:
+        session = super().known_holder()
+        return 0 if session is None else session.version(self.number)
+
+    def seen_from(self, boundary: Any) -> Any:
+        session = super().known_holder()
+        return self if session is None else session.address_at_entry(self, boundary) or self
+
+    def is_written_in(self, trace: Any, written: Any) -> bool:
+        session = super().known_holder()
+        return session is None or session.address_at_entry(self, trace) is None
+
 
 class Change:
     """How a jaxpr changes the structure of the objects.

@@ -70,6 +70,7 @@ class Frame:
         if not walk.graph.has_structure_of(session.graph):
             raise problems.closed("the tree")  # a rule that runs after `mutate`
         self._source: Any = None
+        self._numbers: dict[int, int] | None = None
         self.copies: list[Walk] = []
         self.writes: list[Any] = []
         if self.stages and rule is None:
@@ -104,11 +105,17 @@ class Frame:
                 return fitted(self.rule.cell(address).value, aval)
         self._source = source = self._source or _compat.current_source()
         captured = _compat.new_const(self.trace, StateTracer(address, aval), source)
-        params = dict(address=address, aval=aval, version=address.version())
+        params = dict(address=address, aval=aval, version=self.walk.versions[number])
         (value,) = _compat.emit(
             self.trace, trace.read_p, (captured,), [aval], params, {trace.state_effect}, source
         )
         return value
+
+    def number_of(self, leaf: Any) -> int | None:
+        """The number of an array that was there at the beginning."""
+        if self._numbers is None:
+            self._numbers = {id(entry): i for i, entry in enumerate(self.entries)}
+        return self._numbers.get(id(leaf))
 
     def is_finished(self) -> bool:
         """Whether there is nothing to read any more. (A jaxpr is under construction for a little

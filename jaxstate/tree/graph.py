@@ -187,16 +187,9 @@ class Walk:
     """
 
     __slots__ = (
-        "_before",
-        "_memo",
-        "avals",
-        "graph",
-        "leaves",
-        "nodes",
-        "notes",
-        "places",
-        "roots",
-    )
+        "_before", "_clock", "_memo", "avals", "graph", "leaves", "nodes", "notes", "places",
+        "roots", "versions",
+    )  # fmt: skip
 
     def __init__(
         self, roots: Sequence[Any], before: Walk | None = None, tree: bool = False
@@ -214,6 +207,8 @@ class Walk:
         places = tuple([(n, self._rank(n, place)) for n, place in self.places])
         self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals), places)
         self._before = None
+        self._clock = 0 if before is None else before._clock + 1
+        self.versions = [self._clock] * len(self.leaves)
 
     def _record(self, node: Node) -> Record:
         names, keys, entries = node.names, node.keys, node.entries
@@ -338,11 +333,16 @@ class Walk:
                 weak = getattr(found, "weak_type", False)
                 if not weak or not can_hold(aval, new, found):
                     return False
-            self.leaves[entry[1]] = new
+            self.replace_leaf(entry[1], new)
         elif not _is_same_static(entry, new):
             return False
         node.values[i] = new
         return True
+
+    def replace_leaf(self, i: int, x: Any) -> None:
+        self.leaves[i] = x
+        self._clock += 1
+        self.versions[i] = self._clock
 
     def replace(self, number: int, x: Any) -> None:
         """Another object takes the place of one, in what this walk knows."""
@@ -360,6 +360,7 @@ class Walk:
             self.avals,
         )
         walk.graph, walk._memo, walk._before = self.graph, self._memo, None
+        walk._clock, walk.versions = self._clock, self.versions[:]
         walk.nodes = []
         for node in self.nodes:
             other = node.copy()

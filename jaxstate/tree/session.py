@@ -19,7 +19,7 @@ from jaxstate.slots import Address, Holder, holders
 from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, NewLeaf, Shape, TreeAddress
 from jaxstate.tree.graph import Walk, fitted, value_of
 from jaxstate.tree.objects import NODE, Blank, fill, kind_of
-from jaxstate.tree.problems import structure_changed
+from jaxstate.tree.problems import closed, structure_changed
 
 
 class Session(Holder):
@@ -48,6 +48,7 @@ class Session(Holder):
         self.called: Walk | None = None
         self.renewed: Any = None
         self.added: list[Any] = []
+        self._checked: Any = None
         self.is_open = True
         self._graph: Any = None
         self._pending: _Pending | None = None
@@ -66,8 +67,42 @@ class Session(Holder):
     def knows(self, address: Address) -> bool:
         return isinstance(address, TreeAddress) and address.level == self.level
 
+    @property
+    def home(self) -> Any:
+        """The trace that `mutate` was called under."""
+        return self.base[0] if self.base else None
+
     def cell(self, address: Any) -> Any:
+        if isinstance(address, LeafAddress):
+            self._check_graph(address)
         return _CELLS[type(address)](self, address)
+
+    def is_given(self) -> bool:
+        """Whether a function runs that was given the arrays that it uses."""
+        return any(f.rule is not None and f.rule.is_boundary for f in self.frames)
+
+    def _check_graph(self, address: LeafAddress) -> None:
+        """An array is meant by its number in objects of one structure."""
+        graph = (self.reading or self.walk).graph
+        if address.graph is graph or self._checked == (id(address.graph), id(graph)):
+            return
+        if not graph.has_structure_of(address.graph):
+            raise closed(address.label)
+        self._checked = id(address.graph), id(graph)
+
+    def version(self, number: int) -> int:
+        """Another number when an array has been replaced."""
+        versions = self.refresh().versions
+        return versions[number] if number < len(versions) else -1
+
+    def address_at_entry(self, address: LeafAddress, trace: Any) -> LeafAddress | None:
+        """What an array is, as it is now, at the beginning of the loop whose jaxpr ``trace`` builds;
+        None if it was not there then."""
+        frame = next((f for f in self.frames if f.trace is trace and f.is_loop), None)
+        if frame is None or address.number >= len(self.walk.leaves):
+            return None
+        number = frame.number_of(self.walk.leaves[address.number])
+        return None if number is None else LeafAddress(self.level, frame.walk.graph, number)
 
     def aval(self, address: Any) -> Any:
         if isinstance(address, LeafAddress):
@@ -143,7 +178,7 @@ class Session(Holder):
 
     def set(self, number: int, value: Any) -> None:
         walk = self.walk
-        walk.leaves[number] = writable(value)
+        walk.replace_leaf(number, writable(value))
         n, place = walk.places[number]
         if n < 0:
             walk.roots[place] = self.roots[place] = walk.value_of(walk.graph.roots[place])
