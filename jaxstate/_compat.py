@@ -2090,7 +2090,8 @@ def wrap_control_flow(around: Callable[..., Any]) -> None:
     Programs and libraries have imported these: what is replaced is the function inside.
     """
     for module, name in (
-        (loops, "scan"), (loops, "while_loop"), (conditionals, "cond"), (conditionals, "switch")
+        (loops, "scan"), (loops, "while_loop"), (loops, "fori_loop"), (conditionals, "cond"),
+        (conditionals, "switch"),
     ):  # fmt: skip
         function = getattr(module, name)
         cell = function.__closure__[function.__code__.co_freevars.index("fun")]

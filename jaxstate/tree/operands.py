@@ -178,6 +178,8 @@ def as_operands(tree: Any, by_value: frozenset[Any] = frozenset()) -> Any:
         session.called = session.refresh()
 
     def number_of(x: Any, path: Any) -> Any:
+        if isinstance(x, (Reference, Copy)):
+            return x
         if kind_of(x) is not NODE:
             return None
         for session in here:
@@ -289,7 +291,7 @@ def _result_of_loop(result: Any) -> Any:
 
 # -- Calls of loops and branches -------------------------------------------------------------
 
-_CARRIES = {"scan": (1, "init"), "while_loop": (2, "init_val")}
+_CARRIES = {"scan": (1, "init"), "while_loop": (2, "init_val"), "fori_loop": (3, "init_val")}
 _OPERANDS = {"cond": 3, "switch": 2}
 
 
@@ -299,8 +301,9 @@ def around_control_flow(name: str, plain: Callable[..., Any], args: Any, kwargs:
         return plain(*args, **kwargs)
     if _compat.jit_is_disabled() and name != "scan":
         return plain(*args, **kwargs)  # Python calls the functions with what they are given
-    around = _loop if name in _CARRIES else _branches
-    return around(name, plain, args, kwargs, frozenset())
+    if name in _CARRIES:
+        return _loop(name, plain, args, kwargs, frozenset())
+    return _branches(name, plain, args, kwargs)
 
 
 def _loop(name: str, plain: Any, args: Any, kwargs: Any, paths: frozenset[Any]) -> Any:
@@ -317,20 +320,24 @@ def _loop(name: str, plain: Any, args: Any, kwargs: Any, paths: frozenset[Any]) 
     try:
         return _run(call, plain, new_args, new_kwargs)
     except _Differs as differs:
+        if _calls.stack and _calls.stack[-1].name == "fori_loop":
+            raise  # which calls this loop, with what it was given as the last part of the carry
         more = differs.paths
+    if name == "fori_loop":
+        more = frozenset(path[1:] for path in more)
     return _loop(name, plain, args, kwargs, paths | more)
 
 
-def _branches(name: str, plain: Any, args: Any, kwargs: Any, _: Any) -> Any:
+def _branches(name: str, plain: Any, args: Any, kwargs: Any) -> Any:
     first = _OPERANDS[name]
-    new_args = (*args[:first], *as_operands(args[first:]))
-    new_kwargs = {k: as_operands(v) if k == "operand" else v for k, v in kwargs.items()}
+    args = (*args[:first], *as_operands(args[first:]))
+    kwargs = {k: as_operands(v) if k == "operand" else v for k, v in kwargs.items()}
     try:
-        return _run(_Call(name), plain, new_args, new_kwargs)
+        return _run(_Call(name), plain, args, kwargs)
     except _Differs:
         pass
     with by_value():
-        return _run(_Call(name), plain, new_args, new_kwargs)
+        return _run(_Call(name), plain, args, kwargs)
 
 
 def _run(call: _Call, plain: Any, args: Any, kwargs: Any) -> Any:
