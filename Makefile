@@ -79,11 +79,12 @@ format: $(LINT)/installed
 types: $(LINT)/installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 
-PROGRAMS ?= state numpy sequences libraries
+PROGRAMS ?= state numpy sequences libraries objects
 FUZZ_state := jaxstate_tests/test_random_programs.py
 FUZZ_numpy := jaxstate_tests/test_inplace_programs.py
 FUZZ_sequences := jaxstate_tests/test_call_sequences.py
 FUZZ_libraries := jaxstate_tests/test_libraries.py
+FUZZ_objects := jaxstate_tests/test_object_programs.py
 
 fuzz: $(TEST)/installed
 	FUZZ_MINUTES=$(or $(MINUTES),10) FUZZ_SEED=$(SEED) $(TEST)/bin/python -m pytest -s \

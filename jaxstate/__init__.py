@@ -37,13 +37,13 @@ from jaxstate.errors import (
     VariableMismatchError,
 )
 from jaxstate.inplace import array, inplace
-from jaxstate.mutate import mutate
 from jaxstate.params import Parametrized, param, parametrized, scope
 from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.reuse import Shaped
 from jaxstate.sow import plant, reap, sow
 from jaxstate.stack import Stack, stack
 from jaxstate.summary import ParameterRow, ScopeRow, Summary, summary
+from jaxstate.tree.mutate import mutate
 from jaxstate.variables import Variable, variable
 
 __version__ = "0.1.0"

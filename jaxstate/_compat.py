@@ -646,6 +646,15 @@ def has_ended(value: Any) -> bool:
     return not any(getattr(t, "tag", None) is value._trace.tag for t in chain(current_trace()))
 
 
+def is_of_finished_jaxpr(value: Any) -> bool:
+    """Whether ``value`` is a tracer of a jaxpr that is not under construction any more."""
+    trace = getattr(value, "_trace", None)
+    if not isinstance(trace, StagingTrace) or any(t is trace for t in chain(current_trace())):
+        return False
+    frame = trace.frame
+    return not (frame.tracing_eqns or frame.constid_to_tracer or frame.constvar_to_val)
+
+
 def without_tangents(
     value: Any,
     keep: Callable[[Any], bool] = lambda trace: False,
@@ -989,20 +998,32 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
     return trace.default_process_primitive(primitive, operands, params, source_info)
 
 
-def are_its_inputs(trace: Any, values: Sequence[Any]) -> bool:
-    """Whether ``trace`` builds a jaxpr, has done nothing yet, and ``values`` are inputs of it."""
-    if not isinstance(trace, StagingTrace) or trace.frame.tracing_eqns:
-        return False
-    inputs = set(trace.frame.invars)
-    return all(
-        isinstance(v, Tracer) and v._trace is trace and getattr(v, "val", None) in inputs
-        for v in values
-    )
+def emit(
+    trace: Any, primitive: Any, operands: Sequence[Any], avals: Sequence[Any], params: Any,
+    effs: Any, source_info: Any = None,
+) -> list[Any]:  # fmt: skip
+    """`stage`, of an equation of which everything is known."""
+    source_info = source_info or source_info_util.current()
+    operands = [trace.to_jaxpr_tracer(x, source_info) for x in operands]
+    return trace.emit_eqn(operands, avals, primitive, params, effs, source_info)
 
 
-def new_const(trace: Any, value: Any) -> Any:
+current_source = source_info_util.current
+
+
+def traced_for(trace: Any) -> str:
+    """What the jaxpr is for that ``trace`` is building: "jit", "scan" ..."""
+    return trace.frame.debug_info.traced_for
+
+
+def is_finished(trace: Any) -> bool:
+    """Whether a trace with notes has built its jaxpr. (JAX does not mark it as invalid.)"""
+    return type(trace.frame.constvar_to_val) is not _Constants
+
+
+def new_const(trace: Any, value: Any, source_info: Any = None) -> Any:
     """The tracer of ``value`` as a constant of the jaxpr that ``trace`` is building."""
-    return trace.new_const(value, source_info_util.current())
+    return trace.new_const(value, source_info or source_info_util.current())
 
 
 class _Constants(dict):
@@ -1715,6 +1736,15 @@ def wrap_bind_with_trace(primitive: Any, wrap: Wrap) -> None:
 # -- Jitted calls at top level ---------------------------------------------------------------
 
 
+def _infer(infer: Any, jitted: Jitted, args: Any, kwargs: Any, is_call: bool) -> Any:
+    return infer(jitted.fun, jitted.info, args, kwargs)
+
+
+# How JAX is asked for the jaxpr of a call of a jitted function, or (if not `is_call`) for one
+# without a call. A client may replace this.
+around_inference: Callable[..., Any] = _infer
+
+
 class JitCall(NamedTuple):
     """What JAX makes of a call of a jitted function.
 
@@ -1741,7 +1771,7 @@ class Jitted(NamedTuple):
 
     def infer(self, args: Any, kwargs: Any) -> JitCall:
         """Traces the function, unless JAX knows the jaxpr for such arguments."""
-        return _jit_call(*_infer_params(self.fun, self.info, args, kwargs))
+        return _jit_call(*around_inference(_infer_params, self, args, kwargs, True))
 
 
 def _jit_call(p: Any, flat: list[Any]) -> JitCall:
@@ -1783,12 +1813,12 @@ def wrap_jitted_calls(
         # `lower` and `trace` infer too.
         is_call = sys._getframe(1).f_code is _cache_miss_code
         if not is_call or not core.trace_state_clean() or config.debug_key_reuse.value:
-            return _infer_params(fun, info, args, kwargs)
+            return around_inference(_infer_params, Jitted(fun, info), args, kwargs, is_call)
         jitted = Jitted(fun, info)
         results = call(jitted, args, kwargs)
         if results is not NotImplemented:
             return _Done(results), ()
-        p, flat = _infer_params(fun, info, args, kwargs)
+        p, flat = around_inference(_infer_params, jitted, args, kwargs, True)
         results = call_traced(jitted, _jit_call(p, flat), args, kwargs)
         return (p, flat) if results is NotImplemented else (_Done(results), ())
 
@@ -2005,14 +2035,6 @@ def _untraced(fun: Callable[..., Any]) -> Callable[..., Any]:
     return untraced
 
 
-def wrap_tree_map(wrap: Wrap) -> None:
-    """Puts a wrapper around `jax.tree.map` and its relatives, where they are looked up."""
-    for name in ("tree_map", "tree_map_with_path"):
-        wrapped = wrap(getattr(tree_util, name))
-        setattr(tree_util, name, wrapped)
-        setattr(jax.tree_util, name, wrapped)
-
-
 _captures: list[type] = []
 
 
@@ -2200,3 +2222,165 @@ def _described(trace: Any) -> str | None:
 def location_of(eqn: Any) -> str:
     """``file:line`` of the user's code that an equation comes from."""
     return source_info_util.summarize(eqn.source_info)
+
+
+# -- Where JAX calls functions of a program --------------------------------------------------
+
+
+def wrap_current_trace(enter: Callable[[Any], Any], leave: Callable[[Any, bool], None]) -> None:
+    """Comes between when JAX makes a trace current, and calls a function under it.
+
+    ``enter(trace)`` is called when the trace is current. If that returns something, it is given to
+    ``leave(something, failed)`` before the trace stops to be current.
+    """
+    plain = core.set_current_trace
+
+    class SetCurrentTrace(plain):
+        __slots__ = ("entered",)
+
+        def __enter__(self) -> None:
+            plain.__enter__(self)
+            self.entered = None
+            try:
+                self.entered = enter(self.trace)
+            except BaseException:
+                plain.__exit__(self, *sys.exc_info())
+                raise
+
+        def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+            entered, self.entered = self.entered, None
+            try:
+                if entered is not None:
+                    leave(entered, kind is not None)
+            except BaseException:
+                plain.__exit__(self, *sys.exc_info())
+                raise
+            plain.__exit__(self, kind, error, traceback)
+
+    core.set_current_trace = SetCurrentTrace
+
+
+class _Wrapped:
+    """Something of JAX with other attributes here and there."""
+
+    def __init__(self, plain: Any, call: Any = None, **others: Any) -> None:
+        self.__dict__.update(others, _plain=plain, _call=call or plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def __instancecheck__(self, x: Any) -> bool:
+        return isinstance(x, self._plain)
+
+
+def wrap_tracing(around: Callable[[Any], Any], result_of: Callable[[str, Any], Any]) -> None:
+    """Comes between when JAX traces a function to a jaxpr.
+
+    ``with around(fun)``: before JAX looks for the jaxpr in its cache. ``result_of(kind, result)``
+    is what the function returned, as JAX is to see it; ``kind`` says what it is traced for.
+    """
+    trace_to_jaxpr = pe.trace_to_jaxpr
+
+    def trace(fun: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(fun):
+            return trace_to_jaxpr(fun, *args, **kwargs)
+
+    pe.trace_to_jaxpr = _Wrapped(trace_to_jaxpr, trace)
+    flat_trees = pe.FlatTree if _flattree is None else pe.ft
+
+    def flatten(x: Any, *args: Any, **kwargs: Any) -> Any:
+        trace = core.trace_ctx.trace
+        if isinstance(trace, StagingTrace):
+            x = result_of(traced_for(trace), x)
+        return flat_trees.flatten(x, *args, **kwargs)
+
+    wrapped = _Wrapped(flat_trees, flatten=flatten)
+    if _flattree is None:
+        pe.FlatTree = wrapped
+    else:
+        pe.ft = wrapped
+
+
+def wrap_control_flow(around: Callable[..., Any]) -> None:
+    """Calls ``around(name, function, args, kwargs)`` instead of loops and branches.
+
+    Programs and libraries have imported these: what is replaced is the function inside.
+    """
+    for module, name in (
+        (loops, "scan"), (loops, "while_loop"), (loops, "fori_loop"), (conditionals, "cond"),
+        (conditionals, "switch"),
+    ):  # fmt: skip
+        function = getattr(module, name)
+        cell = function.__closure__[function.__code__.co_freevars.index("fun")]
+        plain = cell.cell_contents
+
+        @functools.wraps(plain)
+        def wrapped(*args: Any, plain: Any = plain, name: str = name, **kwargs: Any) -> Any:
+            return around(name, plain, args, kwargs)
+
+        wrapped._jaxstate_replaces = plain
+        cell.cell_contents = wrapped
+
+
+def wrap_checkpoint_operands(convert: Callable[[Any], Any]) -> None:
+    """Calls ``convert(operands)`` for the operands of `jax.checkpoint`."""
+    registry = ad_checkpoint.tracing_registry
+    ad_checkpoint.tracing_registry = _Wrapped(
+        registry, flatten=lambda x, *args: registry.flatten(convert(x), *args)
+    )
+
+
+def wrap_copied_arguments(notice: Callable[[Any], None]) -> None:
+    """Calls ``notice(arguments)`` with the arguments that JAX puts together of the tracers of a
+    derivative or a vmap, before it calls a function with them."""
+    cls = tree_util.FlatTree if _flattree is None else _flattree.FlatTree
+    unflatten, tree_unflatten = cls.unflatten, batching.tree_unflatten
+
+    def flat_tree_unflatten(flat: Any, *args: Any, **kwargs: Any) -> Any:
+        tree = unflatten(flat, *args, **kwargs)
+        if isinstance(core.trace_ctx.trace, DIFFERENTIATING):
+            notice(tree)
+        return tree
+
+    def unflatten_for_vmap(*args: Any) -> Any:
+        tree = tree_unflatten(*args)
+        if isinstance(core.trace_ctx.trace, BatchTrace):
+            notice(tree)
+        return tree
+
+    cls.unflatten, batching.tree_unflatten = flat_tree_unflatten, unflatten_for_vmap
+
+
+def content(x: Any) -> Any:
+    """What the tracer of a derivative or a vmap was made of."""
+    if isinstance(x, BatchTracer):
+        return x.val
+    return x.primal if isinstance(x, (JVPTracer, LinearizeTracer)) else x
+
+
+_MODULES_WITHOUT_CALLBACKS = (
+    "jax._src.numpy.", "jax._src.lax.", "jax._src.nn.", "jax._src.random", "jax._src.ops.",
+    "jax._src.image.", "jax._src.scipy.special", "jax._src.scipy.stats", "jax._src.scipy.linalg",
+    "jax._src.scipy.fft", "jax._src.scipy.signal", "jax._src.prng",
+)  # fmt: skip
+
+
+def calls_no_user(fun: Any) -> bool:
+    """Whether a function is of JAX's library and calls none of the program's."""
+    if type(fun) is not types.FunctionType or fun.__closure__ is not None:
+        return False
+    if fun.__code__ in _without_callbacks:
+        return True
+    module = fun.__globals__.get("__name__", "")
+    if not module.startswith(_MODULES_WITHOUT_CALLBACKS):
+        return False
+    if "control_flow" in module or fun.__name__ == "_piecewise":
+        return False
+    _without_callbacks.add(fun.__code__)
+    return True
+
+
+_without_callbacks: set[Any] = set()

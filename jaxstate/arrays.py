@@ -23,7 +23,7 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -1128,6 +1128,19 @@ def snapshot(value: Any) -> Any:
     return _compat.canonicalize(value) if isinstance(value, Writable) else value
 
 
+class objects:
+    """What `jaxstate.mutate` says of its objects, which come and go as they are."""
+
+    @staticmethod
+    def is_object(x: Any) -> bool:
+        return False
+
+    @staticmethod
+    def writable(inside: Any) -> AbstractContextManager[Any]:
+        """Makes their arrays writable, in a function that is called ``inside`` another one."""
+        return nullcontext()
+
+
 # -- JAX's own tracers, writable -------------------------------------------------------------
 
 
@@ -1236,7 +1249,9 @@ def _cut(argument: Any) -> Any:
     """An argument whose arrays are its own."""
     if not _thread.activations or _thread.quiet:
         return argument
-    return jax.tree.map(lambda x: fresh(x) if isinstance(x, Writable) else x, argument)
+    return jax.tree.map(
+        lambda x: fresh(x) if isinstance(x, Writable) else x, argument, is_leaf=objects.is_object
+    )
 
 
 def _may_forward() -> bool:

@@ -23,6 +23,7 @@ from jaxstate.arrays import (
     fresh,
     install,
     is_array,
+    objects,
     snapshot,
 )
 
@@ -67,16 +68,18 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fun)
     def pure(*args: P.args, **kwargs: P.kwargs) -> R:
-        outside = _compat.current_trace()
+        outside, inside = _compat.current_trace(), activation()
         is_staged = isinstance(outside, _compat.StagingTrace)
-        values = jax.tree.map(snapshot, (args, kwargs))
+        values = jax.tree.map(snapshot, (args, kwargs), is_leaf=objects.is_object)
         call = Activation(getattr(fun, "__qualname__", repr(fun)))
         here = outside if is_staged else InplaceTrace(outside, call)
-        with activated(call), _compat.set_current_trace(here):
-            inner_args, inner_kwargs = jax.tree.map(_writable, values)
+        with activated(call), _compat.set_current_trace(here), objects.writable(inside):
+            inner_args, inner_kwargs = jax.tree.map(_writable, values, is_leaf=objects.is_object)
             results = fun(*inner_args, **inner_kwargs)  # pyright: ignore[reportCallIssue]
-            results = jax.tree.map(snapshot, results)
-        return jax.tree.map(_writable, results) if activation() else results
+            results = jax.tree.map(snapshot, results, is_leaf=objects.is_object)
+        if inside is None:
+            return results
+        return jax.tree.map(_writable, results, is_leaf=objects.is_object)
 
     return pure
 

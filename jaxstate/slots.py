@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
@@ -39,6 +40,9 @@ class Address:
     # Slots that nobody writes are captured as constants of a jaxpr; the others are threaded
     # through it.
     threaded = False
+
+    # Whether the slot is a part of an object, which holds what the current trace sees: see `tree`.
+    in_objects = False
 
     # Slots that a program may write; the devices of a shard_map share a cell of them.
     @property
@@ -79,6 +83,10 @@ class Address:
     def version(self) -> int:
         """How often the slot was written, for one that is captured and may be written."""
         return 0
+
+    def is_written_in(self, trace: Any, written: Any) -> bool:
+        """Whether the jaxpr that ``trace`` builds, which wrote the slots ``written``, wrote it."""
+        return self.seen_from(trace) in written
 
     def note_write(self) -> None:
         """To be called at every write."""
@@ -187,6 +195,11 @@ class Holder:
 
     # The `family` of the transparent trace whose slot this is.
     family: Any = None
+
+    @property
+    def home(self) -> Any:
+        """The trace under which it was opened."""
+        return self.anchor
 
     def __init__(self) -> None:
         self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
@@ -298,6 +311,10 @@ _thread = _ThreadState()
 # Holders that are not in a stack: their addresses know them (`Address.own_holder`).
 loose_holders: WeakSet[Holder] = WeakSet()
 
+# Entered around a function that runs inside of a holder that is a boundary, or of the devices of a
+# shard_map: ``with inside(holder)``.
+around_functions: list[Callable[[Holder], AbstractContextManager[Any]]] = []
+
 # Called when a holder is opened: what has to look at packages that were imported since.
 on_open: list[Callable[[], None]] = []
 
@@ -340,6 +357,14 @@ class open_holder:  # a class: generators take longer
         if self._stack is _thread.stack:  # a generator may be closed by another thread
             _publish_signature(self._stack)
         self._holder.anchor = None
+
+
+def function_inside(holder: Holder) -> ExitStack:
+    """What clients do around a function that runs inside of ``holder``."""
+    around = ExitStack()
+    for client in around_functions:
+        around.enter_context(client(holder))
+    return around
 
 
 def stack() -> list[Holder]:

@@ -19,7 +19,9 @@ under whatever trace is current: no transformation of JAX ever sees a jaxpr with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
@@ -460,8 +462,10 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
 
 def _check_axes(address: Address, found: Any, wanted: Any) -> None:
     """A jaxpr traced with a value that is the same on all devices is right only for such."""
+    if not address.has_axes:
+        return
     axes = sorted(map(str, _compat.axes_of(found) - _compat.axes_of(wanted)))
-    if axes and address.has_axes:
+    if axes:
         raise DeviceWriteError(
             message(
                 f"{address} varies over the mesh axes {', '.join(axes)} here, and a function that"
@@ -625,9 +629,39 @@ def has_rule(primitive: Any) -> bool:
 # What a client does around the bind of every primitive that has a rule: `arrays` lets it be.
 around_binds: list[Callable[..., Any]] = []
 
+# Called before a rule reads and writes slots.
+before_rules: list[Callable[[], None]] = []
+
+
+class _Binds(threading.local):
+    """How many binds of primitives with rules are in progress. What is traced meanwhile are jaxprs,
+    and no functions of a program."""
+
+    depth = 0
+
+
+_binds = _Binds()
+
+
+def in_bind() -> bool:
+    """Whether a primitive is being bound that has a rule."""
+    return _binds.depth > 0
+
+
+@contextmanager
+def out_of_bind() -> Iterator[None]:
+    """For a function of a program that is called from inside a bind."""
+    depth, _binds.depth = _binds.depth, 0
+    try:
+        yield
+    finally:
+        _binds.depth = depth
+
 
 def _one_use_per_bind(
-    bind: Callable[..., Any], has_state: Callable[[dict[str, Any]], bool]
+    bind: Callable[..., Any],
+    has_state: Callable[[dict[str, Any]], bool],
+    runs_jaxprs: bool = True,
 ) -> Callable[..., Any]:
     def bind_around(args: Any, params: Any) -> Any:
         for around in around_binds:
@@ -637,13 +671,17 @@ def _one_use_per_bind(
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_open():
             return bind(*args, **params)
-        if StateTracer not in map(type, args) and not has_state(params):
-            return bind_around(args, params)
-        uses = begin_use(args)
+        _binds.depth += runs_jaxprs
         try:
-            return bind_around(args, params)
+            if StateTracer not in map(type, args) and not has_state(params):
+                return bind_around(args, params)
+            uses = begin_use(args)
+            try:
+                return bind_around(args, params)
+            finally:
+                uses.pop()
         finally:
-            uses.pop()
+            _binds.depth -= runs_jaxprs
 
     return one_bind
 
@@ -655,6 +693,8 @@ def _stateful_bind(
         if not has_state(params) or isinstance(trace, _compat.TransparentTrace):
             return bind(trace, args, avals, params)  # such a trace runs the jaxprs, state and all
         with _compat.set_current_trace(trace):
+            for notice in before_rules:
+                notice()
             params = settled_captures(params)
             if not has_state(params):
                 return bind(trace, args, avals, params)
@@ -723,7 +763,7 @@ def _one_use_per_hidden_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_values(*args: Any, **params: Any) -> Any:  # JAX does not look at these operands
         return bind(*map(_compat.resolved, args), **params)
 
-    return _one_use_per_bind(bind_values, lambda params: True)
+    return _one_use_per_bind(bind_values, lambda params: True, runs_jaxprs=False)
 
 
 class _HiddenEffect(_compat.Effect):

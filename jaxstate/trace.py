@@ -314,7 +314,7 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     """
     levels: list[Any] = []
     for trace in _compat.chain(_compat.current_trace()):
-        if same_trace(trace, holder.anchor):
+        if same_trace(trace, holder.home):
             return levels, None
         if isinstance(trace, _compat.StagingTrace):
             return levels, trace
@@ -647,7 +647,7 @@ def read_since(address: Address, captured: Any, version: int) -> Any:
     if holder is None or not (holder.is_boundary or _is_around(holder)):
         return captured
     levels, base = _way_to(holder)
-    is_written = base is not None and address.seen_from(base) in notes_of(base).written
+    is_written = base is not None and address.is_written_in(base, notes_of(base).written)
     if not holder.is_boundary:
         if address.version() != version:
             value = read(address)

@@ -18,9 +18,11 @@ ORDER = [
     "rules.remat_opt", "rules.traced_derivatives", "rules.kernels", "rules",
     "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
     "arguments", "reuse", "summary", "methods", "pickling",
-    "params", "variables", "stack", "objects", "leaves", "shadows", "containers", "successors",
-    "records", "mutate", "sow", "views", "positions", "masked", "updates",
-    "numpy_functions", "arrays", "inplace", "",
+    "params", "variables", "stack", "sow", "views", "positions", "masked", "updates",
+    "numpy_functions", "arrays", "inplace",
+    "tree", "tree.objects", "tree.problems", "tree.graph", "tree.addresses", "tree.entry",
+    "tree.session", "tree.frames", "tree.operands", "tree.boundaries", "tree.frozen",
+    "tree.mutate", "",
 ]  # fmt: skip
 # The rules of functions that run later find their state as those of `rules.derivatives` do.
 SHARED = {"rules.derivatives", "rules.linear_calls"}

@@ -54,6 +54,8 @@ class _RuleState(Holder):
         self.cells: dict[Address, Cell] = {}
 
     def knows(self, address: Address) -> bool:
+        if address.in_objects:
+            return False  # the objects hold what this holder gave them
         if address.own_holder is not None:
             owner = address.own_holder()
             if owner is None:
@@ -108,7 +110,7 @@ class _RuleState(Holder):
         self.families = _families_of(current)
         self.around = tuple(slots.stack()) if self.families else ()
         try:
-            with slots.only_open([*self.below, self]):
+            with slots.only_open([*self.below, self]), slots.function_inside(self):
                 yield
         finally:
             self.anchor = None
@@ -321,9 +323,11 @@ class _Calls(_RuleState):
                 self._arguments, self._operand_of = args, operand_of
                 out = _run(fun, args)
                 self._arguments = ()
-                if not self.over and self._is_traced() and (self.refresh() or self.cells):
-                    _compat.abandon_traces_inside(self.outside)
-                    raise _Touched(self)
+                is_traced = not self.over and self._is_traced()
+                is_refreshed = is_traced and self.refresh()
+            if is_traced and (is_refreshed or self.cells):  # (objects are compared at the end)
+                _compat.abandon_traces_inside(self.outside)
+                raise _Touched(self)
             return out
 
         return _compat.wrap_rule_function(fun, call)

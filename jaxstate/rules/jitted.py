@@ -18,7 +18,7 @@ and asks for others.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,10 +77,29 @@ def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[
 # -- At top level ----------------------------------------------------------------------------
 
 
+# Asked first about a call at top level: ``client(jitted, args, kwargs)`` returns its results, or
+# `NotImplemented`.
+first: list[Callable[[_compat.Jitted, Any, Any], Any]] = []
+
+
+def call_now(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
+    """The results of a call of which JAX keeps no executable."""
+    call = jitted.infer(args, kwargs)
+    results = _call_at_top_level(jitted, call, args, kwargs)
+    if results is NotImplemented:
+        outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
+        results = jax.tree.unflatten(call.out_tree, outs)
+    return results
+
+
 def _call_like_last(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
     """The results of a call that uses the state of the last one; else `NotImplemented`."""
     if not any_open():
         return NotImplemented
+    for client in first:
+        results = client(jitted, args, kwargs)
+        if results is not NotImplemented:
+            return results
     threaded = _calls_of(jitted.fun, jitted.info).last
     return NotImplemented if threaded is None else threaded.try_here(args, kwargs)
 

@@ -177,7 +177,7 @@ class _Call:
         # are the operands that the function captures.
         self.devices.use = current_use()
         try:
-            with slots.open_holder(self.devices):
+            with slots.open_holder(self.devices), slots.function_inside(self.devices):
                 results, specs = fun(*operands).unpack_aux()
                 # A result may stand for a slot: it is what the slot holds when the function ends.
                 results = results.map(_compat.resolved).with_aux(specs)

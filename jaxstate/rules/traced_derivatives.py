@@ -13,7 +13,7 @@ Its rules are the user's, which find the state in a holder that answers from the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax

@@ -1,0 +1,161 @@
+"""The slots of objects, as they stand in a jaxpr: its arrays, and its structure.
+
+* `LeafAddress`: an array that was there when the jaxpr began.
+* `Shape`: the structure, which is only written, and never in a loop or a branch. Writing it makes
+  the objects what they are at the end of the jaxpr.
+* `NewLeaf`: an array that such a change adds. It is written behind the `Shape`.
+
+The objects of the calls of `mutate` that are open are told apart by how deep these are nested, so
+that a jitted function which was traced in one call can be used in the next one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.slots import Address
+from jaxstate.tree import problems
+from jaxstate.tree.graph import Graph, Walk, first_difference
+from jaxstate.tree.objects import Blank
+
+
+class TreeAddress(Address):
+    """A slot of the objects of a call of `mutate`."""
+
+    __slots__ = ("_hash", "_key", "graph", "level")
+
+    in_objects = True
+    may_be_written = True
+
+    def __init__(self, level: int, graph: Graph, *key: Any) -> None:
+        self.level = level
+        self.graph = graph
+        self._key = (type(self), level, *key)
+        self._hash = hash(self._key)
+
+    def missing(self) -> Exception:
+        return problems.closed(self.label)
+
+    @property
+    def label(self) -> str:
+        """How a program gets to it."""
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, TreeAddress) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"leaf {self.label}"
+
+
+class LeafAddress(TreeAddress):
+    """One array.
+
+    Attributes:
+      renewed_objects: the numbers of the objects that a loop replaces by others like them.
+    """
+
+    __slots__ = ("number", "renewed_objects")
+
+    def __init__(
+        self, level: int, graph: Graph, number: int, renewed: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(level, graph, number)
+        self.number = number
+        self.renewed_objects = renewed
+
+    @property
+    def label(self) -> str:
+        return self.graph.label(self.number)
+
+    def known_holder(self) -> Any:
+        session = super().known_holder()
+        if session is not None and session.is_given():
+            return None  # a function with a custom rule has what it was given
+        return session
+
+    def version(self) -> int:
+        session = super().known_holder()
+        return 0 if session is None else session.version(self.number)
+
+    def seen_from(self, boundary: Any) -> Any:
+        session = super().known_holder()
+        return self if session is None else session.address_at_entry(self, boundary) or self
+
+    def is_written_in(self, trace: Any, written: Any) -> bool:
+        session = super().known_holder()
+        return session is None or session.address_at_entry(self, trace) is None
+
+
+class Change:
+    """How a jaxpr changes the structure of the objects.
+
+    Attributes:
+      before, after: the objects at the beginning and the end.
+      objects: for each object at the end, its number at the beginning, or None for a new one.
+      blanks: for each object at the end, what makes one like it.
+      parts: for each object at the end, the names, keys and entries of its parts.
+      leaves: for each array at the end, its number at the beginning, or None for a new one.
+      label: how a program gets to what is changed.
+      roots: how many of the roots are the program's. (Behind them come detached objects.)
+    """
+
+    def __init__(self, before: Walk, entries: list[Any], after: Walk, roots: int) -> None:
+        numbers = {id(entry): i for i, entry in enumerate(entries)}
+        self.before: Graph = before.graph
+        self.after: Graph = after.graph
+        self.objects = [before.number_of(node.object) for node in after.nodes]
+        self.blanks = [Blank.of(node.object) for node in after.nodes]
+        self.parts = [(tuple(n.names), n.keys, tuple(n.entries)) for n in after.nodes]
+        self.leaves = [numbers.get(id(x)) for x in after.leaves]
+        self.roots = roots
+        self.label = first_difference(before, after)
+
+
+class Shape(TreeAddress):
+    """The structure of the objects, for a jaxpr that changes it."""
+
+    __slots__ = ("change",)
+    threaded = True
+
+    def __init__(self, level: int, change: Change) -> None:
+        super().__init__(level, change.after, id(change))
+        self.change = change
+
+    @property
+    def label(self) -> str:
+        return self.change.label
+
+    def __repr__(self) -> str:
+        return f"the structure of {self.label}"
+
+    def check_repeats(self) -> None:
+        raise problems.structure_changed(self.label)
+
+    check_absence = check_repeats
+
+
+class NewLeaf(TreeAddress):
+    """An array that a change of the structure adds."""
+
+    __slots__ = ("change", "number")
+    threaded = True
+
+    def __init__(self, level: int, change: Change, number: int) -> None:
+        super().__init__(level, change.after, id(change), number)
+        self.change = change
+        self.number = number
+
+    @property
+    def label(self) -> str:
+        return self.graph.label(self.number)
+
+
+FLAG = np.bool_(True)  # what is written to a `Shape`
+FLAG_TYPE = _compat.typeof(FLAG)

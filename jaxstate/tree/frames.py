@@ -1,0 +1,356 @@
+"""What happens to the objects of a session where a trace begins, and where it ends.
+
+A frame is one such place that the program is in. There are two kinds:
+
+* One that *stages*: a jaxpr is built, or a function with a custom rule is given its state as
+  operands. At its beginning every array in the objects is replaced by an `Entry`. At its end the
+  objects are compared with what they were: another array is a write to a slot, another structure a
+  write to a `Shape`. Then everything is put back: the objects are what the trace outside sees, and
+  change when the jaxpr is bound and its writes are made.
+* One of a derivative or a vmap. The objects keep what is assigned; at the end, what belongs to the
+  trace becomes what is left of it outside: the primal, or the value of all lanes.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from jaxstate import _compat, trace
+from jaxstate.arrays import Writable, snapshot
+from jaxstate.capture import StateTracer, nowhere
+from jaxstate.slots import Holder
+from jaxstate.tree import problems
+from jaxstate.tree.addresses import FLAG, Change, LeafAddress, NewLeaf, Shape
+from jaxstate.tree.entry import Entry
+from jaxstate.tree.graph import LEAF, Node, TraceNote, Walk, first_difference, fitted, mentions
+from jaxstate.tree.objects import MADE
+from jaxstate.tree.session import Session, publishes
+
+# What JAX traces to run it once where it is called. Others are loops and branches.
+_ONCE = {
+    "jit", "checkpoint / remat", "remat", "checkpoint", "closure_convert", "make_jaxpr",
+    "custom_jvp fun", "custom_vjp fun",
+}  # fmt: skip
+
+_LOOPS = {"scan", "while_body", "while_cond", "fori_loop"}
+_UNDER = "a loop, a derivative or a vmap"
+
+
+class Frame:
+    """A place that the program is in, and where the objects have to be put right at the end.
+
+    Attributes:
+      rule: the holder that gives a function its state, if it is one with a custom rule or one that
+        devices run. It is asked, and told, instead of the jaxpr.
+      function: what is traced, if this is a jaxpr.
+      walk: the objects at the beginning.
+      entries: what was put in the place of the arrays then.
+      writes: what the function has written, for the rule.
+      copies: of objects, which the function was given instead of these.
+    """
+
+    def __init__(self, session: Session, trace_: Any, rule: Holder | None = None) -> None:
+        self.session = session
+        self.trace = trace_
+        self.rule = rule
+        self.function = publishes.function
+        self.stages = rule is not None or isinstance(trace_, _compat.StagingTrace)
+        self.roots = list(session.roots)
+        self.detached = list(session.detached)
+        self.called = session.called
+        self.walk = walk = session.refresh()
+        if not walk.graph.has_structure_of(session.graph):
+            raise problems.closed("the tree")  # a rule that runs after `mutate`
+        self._source: Any = None
+        self._numbers: dict[int, int] | None = None
+        self.copies: list[Walk] = []
+        self.writes: list[Any] = []
+        if self.stages and rule is None:
+            trace.notes_of(trace_)
+        self.entries: list[Any] = walk.leaves
+        if self.stages:
+            self.entries = [
+                x if isinstance(x, Writable) else Entry(self, i, aval)
+                for i, (x, aval) in enumerate(zip(walk.leaves, walk.avals, strict=True))
+            ]
+        session.walk = walk.with_leaves(list(self.entries), put=self.stages)
+        session.roots[:] = session.walk.roots[: len(self.roots)]
+        self.renew_notes()
+
+    def renew_notes(self) -> None:
+        """What objects note about the trace that they are used in is about this one from now on."""
+        for n, place in self.walk.notes:
+            node = self.session.walk.nodes[n]
+            node.values[place] = type(node.values[place])()
+            node.put(place, node.values[place])
+
+    # -- Reads -------------------------------------------------------------------------------
+
+    def read(self, number: int) -> Any:
+        """What an array was at the beginning, for the trace of this frame."""
+        address = LeafAddress(self.session.level, self.walk.graph, number)
+        aval = self.walk.avals[number]
+        if self.is_finished():
+            raise problems.read_before(address.label)
+        if self.rule is not None:
+            with self._as_it_was():
+                return fitted(self.rule.cell(address).value, aval)
+        self._source = source = self._source or _compat.current_source()
+        captured = _compat.new_const(self.trace, StateTracer(address, aval), source)
+        params = dict(address=address, aval=aval, version=self.walk.versions[number])
+        (value,) = _compat.emit(
+            self.trace, trace.read_p, (captured,), [aval], params, {trace.state_effect}, source
+        )
+        return value
+
+    def number_of(self, leaf: Any) -> int | None:
+        """The number of an array that was there at the beginning."""
+        if self._numbers is None:
+            self._numbers = {id(entry): i for i, entry in enumerate(self.entries)}
+        return self._numbers.get(id(leaf))
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing to read any more. (A jaxpr is under construction for a little
+        longer than its function runs.)"""
+        return not self.entries if self.rule is not None else _compat.is_finished(self.trace)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        before, self.session.reading = self.session.reading, self.walk
+        try:
+            yield
+        finally:
+            self.session.reading = before
+
+    # -- The end -----------------------------------------------------------------------------
+
+    def leave(self, failed: bool) -> None:
+        try:
+            if failed:
+                self.restore()
+                return
+            replaced: list[int] = []
+            try:
+                self._check_copies()
+                if self.stages:
+                    replaced = self._write()
+                else:
+                    self._lower()
+            except BaseException:
+                self.restore()
+                raise
+            if self.stages:
+                self.restore()
+            for address, value in self.writes:  # which may be to the objects, as they are outside
+                self.rule.cell(address).value = value  # type: ignore[union-attr]
+            for n in replaced:
+                if self._reaches(n) if self.is_loop else self._is_held(n):
+                    raise problems.held_outside(self.walk.graph.label_of_node(n))
+        finally:
+            self.session.called, self.session.added = self.called, []
+            self.copies, self.writes, self.function = [], [], None
+            if self.stages:
+                self.entries = []  # or they would keep each other alive
+
+    def note_arguments(self, arguments: Any) -> None:
+        """A derivative or a vmap gives its function copies of its arguments. What the function
+        assigns to a copy of one of the objects would be lost."""
+        found = Walk([arguments])
+        if not found.nodes or not self.walk.nodes:
+            return
+        known = {_likeness(self.walk, node) for node in self.walk.nodes if node.with_leaves}
+        copies = [n.object for n in found.nodes if n.with_leaves and _likeness(found, n) in known]
+        if copies:
+            self.copies.append(Walk(copies))
+            self.session.detached = [*self.session.detached, *copies]
+
+    def _check_copies(self) -> None:
+        for walk in self.copies:
+            leaves = list(walk.leaves)
+            if not walk.is_current(walk.roots):
+                raise problems.copy_written(first_difference(walk, Walk(walk.roots)), _UNDER)
+            for i, (old, new) in enumerate(zip(leaves, walk.leaves, strict=True)):
+                if old is not new:
+                    raise problems.copy_written(walk.graph.label(i), _UNDER)
+
+    def restore(self) -> None:
+        """Makes the objects what they were at the beginning."""
+        session = self.session
+        session.roots[:] = self.roots
+        session.detached = self.detached
+        for node in self.walk.nodes:
+            node.fill(node.values)
+        session.walk = self.walk if session.base else None
+
+    def _write(self) -> list[int]:
+        """Writes what has changed. Returns which objects were replaced by others like them."""
+        session, entries = self.session, self.entries
+        runs_once = self.runs_once
+        before = self.walk
+        after = session.walk
+        if not after.is_current([*session.roots, *self.detached]):
+            after = Walk([*session.roots, *self.detached], after)
+            if runs_once:  # the program may hold what is no longer part of the tree
+                lost = [n.object for n in before.nodes if after.number_of(n.object) is None]
+                if lost:
+                    after = Walk([*session.roots, *self.detached, *lost], after)
+        self._read_replaced(after)
+        pairs = list(zip(before.nodes, after.nodes, strict=False))
+        replaced = [n for n, (a, b) in enumerate(pairs) if a.object is not b.object]
+        if after.graph.has_structure_of(before.graph) and not (replaced and runs_once):
+            changed = [i for i, e in enumerate(entries) if e is not after.leaves[i]]
+            renewed = tuple(replaced) if self.is_loop else ()
+            for i in changed or range(bool(renewed and entries)):
+                self._write_leaf(after, i, renewed)
+            return replaced
+        if not runs_once:
+            raise problems.structure_changed(first_difference(before, after))
+        self._write_change(after)
+        return []
+
+    def _read_replaced(self, after: Walk) -> None:
+        """What the program has read, and keeps, is what was there before anything is written."""
+        for i in range(len(self.entries)):
+            is_there = i < len(after.leaves) and after.leaves[i] is self.entries[i]
+            if not is_there and sys.getrefcount(self.entries[i]) > 2:
+                _compat.canonicalize(self.entries[i])
+
+    def _write_leaf(self, after: Walk, i: int, renewed: tuple[int, ...]) -> None:
+        aval = self.walk.avals[i]
+        value = _compat.canonicalize(fitted(after.leaves[i], aval))
+        if not _compat.same_type(value, aval):
+            raise problems.type_changed(after.graph.label(i), value, aval)
+        if isinstance(self.entries[i], Writable) and not self.runs_once:
+            self.entries[i][...] = value  # the next turn reads it there
+            return
+        self._stage(LeafAddress(self.session.level, self.walk.graph, i, renewed), value)
+
+    def _write_change(self, after: Walk) -> None:
+        level = self.session.level
+        change = Change(self.walk, self.entries, after, len(self.session.roots))
+        self._stage(Shape(level, change), FLAG)
+        for j, i in enumerate(change.leaves):
+            if i is None:
+                value = _compat.canonicalize(fitted(after.leaves[j], after.avals[j]))
+                self._stage(NewLeaf(level, change, j), value)
+
+    def _stage(self, address: Any, value: Any) -> None:
+        if self.rule is not None:
+            self.writes.append((address, value))
+            return
+        self._source = self._source or _compat.current_source()
+        params, effects = dict(address=address), {trace.state_effect}
+        _compat.emit(self.trace, trace.write_p, (value,), [], params, effects, self._source)
+
+    @property
+    def runs_once(self) -> bool:
+        return self.rule is None and _compat.traced_for(self.trace) in _ONCE
+
+    @property
+    def is_loop(self) -> bool:
+        return self.rule is None and _compat.traced_for(self.trace) in _LOOPS
+
+    def _reaches(self, n: int) -> bool:
+        """Whether the function that was traced has an object, and not from the objects."""
+        x = self.walk.nodes[n].object
+        return any(y is x for y in _reached(self.function, self.walk))
+
+    def _is_held(self, n: int) -> bool:
+        """Whether anything but the objects, and what is known of them here, refers to an object."""
+        x = self.walk.nodes[n].object
+        frames = [self, *self.session.frames]
+        walks = [self.session.walk, self.session.called]
+        walks += [w for f in frames for w in (f.walk, f.called)]
+        known = 2  # the argument and the variable
+        for walk in {id(w): w for w in walks if w is not None}.values():
+            known += sum(node.object is x for node in walk.nodes)
+            known += sum(value is x for node in walk.nodes for value in node.values)
+            known += sum(r is x for r in walk.roots)
+        tuples: set[int] = set()
+        for node in self.walk.nodes:
+            for value, entry in zip(node.values, node.entries, strict=True):
+                known += value is x
+                if entry[0] is MADE and mentions(entry, n):
+                    known += _count(value, x, tuples)
+        known += sum(r is x for r in self.roots) * 2
+        return sys.getrefcount(x) > known
+
+    def _lower(self) -> None:
+        session = self.session
+        for n, place in self.walk.notes:
+            node = self.walk.nodes[n]
+            entry = node.entries[place]
+            assert type(entry[1]) is TraceNote
+            node.put(place, node.values[place])
+        session.detached = self.detached  # what was made inside ends here
+        walk = session.refresh()
+        for i, leaf in enumerate(walk.leaves):
+            x = snapshot(leaf)
+            if isinstance(x, _compat.Tracer) and x._trace is not nowhere and self._owns(x):
+                value = self._lowered(walk.graph.label(i), x)
+                with _compat.set_current_trace(_compat.parent_of(self.trace)):
+                    session.set(i, value)
+
+    def _owns(self, x: Any) -> bool:
+        return x._trace is self.trace or (
+            getattr(self.trace, "tag", None) is not None
+            and getattr(x._trace, "tag", None) is self.trace.tag
+        )
+
+    def _lowered(self, label: str, x: Any) -> Any:
+        if not isinstance(self.trace, _compat.BatchTrace):
+            return x.primal
+        value, batch_dim = _compat.lane_value(self.trace, x)
+        if batch_dim is not None:
+            lanes = _compat.lane_count(self.trace)
+            raise problems.lanes_differ(label, self.session.made, lanes)
+        return value
+
+
+def _likeness(walk: Walk, node: Node) -> Any:
+    """What an object and a copy of it have in common: the class, and the arrays it is made of."""
+    leaves = [e[1] for e in node.entries if e[0] is LEAF]
+    contents = [_compat.content(walk.leaves[i]) for i in leaves]
+    contents = [x.value_if_used() if isinstance(x, Entry) else x for x in contents]
+    return type(node.object), frozenset(map(id, contents))  # (JAX puts dicts in another order)
+
+
+_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _compat.Tracer, str)
+
+
+def _reached(function: Any, walk: Walk) -> Iterator[Any]:
+    """What a function has in its closure, its defaults and its globals, but for what it has through
+    the objects."""
+    todo, seen = [function], {id(walk), id(walk.nodes)}
+    while todo:
+        x = todo.pop()
+        if id(x) in seen or isinstance(x, _OPAQUE):
+            continue
+        seen.add(id(x))
+        yield x
+        if walk.number_of(x) is not None:
+            continue
+        if isinstance(x, weakref.ref):
+            todo.append(x())
+        if not isinstance(x, types.FunctionType):
+            todo += gc.get_referents(x)
+            continue
+        names = (n for n in x.__code__.co_names if n in x.__globals__)
+        todo += (x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__)
+        todo += (x.__globals__[n] for n in names if not callable(x.__globals__[n]))
+
+
+def _count(value: Any, x: Any, seen: set[int]) -> int:
+    """How often an object is in a tuple, and in the tuples in it."""
+    if not isinstance(value, tuple) or id(value) in seen:
+        return 0
+    seen.add(id(value))
+    return sum((part is x) + _count(part, x, seen) for part in value)

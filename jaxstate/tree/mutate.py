@@ -1,0 +1,240 @@
+"""`mutate`: functions that assign to the parts of an object, made pure.
+
+    def accumulate(metrics, loss):
+        metrics.total += loss
+        metrics.count += 1
+
+    _, metrics = jaxstate.mutate(accumulate)(metrics, loss)      # a new object
+
+1. The objects are copied: real objects of their classes, with the same arrays.
+2. The function runs on the copy. Where JAX calls functions of the program under a trace, what the
+   objects are is compared with what they were (`jaxstate.tree.frames`), so that what was assigned
+   in loops, branches and other transformations becomes inputs and outputs of these.
+3. The new tree is copied from what the objects are then, and made by the class's own way of making
+   objects from leaves: whatever the class ensures there holds for the new tree.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxstate import _compat
+from jaxstate.arrays import Writable, snapshot
+from jaxstate.slots import open_holder
+from jaxstate.tree import boundaries, problems
+from jaxstate.tree.entry import Ended, Entry
+from jaxstate.tree.frozen import permit_assignments
+from jaxstate.tree.graph import Walk, fitted, value_of
+from jaxstate.tree.objects import NODE, STATIC, Blank, fill, kind_of
+from jaxstate.tree.session import Session, writable
+
+__all__ = ["mutate"]
+
+
+def mutate(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """Makes a pure function out of one that assigns to its first argument.
+
+    Args:
+      fn: called as ``fn(tree, *args, **kwargs)``; may assign to the attributes and items of
+        ``tree`` and of its parts, call its methods, add and remove items. A method that is bound
+        to an object has that object as its tree, and is called with the other arguments only.
+
+    Returns:
+      A function of ``(tree, *args, **kwargs)`` that returns ``(out, new_tree)``: what ``fn``
+      returns, and the tree as ``fn`` leaves it. ``tree`` is a dict, a list, a dataclass (frozen
+      too), an object of any other class of the program, or a tuple of such. It never changes.
+
+    Raises:
+      TypeError: if the tree has no parts.
+      StructureChangeError: if ``fn`` adds or removes parts inside a loop or a branch.
+      SlotTypeError: if ``fn`` changes the shape or dtype of an array there.
+      LaneWriteError: if lanes of a vmap inside ``fn`` assign different values.
+      CopyWriteError: if ``fn`` assigns to a copy that a transformation has made of the tree.
+      ClosedStateError: if what ``fn`` was given is used after it has returned.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> def count(tree, n):
+    ...     def body(i, _):
+    ...         tree["total"] += i
+    ...     jax.lax.fori_loop(0, n, body, None)
+    >>> tree = {"total": jnp.int32(0)}
+    >>> _, new = jaxstate.mutate(count)(tree, 4)
+    >>> int(new["total"]), int(tree["total"])
+    (6, 0)
+    """
+    owner, function = _owner(fn), fn
+    if owner is not None:
+        function = fn.__func__  # type: ignore[attr-defined]
+    elif _owner(getattr(fn, "__wrapped__", None)) is not None:
+        raise TypeError(
+            f"mutate cannot see the object that {fn!r} is a method of.\n"
+            "To mend it:\n    jax.jit(jaxstate.mutate(obj.method))"
+        )
+
+    @functools.wraps(fn)
+    def mutated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        tree, *rest = args if owner is None else (owner, *args)
+        return _run(function, tree, rest, kwargs)
+
+    return mutated
+
+
+def _owner(fn: Any) -> Any:
+    """The object that ``fn`` is a method of, if that can be a tree."""
+    owner = getattr(fn, "__self__", None)
+    if owner is None or not hasattr(fn, "__func__") or inspect.isclass(owner):
+        return None
+    return owner if kind_of(owner) is NODE else None
+
+
+def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    if kind_of(tree) is STATIC:
+        raise TypeError(
+            f"mutate wants a tree with parts that can be assigned to, and was given {tree!r}.\n"
+            'To mend it:\n    out, new = jaxstate.mutate(fn)({"value": value})'
+        )
+    boundaries.install()
+    given = _Given()
+    roots = [_copied(tree, given.copy)]
+    session = Session(roots, _compat.user_location())
+    permit_assignments(session.walk)
+    with open_holder(session):
+        try:
+            out = _called(function, roots[0], args, kwargs)
+            walk = session.refresh()
+        finally:
+            session.is_open = False
+    _check_leaves(walk)
+    new = _remade(_copied(roots[0], given.back, walk))
+    out = _without_objects_of(walk, out)
+    _end(session, walk)
+    return out, new
+
+
+def _called(function: Any, tree: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return function(tree, *args, **kwargs)
+    except (AttributeError, TypeError) as error:
+        if _is_about_a_tuple(str(error)):
+            error.add_note(
+                "A tuple cannot be assigned to, in jaxstate.mutate as anywhere.\nTo mend it:\n"
+                "    tree.part = tree.part._replace(x=value)     # assign another tuple\n"
+                "    tree = [*tree]                              # or use a list"
+            )
+        raise
+
+
+def _is_about_a_tuple(text: str) -> bool:
+    return "does not support item" in text or text.startswith("can't set attribute")
+
+
+# -- Copies ----------------------------------------------------------------------------------
+
+
+class _Given:
+    """The arrays of the tree as they were given: what is not assigned comes out as it went in."""
+
+    def __init__(self) -> None:
+        self._given: dict[int, tuple[Any, Any]] = {}
+
+    def copy(self, x: Any, _: Any) -> Any:
+        """A program can write into an array of NumPy, or of an in-place function."""
+        copied = x.copy() if isinstance(x, np.ndarray) else writable(snapshot(x))
+        self._given[id(copied)] = copied, x
+        return copied
+
+    def back(self, x: Any, aval: Any) -> Any:
+        copied, original = self._given.get(id(x), (None, None))
+        if copied is None:
+            return fitted(x, aval)
+        if not isinstance(copied, np.ndarray):
+            return copied
+        if not np.array_equal(copied, original, equal_nan=_may_be_nan(copied)):
+            return copied
+        return original
+
+
+def _may_be_nan(x: Any) -> bool:
+    return x.dtype.kind in "fc"
+
+
+def _copied(tree: Any, leaf: Callable[[Any, Any], Any], before: Walk | None = None) -> Any:
+    """The objects again, with what ``leaf(x, type)`` makes of the arrays.
+
+    It is a tree: an object of a class that JAX knows is not in two places.
+    """
+    walk = Walk([tree], before, tree=True)
+    nodes = [Blank.of(node.object).make() for node in walk.nodes]
+    leaves = [leaf(x, aval) for x, aval in zip(walk.leaves, walk.avals, strict=True)]
+    get, object_of = leaves.__getitem__, nodes.__getitem__
+    for x, node in zip(nodes, walk.nodes, strict=True):
+        fill(x, node.names, node.keys, [value_of(e, get, object_of) for e in node.entries])
+    return value_of(walk.graph.roots[0], get, object_of)
+
+
+def _remade(tree: Any) -> Any:
+    """The tree as its classes make it of leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(leaves)
+
+
+# -- The end ---------------------------------------------------------------------------------
+
+
+def _without_objects_of(walk: Walk, out: Any) -> Any:
+    """A result, with copies of the objects that end here."""
+    found = Walk([out])
+    _check_leaves(found)
+    if all(walk.find(node.object) is None for node in found.nodes):
+        return out
+    return _copied(out, lambda x, _: x)
+
+
+def _check_leaves(walk: Walk) -> None:
+    """Raises if a tracer is left in the objects that is worth nothing from here on."""
+    for i, x in enumerate(walk.leaves):
+        if isinstance(x, _compat.Tracer) and _has_ended(x):
+            raise problems.tracer_left(walk.graph.label(i), x)
+    for number, node in enumerate(walk.nodes):
+        for place, (entry, value) in enumerate(zip(node.entries, node.values, strict=True)):
+            if entry[0] is STATIC and gc.is_tracked(value):
+                hidden = next((x for x in _tracers_in(value) if _has_ended(x)), None)
+                if hidden is not None:
+                    raise problems.tracer_left(walk.label_of_part(number, place), hidden)
+
+
+def _has_ended(x: Any) -> bool:
+    if isinstance(x, Writable):
+        return False  # it says so itself
+    if isinstance(x, (Entry, Ended)):
+        return not x.is_alive()
+    return _compat.has_ended(x) or _compat.is_of_finished_jaxpr(x)
+
+
+_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
+
+
+def _tracers_in(value: Any, depth: int = 3) -> Iterator[Any]:
+    """The tracers that an object holds which keeps its parts where only Python's memory manager
+    sees them."""
+    for x in gc.get_referents(value):
+        if isinstance(x, _compat.Tracer):
+            yield x
+        elif depth and gc.is_tracked(x) and not isinstance(x, _OPAQUE):
+            yield from _tracers_in(x, depth - 1)
+
+
+def _end(session: Session, walk: Walk) -> None:
+    """Takes the arrays out of the objects: the program may have kept them."""
+    leaves = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
+    walk.with_leaves(leaves, put=True)
+    session.walk = None
+    session.roots = []

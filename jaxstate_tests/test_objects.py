@@ -1,0 +1,703 @@
+"""Inside `mutate`, objects are what they are in Python, in every transformation.
+
+The expected numbers are those of Python, in which a loop is a loop and a jitted function the function.
+"""
+
+import collections
+import copy
+import dataclasses
+import functools
+import heapq
+import threading
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxstate
+from jaxstate import inplace, mutate
+
+f32 = jnp.float32
+leaks_allowed = pytest.mark.leaks_allowed(
+    "the checker reports tracers in the traceback of the expected error"
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cell:
+    n: Any
+    k: int = dataclasses.field(default=1, metadata=dict(static=True))
+
+    def add(self, x):
+        self.n = self.n + x * self.k
+
+    @jax.jit
+    def jitted(self, x):
+        self.n = self.n + x * self.k
+        return self
+
+
+def loop(n, step):
+    jax.lax.fori_loop(0, n, lambda i, _: (step(i), None)[1], None)
+
+
+RUNS = {
+    "mutate": mutate,
+    "jit outside": lambda f: lambda *args: jax.jit(mutate(f))(*args),
+    "jit inside": lambda f: lambda *args: mutate(jax.jit(f))(*args),
+}
+
+
+def numbers(tree):
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), jax.tree.leaves(tree))
+
+
+# -- What means one object is one object -----------------------------------------------------
+
+
+def values_closed_over(t):
+    z = t["a"]
+    t["b"] = z
+
+    def body(i, total):
+        t["a"] = t["a"] + 1
+        t["b"] = t["b"] * 2
+        return total + z
+
+    return jax.lax.fori_loop(0, 3, body, 0.0)
+
+
+def objects_made_inside(t):
+    def step(i):
+        made = Cell(f32(0))
+        made.add(i)
+        made.add(1.0)
+        t["a"] = t["a"] + made.n
+
+    loop(3, step)
+
+
+def bound_methods(t):
+    add = t["c"].add
+    loop(3, lambda i: add(2.0))
+    jax.jit(add)(5.0)
+    jax.jit(t["d"].add)(7.0)
+
+
+def statics_between_calls(t):
+    g = jax.jit(lambda x: t["c"].add(x * t["c"].k))
+    g(1.0)
+    t["c"].k = 3
+    g(1.0)
+    h = jax.jit(lambda x: x * t["c"].k)
+    first = h(1.0)
+    t["c"].k = 5
+    return first, h(1.0)
+
+
+def one_jitted_method_of_two_objects(t):
+    t["c"].jitted(1.0)
+    t["d"].jitted(1.0)
+    t["d"].k = 5
+    t["d"].jitted(1.0).jitted(2.0)
+    t["c"].jitted(2.0)
+
+
+def nested(t):
+    def outer(i):
+        t["a"] = t["a"] + 1
+
+        def inner(j):
+            t["b"] = t["b"] + t["a"] * 2
+            jax.lax.cond(j > 0, lambda: t["c"].add(1.0), lambda: None)
+
+        loop(2, inner)
+
+    loop(3, outer)
+
+
+def replaced_and_held(t):
+    old = t["c"]
+
+    def body():
+        t["c"] = Cell(t["c"].n * 2)
+        old.add(5.0)
+
+    jax.jit(body)()
+    old.add(1.0)
+    return old.n
+
+
+def swapped(t):
+    a, b = t["c"], t["d"]
+    jax.jit(lambda: t.update(c=t["d"], d=t["c"]))()
+    a.add(1.0)
+    return float(t["d"] is a and t["c"] is b)
+
+
+def swapped_in_a_loop(t):
+    def body(i):
+        t["c"], t["d"] = t["d"], t["c"]
+
+    loop(3, body)
+
+
+def structure_in_jit(t):
+    def body():
+        t["l"].append(Cell(f32(3)))
+        t["new"] = {"z": t["l"]}
+        t["l"][0].add(2.0)
+
+    jax.jit(body)()
+    jax.jit(lambda: jax.checkpoint(lambda: t["l"].append(Cell(t["l"][1].n + 1)))())()
+    loop(2, lambda i: t["l"][2].add(1.0))
+    return float(t["new"]["z"] is t["l"])
+
+
+def detached(t):
+    old = t["c"]
+    t["c"] = Cell(f32(9))
+    loop(3, lambda i: old.add(1.0))
+    jax.jit(lambda: old.add(2.0))()
+    t["c"].add(old.n)
+
+
+def old_values(t):
+    def body(i):
+        old = t["a"]
+        t["a"] = old * 2
+        t["b"] = old
+
+    loop(3, body)
+
+    def reset():
+        old = t["a"]
+        t["a"] = f32(0)
+        return old
+
+    return jax.jit(reset)()
+
+
+def results_are_the_objects(t):
+    out = jax.jit(lambda tree: tree["c"])(t)
+    out.n = out.n + 3
+    _, part = jax.lax.fori_loop(0, 2, lambda i, c: (c[0] + 1, c[1]), (0, t["d"]))
+    part.n = part.n * 2 + 1
+    made = jax.jit(lambda: t.setdefault("made", {"x": f32(1)}))()
+    made["x"] = made["x"] + 4
+    jax.lax.cond(t["a"] > 0, lambda d: d, lambda d: d, t["d"]).add(1.0)
+    return float(out is t["c"] and part is t["d"] and made is t["made"])
+
+
+def generators(t):
+    values = (x * t["a"] for x in (1.0, 2.0))
+    first = jax.jit(lambda: next(values))()
+    t["a"] = f32(10)
+    return first, jax.jit(lambda: next(values))()
+
+
+def names_that_change(t):
+    @jax.jit
+    def bump():
+        part.n = part.n + 1
+
+    for part in (t["c"], t["d"], t["c"]):  # noqa: B007
+        bump()
+
+
+def exceptions(t):
+    def bad():
+        t["a"] = t["a"] + 100
+        t["l"].append(f32(1))
+        raise ZeroDivisionError
+
+    for transform in (jax.jit, jax.checkpoint, lambda f: lambda: loop(2, lambda i: f())):
+        with pytest.raises(ZeroDivisionError):
+            transform(bad)()
+    t["a"] = t["a"] + 1
+
+
+def carried_as_a_value(t):
+    w = {"x": f32(1)}
+    t["w"] = w
+    new = jax.lax.fori_loop(0, 3, lambda i, w: jax.tree.map(lambda x: 2 * x, w), t["w"])
+    new["x"] = new["x"] + 1
+    picked = jax.lax.cond(t["a"] > 0, lambda: t["w"], lambda: {"x": f32(7)})
+    return new["x"], picked["x"]
+
+
+# The result, and the leaves of the tree.
+PROGRAMS = {
+    values_closed_over: [3.0, 4.0, 8.0, 2.0, 10.0, 0.0],
+    objects_made_inside: [7.0, 5.0, 2.0, 10.0, 0.0],
+    bound_methods: [1.0, 5.0, 13.0, 17.0, 0.0],
+    statics_between_calls: [3.0, 5.0, 1.0, 5.0, 12.0, 10.0, 0.0],
+    one_jitted_method_of_two_objects: [1.0, 5.0, 5.0, 26.0, 0.0],
+    nested: [4.0, 41.0, 5.0, 10.0, 0.0],
+    replaced_and_held: [8.0, 1.0, 5.0, 4.0, 10.0, 0.0],
+    swapped: [1.0, 1.0, 5.0, 10.0, 3.0, 0.0],
+    swapped_in_a_loop: [1.0, 5.0, 10.0, 2.0, 0.0],
+    structure_in_jit: None,
+    detached: [1.0, 5.0, 16.0, 10.0, 0.0],
+    old_values: [8.0, 0.0, 4.0, 2.0, 10.0, 0.0],
+    results_are_the_objects: [1.0, 1.0, 5.0, 5.0, 22.0, 0.0, 5.0],
+    generators: [1.0, 20.0, 10.0, 5.0, 2.0, 10.0, 0.0],
+    names_that_change: [1.0, 5.0, 4.0, 11.0, 0.0],
+    exceptions: [2.0, 5.0, 2.0, 10.0, 0.0],
+    carried_as_a_value: [9.0, 1.0, 1.0, 5.0, 2.0, 10.0, 0.0, 1.0],
+}
+
+
+def example():
+    tree = {"a": f32(1), "b": f32(5), "c": Cell(f32(2)), "d": Cell(f32(10)), "l": [f32(0)]}
+    return tree
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
+@leaks_allowed
+def test_programs(program, run):
+    tree = example()
+    if program is structure_in_jit:
+        tree["l"] = [Cell(f32(1))]
+        wanted = [1.0, 1.0, 5.0, 2.0, 10.0, 3.0, 3.0, 6.0, 3.0, 3.0, 6.0]
+    else:
+        wanted = PROGRAMS[program]
+    before = numbers(tree)
+    assert numbers(RUNS[run](program)(tree)) == wanted
+    assert numbers(tree) == before
+    with jax.disable_jit():
+        if program not in (carried_as_a_value, exceptions):
+            assert numbers(mutate(program)(tree)) == wanted
+
+
+# -- Containers and classes of other kinds ---------------------------------------------------
+
+
+class Plain:
+    """A class that JAX does not know."""
+
+    def __init__(self, n):
+        self.n = n
+        self.bump_again = self.bump
+
+    def bump(self):
+        self.n = self.n + 1
+
+    @functools.cached_property
+    def root(self):
+        return jnp.sqrt(self.n)
+
+
+def push_left(t):
+    t["q"].appendleft(t["x"])
+    jax.jit(lambda: t["q"].append(2 * t["x"]))()
+    loop(2, lambda i: t["q"].rotate(1))
+
+
+CONTAINERS = {
+    "deque": (
+        lambda: {"q": collections.deque([f32(5)], maxlen=2), "x": f32(1)},
+        push_left,
+        lambda new: (list(map(float, new["q"])), new["q"].maxlen),
+        ([5.0, 2.0], 2),
+    ),
+    "Counter": (
+        lambda: {"c": collections.Counter(a=2)},
+        lambda t: (t["c"].update("ab"), loop(3, lambda i: t["c"].update("a"))),
+        lambda new: {k: int(v) for k, v in new["c"].items()},
+        {"a": 6, "b": 1},
+    ),
+    "ChainMap": (
+        lambda: {"m": collections.ChainMap({"a": f32(1)}, {"b": f32(2)})},
+        lambda t: loop(2, lambda i: t["m"].update(a=t["m"]["a"] + t["m"]["b"])),
+        lambda new: float(new["m"]["a"]),
+        5.0,
+    ),
+    "UserList": (
+        lambda: {"u": collections.UserList([f32(1)])},
+        lambda t: (t["u"].append(f32(2)), loop(2, lambda i: t["u"].reverse())),
+        lambda new: list(map(float, new["u"])),
+        [1.0, 2.0],
+    ),
+    "set of names": (
+        lambda: {"s": {"a"}, "x": f32(0)},
+        lambda t: jax.jit(lambda: (t["s"].add("b"), t.update(x=t["x"] + len(t["s"]))))(),
+        lambda new: (sorted(new["s"]), float(new["x"])),
+        (["a", "b"], 2.0),
+    ),
+    "SimpleNamespace": (
+        lambda: {"s": types.SimpleNamespace(x=f32(1))},
+        lambda t: loop(3, lambda i: setattr(t["s"], "x", t["s"].x * 2)),
+        lambda new: float(new["s"].x),
+        8.0,
+    ),
+    "functools.partial": (
+        lambda: {"f": functools.partial(jnp.multiply, f32(3))},
+        lambda t: loop(2, lambda i: t.update(f=functools.partial(jnp.multiply, t["f"](2.0)))),
+        lambda new: float(new["f"](1.0)),
+        12.0,
+    ),
+    "unknown class": (
+        lambda: {"p": Plain(f32(1))},
+        lambda t: (t["p"].bump_again(), loop(2, lambda i: t["p"].bump_again())),
+        lambda new: (float(new["p"].n), new["p"].bump_again.__self__ is new["p"]),
+        (4.0, True),
+    ),
+    "cached_property": (
+        lambda: {"p": Plain(f32(4))},
+        lambda t: (jax.jit(lambda: t["p"].root)(), loop(2, lambda i: t["p"].bump())),
+        lambda new: (float(new["p"].root), float(new["p"].n)),
+        (2.0, 6.0),
+    ),
+    "heap": (
+        lambda: {"h": [3.0, 7.0]},
+        lambda t: heapq.heappush(t["h"], 1.0),
+        lambda new: float(new["h"][0]),
+        1.0,
+    ),
+    "array of NumPy": (
+        lambda: {"a": np.zeros(2), "b": np.ones(2)},
+        lambda t: t["a"].__setitem__(0, 5.0),
+        lambda new: (new["a"].tolist(), new["b"].tolist()),
+        ([5.0, 0.0], [1.0, 1.0]),
+    ),
+    "object with parts in two places": (
+        lambda: (lambda p: {"p": p, "q": p})(Plain(f32(1))),
+        lambda t: loop(2, lambda i: (t["p"].bump(), t["q"].bump())),
+        lambda new: (float(new["p"].n), new["p"] is new["q"]),
+        (5.0, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_and_classes(kind):
+    make, program, look, wanted = CONTAINERS[kind]
+    tree = make()
+    before = look(copy.deepcopy(tree))
+    _, new = mutate(program)(tree)
+    assert look(new) == wanted
+    assert look(tree) == before
+    if kind not in ("heap", "array of NumPy"):  # Python looks at their values
+        _, new = mutate(lambda tree: jax.jit(lambda: program(tree) and None)())(make())
+        assert look(new) == wanted
+
+
+@leaks_allowed
+def test_a_cached_property_in_a_loop_is_refused():
+    with pytest.raises(jaxstate.StructureChangeError, match=r"tree\['p'\].root"):
+        mutate(lambda t: loop(2, lambda i: t["p"].root))({"p": Plain(f32(4))})
+
+
+def test_sentinels_and_shared_functions_stay_themselves():
+    def f(tree):
+        assert tree["none"] is SENTINEL and tree["f"] is jnp.tanh
+        tree["none"] = f32(1)
+
+    tree = {"none": SENTINEL, "f": jnp.tanh}
+    _, new = mutate(f)(tree)
+    assert new["none"] == 1 and new["f"] is jnp.tanh and tree["none"] is SENTINEL
+
+
+class _Missing:
+    pass
+
+
+SENTINEL = _Missing()
+
+
+# -- What escapes ----------------------------------------------------------------------------
+
+
+class Hidden:
+    """Keeps what it is given where only Python's memory manager sees it."""
+
+    def __init__(self):
+        self.kept = iter(())
+
+
+@leaks_allowed
+def test_no_tracer_leaves():
+    def escaped(tree):
+        seen = []
+        loop(2, lambda i: seen.append(tree["x"]))
+        return seen[0] + 1
+
+    with pytest.raises(jaxstate.ClosedStateError, match=r"tree\['x'\] was read inside a loop"):
+        mutate(escaped)({"x": f32(1)})
+
+    def hides(tree):
+        jax.jit(lambda: setattr(tree["h"], "kept", iter([2 * tree["x"]])))()
+
+    with pytest.raises(jaxstate.ClosedStateError, match=r"tree\['h'\].kept holds a value"):
+        mutate(hides)({"h": Hidden(), "x": f32(1)})
+
+    def other_thread(tree):
+        thread = threading.Thread(target=jax.jit(lambda: tree.update(x=tree["x"] + 1)))
+        thread.start()
+        thread.join()
+
+    with pytest.raises(jaxstate.ClosedStateError, match=r"tree\['x'\].*another thread"):
+        mutate(other_thread)({"x": f32(1)})
+    assert mutate(lambda tree: tree.update(x=2.0))({"x": f32(1)})[1]["x"] == 2.0
+
+
+def test_threads_have_trees_of_their_own():
+    results = {}
+
+    def work(n):
+        def f(tree):
+            loop(n, lambda i: tree.update(x=tree["x"] + 1))
+
+        results[n] = float(mutate(f)({"x": f32(0)})[1]["x"])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (1, 5, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {1: 1.0, 5: 5.0, 9: 9.0}
+
+
+# -- Copies ----------------------------------------------------------------------------------
+
+COPIES = {
+    "grad": jax.grad,
+    "value_and_grad": jax.value_and_grad,
+    "jvp": lambda f: lambda t: jax.jvp(f, (t,), (t,))[1],
+    "vjp": lambda f: lambda t: jax.vjp(f, t)[0],
+    "linearize": lambda f: lambda t: jax.linearize(f, t)[0],
+    "jacfwd": jax.jacfwd,
+    "jacrev": jax.jacrev,
+    "vmap": lambda f: jax.vmap(f, in_axes=None, axis_size=2),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(f), in_axes=None, axis_size=2),
+    "jit of grad": lambda f: jax.jit(jax.grad(f)),
+    "grad of jit": lambda f: jax.grad(jax.jit(f)),
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+}
+
+
+@leaks_allowed
+@pytest.mark.parametrize("run", ["mutate", "jit outside"])
+@pytest.mark.parametrize("transform", COPIES)
+def test_what_is_assigned_to_a_copy_is_an_error(transform, run):
+    def reads(t):
+        return t["w"] * 2
+
+    def writes(t):
+        t["calls"] = t["calls"] + 1
+        return t["w"] * 2
+
+    def in_a_loop(t):
+        loop(2, lambda i: t.update(calls=t["calls"] + 1))
+        return t["w"] * 2
+
+    tree = {"w": f32(1), "calls": f32(0)}
+    run = RUNS[run]
+    found, new = run(lambda t: COPIES[transform](reads)(t))(tree)
+    assert numbers(found) == numbers(COPIES[transform](reads)(tree)) and numbers(new) == [0.0, 1.0]
+    for f in (writes, in_a_loop):
+        with pytest.raises(jaxstate.CopyWriteError, match=r"tree\['calls'\].*would be lost"):
+            run(lambda t, f=f: COPIES[transform](f)(t))(tree)
+
+
+@leaks_allowed
+def test_a_carry_that_goes_in_as_a_copy():
+    def f(tree):
+        def body(i, w):
+            w["x"] = w["x"] + 1
+            return jax.tree.map(lambda x: 2 * x, w)
+
+        return jax.lax.fori_loop(0, 2, body, tree["w"])
+
+    with pytest.raises(jaxstate.CopyWriteError, match=r"would be lost"):
+        mutate(f)({"w": {"x": f32(1)}})
+
+
+# -- Custom rules and devices ----------------------------------------------------------------
+
+
+def with_a_rule(tree):
+    @jax.custom_vjp
+    def f(x):
+        tree["n"] = tree["n"] + 1
+        return x * tree["w"]
+
+    f.defvjp(lambda x: (f(x), tree["w"]), lambda w, ct: (2 * ct * w,))
+    return f
+
+
+# How often the function runs, the value, and the derivative.
+RULES = {
+    "call": (lambda f: (f(2.0), 0.0), (1.0, 6.0, 0.0)),
+    "grad": (lambda f: jax.value_and_grad(f)(2.0), (1.0, 6.0, 6.0)),
+    "jit": (lambda f: (jax.jit(f)(2.0), 0.0), (1.0, 6.0, 0.0)),
+    "grad of jit": (lambda f: jax.value_and_grad(jax.jit(f))(2.0), (1.0, 6.0, 6.0)),
+    "scan": (
+        lambda f: (jax.lax.scan(lambda c, _: (f(c), None), 2.0, None, length=2)[0], 0.0),
+        (2.0, 18.0, 0.0),
+    ),
+    "vmap": (lambda f: (jax.vmap(lambda _: f(2.0))(jnp.arange(2.0))[1], 0.0), (1.0, 6.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("how", RULES)
+def test_functions_with_rules_assign(how, run):
+    call, wanted = RULES[how]
+    out, new = RUNS[run](lambda tree: call(with_a_rule(tree)))({"n": f32(0), "w": f32(3)})
+    assert (float(new["n"]), *map(float, out)) == wanted
+
+
+@leaks_allowed
+@pytest.mark.parametrize("run", RUNS)
+def test_devices(run):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    x = jnp.arange(float(len(jax.devices())))
+
+    def over_devices(f):
+        return lambda tree: jax.shard_map(
+            lambda x: f(tree, x), mesh=mesh, in_specs=spec, out_specs=spec
+        )(x)
+
+    def count(tree, x):
+        tree["n"] = tree["n"] + 1
+        return x * tree["n"]
+
+    def differ(tree, x):
+        tree["n"] = tree["n"] + x[0]
+        return x
+
+    y, new = RUNS[run](over_devices(count))({"n": f32(1)})
+    np.testing.assert_array_equal(y, 2 * x)
+    assert new["n"] == 2
+    with pytest.raises(jaxstate.DeviceWriteError, match=r"tree\['n'\]"):
+        RUNS[run](over_devices(differ))({"n": f32(1)})
+    with pytest.raises(jaxstate.DeviceWriteError, match=r"tree\['n'\].*pmap"):
+        mutate(lambda tree: jax.pmap(lambda x: count(tree, x))(x))({"n": f32(1)})
+
+
+# -- In place --------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Matrix:
+    m: Any
+    s: Any
+
+    def update(self, i):
+        self.m[i] += 1
+        self.s = self.s * 2
+
+
+IN_PLACE = {
+    "mutate(inplace)": lambda f: mutate(inplace(f)),
+    "inplace(mutate)": lambda f: inplace(mutate(f)),
+    "inplace in mutate": lambda f: mutate(lambda *args: inplace(f)(*args)),
+    "jit(mutate(inplace))": lambda f: jax.jit(mutate(inplace(f))),
+    "mutate(jit(inplace))": lambda f: mutate(jax.jit(inplace(f))),
+    "mutate(inplace(jit))": lambda f: mutate(inplace(jax.jit(f))),
+}
+BODIES = {
+    "plain": lambda f: f,
+    "jit": lambda f: lambda c: jax.jit(lambda: f(c))(),
+    "jit of the object": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: (
+        lambda c: jax.lax.scan(lambda x, _: (f(c), (x, None))[1], 0.0, None, length=1)[0]
+    ),
+    "fori_loop": lambda f: lambda c: loop(1, lambda i: f(c)),
+    "carry": lambda f: lambda c: jax.lax.fori_loop(0, 1, lambda i, c: (f(c), c)[1], c),
+    "while_loop": lambda f: (
+        lambda c: jax.lax.while_loop(lambda i: i < 1, lambda i: (f(c), i + 1)[1], 0)
+    ),
+    "cond": lambda f: lambda c: jax.lax.cond(c.s > 0, f, lambda c: None, c),
+    "vmap": lambda f: lambda c: jax.vmap(lambda i: (f(c), i)[1])(jnp.arange(2)),
+    "grad": lambda f: lambda c: jax.grad(lambda x: (f(c), x * 2)[1])(1.0),
+}
+
+
+@pytest.mark.parametrize("run", IN_PLACE)
+@pytest.mark.parametrize("body", BODIES)
+def test_arrays_of_objects_are_written_in_place(body, run):
+    def program(c):
+        BODIES[body](lambda c: c.update(1))(c)
+        BODIES[body](lambda c: c.update(0))(c)
+        c.m[1] *= 5
+
+    given = Matrix(jnp.zeros(2), f32(1))
+    _, new = IN_PLACE[run](program)(given)
+    np.testing.assert_array_equal(new.m, [1, 5])
+    assert new.s == 4 and given.m.tolist() == [0, 0] and given.s == 1
+
+
+# -- flax.nnx --------------------------------------------------------------------------------
+
+
+def test_modules_of_nnx_are_what_they_are_under_its_own_transformations():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 2, rngs=rngs)
+            self.norm = nnx.BatchNorm(2, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.calls = nnx.Variable(jnp.int32(0))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return self.dropout(self.norm(self.linear(x)))
+
+    x = jnp.arange(8.0).reshape(4, 2)
+
+    def state(net):
+        leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(net)))
+        is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+        return [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+
+    def same(program, reference):
+        net, wanted = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
+        out, new = mutate(program)(net, x)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            (out, state(new)),
+            (reference(wanted, x), state(wanted)),
+        )
+
+    same(lambda net, x: net(x), lambda net, x: net(x))
+    same(lambda net, x: jax.jit(lambda x: net(x))(x), nnx.jit(lambda net, x: net(x)))
+    same(
+        lambda net, x: jax.lax.scan(lambda c, _: (net(c), None), x, None, length=3)[0],
+        lambda net, x: nnx.scan(
+            lambda net, c: net(c), length=3, in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry),
+            out_axes=nnx.Carry,
+        )(net, x),
+    )  # fmt: skip
+
+    def loss(net, x):
+        return jnp.sum(net(x) ** 2)
+
+    def gradient(net, x):
+        def of_kernel(kernel):
+            net.linear.kernel[...] = kernel
+            return loss(net, x)
+
+        return jax.grad(of_kernel)(net.linear.kernel[...])
+
+    same(
+        gradient,
+        lambda net, x: nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param))(net, x)["linear"][
+            "kernel"
+        ][...],
+    )
+    same(
+        lambda net, x: jax.vmap(lambda x: net.linear(x))(x),
+        lambda net, x: nnx.vmap(lambda net, x: net.linear(x), in_axes=(None, 0))(net, x),
+    )
