@@ -174,7 +174,7 @@ def test_every_cell_is_true(name):
 @pytest.mark.leaks_allowed("errors, whose tracebacks hold tracers")
 @pytest.mark.parametrize("name", ["custom_jvp", "custom_vjp"])
 def test_the_third_footnote(name):
-    """And only there: the same derivative under a transformation without a rule is the parameter's."""
+    """And not under a transformation without a rule."""
     for other in (name, "checkpoint"):
         transform, _ = TRANSFORMATIONS[other]
         f = lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, (3,))  # noqa: E731
