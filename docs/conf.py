@@ -25,6 +25,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo" if find_spec("furo") else "alabaster"
 html_title = "jaxstate"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 myst_heading_anchors = 3
 nb_execution_mode = "force"

@@ -47,7 +47,8 @@ def comment_after(lines, number):
 @pytest.mark.leaks_allowed("examples show errors, whose tracebacks hold tracers")
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_examples_run(path, capsys, monkeypatch, tmp_path):
-    """And print what they show. They may write files into the current folder."""
+    """And print what they show. They find the folder of examples, and may write files."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     lines, body = statements(path)

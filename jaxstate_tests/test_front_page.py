@@ -135,7 +135,9 @@ def sown(transform, own):
     return "yes"
 
 
-KINDS = [draws, parameters, variables, arrays, objects, sown]
+WRITES = (variables, arrays, objects)
+COLUMNS = [(draws,), (parameters,), WRITES, (sown,)]
+ERRORS = {"vmap": jaxstate.LaneWriteError, "shard_map": jaxstate.DeviceWriteError}
 
 
 def table():
@@ -156,13 +158,30 @@ def test_the_table_has_every_transformation():
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_every_cell_is_true(name):
     transform, n = TRANSFORMATIONS[name]
-    for kind, cell in zip(KINDS, table()[name], strict=True):
-        counts = kind in (variables, arrays, objects)
-        assert kind(transform, False) == (n if counts or kind is draws else "yes")
-        if cell.startswith("yes"):
-            own = kind(transform, True)
-            assert not counts or own == sum(2**i for i in range(n))
+    for kinds, cell in zip(COLUMNS, table()[name], strict=True):
+        for kind in kinds:
+            counts = kind in WRITES
+            assert kind(transform, False) == (n if counts or kind is draws else "yes")
+            if cell.startswith("yes"):
+                own = kind(transform, True)
+                assert not counts or own == sum(2**i for i in range(n))
+            else:
+                assert cell == "one²"
+                with pytest.raises(ERRORS[name]):
+                    kind(transform, True)
+
+
+@pytest.mark.leaks_allowed("errors, whose tracebacks hold tracers")
+@pytest.mark.parametrize("name", ["custom_jvp", "custom_vjp"])
+def test_the_third_footnote(name):
+    """And not under a transformation without a rule."""
+    for other in (name, "checkpoint"):
+        transform, _ = TRANSFORMATIONS[other]
+        f = lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, (3,))  # noqa: E731
+        net = jaxstate.parametrized(lambda x, t=transform, f=f: t(f)(x).sum(), name="net")
+        derivative = jax.grad(net.apply)
+        if other == name:
+            with pytest.raises(jaxstate.CustomRuleStateError):
+                derivative({"w": jnp.ones(3)}, X)
         else:
-            [error] = re.fullmatch(r"one value for all; else `(\w+)`", cell).groups()
-            with pytest.raises(getattr(jaxstate, error)):
-                kind(transform, True)
+            np.testing.assert_array_equal(derivative({"w": jnp.ones(3)}, X)["w"], np.ones(3))
