@@ -1318,14 +1318,20 @@ def scan_params_with(
     )
 
 
+def _wrap_inside(module: Any, name: str, wrap: Wrap) -> None:
+    """Puts a wrapper around a function of JAX's API that programs and libraries have imported: what
+    is replaced is the function inside of the one that they hold."""
+    function = getattr(module, name)
+    cell = function.__closure__[function.__code__.co_freevars.index("fun")]
+    plain = cell.cell_contents
+    wrapped = functools.wraps(plain)(wrap(plain))
+    wrapped._jaxstate_replaces = plain
+    cell.cell_contents = wrapped
+
+
 def wrap_while_loop(wrap: Wrap) -> None:
-    """Puts a wrapper around `jax.lax.while_loop`, where it is looked up."""
-    plain = loops.while_loop
-    wrapped = wrap(plain)
-    for module in list(sys.modules.values()):
-        is_of_jax = getattr(module, "__name__", "").startswith("jax.")
-        if is_of_jax and vars(module).get("while_loop") is plain:
-            module.while_loop = wrapped  # type: ignore[attr-defined]
+    """Puts a wrapper around `jax.lax.while_loop`."""
+    _wrap_inside(loops, "while_loop", wrap)
 
 
 # -- Solves ----------------------------------------------------------------------------------
@@ -2305,24 +2311,16 @@ def wrap_tracing(around: Callable[[Any], Any], result_of: Callable[[str, Any], A
 
 
 def wrap_control_flow(around: Callable[..., Any]) -> None:
-    """Calls ``around(name, function, args, kwargs)`` instead of loops and branches.
+    """Calls ``around(name, function, args, kwargs)`` instead of loops and branches."""
 
-    Programs and libraries have imported these: what is replaced is the function inside.
-    """
+    def wrap(name: str) -> Wrap:
+        return lambda plain: lambda *args, **kwargs: around(name, plain, args, kwargs)
+
     for module, name in (
         (loops, "scan"), (loops, "while_loop"), (loops, "fori_loop"), (conditionals, "cond"),
         (conditionals, "switch"),
     ):  # fmt: skip
-        function = getattr(module, name)
-        cell = function.__closure__[function.__code__.co_freevars.index("fun")]
-        plain = cell.cell_contents
-
-        @functools.wraps(plain)
-        def wrapped(*args: Any, plain: Any = plain, name: str = name, **kwargs: Any) -> Any:
-            return around(name, plain, args, kwargs)
-
-        wrapped._jaxstate_replaces = plain
-        cell.cell_contents = wrapped
+        _wrap_inside(module, name, wrap(name))
 
 
 def wrap_checkpoint_operands(convert: Callable[[Any], Any]) -> None:

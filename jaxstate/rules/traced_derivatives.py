@@ -13,7 +13,7 @@ Its rules are the user's, which find the state in a holder that answers from the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -118,8 +118,10 @@ class _Rules:
         n = self._n_statics
         statics, ((residuals, state), (cts, _), *accumulators) = args[:n], args[n:]
         out = self._run_backward(state, bwd, *statics, residuals, cts, *accumulators[self._n :])
-        return out if accumulators else self._with_cotangents(
-            out, getattr(self._function, "with_logs", False)
+        return (
+            out
+            if accumulators
+            else self._with_cotangents(out, getattr(self._function, "with_logs", False))
         )
 
     def _remat_fwd(self, fwd: Callable[..., Any], *args: Any) -> Any:

@@ -68,7 +68,7 @@ class Session(Holder):
         return isinstance(address, TreeAddress) and address.level == self.level
 
     @property
-    def home(self) -> Any:
+    def place(self) -> Any:
         """The trace that `mutate` was called under."""
         return self.base[0] if self.base else None
 
