@@ -2314,6 +2314,8 @@ def wrap_control_flow(around: Callable[..., Any]) -> None:
         (conditionals, "switch"),
     ):  # fmt: skip
         function = getattr(module, name)
+        while "fun" not in function.__code__.co_freevars:
+            function = function.__wrapped__  # one around it, which came before
         cell = function.__closure__[function.__code__.co_freevars.index("fun")]
         plain = cell.cell_contents
 
