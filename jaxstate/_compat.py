@@ -1322,6 +1322,8 @@ def _wrap_inside(module: Any, name: str, wrap: Wrap) -> None:
     """Puts a wrapper around a function of JAX's API that programs and libraries have imported: what
     is replaced is the function inside of the one that they hold."""
     function = getattr(module, name)
+    while "fun" not in function.__code__.co_freevars:
+        function = function.__wrapped__  # another library has wrapped it
     cell = function.__closure__[function.__code__.co_freevars.index("fun")]
     plain = cell.cell_contents
     wrapped = functools.wraps(plain)(wrap(plain))

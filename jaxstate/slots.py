@@ -197,7 +197,7 @@ class Holder:
     family: Any = None
 
     @property
-    def place(self) -> Any:
+    def opened_under(self) -> Any:
         """The trace under which it was opened."""
         return self.anchor
 

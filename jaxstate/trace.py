@@ -314,7 +314,7 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     """
     levels: list[Any] = []
     for trace in _compat.chain(_compat.current_trace()):
-        if same_trace(trace, holder.place):
+        if same_trace(trace, holder.opened_under):
             return levels, None
         if isinstance(trace, _compat.StagingTrace):
             return levels, trace

@@ -1,6 +1,6 @@
 """Inside `mutate`, objects are what they are in Python, in every transformation.
 
-The expected numbers are those of Python, in which a loop is a loop and a jitted function the function.
+The expected numbers are those of Python, where a loop is a loop and a jitted function the function.
 """
 
 import collections
@@ -230,8 +230,38 @@ def carried_as_a_value(t):
     return new["x"], picked["x"]
 
 
+def converted_closures(t):
+    g, consts = jax.closure_convert(lambda x: x * t["a"], 1.0)
+    first = g(1.0, *consts)
+
+    def body(i, total):
+        total = total + g(1.0, *consts)
+        t["a"] = t["a"] + 1
+        return total
+
+    return first, jax.lax.fori_loop(0, 3, body, 0.0), g(1.0, *consts)
+
+
+def parts_of_other_objects(t):
+    jax.jit(lambda p: p.n.add(p.k))(Cell(t["c"], 3))
+    jax.lax.fori_loop(0, 2, lambda i, p: (p.n.add(1.0), p)[1], Cell(t["c"]))
+    jax.lax.cond(t["a"] > 0, lambda p: p[0]["x"].add(10.0), lambda p: None, ({"x": t["c"]}, 1))
+
+
+def stacked_and_mapped(t):
+    t["new"] = {"w": jnp.arange(3.0)}
+    _, (ys, zs) = jax.lax.scan(lambda c, x: (c, (x["w"], t["c"])), 0.0, t["new"])
+    zs.n = zs.n + 1
+    return ys, zs.n, jax.eval_shape(lambda: t["c"]).n.size
+
+
 # The result, and the leaves of the tree.
 PROGRAMS = {
+    converted_closures: [1.0, 6.0, 4.0, 4.0, 5.0, 2.0, 10.0, 0.0],
+    parts_of_other_objects: [1.0, 5.0, 17.0, 10.0, 0.0],
+    stacked_and_mapped: [
+        [0.0, 1.0, 2.0], [3.0, 3.0, 3.0], 1, 1.0, 5.0, 2.0, 10.0, 0.0, [0.0, 1.0, 2.0],
+    ],
     values_closed_over: [3.0, 4.0, 8.0, 2.0, 10.0, 0.0],
     objects_made_inside: [7.0, 5.0, 2.0, 10.0, 0.0],
     bound_methods: [1.0, 5.0, 13.0, 17.0, 0.0],
@@ -271,7 +301,7 @@ def test_programs(program, run):
     assert numbers(RUNS[run](program)(tree)) == wanted
     assert numbers(tree) == before
     with jax.disable_jit():
-        if program not in (carried_as_a_value, exceptions):
+        if program not in (carried_as_a_value, exceptions, converted_closures):
             assert numbers(mutate(program)(tree)) == wanted
 
 

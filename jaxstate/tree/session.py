@@ -68,7 +68,7 @@ class Session(Holder):
         return isinstance(address, TreeAddress) and address.level == self.level
 
     @property
-    def place(self) -> Any:
+    def opened_under(self) -> Any:
         """The trace that `mutate` was called under."""
         return self.base[0] if self.base else None
 
@@ -96,8 +96,10 @@ class Session(Holder):
         return versions[number] if number < len(versions) else -1
 
     def address_at_entry(self, address: LeafAddress, trace: Any) -> LeafAddress | None:
-        """What an array is, as it is now, at the beginning of the loop whose jaxpr ``trace`` builds;
-        None if it was not there then."""
+        """An array as it was at the beginning of the loop whose jaxpr ``trace`` builds.
+
+        None if it was not there then.
+        """
         frame = next((f for f in self.frames if f.trace is trace and f.is_loop), None)
         if frame is None or address.number >= len(self.walk.leaves):
             return None
