@@ -74,22 +74,27 @@ class LeafAddress(TreeAddress):
     def label(self) -> str:
         return self.graph.label(self.number)
 
+    def _session(self) -> Any:
+        holder = super().known_holder()
+        return holder if hasattr(holder, "address_at_entry") else None  # or devices have it
+
     def known_holder(self) -> Any:
-        session = super().known_holder()
-        if session is not None and session.is_given():
-            return None  # a function with a custom rule has what it was given
-        return session
+        session = self._session()
+        if session is None:
+            return super().known_holder()
+        # A function with a custom rule has what it was given.
+        return None if session.is_given() else session
 
     def version(self) -> int:
-        session = super().known_holder()
+        session = self._session()
         return 0 if session is None else session.version(self.number)
 
     def seen_from(self, boundary: Any) -> Any:
-        session = super().known_holder()
+        session = self._session()
         return self if session is None else session.address_at_entry(self, boundary) or self
 
     def is_written_in(self, trace: Any, written: Any) -> bool:
-        session = super().known_holder()
+        session = self._session()
         return session is None or session.address_at_entry(self, trace) is None
 
 
