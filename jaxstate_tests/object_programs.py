@@ -1,8 +1,8 @@
 """Random programs that assign to the parts of random objects, in transformations of all kinds.
 
 A program is data. `Run` runs it in one of two ways: `Real` calls JAX's transformations, and `Plain`
-is Python, in which a loop is a loop, a branch an ``if``, and a jitted function the function. On plain
-objects the second one is the reference.
+is Python, in which a loop is a loop, a branch an ``if``, and a jitted function the function. On
+plain objects the second one is the reference.
 """
 
 import collections
