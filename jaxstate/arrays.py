@@ -182,7 +182,7 @@ class Buffer:
                     with _writing:
                         return self.read()
                 return value
-            self._become_slot()
+            self.become_slot()
         assert self.slot is not None
         if not way and not is_held:
             return self.slot.cell(self.slot.address).value
@@ -209,7 +209,7 @@ class Buffer:
                 self.slot.address.note_write()
                 self.slot.cell(self.slot.address).value = value
             return
-        self._become_slot()
+        self.become_slot()
         assert self.slot is not None
         with _quiet(), _compat.set_current_trace(here):
             trace.write(self.slot.address, value)
@@ -227,7 +227,7 @@ class Buffer:
     def _is_held_by(self, holder: Holder) -> bool:
         return holder.age > self.age and (holder.is_boundary or holder.outside is not None)
 
-    def _become_slot(self) -> None:
+    def become_slot(self) -> None:
         if self.slot is None:
             self.slot = ArraySlot(self)
             self.value = None
@@ -1101,6 +1101,10 @@ class WritableArray(Writable, _compat.Tracer):
         if not isinstance(value, _compat.Tracer) or here is self._buffer.home:
             self._cache = here, state, value
         return value
+
+    def become_slot(self) -> None:
+        """Makes it a slot now, and not when it is used inside of a transformation."""
+        self._buffer.become_slot()
 
     @property
     def batch_dim(self) -> Any:

@@ -108,7 +108,10 @@ def array(x: Any, dtype: Any = None) -> jax.Array:
     install()
     x = x.copy() if isinstance(x, np.ndarray) else snapshot(x)  # a jaxpr keeps what it is given
     value = jnp.array(x, dtype=dtype)
-    return fresh(jax.lax.convert_element_type(value, value.dtype))
+    array = fresh(jax.lax.convert_element_type(value, value.dtype))
+    if activation() is None:
+        array.become_slot()  # state is open from now on: what JAX transforms may use it
+    return array
 
 
 def _writable(leaf: Any) -> Any:

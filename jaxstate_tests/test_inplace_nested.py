@@ -1,5 +1,7 @@
 """Writable arrays among other state: stateful traces, slots, variables, sown values."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -395,3 +397,43 @@ def test_a_branch_in_the_condition_of_a_loop_writes():
 
     for run in (f, jax.jit(f)):
         np.testing.assert_array_equal(run(jnp.ones(3)), [5, 5, 1])
+
+
+def _with_jvp_rule(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda primals, tangents: (g(*primals), tangents[0]))
+    return g
+
+
+def _with_vjp_rule(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: (g(x), None), lambda _, ct: (ct,))
+    return g
+
+
+def _on_devices(f):
+    spec = jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+FIRST_USES = {
+    "custom_jvp": lambda f: jax.jit(jax.grad(lambda x: _with_jvp_rule(f)(x).sum())),
+    "custom_vjp": lambda f: jax.jit(jax.grad(lambda x: _with_vjp_rule(f)(x).sum())),
+    "shard_map": _on_devices,
+    "jit, shard_map": lambda f: jax.jit(_on_devices(f)),
+    "checkpoint": lambda f: jax.jit(jax.checkpoint(f)),
+}
+
+
+@pytest.mark.parametrize("transform", FIRST_USES.values(), ids=FIRST_USES)
+def test_an_array_from_outside_is_state_before_anything_has_used_it(transform):
+    gc.collect()  # slots of other tests are state too
+    calls = jaxstate.array(jnp.zeros(2))
+
+    def f(x):
+        calls[1] += 1
+        return 2 * x
+
+    transform(f)(jnp.arange(3.0))
+    np.testing.assert_array_equal(calls, [0, 1])
