@@ -182,6 +182,12 @@ class EntryAddress(Address):
     def meaning_here(self) -> Hashable:
         return self.store().meaning_of(self)
 
+    def pinned(self) -> EntryAddress:
+        if self.place is not None:
+            return self
+        home, levels = current_place(self.store(), False)
+        return self.having(place=home, levels=levels + self.levels)
+
     def aliased(self, other: Address) -> Exception:
         return self.conflict_error(
             message(

@@ -80,6 +80,10 @@ class Address:
         """`holder`, or None."""
         return next((holder for holder in holders() if holder.knows(self)), None)
 
+    def pinned(self) -> Address:
+        """The address of the slot that is meant here, for use elsewhere in this function."""
+        return self
+
     def version(self) -> int:
         """How often the slot was written, for one that is captured and may be written."""
         return 0

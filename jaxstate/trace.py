@@ -584,9 +584,20 @@ def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
 
 _compat.wrap_finished_jaxprs(_finished_result, _finished)
 
-# A jaxpr that somebody keeps may be evaluated in another module or scope, where its captures would
-# mean other slots. So what is handed out are values, as of everything that a function closes over.
-_compat.wrap_conversions(any_open, _compat.resolved)
+def _handed_out(constant: Any) -> Any:
+    """A constant of a jaxpr that somebody keeps, who may evaluate it in another module or scope.
+
+    It is the value, as of everything that a function closes over. Inside of a jaxpr the value would
+    be a tracer of it, and no constant: there it is the capture of the slot that is meant here.
+    """
+    if type(constant) is not StateTracer:
+        return constant
+    address = constant.address.renewed(current_use())
+    _, base = _way_to(address.holder())
+    return resolve(constant) if base is None else StateTracer(address.pinned(), constant.aval)
+
+
+_compat.wrap_conversions(any_open, _handed_out)
 
 
 def to_program(value: Any) -> Any:

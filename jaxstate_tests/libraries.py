@@ -491,12 +491,7 @@ RUNS = {
 
 # What the package gets wrong today, and is not run: the facts of such programs, and what is asked.
 KNOWN_FAULTS: dict[str, set[str]] = {
-    "an array that is read by an operand of a custom_vjp": {"hoists", "array", "custom_vjp"},
-    "an attribute that is assigned in a scan of an in-place function": {"object", "inplace"},
-    "optimize_remat in a while loop": {"custom_vjp, optimize_remat", "diverges", "array"},
-    "an array that is written in a loop": {"fori", "array"},
     "an array that is read by a rule in a jaxpr that is differentiated": {"vjp", "rule", "array"},
-    "an array in a converted closure of another": {"closure_convert", "array"},
 }
 
 
