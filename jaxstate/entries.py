@@ -539,7 +539,22 @@ class RuleStore(Store):
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         form = address.form_of_initial(init, init_args)
-        return Use(form, address.leaves(form, None), None)
+        leaves = address.leaves(form, None)
+        types = tuple(map(_type_given, leaves, form.avals))
+        if types != form.avals:  # of other dtypes than the initializer makes
+            form = form._replace(avals=types)
+            leaves = address.leaves(form, None)
+        return Use(form, leaves, None)
+
+
+def _type_given(address: EntryAddress, wanted: Any) -> Any:
+    """The type of what a custom rule is given for a leaf; ``wanted`` if it is given nothing."""
+    holder = next((h for h in holders() if h.is_boundary), None)
+    try:
+        found = wanted if holder is None else holder.aval(address)
+    except StateError:
+        return wanted
+    return found if found.shape == wanted.shape else wanted
 
 
 def innermost_store() -> Store | None:

@@ -518,9 +518,11 @@ def begin_use(operands: Sequence[Any]) -> list[Any]:
 
 
 @contextmanager
-def one_use() -> Iterator[None]:
-    """One use of each jaxpr of an equation that a rule binds."""
+def one_use(use: dict[Any, Any] | None = None) -> Iterator[None]:
+    """One use of each jaxpr of an equation that a rule binds; ``use`` if it has begun already."""
     uses = begin_use(())
+    if use is not None:
+        uses[-1] = use, uses[-1][1]
     try:
         yield
     finally:

@@ -1076,7 +1076,9 @@ def sequences(draw: Any, length: int = 10) -> Sequence:
         mine = [name for name in names if name != "disable_jit" or not same_names]
         if meshes == ["mesh"] or not ("slots" in facts[i] or what in KEPT):
             mine += meshes
-        contexts = st.lists(st.sampled_from(mine), max_size=2, unique=True).map(tuple)
+        if what in ("reopen", "rebuild", "clear"):  # done by the program itself
+            mine = [name for name in mine if what != "reopen" and name != THREAD]
+        contexts = st.lists(st.sampled_from(mine or names), max_size=2, unique=True).map(tuple)
         actions.append(
             Action(
                 what,
@@ -1084,7 +1086,7 @@ def sequences(draw: Any, length: int = 10) -> Sequence:
                 draw(st.sampled_from([0.6, -0.4, 0.2])),
                 draw(st.integers(0, 3)),
                 draw(st.booleans()),
-                draw(contexts) if draw(st.booleans()) else (),
+                draw(contexts) if mine and draw(st.booleans()) else (),
             )
         )
     return Sequence(Program(tuple(definitions), same_names), tuple(actions))

@@ -676,13 +676,13 @@ def _stateful(
                 if ended.calls is not calls:
                     raise
                 touched, written = calls.touched()
-                args = calls.operands
+                args, use = calls.operands, calls.use
             finally:
                 calls.finish()
             if not touched and not written:
                 avals = list(map(_compat.typeof, args))
                 return bind_with_trace(trace, args, avals, params)
-            with one_use(), _compat.set_current_trace(trace):
+            with one_use(use), _compat.set_current_trace(trace):
                 settle(touched, written)
                 values = list(map(undifferentiated, touched, read_all(touched)))
                 explicit = Explicit(touched, written)
