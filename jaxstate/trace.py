@@ -71,8 +71,8 @@ write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect
 @read_p.def_bind_with_trace
 def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
-    address = params["address"].renewed(None)
     with _compat.set_current_trace(trace):
+        address = params["address"].renewed(None)
         value = read_since(address, *args, params["version"]) if args else read_stored(address)
         return _compat.in_mesh_of(params["aval"], value)
 
