@@ -513,6 +513,6 @@ def test_a_module_of_equinox_that_is_a_parameter_and_has_one(transform):
         return transform(lambda affine, x: affine(x))(affine, x)
 
     def by_hand(params, state, x, key):
-        return x @ params["w"] * jax.random.uniform(key) + params["affine"]["shift"], {}
+        return x @ params["w"] * jax.random.uniform(key) + params["affine"].shift, {}
 
     check_module(layer, by_hand)

@@ -699,6 +699,11 @@ def _stateful(
     return wrap
 
 
+def without_derivative(x: Any) -> Any:
+    """What a function with a backward rule has written: the rule says nothing of it."""
+    return jax.lax.stop_gradient(x) if _compat.has_tangent(_compat.typeof(x)) else x
+
+
 def _jvp_calls(calls: _Calls, params: dict[str, Any]) -> dict[str, Any]:
     return dict(params, subfuns=tuple(map(calls.function, params["subfuns"])))
 
@@ -727,5 +732,5 @@ _compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_calls, _j
 # A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
 # results do.
 _compat.wrap_bind_with_trace(
-    _compat.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, jax.lax.stop_gradient)
+    _compat.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, without_derivative)
 )

@@ -21,7 +21,7 @@ import jax
 from jaxstate import _compat
 from jaxstate.births import bear
 from jaxstate.capture import StateTracer
-from jaxstate.rules.derivatives import Explicit, undifferentiated
+from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
 from jaxstate.slots import Address, any_open
 from jaxstate.thread import (
     Thread,
@@ -54,7 +54,7 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         )
         out, written = call(*values, *args)
         # The derivative of what is written is zero. (For JAX all results of a custom_vjp have one.)
-        write_all(writes, map(jax.lax.stop_gradient, written))
+        write_all(writes, map(without_derivative, written))
     return out
 
 
