@@ -376,7 +376,7 @@ def of_type(aval: Any, x: Any) -> Any:
 
 def broadcast_shapes(shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
     """The shape to which arrays of these shapes broadcast, whose sizes may be symbolic."""
-    return jax.lax.broadcast_shapes(*shapes)
+    return jax.lax.broadcast_shapes(*map(tuple, shapes))
 
 
 # -- Sizes, which may be symbolic (`jax.export`) ---------------------------------------------
@@ -1065,8 +1065,8 @@ _RUN_ONCE = frozenset({
 
 def may_run_again(trace: Any) -> bool:
     """Whether a jaxpr that is under construction at ``trace`` may be that of a loop."""
-    builders = [t for t in chain(trace) if isinstance(t, StagingTrace)]
-    return any(t.frame.debug_info.traced_for not in _RUN_ONCE for t in builders)
+    infos = [t.frame.debug_info for t in chain(trace) if isinstance(t, StagingTrace)]
+    return any(info is None or info.traced_for not in _RUN_ONCE for info in infos)
 
 
 def abandon_traces_inside(outside: Any) -> None:

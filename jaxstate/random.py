@@ -80,6 +80,8 @@ class StreamAddress(Address):
 
     __slots__ = ("identity", "is_innermost", "name", "part")
 
+    part: Part
+
     # The key too, though nobody writes it: where a function was made a pytree of its constants, and
     # that pytree is an argument of a jitted function, a captured key would be the key outside, and
     # the count in a vmap inside the count of the lanes. Key and count have to be read in one place.

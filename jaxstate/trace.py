@@ -73,7 +73,8 @@ def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
     with _compat.set_current_trace(trace):
         address = params["address"].renewed(None)
-        value = read_since(address, *args, params["version"]) if args else read_stored(address)
+        captured = args[0] if args else None
+        value = read_since(address, captured, params["version"]) if args else read_stored(address)
         return _compat.in_mesh_of(params["aval"], value)
 
 
@@ -586,6 +587,7 @@ def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
 
 _compat.wrap_finished_jaxprs(_finished_result, _finished)
 
+
 def _handed_out(constant: Any) -> Any:
     """A constant of a jaxpr that somebody keeps, who may evaluate it in another module or scope.
 
@@ -636,12 +638,14 @@ def _read_staged(address: Address, trace: Any) -> Any:
             aval = _staged_aval(address, key, trace)
         else:
             aval = _compat.type_in_jaxpr(trace, address.aval())
-        captured = () if address.threaded else (_compat.new_const(trace, StateTracer(key, aval)),)
+        captured: list[Any] = []
+        if not address.threaded:
+            captured.append(_compat.new_const(trace, StateTracer(key, aval)))
         if address.may_be_written:
             params = dict(address=key, aval=aval, version=address.version())
             value = _compat.stage(trace, read_p, captured, params)
         else:
-            (value,) = captured
+            value = captured[0]
         notes.values[key] = value
     return value
 

@@ -11,6 +11,7 @@ that a jitted function which was traced in one call can be used in the next one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class TreeAddress(Address):
     __slots__ = ("_hash", "_key", "graph", "level")
 
     in_objects = True
-    may_be_written = True
+    may_be_written = True  # type: ignore[assignment]
 
     def __init__(self, level: int, graph: Graph, *key: Any) -> None:
         self.level = level
@@ -143,7 +144,8 @@ class Shape(TreeAddress):
     def check_repeats(self) -> None:
         raise problems.structure_changed(self.label)
 
-    check_absence = check_repeats
+    def check_absence(self, others: Sequence[Address]) -> None:
+        self.check_repeats()
 
 
 class NewLeaf(TreeAddress):

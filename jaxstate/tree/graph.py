@@ -237,7 +237,7 @@ class Walk:
         if _compat.is_plain_array(x) or isinstance(x, (jax.Array, _compat.Tracer)):
             return self._leaf(x, _compat.typeof(x), node, place)
         if isinstance(x, _NUMBERS) and not static:
-            aval = None if cls is np.ndarray and x.dtype == object else _compat.type_of(x)
+            aval = None if isinstance(x, np.ndarray) and x.dtype == object else _compat.type_of(x)
             if aval is not None:
                 return self._leaf(x, aval, node, place)
         kind = kind_of(x)
@@ -410,7 +410,7 @@ def _order(cls: type, names: list[str], keys: Any) -> list[int] | None:
     n = len(names)
     order = sorted(range(n), key=names.__getitem__)
     items: Any = range(keys if isinstance(keys, int) else len(keys or ()))
-    if cls is dict or cls is defaultdict:
+    if not isinstance(keys, int) and (cls is dict or cls is defaultdict):
         with contextlib.suppress(TypeError):
             items = sorted(items, key=keys.__getitem__)
     order += [n + i for i in items]

@@ -58,7 +58,7 @@ class Reference:
                 return (
                     session.added[self.number]
                     if self.is_new
-                    else session.called.object_of(self.number)
+                    else session.called.object_of(self.number)  # type: ignore[union-attr]
                 )
         raise closed("the tree")
 
@@ -183,7 +183,7 @@ def as_operands(tree: Any, by_value: frozenset[Any] = frozenset()) -> Any:
         if kind_of(x) is not NODE:
             return None
         for session in here:
-            number = session.called.number_of(x)
+            number = session.called.number_of(x)  # type: ignore[union-attr]
             if number is not None:
                 return Copy(x) if path in by_value else Reference(session.level, number)
         return None
