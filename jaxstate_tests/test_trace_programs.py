@@ -38,7 +38,7 @@ X = jnp.float32(0.6)
 NO_STATE = {"ops": jnp.int32(0)}
 
 
-# JAX folds the first two for Python numbers where it can, so a program has more of them eagerly. The
+# JAX folds the first two for Python numbers where it can: a program has more of them eagerly. The
 # others compute nothing: a jaxpr says by them that a custom rule knows no derivative by its state.
 NOT_COUNTED = {
     "convert_element_type", "broadcast_in_dim", "state_of_custom_rule", "stop_gradient"
