@@ -165,7 +165,7 @@ def test_a_rule_and_its_function_use_the_state_of_their_call(key, way, around):
     if way == "vjp, next, symbolic zeros":
         with switched_on():
             if not jax_differentiates(wrap):
-                return
+                pytest.skip("this JAX has no derivative of such a function without state either")
 
     with switched_on():
         net = jaxstate.parametrized(lambda x: wrap(make())(x), name="net")
