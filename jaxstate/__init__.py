@@ -2,6 +2,7 @@
 slots that go through every transformation."""
 
 from jaxstate import extend, random, rules
+from jaxstate.arrays.inplace import array, inplace
 from jaxstate.errors import (
     AheadOfTimeError,
     BranchSowError,
@@ -36,15 +37,14 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
-from jaxstate.inplace import array, inplace
-from jaxstate.params import Parametrized, param, parametrized, scope
+from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
+from jaxstate.params.reuse import Shaped
+from jaxstate.params.stack import Stack, stack
+from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
+from jaxstate.params.variables import Variable, variable
 from jaxstate.random import Stream, next_key, rng_stream
-from jaxstate.reuse import Shaped
-from jaxstate.sow import plant, reap, sow
-from jaxstate.stack import Stack, stack
-from jaxstate.summary import ParameterRow, ScopeRow, Summary, summary
+from jaxstate.sow.harvest import plant, reap, sow
 from jaxstate.tree.mutate import mutate
-from jaxstate.variables import Variable, variable
 
 __version__ = "0.1.0"
 

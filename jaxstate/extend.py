@@ -18,9 +18,17 @@ A higher-order primitive of another package becomes stateful with `register_rule
 Random streams and parameters are clients of the same engine.
 """
 
-from jaxstate.handles import Slot, new_slot, read, write
-from jaxstate.stateful import StatefulTrace, current_trace, new_trace
-from jaxstate.thread import Thread, read_all, register_rule, state_of, thread, write_all, write_last
+from jaxstate.core.discharge import (
+    Thread,
+    read_all,
+    register_rule,
+    state_of,
+    thread,
+    write_all,
+    write_last,
+)
+from jaxstate.core.refs import Slot, new_slot, read, write
+from jaxstate.traces.stateful import StatefulTrace, current_trace, new_trace
 
 __all__ = [
     "Slot",

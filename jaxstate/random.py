@@ -34,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
+from jaxstate.core.resolve import is_inside, read, write
+from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -42,8 +44,6 @@ from jaxstate.errors import (
     message,
     nearest,
 )
-from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
-from jaxstate.trace import is_inside, read, write
 
 # The samplers of jax.random: functions whose first argument is a key, and which make no keys.
 _SAMPLERS = [

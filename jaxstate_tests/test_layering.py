@@ -10,21 +10,39 @@ import pytest
 import jaxstate
 
 PACKAGE = pathlib.Path(jaxstate.__file__).parent
+# From below to above. A file imports from the floors below its own, and from the files before it
+# in its own folder.
+FLOORS = {
+    "_compat": [],
+    "errors": [],
+    "core": ["slots", "capture", "resolve", "specs", "refs", "initializers", "discharge"],
+    "rules": [
+        "calls", "loops", "branches", "derivatives", "linear_calls", "solves", "foreign", "jitted",
+        "mesh", "batching", "hijax", "remat_opt", "traced_derivatives", "kernels",
+    ],
+    "traces": ["state", "retrace", "stateful"],
+    "extend": [],
+    "random": [],
+    "sow": ["sites", "harvest"],
+    "params": [
+        "paths", "entries", "stores", "arguments", "reuse", "summary", "methods", "pickling",
+        "parametrized", "variables", "stack",
+    ],
+    "arrays": [
+        "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",
+    ],
+    "tree": [
+        "objects", "problems", "graph", "addresses", "entry", "session", "frames", "operands",
+        "boundaries", "frozen", "mutate",
+    ],
+    "": [],
+}  # fmt: skip
+# A folder is imported from by its files; what its `__init__` does comes after them.
 ORDER = [
-    "_compat", "errors", "slots", "capture", "trace", "forms", "handles", "sown", "births",
-    "thread",
-    "rules.calls", "rules.loops", "rules.branches", "rules.derivatives", "rules.linear_calls",
-    "rules.solves", "rules.foreign", "rules.jitted", "rules.mesh", "rules.batching", "rules.hijax",
-    "rules.remat_opt", "rules.traced_derivatives", "rules.kernels", "rules",
-    "tracestate", "retraced", "stateful", "extend", "names", "random", "entries", "stores",
-    "arguments", "reuse", "summary", "methods", "pickling",
-    "params", "variables", "stack", "sow", "views", "positions", "masked", "updates",
-    "numpy_functions", "arrays", "inplace",
-    "tree", "tree.objects", "tree.problems", "tree.graph", "tree.addresses", "tree.entry",
-    "tree.session", "tree.frames", "tree.operands", "tree.boundaries", "tree.frozen",
-    "tree.mutate", "",
-]  # fmt: skip
-# The rules of functions that run later find their state as those of `rules.derivatives` do.
+    f"{floor}.{name}" if name else floor for floor, names in FLOORS.items() for name in [*names, ""]
+]
+# Rules do not know each other, but for those of functions that run later: they find their state
+# as those of `rules.derivatives` do.
 SHARED = {"rules.derivatives", "rules.linear_calls"}
 FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
 FILES = sorted(PACKAGE.rglob("*.py"))

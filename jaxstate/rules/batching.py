@@ -18,12 +18,9 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat, slots
-from jaxstate.births import bear
-from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.rules.derivatives import Given, only_reading, without_values
-from jaxstate.slots import Address, Cell
-from jaxstate.thread import (
+from jaxstate import _compat
+from jaxstate.core import slots
+from jaxstate.core.discharge import (
     Thread,
     read_all,
     refreshed,
@@ -32,7 +29,11 @@ from jaxstate.thread import (
     thread,
     write_last,
 )
-from jaxstate.trace import captured_operands, own_use
+from jaxstate.core.initializers import bear
+from jaxstate.core.resolve import captured_operands, own_use
+from jaxstate.core.slots import Address, Cell
+from jaxstate.errors import UnsupportedPrimitiveError, message
+from jaxstate.rules.derivatives import Given, only_reading, without_values
 
 
 class _Given(Given):

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.slots import Address
-from jaxstate.thread import (
+from jaxstate.core.discharge import (
     Thread,
     check_place,
     read_all,
@@ -19,6 +17,8 @@ from jaxstate.thread import (
     uses_of,
     write_last,
 )
+from jaxstate.core.initializers import bear
+from jaxstate.core.slots import Address
 
 
 @register_rule(_compat.cond_p)

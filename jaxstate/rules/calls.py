@@ -11,8 +11,7 @@ from typing import Any
 import jax
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.thread import (
+from jaxstate.core.discharge import (
     Thread,
     read_all,
     refreshed,
@@ -21,6 +20,7 @@ from jaxstate.thread import (
     uses_of,
     write_last,
 )
+from jaxstate.core.initializers import bear
 
 
 def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:

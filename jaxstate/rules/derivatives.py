@@ -25,11 +25,12 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat, slots
+from jaxstate import _compat
+from jaxstate.core import slots
+from jaxstate.core.discharge import read_all, settle, write_last
+from jaxstate.core.resolve import boundaries, one_use, read, read_since, same_trace, write
+from jaxstate.core.slots import Address, Cell, Holder
 from jaxstate.errors import CustomRuleStateError, message
-from jaxstate.slots import Address, Cell, Holder
-from jaxstate.thread import read_all, settle, write_last
-from jaxstate.trace import boundaries, one_use, read, read_since, same_trace, write
 
 
 class _RuleState(Holder):

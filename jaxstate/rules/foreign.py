@@ -13,7 +13,7 @@ import sys
 import types
 from typing import Any
 
-from jaxstate import slots
+from jaxstate.core import slots
 
 
 def _look_for_equinox() -> None:

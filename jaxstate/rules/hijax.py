@@ -15,8 +15,7 @@ from typing import Any
 import jax
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.thread import (
+from jaxstate.core.discharge import (
     Thread,
     read_all,
     register_hidden_rule,
@@ -26,6 +25,7 @@ from jaxstate.thread import (
     write_all,
     write_last,
 )
+from jaxstate.core.initializers import bear
 
 
 @register_hidden_rule(_compat.RematTraced)

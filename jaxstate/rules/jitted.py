@@ -24,11 +24,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstate import _compat
-from jaxstate.births import bear, has_births
-from jaxstate.capture import StateTracer
-from jaxstate.errors import AheadOfTimeError, message
-from jaxstate.slots import any_open
-from jaxstate.thread import (
+from jaxstate.core.capture import StateTracer
+from jaxstate.core.discharge import (
     Addresses,
     Thread,
     Uses,
@@ -46,7 +43,10 @@ from jaxstate.thread import (
     write_all,
     write_last,
 )
-from jaxstate.trace import begin_use, check_captured
+from jaxstate.core.initializers import bear, has_births
+from jaxstate.core.resolve import begin_use, check_captured
+from jaxstate.core.slots import any_open
+from jaxstate.errors import AheadOfTimeError, message
 
 
 @register_rule(_compat.jit_p)

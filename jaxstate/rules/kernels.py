@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat, slots
+from jaxstate import _compat
+from jaxstate.core import slots
+from jaxstate.core.slots import Address, Holder
 from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, Holder
 
 
 class _NoState(Holder):

@@ -12,12 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.capture import StateTracer
-from jaxstate.errors import UnsupportedPrimitiveError, message
-from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
-from jaxstate.slots import Address, any_open
-from jaxstate.thread import (
+from jaxstate.core.capture import StateTracer
+from jaxstate.core.discharge import (
     Thread,
     read_all,
     refreshed,
@@ -26,7 +22,11 @@ from jaxstate.thread import (
     state_of_all,
     thread,
 )
-from jaxstate.trace import captured_operands, own_use
+from jaxstate.core.initializers import bear
+from jaxstate.core.resolve import captured_operands, own_use
+from jaxstate.core.slots import Address, any_open
+from jaxstate.errors import UnsupportedPrimitiveError, message
+from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,16 +7,14 @@ second turn on that is not what the slot holds: such a constant becomes the carr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxstate import _compat, sown
-from jaxstate.births import bear
-from jaxstate.slots import Address, any_open
-from jaxstate.thread import (
+from jaxstate import _compat
+from jaxstate.core.discharge import (
     Addresses,
     Thread,
     read_all,
@@ -28,6 +26,8 @@ from jaxstate.thread import (
     thread,
     write_all,
 )
+from jaxstate.core.initializers import bear
+from jaxstate.core.slots import Address, any_open
 
 
 @register_rule(_compat.scan_p)
@@ -42,7 +42,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     n_consts, _ = _compat.scan_arity(params)
     bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
     slots = _read_all(reads, writes)
-    steps = sown.unstacked(xs, params["length"], read_all)
+    steps = _read_steps(xs, params["length"])
     avals = [_compat.typeof(s) for s in slots] + [a.aval() for a in xs]
     consts = refreshed(params["jaxpr"], args[:n_consts], writes=writes)
     dropped = superseded(params["jaxpr"], writes)
@@ -57,7 +57,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     )
     end = len(outs) - len(ys)
     write_all(writes, outs[: len(writes)])
-    write_all(*sown.stacked(ys, params["length"], outs[end:]))
+    _write_steps(ys, outs[end:], params["length"])
     return outs[len(writes) : end]
 
 
@@ -69,8 +69,38 @@ def _read_all(reads: Addresses, writes: Addresses) -> list[Any]:
 
 def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
     """The addresses with one value for the whole loop, and those with one per step."""
-    per_step = tuple(a for a in addresses if a.per_step)
-    return tuple(a for a in addresses if not a.per_step), per_step
+    per_step = tuple(a for a in addresses if a.per_step is not None)
+    return tuple(a for a in addresses if a.per_step is None), per_step
+
+
+def _read_steps(addresses: Addresses, length: int) -> list[Any]:
+    """The values of the body's slots, stacked over the steps, from the slots outside."""
+    values: dict[Address, Any] = {}
+    for outer, inner in _groups(addresses, length):
+        (value,) = read_all([outer])
+        for i, address in enumerate(inner):
+            values[address] = value if len(inner) == 1 else value[:, i]
+    return [values[a] for a in addresses]
+
+
+def _write_steps(addresses: Addresses, values: Sequence[Any], length: int) -> None:
+    """Writes the slots outside, from the values of the body's, stacked over the steps."""
+    by_address = dict(zip(addresses, values, strict=True))
+    outside, results = [], []
+    for outer, inner in _groups(addresses, length):
+        parts = [by_address[a] for a in inner]
+        outside.append(outer)
+        results.append(parts[0] if len(parts) == 1 else jnp.stack(parts, axis=1))
+    write_all(outside, results)
+
+
+def _groups(addresses: Addresses, length: int) -> Iterator[tuple[Address, list[Address]]]:
+    """The slots of a body that are one outside, and that slot."""
+    groups: dict[Any, list[Address]] = {}
+    for address in addresses:
+        groups.setdefault(address.per_step, []).append(address)
+    for inner in groups.values():
+        yield inner[0].over(length, *([len(inner)] if len(inner) > 1 else [])), inner
 
 
 def _without(dropped: Sequence[int], operands: Sequence[Any]) -> list[Any]:

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxstate import _compat, slots
+from jaxstate import _compat
+from jaxstate.core import slots
+from jaxstate.core.resolve import boundaries, current_use, one_use, read, write
+from jaxstate.core.slots import Address, Cell, Holder
 from jaxstate.errors import DeviceWriteError, message
-from jaxstate.slots import Address, Cell, Holder
-from jaxstate.trace import boundaries, current_use, one_use, read, write
 
 _replicated = jax.sharding.PartitionSpec()
 
@@ -39,7 +40,7 @@ class _Devices(Holder):
       notes: the cells that every device has of its own, while the function runs.
       shared: the cells of slots that all devices share, while the function runs.
       before: what these held when the function first used them.
-      use: what the bind makes of what was made inside the function, see `trace.current_use`.
+      use: what the bind makes of what was made inside the function, see `resolve.current_use`.
     """
 
     def __init__(self, outside: Any, below: Sequence[Holder], axes: Sequence[Any]) -> None:

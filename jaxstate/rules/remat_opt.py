@@ -12,11 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.capture import StateTracer
-from jaxstate.rules.linear_calls import Settled, without_state
-from jaxstate.slots import any_open
-from jaxstate.thread import (
+from jaxstate.core.capture import StateTracer
+from jaxstate.core.discharge import (
     Thread,
     Uses,
     read_all,
@@ -26,7 +23,10 @@ from jaxstate.thread import (
     uses_of,
     write_last,
 )
-from jaxstate.trace import captured_operands, own_use
+from jaxstate.core.initializers import bear
+from jaxstate.core.resolve import captured_operands, own_use
+from jaxstate.core.slots import any_open
+from jaxstate.rules.linear_calls import Settled, without_state
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.slots import any_open
-from jaxstate.thread import (
+from jaxstate.core.discharge import (
     Thread,
     read_all,
     refreshed,
@@ -27,7 +25,9 @@ from jaxstate.thread import (
     thread,
     write_last,
 )
-from jaxstate.trace import one_use, state_effect
+from jaxstate.core.initializers import bear
+from jaxstate.core.resolve import one_use, state_effect
+from jaxstate.core.slots import any_open
 
 # JAX wants as many auxiliary results of the transposed solve, and drops them.
 _HANDING_ON = ("solve", "transpose_solve")

@@ -19,11 +19,8 @@ from typing import Any
 import jax
 
 from jaxstate import _compat
-from jaxstate.births import bear
-from jaxstate.capture import StateTracer
-from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
-from jaxstate.slots import Address, any_open
-from jaxstate.thread import (
+from jaxstate.core.capture import StateTracer
+from jaxstate.core.discharge import (
     Thread,
     captured_inputs,
     read_all,
@@ -33,7 +30,10 @@ from jaxstate.thread import (
     thread,
     write_all,
 )
-from jaxstate.trace import one_use
+from jaxstate.core.initializers import bear
+from jaxstate.core.resolve import one_use
+from jaxstate.core.slots import Address, any_open
+from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
 
 
 def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:

@@ -5,7 +5,7 @@ just happens. In those places the objects are looked at, and compared with what 
 
 * `objects`: where objects of Python keep their parts, and how one is made of given parts.
 * `graph`: what objects there are and where their arrays are, static and hashable; the looking.
-* `slots`: the addresses of arrays and of the structure, as they stand in a jaxpr.
+* `addresses`: the slots of arrays and of the structure, as they stand in a jaxpr.
 * `session`: the objects of one call of `mutate`, which answer for these addresses.
 * `frames`: what happens to the objects where a trace begins and ends.
 * `operands`: an object that is passed to a loop, branch or jitted function goes by reference.

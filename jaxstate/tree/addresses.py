@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.slots import Address
+from jaxstate.core.slots import Address
 from jaxstate.tree import problems
 from jaxstate.tree.graph import Graph, Walk, first_difference
 from jaxstate.tree.objects import Blank

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jaxstate import _compat, slots, thread
-from jaxstate.arrays import objects as objects_in_place
+from jaxstate import _compat
+from jaxstate.arrays.array import objects as objects_in_place
+from jaxstate.core import discharge, slots
+from jaxstate.core.slots import Holder, signature_changed
 from jaxstate.rules import jitted
-from jaxstate.slots import Holder, signature_changed
 from jaxstate.tree.frames import Frame
 from jaxstate.tree.operands import (
     around_control_flow,
@@ -40,7 +41,7 @@ _TRACES = (
 
 def _enter(trace_: Any) -> list[Frame] | None:
     here = sessions()
-    if not here or thread.in_bind() or not isinstance(trace_, _TRACES):
+    if not here or discharge.in_bind() or not isinstance(trace_, _TRACES):
         return None
     if _compat.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
         return None
@@ -83,7 +84,7 @@ def _leave(frames: list[Frame], failed: bool) -> None:
 @contextmanager
 def _function_inside(holder: Holder) -> Iterator[None]:
     """A function that is given its state by a holder: it has frames of its own."""
-    with thread.out_of_bind():
+    with discharge.out_of_bind():
         current = _compat.current_trace()
         frames = [_begin(Frame(s, current, holder)) for s in sessions()]
         failed = True
@@ -148,7 +149,7 @@ def _before_rule() -> None:
 
 
 def _around_tracing(fun: Any) -> Any:
-    if not sessions() or thread.in_bind() or publishes.jax_only:
+    if not sessions() or discharge.in_bind() or publishes.jax_only:
         return _nothing
     return _around(fun)
 
@@ -156,7 +157,7 @@ def _around_tracing(fun: Any) -> Any:
 def _around_inference(
     infer: Any, call: _compat.Jitted, args: Any, kwargs: Any, is_call: bool
 ) -> Any:
-    if not sessions() or thread.in_bind() or publishes.jax_only:
+    if not sessions() or discharge.in_bind() or publishes.jax_only:
         return infer(call.fun, call.info, args, kwargs)
     with _around(call.fun):
         if not publishes.jax_only:
@@ -191,7 +192,7 @@ def _call(jitted_: _compat.Jitted, args: Any, kwargs: Any) -> Any:
 
 
 def _result_of(kind: str, result: Any) -> Any:
-    if not sessions() or publishes.jax_only or thread.in_bind():
+    if not sessions() or publishes.jax_only or discharge.in_bind():
         return result
     return result_of_trace(kind, result)
 
@@ -216,5 +217,5 @@ def install() -> None:
     objects_in_place.is_object = staticmethod(is_object)
     objects_in_place.writable = staticmethod(all_writable)
     slots.around_functions.append(_function_inside)
-    thread.before_rules.append(_before_rule)
+    discharge.before_rules.append(_before_rule)
     jitted.first.append(_call)

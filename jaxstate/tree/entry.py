@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.capture import nowhere
+from jaxstate.core.capture import nowhere
 from jaxstate.tree import problems
 
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat, trace
-from jaxstate.arrays import Writable, snapshot
-from jaxstate.capture import StateTracer, nowhere
-from jaxstate.slots import Holder
+from jaxstate import _compat
+from jaxstate.arrays.array import Writable, snapshot
+from jaxstate.core import resolve
+from jaxstate.core.capture import StateTracer, nowhere
+from jaxstate.core.slots import Holder
 from jaxstate.tree import problems
 from jaxstate.tree.addresses import FLAG, Change, LeafAddress, NewLeaf, Shape
 from jaxstate.tree.entry import Entry
@@ -74,7 +75,7 @@ class Frame:
         self.copies: list[Walk] = []
         self.writes: list[Any] = []
         if self.stages and rule is None:
-            trace.notes_of(trace_)
+            resolve.notes_of(trace_)
         self.entries: list[Any] = walk.leaves
         if self.stages:
             self.entries = [
@@ -107,7 +108,7 @@ class Frame:
         captured = _compat.new_const(self.trace, StateTracer(address, aval), source)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
         (value,) = _compat.emit(
-            self.trace, trace.read_p, (captured,), [aval], params, {trace.state_effect}, source
+            self.trace, resolve.read_p, (captured,), [aval], params, {resolve.state_effect}, source
         )
         return value
 
@@ -247,8 +248,8 @@ class Frame:
             self.writes.append((address, value))
             return
         self._source = self._source or _compat.current_source()
-        params, effects = dict(address=address), {trace.state_effect}
-        _compat.emit(self.trace, trace.write_p, (value,), [], params, effects, self._source)
+        params, effects = dict(address=address), {resolve.state_effect}
+        _compat.emit(self.trace, resolve.write_p, (value,), [], params, effects, self._source)
 
     @property
     def runs_once(self) -> bool:

@@ -27,8 +27,8 @@ import jax
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.arrays import Writable, snapshot
-from jaxstate.slots import open_holder
+from jaxstate.arrays.array import Writable, snapshot
+from jaxstate.core.slots import open_holder
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 
 from jaxstate import _compat
-from jaxstate.slots import signature_changed
-from jaxstate.thread import in_bind
+from jaxstate.core.discharge import in_bind
+from jaxstate.core.slots import signature_changed
 from jaxstate.tree.graph import Walk
 from jaxstate.tree.objects import NODE, kind_of
 from jaxstate.tree.problems import closed

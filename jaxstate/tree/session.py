@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jaxstate import _compat, slots
-from jaxstate.arrays import Writable, activation, fresh, is_array, snapshot
-from jaxstate.slots import Address, Holder, holders
+from jaxstate import _compat
+from jaxstate.arrays.array import Writable, activation, fresh, is_array, snapshot
+from jaxstate.core import slots
+from jaxstate.core.slots import Address, Holder, holders
 from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, NewLeaf, Shape, TreeAddress
 from jaxstate.tree.graph import Walk, fitted, value_of
 from jaxstate.tree.objects import NODE, Blank, fill, kind_of

@@ -32,18 +32,18 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from jaxstate import _compat
+from jaxstate.core.discharge import has_rule
+from jaxstate.core.refs import Slot
+from jaxstate.core.resolve import recaptured, same_trace, state_effect
 from jaxstate.errors import TraceStateError, message
-from jaxstate.handles import Slot
-from jaxstate.retraced import (
+from jaxstate.traces.retrace import (
     Processed,
     check_results,
     constants_in_slots,
     with_one_condition,
     without_unused_reads,
 )
-from jaxstate.thread import has_rule
-from jaxstate.trace import recaptured, same_trace, state_effect
-from jaxstate.tracestate import Entry, Form, Shared, Static, check_hashable, is_array
+from jaxstate.traces.state import Entry, Form, Shared, Static, check_hashable, is_array
 
 __all__ = ["StatefulTrace", "current_trace", "new_trace"]
 

@@ -25,16 +25,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
-from jaxstate.births import addresses_of, birth_p
-from jaxstate.capture import StateTracer
-from jaxstate.errors import (
-    DeviceWriteError,
-    SlotTypeError,
-    UnsupportedPrimitiveError,
-    message,
-)
-from jaxstate.slots import Address, any_open
-from jaxstate.trace import (
+from jaxstate.core.capture import StateTracer
+from jaxstate.core.initializers import addresses_of, birth_p
+from jaxstate.core.resolve import (
     begin_use,
     current_use,
     read,
@@ -43,6 +36,13 @@ from jaxstate.trace import (
     state_effect,
     write,
     write_p,
+)
+from jaxstate.core.slots import Address, any_open
+from jaxstate.errors import (
+    DeviceWriteError,
+    SlotTypeError,
+    UnsupportedPrimitiveError,
+    message,
 )
 
 __all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all", "write_last"]
@@ -204,7 +204,7 @@ class Captured(NamedTuple):
 
 @_compat.weakref_lru_cache
 def captured_inputs(jaxpr: Any) -> tuple[Captured, ...]:
-    """The inputs of a jaxpr of which its reads say what slots they are (`trace.read_since`)."""
+    """The inputs of a jaxpr of which its reads say what slots they are (`resolve.read_since`)."""
     captures, inputs = _captures_of(jaxpr), list(_compat.invars(jaxpr))
     reads = [eqn for eqn in _compat.equations(jaxpr) if _reads_captured(eqn, captures)]
     origins = [captures[eqn.invars[0]] for eqn in reads]

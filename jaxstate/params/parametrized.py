@@ -12,7 +12,7 @@
   The initial value of a parameter depends on the key and on its path, not on the order of
   execution, so it can be born in any loop body, branch, custom rule or solver.
 * ``apply`` opens the given parameters for the time of the call. A parameter is only read, so it is
-  captured (`jaxstate.capture`): an explicit operand of whatever transformation stands between.
+  captured (`jaxstate.core.capture`): an explicit operand of whatever transformation stands between.
 * A parametrized object is a module: its identity is that of its parameters. Called inside another
   one it opens a level of the tree, named after its function.
 """
@@ -31,9 +31,8 @@ from typing import Any
 import jax
 
 from jaxstate import _compat
-from jaxstate.arguments import split_arrays
-from jaxstate.births import sliced
-from jaxstate.entries import EntryAddress, current_origin, innermost_store
+from jaxstate.core.initializers import sliced
+from jaxstate.core.slots import open_holder
 from jaxstate.errors import (
     InitializerDataError,
     MissingParameterError,
@@ -43,14 +42,15 @@ from jaxstate.errors import (
     ParameterMismatchError,
     message,
 )
-from jaxstate.methods import PerInstance, note_instances_of
-from jaxstate.names import Level, Path, Token
-from jaxstate.pickling import found_by_name, name_of_global
+from jaxstate.params.arguments import split_arrays
+from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
+from jaxstate.params.methods import PerInstance, note_instances_of
+from jaxstate.params.paths import Level, Path, Token
+from jaxstate.params.pickling import found_by_name, name_of_global
+from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
+from jaxstate.params.stores import ApplyStore, InitStore
+from jaxstate.params.summary import Summarizable
 from jaxstate.random import check_key, rng_stream
-from jaxstate.reuse import Reusable, Reused, ReusingStore, nested, reused
-from jaxstate.slots import open_holder
-from jaxstate.stores import ApplyStore, InitStore
-from jaxstate.summary import Summarizable
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
 

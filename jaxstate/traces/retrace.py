@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstate import _compat
+from jaxstate.core.refs import Slot, new_slot
+from jaxstate.core.resolve import read, read_p, state_effect
 from jaxstate.errors import TraceStateError, message
-from jaxstate.handles import Slot, new_slot
-from jaxstate.trace import read, read_p, state_effect
-from jaxstate.tracestate import Form
+from jaxstate.traces.state import Form
 
 
 class Processed(NamedTuple):

@@ -19,13 +19,13 @@ import jax
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.births import Birth, bear_at, birth_p, born
-from jaxstate.entries import Entry, EntryAddress, Store, Use
+from jaxstate.core.initializers import Birth, bear_at, birth_p, born
+from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read, same_trace
+from jaxstate.core.slots import Cell, Holder, holders, signature_changed
+from jaxstate.core.specs import ONE_ARRAY, Form, Leaf, contrast, form_of, names_of, same_structure
 from jaxstate.errors import InitializerDataError, message, nearest
-from jaxstate.forms import ONE_ARRAY, Form, Leaf, contrast, form_of, names_of, same_structure
-from jaxstate.names import Layers, Level, Path, Token
-from jaxstate.slots import Cell, Holder, holders, signature_changed
-from jaxstate.trace import boundaries, boundary_of, notes_of, read, same_trace
+from jaxstate.params.entries import Entry, EntryAddress, Store, Use
+from jaxstate.params.paths import Layers, Level, Path, Token
 
 __all__ = ["ApplyStore", "InitStore", "flattened"]
 

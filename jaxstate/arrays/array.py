@@ -2,8 +2,8 @@
 
 A *buffer* is what a writable array and its views share: the current value, and the trace under
 which the array was born, its home. Code that runs at home sees the value directly. Code further in
-(a jitted function, a loop body, lanes ...) reaches it as a slot (`jaxstate.trace`), which the
-buffer becomes the first time that happens.
+(a jitted function, a loop body, lanes ...) reaches it as a slot (`jaxstate.core.resolve`), which
+the buffer becomes the first time that happens.
 
 What a program holds is never what JAX holds: when a writable array is an operand, JAX canonicalizes
 it, and gets the value that the array has at that moment. So a later write changes nothing that was
@@ -31,8 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat, numpy_functions, slots, thread, trace, views
-from jaxstate.capture import nowhere
+from jaxstate import _compat
+from jaxstate.arrays import numpy_functions, views
+from jaxstate.arrays.masked import MaskedElements, check_fits, mask_in, masked_elements
+from jaxstate.arrays.updates import Update, update_at
+from jaxstate.core import discharge, resolve, slots
+from jaxstate.core.capture import nowhere
+from jaxstate.core.refs import Slot, SlotAddress
+from jaxstate.core.slots import Address, Cell, Holder, Lane
 from jaxstate.errors import (
     ClosedStateError,
     CustomRuleStateError,
@@ -40,10 +46,6 @@ from jaxstate.errors import (
     SlotTypeError,
     message,
 )
-from jaxstate.handles import Slot, SlotAddress
-from jaxstate.masked import MaskedElements, check_fits, mask_in, masked_elements
-from jaxstate.slots import Address, Cell, Holder, Lane
-from jaxstate.updates import Update, update_at
 
 __all__ = ["Activation", "Writable", "WritableArray", "fresh", "is_array", "snapshot"]
 
@@ -188,14 +190,14 @@ class Buffer:
             return self.slot.cell(self.slot.address).value
         with _quiet(), _compat.set_current_trace(here):
             try:
-                value = trace.read(self.slot.address)
+                value = resolve.read(self.slot.address)
             except CustomRuleStateError:
                 # A rule that reads what its function does not: a value that Python closes over.
                 value = self.slot.cell(self.slot.address).value
                 if way is None and isinstance(value, _compat.DIFFERENTIATED):
                     raise
                 with slots.only_open([h for h in slots.stack() if not self._is_held_by(h)]):
-                    value = value if way is None else trace.read(self.slot.address)
+                    value = value if way is None else resolve.read(self.slot.address)
             return _compat.canonicalize(value)
 
     def write(self, value: Any) -> None:
@@ -212,7 +214,7 @@ class Buffer:
         self.become_slot()
         assert self.slot is not None
         with _quiet(), _compat.set_current_trace(here):
-            trace.write(self.slot.address, value)
+            resolve.write(self.slot.address, value)
 
     def state(self) -> Any:
         """Equal as long as nothing was written."""
@@ -255,7 +257,7 @@ def _way_home(home: Any, here: Any) -> list[Any] | None:
     """
     way: list[Any] = []
     for t in _compat.chain(here):
-        if trace.same_trace(t, home):
+        if resolve.same_trace(t, home):
             return way
         way.append(t)
     return None
@@ -304,7 +306,7 @@ class ArraySlot(Slot):
         lane = notes.get(address)
         if lane is None:
             with _compat.set_current_trace(_compat.parent_of(trace_)):
-                lane = notes[address] = Lane(_compat.canonicalize(trace.read(address)), None)
+                lane = notes[address] = Lane(_compat.canonicalize(resolve.read(address)), None)
         return lane
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
@@ -1167,7 +1169,7 @@ def _writable_kind(kind: type) -> type:
             if self._buffer is None:
                 value = _compat.plain_copy(self, kind)
                 if _compat.is_constant_of_jaxpr(self):
-                    kept = trace.notes_of(self._trace).extra
+                    kept = resolve.notes_of(self._trace).extra
                     kept.setdefault(Writable, []).append(self)
                 self._buffer = Buffer(value, self._trace, self._age, None)
             return self._buffer
@@ -1431,9 +1433,9 @@ def install() -> None:
         _compat.wrap_device_get(_around_device_get)
         _compat.wrap_what_is_not_traced(_around_top_level)
         _compat.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
-        trace.to_program = _own
+        resolve.to_program = _own
         _compat.wrap_transfers(_around_transfer)
-        thread.around_binds.append(_around_bind)
+        discharge.around_binds.append(_around_bind)
 
 
 def _value(array: Writable) -> Any:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstate import _compat
+from jaxstate.core.resolve import current_use, read, read_p, state_effect, write_p
+from jaxstate.core.slots import Address
+from jaxstate.core.specs import Form, all_arrays, form_of, takes_shape, typed
 from jaxstate.errors import InitializerDataError, message
-from jaxstate.forms import Form, all_arrays, form_of, takes_shape, typed
-from jaxstate.slots import Address
-from jaxstate.trace import current_use, read, read_p, state_effect, write_p
 
 __all__ = ["Birth", "bear", "birth_p", "born"]
 

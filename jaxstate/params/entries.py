@@ -3,10 +3,10 @@
 Both are entries of a tree, found by name. An *address* says which: the modules and scopes that were
 entered, relative to the jaxpr (or custom rule) in which the entry is used, and its name. The store
 completes the address with the place where that jaxpr is bound, and gives out names
-(`jaxstate.names`).
+(`jaxstate.params.paths`).
 
-What is special to either is in the subclass of `EntryAddress` that it has (`jaxstate.params`,
-`jaxstate.variables`).
+What is special to either is in the subclass of `EntryAddress` that it has
+(`jaxstate.params.parametrized`, `jaxstate.params.variables`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
-from jaxstate.births import Birth
-from jaxstate.errors import ClosedStateError, StateError, message
-from jaxstate.forms import (
+from jaxstate.core.initializers import Birth
+from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read
+from jaxstate.core.slots import Address, Cell, Holder, holders
+from jaxstate.core.specs import (
     ONLY_LEAF,
     Form,
     Leaf,
@@ -25,9 +26,8 @@ from jaxstate.forms import (
     same_structure,
     wanted_form,
 )
-from jaxstate.names import Home, Layer, Layers, Level, Origin, Path, ScopeStack, Token
-from jaxstate.slots import Address, Cell, Holder, holders
-from jaxstate.trace import boundaries, boundary_of, notes_of, read
+from jaxstate.errors import ClosedStateError, StateError, message
+from jaxstate.params.paths import Home, Layer, Layers, Level, Origin, Path, ScopeStack, Token
 
 __all__ = [
     "Entry",

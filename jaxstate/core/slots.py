@@ -8,7 +8,7 @@
   of a custom derivative rule. Holders are kept in a stack per thread; the innermost that knows an
   address wins. The trace that was current when a holder was opened is its *anchor*: code that runs
   under the anchor sees the cells directly, code under traces further in sees them through those
-  traces (`jaxstate.trace`).
+  traces (`jaxstate.core.resolve`).
 
 Whatever shapes a trace (which holders are open, and the types of what they hold) is part of JAX's
 cache keys through `_compat.set_context_signature`.
@@ -60,8 +60,9 @@ class Address:
     # The type that a jaxpr expects in which the address stands, if the slot's type may change.
     wanted: Any = None
 
-    # Whether a scan has one value of the slot per step, stacked outside (see `jaxstate.sown`).
-    per_step = False
+    # A scan has one value per step of a slot with this key, stacked outside. Slots of its body with
+    # one key are one slot outside, with their number as its second axis: `over(steps, number)`.
+    per_step: Hashable = None
 
     # Whether a loop may bring what is written to the sharding that the slot has before it.
     may_be_resharded = False
@@ -79,6 +80,10 @@ class Address:
     def known_holder(self) -> Holder | None:
         """`holder`, or None."""
         return next((holder for holder in holders() if holder.knows(self)), None)
+
+    def over(self, *sizes: int) -> Address:
+        """The slot outside, where it has further leading axes. (Only called if `per_step`.)"""
+        raise NotImplementedError
 
     def pinned(self) -> Address:
         """The address of the slot that is meant here, for use elsewhere in this function."""
@@ -206,7 +211,7 @@ class Holder:
         return self.anchor
 
     def __init__(self) -> None:
-        self.lane_tables: dict[int, Any] = {}  # see `trace._lanes`
+        self.lane_tables: dict[int, Any] = {}  # see `resolve._lanes`
         self.extra: dict[Any, Any] = {}  # what clients note, by their own keys
         self.age = next_age()
 
@@ -272,7 +277,7 @@ class Holder:
 
     def captured(self, address: Address, value: Any, version: int) -> Any:
         """What a boundary makes of ``value``, the capture of a slot that it was given as an operand
-        when the slot had been written ``version`` times: see `trace.read_since`."""
+        when the slot had been written ``version`` times: see `resolve.read_since`."""
         raise NotImplementedError
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:

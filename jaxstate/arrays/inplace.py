@@ -1,6 +1,6 @@
 """In-place functions: ``x[i] = y`` inside, pure from outside.
 
-`inplace` runs a function so that every array in it is a writable array (`jaxstate.arrays`).
+`inplace` runs a function so that every array in it is a writable array (`jaxstate.arrays.array`).
 Arguments are copied in, results are copied out, so the caller sees a pure function.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.arrays import (
+from jaxstate.arrays.array import (
     Activation,
     InplaceTrace,
     activated,

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat, trace
+from jaxstate import _compat
+from jaxstate.core import resolve
+from jaxstate.core.slots import Address, Cell, Holder, holders, loose_holders
+from jaxstate.core.specs import strong
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
-from jaxstate.forms import strong
-from jaxstate.slots import Address, Cell, Holder, holders, loose_holders
 
 __all__ = ["Slot", "SlotAddress", "new_slot", "read", "write"]
 
@@ -65,7 +66,7 @@ class Slot(Holder):
         """Where the cell is: with the jaxpr in which the slot was made, so that a slot which a
         function keeps in its closure keeps no tracer."""
         if isinstance(self.anchor, _compat.StagingTrace):
-            return trace.notes_of(self.anchor).extra
+            return resolve.notes_of(self.anchor).extra
         return self._own
 
     def cell(self, address: Address) -> Cell:
@@ -211,7 +212,7 @@ def read(slot: Slot) -> jax.Array:
     Raises:
       ClosedStateError: if the transformed function in which the slot was made has ended.
     """
-    value = trace.read(slot.address)
+    value = resolve.read(slot.address)
     if _compat.has_ended(value):
         raise slot.ended()
     return value
@@ -245,4 +246,4 @@ def write(slot: Slot, value: Any) -> None:
                 used=_compat.user_location(),
             )
         )
-    trace.write(slot.address, value)
+    resolve.write(slot.address, value)

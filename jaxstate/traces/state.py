@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.forms import strong, typed
-from jaxstate.handles import Slot, ZeroCell
-from jaxstate.trace import read, write
+from jaxstate.core.refs import Slot, ZeroCell
+from jaxstate.core.resolve import read, write
+from jaxstate.core.specs import strong, typed
 
 
 class Static(NamedTuple):

@@ -7,7 +7,7 @@ of the holder that answers for the slot. What they meet on the way decides:
 * nothing: the cell holds the value;
 * a trace that builds a jaxpr (jit, a loop body, a branch ...): inside it the slot is a *capture*
   (if nobody writes the slot) or a pair of ``state_read`` / ``state_write`` equations, which
-  `jaxstate.thread` turns into inputs and outputs of that jaxpr when it is bound;
+  `jaxstate.core.discharge` turns into inputs and outputs of that jaxpr when it is bound;
 * a trace that differentiates: a written value keeps its tangent for reads further in, and its
   primal goes on outwards;
 * a trace that maps over lanes: the holder decides whether lanes share the slot or have their own.
@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxstate import _compat
-from jaxstate.capture import StateTracer
+from jaxstate.core.capture import StateTracer
+from jaxstate.core.slots import Address, AllLanes, Holder, Lane, any_open, stack
 from jaxstate.errors import ConvertedClosureError, UnsupportedPrimitiveError, message
-from jaxstate.slots import Address, AllLanes, Holder, Lane, any_open, stack
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
 

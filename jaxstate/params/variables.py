@@ -10,8 +10,9 @@
     y, state = normalize.apply_with_state(params, state, x)      # a pure function
 
 A variable is a slot for each array of its value, found by name in the same tree as the parameters
-(`jaxstate.entries`). It is threaded through what stands between it and ``apply_with_state``
-(`jaxstate.thread`): a loop carries what is written in it, a branch passes on what it leaves alone.
+(`jaxstate.params.entries`). It is threaded through what stands between it and ``apply_with_state``
+(`jaxstate.core.discharge`): a loop carries what is written in it, a branch passes on what it leaves
+alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.entries import EntryAddress, Store, Use, current_place, innermost_store
+from jaxstate.core.resolve import read, write
+from jaxstate.core.specs import Form, contrast, form_of, same_structure, strong, strong_type
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -37,9 +39,8 @@ from jaxstate.errors import (
     VariableMismatchError,
     message,
 )
-from jaxstate.forms import Form, contrast, form_of, same_structure, strong, strong_type
-from jaxstate.params import check_name
-from jaxstate.trace import read, write
+from jaxstate.params.entries import EntryAddress, Store, Use, current_place, innermost_store
+from jaxstate.params.parametrized import check_name
 
 __all__ = ["Variable", "variable"]
 

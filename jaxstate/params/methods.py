@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from jaxstate import _compat
-from jaxstate.entries import current_home, current_origin
-from jaxstate.names import Origin, Token
+from jaxstate.params.entries import current_home, current_origin
+from jaxstate.params.paths import Origin, Token
 
 __all__ = ["PerInstance", "note_instances_of"]
 

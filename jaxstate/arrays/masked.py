@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
+from jaxstate.arrays.views import is_basic, is_mask, read, view
 from jaxstate.errors import MaskedWriteError, message
-from jaxstate.views import is_basic, is_mask, read, view
 
 __all__ = ["MaskedElements", "check_fits", "mask_in", "masked_elements"]
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxstate import _compat
-from jaxstate.entries import innermost_store
-from jaxstate.params import Parametrized, param
-from jaxstate.variables import Variable, variable
+from jaxstate.params.entries import innermost_store
+from jaxstate.params.parametrized import Parametrized, param
+from jaxstate.params.variables import Variable, variable
 
 __all__ = ["Stack", "stack"]
 

@@ -8,7 +8,7 @@
     out = jaxstate.plant(f)({"hidden": h}, x)           # h * 2
 
 ``reap`` opens a holder whose slots ``sow`` writes, ``plant`` one whose slots it reads
-(`jaxstate.sown`). Without either, ``sow`` returns its argument and that is all.
+(`jaxstate.sow.sites`). Without either, ``sow`` returns its argument and that is all.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat, trace
+from jaxstate import _compat
+from jaxstate.core import resolve
+from jaxstate.core.refs import ZeroCell, strong
+from jaxstate.core.slots import Address, Cell, open_holder
 from jaxstate.errors import PlantMismatchError, message
-from jaxstate.handles import ZeroCell, strong
-from jaxstate.slots import Address, Cell, open_holder
-from jaxstate.sown import (
+from jaxstate.sow.sites import (
     Event,
     Kind,
     SownAddress,
@@ -97,12 +98,12 @@ def sow(name: str, value: Any, *, tag: str = "sown", mode: Mode = "strict") -> A
 def _collect(name: str, value: Any, tag: str, mode: str) -> None:
     addresses, leaves = _addresses("reap", name, value, tag, mode)
     for address, leaf in zip(addresses, leaves, strict=True):
-        trace.write(address, leaf)
+        resolve.write(address, leaf)
 
 
 def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
     addresses, _ = _addresses("plant", name, value, tag, mode)
-    planted = _tree(addresses[0].event, [trace.read(address) for address in addresses])
+    planted = _tree(addresses[0].event, [resolve.read(address) for address in addresses])
     # A Python scalar, or what is computed from such only, gives way to the dtype of other operands.
     return jax.tree.map(lambda x, y: _compat.weak(y) if _compat.is_weak(x) else y, value, planted)
 

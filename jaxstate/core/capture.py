@@ -4,7 +4,7 @@ While a jaxpr is built, a slot that nobody writes is a *constant* of that jaxpr 
 `StateTracer`. It stands for the slot, not for a value. JAX itself hoists the constants of an inner
 function into explicit operands: of jit, scan, while, cond, checkpoint, custom rules, linear
 solves, closure conversion. When such an operand is bound, JAX canonicalizes it, and for a
-`StateTracer` that means: the value that the slot has where the bind happens (`trace.resolve`).
+`StateTracer` that means: the value that the slot has where the bind happens (`resolve.resolve`).
 
 So state that is only read goes through every transformation by JAX's own handling of closures, a
 cached jaxpr is right for other values, and gradients through implicit functions come out right.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.slots import Address
+from jaxstate.core.slots import Address
 
 __all__ = ["StateTracer"]
 

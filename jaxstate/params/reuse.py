@@ -26,8 +26,8 @@ import jax
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.arguments import split_arrays
-from jaxstate.entries import Entry, home_of
+from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
+from jaxstate.core.specs import ONE_ARRAY, Form, contrast, form_of
 from jaxstate.errors import (
     MissingParameterError,
     ParameterMismatchError,
@@ -37,11 +37,11 @@ from jaxstate.errors import (
     message,
     nearest,
 )
-from jaxstate.forms import ONE_ARRAY, Form, contrast, form_of
-from jaxstate.names import Home, Layer, Path, Token
+from jaxstate.params.arguments import split_arrays
+from jaxstate.params.entries import Entry, home_of
+from jaxstate.params.paths import Home, Layer, Path, Token
+from jaxstate.params.stores import InitStore, flattened
 from jaxstate.random import StreamAddress
-from jaxstate.slots import Address, Cell, Holder, Lane, holders, open_holder
-from jaxstate.stores import InitStore, flattened
 
 __all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
 

@@ -1,4 +1,4 @@
-"""Sown values as slots: what the rules have to know of `jaxstate.sow`.
+"""Sown values as slots: what the rules have to know of `jaxstate.sow.harvest`.
 
 A value that is sown is an *event*: the n-th use of a name in the place where it happens (a jaxpr
 under construction, or the ``reap`` itself). An event has one slot per leaf of its value. A ``reap``
@@ -17,12 +17,12 @@ carries slots carries sown values. Four things are special about them:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
-
 from jaxstate import _compat
+from jaxstate.core.resolve import destination
+from jaxstate.core.slots import Address, AllLanes, Holder, holders
 from jaxstate.errors import (
     BranchSowError,
     ClosedStateError,
@@ -31,8 +31,6 @@ from jaxstate.errors import (
     UnsupportedPrimitiveError,
     message,
 )
-from jaxstate.slots import Address, AllLanes, Holder, holders
-from jaxstate.trace import destination
 
 __all__ = [
     "Event",
@@ -41,9 +39,7 @@ __all__ = [
     "holder_of",
     "numbered",
     "reaps_inside",
-    "stacked",
     "types_of",
-    "unstacked",
 ]
 
 Kind = Literal["reap", "plant"]
@@ -138,8 +134,11 @@ class SownAddress(Address):
         return f"the value sown as {self.event.name!r}"
 
     @property
-    def per_step(self) -> bool:  # type: ignore[override]
-        return self.event.mode == "append"
+    def per_step(self) -> Hashable:  # type: ignore[override]
+        event = self.event
+        if event.mode != "append":
+            return None
+        return event.kind, event.tag, event.name, event.reaps, self.leaf
 
     def aval(self) -> Any:
         return self.event.types[self.leaf]
@@ -334,48 +333,3 @@ def _mismatch(record: _Record, event: Event, made: str) -> Exception:
             used=_compat.user_location(),
         )
     )
-
-
-# -- Steps of a scan -------------------------------------------------------------------------
-
-
-def stacked(
-    addresses: Sequence[Any], length: int, values: Sequence[Any]
-) -> tuple[list[SownAddress], list[Any]]:
-    """Slots outside of a scan, and their values, from those of its body stacked over the steps.
-
-    What a body sows several times under one name is stacked behind the axis of the steps.
-    """
-    by_address = dict(zip(addresses, values, strict=True))
-    outside, results = [], []
-    for outer, inner in _groups(addresses, length):
-        parts = [by_address[a] for a in inner]
-        outside.append(outer)
-        results.append(parts[0] if len(parts) == 1 else jnp.stack(parts, axis=1))
-    return outside, results
-
-
-def unstacked(
-    addresses: Sequence[Any], length: int, read_all: Callable[[Sequence[Any]], list[Any]]
-) -> list[Any]:
-    """The values of a scan's body's slots, stacked over the steps, from the slots outside."""
-    values: dict[SownAddress, Any] = {}
-    for outer, inner in _groups(addresses, length):
-        (value,) = read_all([outer])
-        for i, address in enumerate(inner):
-            values[address] = value if len(inner) == 1 else value[:, i]
-    return [values[a] for a in addresses]
-
-
-def _groups(
-    addresses: Sequence[Any], length: int
-) -> Iterator[tuple[SownAddress, list[SownAddress]]]:
-    """The slots of one leaf of one name, and the slot outside that is all of them."""
-    groups: dict[Any, list[SownAddress]] = {}
-    for address in addresses:
-        event = address.event
-        key = event.kind, event.tag, event.name, event.reaps, address.leaf
-        groups.setdefault(key, []).append(address)
-    for inner in groups.values():
-        axes = (length,) if len(inner) == 1 else (length, len(inner))
-        yield inner[0].over(*axes), inner

@@ -5,8 +5,8 @@
 * by a mask: ``select``;
 * to anything else: ``scatter``, as ``x.at[index].set(value)`` makes it.
 
-What is written through a view is written into the array (`jaxstate.positions`). The result has the
-type of the array: its dtype, weak or not, and its sharding.
+What is written through a view is written into the array (`jaxstate.arrays.positions`). The result
+has the type of the array: its dtype, weak or not, and its sharding.
 
 Each is a function of the array, of further arrays and of a static description (`Update`), so that
 an eager write can run it jitted, in the memory of the array itself.
@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.errors import MaskedWriteError, message
-from jaxstate.positions import Layout, Line, Points, are_computed, placed, spread
-from jaxstate.views import (
+from jaxstate.arrays.positions import Layout, Line, Points, are_computed, placed, spread
+from jaxstate.arrays.views import (
     EMPTY_AXIS,
     Reshape,
     Selection,
@@ -40,6 +39,7 @@ from jaxstate.views import (
     read,
     view,
 )
+from jaxstate.errors import MaskedWriteError, message
 
 __all__ = ["Update", "cast", "update_at", "update_through"]
 

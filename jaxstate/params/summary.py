@@ -17,13 +17,13 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxstate import _compat
-from jaxstate.arguments import split_arrays
-from jaxstate.names import Path, Token
+from jaxstate.core.resolve import boundaries
+from jaxstate.core.slots import open_holder
+from jaxstate.params.arguments import split_arrays
+from jaxstate.params.paths import Path, Token
+from jaxstate.params.reuse import AnyStream, nested
+from jaxstate.params.stores import InitStore
 from jaxstate.random import check_key
-from jaxstate.reuse import AnyStream, nested
-from jaxstate.slots import open_holder
-from jaxstate.stores import InitStore
-from jaxstate.trace import boundaries
 
 __all__ = ["ParameterRow", "ScopeRow", "Summarizable", "Summary", "summary"]
 

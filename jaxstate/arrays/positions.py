@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _compat
-from jaxstate.views import Fixed, Range, Reshape, Selection, Step, Window, as_signed
+from jaxstate.arrays.views import Fixed, Range, Reshape, Selection, Step, Window, as_signed
 
 __all__ = ["Layout", "Line", "Points", "are_computed", "placed", "spread"]
 

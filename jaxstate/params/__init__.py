@@ -1,0 +1,1 @@
+"""Parameters and variables: trees of state with names."""

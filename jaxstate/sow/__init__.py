@@ -1,0 +1,1 @@
+"""Values that a function marks, and what collects and replaces them."""

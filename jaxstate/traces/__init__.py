@@ -1,0 +1,1 @@
+"""Traces that see every operation and carry a state of their own."""
