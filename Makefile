@@ -53,7 +53,7 @@ demo: $(DEMO)/installed
 
 test: $(TEST)/installed
 	$(TEST)/bin/python -m pytest -n auto -m 'not slow' --doctest-modules \
-	    --ignore=jaxstate_tests/bench --ignore=jaxstate_tests/eight_devices \
+	    --ignore=jaxstate_tests/bench --ignore=jaxstate_tests/rules/eight_devices \
 	    jaxstate jaxstate_tests
 
 # An environment of its own for each pair, or the next pair would find the wrong versions in it.
@@ -64,9 +64,9 @@ test-with:
 
 matrix: $(TEST)/installed
 	$(TEST)/bin/python -m pytest -n auto -m 'slow or not slow' \
-	    jaxstate_tests/test_matrix.py jaxstate_tests/test_sow.py jaxstate_tests/test_trace_programs.py \
-	    jaxstate_tests/test_sharding.py jaxstate_tests/test_peers.py \
-	    jaxstate_tests/test_inplace_indices.py
+	    jaxstate_tests/core/test_matrix.py jaxstate_tests/sow/test_sow.py jaxstate_tests/traces/test_trace_programs.py \
+	    jaxstate_tests/rules/test_sharding.py jaxstate_tests/test_peers.py \
+	    jaxstate_tests/arrays/test_inplace_indices.py
 
 lint: $(LINT)/installed
 	$(LINT)/bin/ruff check .
@@ -80,11 +80,11 @@ types: $(LINT)/installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 
 PROGRAMS ?= state numpy sequences libraries objects
-FUZZ_state := jaxstate_tests/test_random_programs.py
-FUZZ_numpy := jaxstate_tests/test_inplace_programs.py
-FUZZ_sequences := jaxstate_tests/test_call_sequences.py
-FUZZ_libraries := jaxstate_tests/test_libraries.py
-FUZZ_objects := jaxstate_tests/test_object_programs.py
+FUZZ_state := jaxstate_tests/fuzz/test_random_programs.py
+FUZZ_numpy := jaxstate_tests/fuzz/test_inplace_programs.py
+FUZZ_sequences := jaxstate_tests/fuzz/test_call_sequences.py
+FUZZ_libraries := jaxstate_tests/fuzz/test_libraries.py
+FUZZ_objects := jaxstate_tests/fuzz/test_object_programs.py
 
 fuzz: $(TEST)/installed
 	FUZZ_MINUTES=$(or $(MINUTES),10) FUZZ_SEED=$(SEED) $(TEST)/bin/python -m pytest -s \

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxstate.extend import new_trace
-from jaxstate_tests.test_stateful import PROGRAMS, Reference, total_gradient
+from jaxstate_tests.traces.test_stateful import PROGRAMS, Reference, total_gradient
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import incremental
