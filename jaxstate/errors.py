@@ -10,7 +10,7 @@ import difflib
 import textwrap
 from collections.abc import Iterable
 
-from jaxstate import _compat
+from jaxstate import _jax
 
 __all__ = [
     "AheadOfTimeError",
@@ -181,7 +181,7 @@ def message(what: str, *, fix: str, **where: str | None) -> str:
 
     The last place is the transformation: that given as ``under``, or all that are in progress.
     """
-    where.setdefault("under", _compat.transformations())
+    where.setdefault("under", _jax.transformations())
     lines = [what]
     lines += [f"  {label.replace('_', ' ')}: {place}" for label, place in where.items() if place]
     return "\n".join([*lines, "To mend it:", textwrap.indent(textwrap.dedent(fix).strip(), "    ")])

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.resolve import is_inside, read, write
 from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.errors import (
@@ -97,7 +97,7 @@ class StreamAddress(Address):
 
     def cell_here(self) -> Cell | None:
         holder = next((h for h in holders() if h.knows(self)), None)
-        if isinstance(holder, _StreamHolder) and holder.anchor is _compat.current_trace():
+        if isinstance(holder, _StreamHolder) and holder.anchor is _jax.current_trace():
             return None if self._order_changed(holder) else holder.cell(self)
         return None
 
@@ -154,7 +154,7 @@ class StreamAddress(Address):
                     with jaxstate.rng_stream(stream.key, count=stream.count) as stream:
                         k = stream.next_key()
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
         names = {h.name for h in holders() if isinstance(h, _StreamHolder)}
@@ -169,7 +169,7 @@ class StreamAddress(Address):
                 with jaxstate.rng_stream(jax.random.key(0){argument}):
                     ...    # the code that draws
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
                 open_streams=shown,
             )
         )
@@ -184,7 +184,7 @@ class StreamAddress(Address):
                 with jaxstate.rng_stream(key, "{self.name}_2"):   # streams with names of their own
                 jax.clear_caches()                            # or trace the function again
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -204,12 +204,12 @@ class _Count(Cell):
     @property
     def value(self) -> Any:  # type: ignore[override]
         if type(self._value) is np.int32:
-            self._value = _compat.beside(self._key, self._value)
+            self._value = _jax.beside(self._key, self._value)
         return self._value
 
     @value.setter
     def value(self, value: Any) -> None:
-        self._value = _compat.beside(self._key, value)
+        self._value = _jax.beside(self._key, value)
 
 
 class _StreamHolder(Holder):
@@ -227,8 +227,8 @@ class _StreamHolder(Holder):
         # Kept apart from the values: a rule that runs later asks for the types too.
         self.avals = {
             "key": key_type,
-            "count": _compat.typeof(_compat.canonicalize(count)),
-            "open": _compat.typeof(_OPEN),
+            "count": _jax.typeof(_jax.canonicalize(count)),
+            "open": _jax.typeof(_OPEN),
         }
         self._signature = ("stream", name, vmap, self.avals["key"], self.avals["count"])
 
@@ -257,7 +257,7 @@ class _StreamHolder(Holder):
 
     def _split(self, trace: Any, identity: Any) -> dict[str, Lane]:
         """One draw outside, by name or by handle, and from it a key per lane."""
-        if _compat.lanes_are_directions(trace):
+        if _jax.lanes_are_directions(trace):
             raise SplitStreamError(
                 message(
                     f"Random stream {self.name!r} has vmap='split', and was drawn from under"
@@ -268,14 +268,14 @@ class _StreamHolder(Holder):
                         jax.jacfwd(f)(x)
                     """,
                     made=self.made,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
-        with _compat.set_current_trace(_compat.parent_of(trace)):
+        with _jax.set_current_trace(_jax.parent_of(trace)):
             key = _draw(self.name, identity)
-            lanes = jnp.arange(_compat.lane_count(trace), dtype=jnp.uint32)
+            lanes = jnp.arange(_jax.lane_count(trace), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, lanes)
-        return {"key": Lane(keys, 0), "count": Lane(_compat.beside(key, np.int32(0)), None)}
+        return {"key": Lane(keys, 0), "count": Lane(_jax.beside(key, np.int32(0)), None)}
 
     def differs_by_device(self, address: Address) -> bool:
         return True
@@ -308,8 +308,8 @@ class _StreamHolder(Holder):
                     ...
                 """,
                 made=self.made,
-                used=_compat.user_location(),
-                under=f"vmap over {_compat.lane_count(trace)} lanes",
+                used=_jax.user_location(),
+                under=f"vmap over {_jax.lane_count(trace)} lanes",
             )
         )
 
@@ -359,7 +359,7 @@ class Stream:
         holder = self._holder
         if holder.anchor is None:
             return holder.cells[part].value
-        if part == "count" and holder.anchor is not _compat.current_trace():
+        if part == "count" and holder.anchor is not _jax.current_trace():
             read(StreamAddress(holder.name, "open", holder.identity))
         return read(StreamAddress(holder.name, part, holder.identity))
 
@@ -401,7 +401,7 @@ def rng_stream(
         raise TypeError(f"rng_stream: a name is a string, not {name!r}.")
     holder = _StreamHolder(
         *_key_and_type(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
-        _compat.user_location(),
+        _jax.user_location(),
     )  # fmt: skip
     with open_holder(holder):
         yield Stream(holder)
@@ -433,7 +433,7 @@ def _draw(name: str, identity: Any) -> jax.Array:
 
 
 def _after(count: Any) -> Any:
-    if not _compat.is_concrete_array(count):
+    if not _jax.is_concrete_array(count):
         return count + 1
     # The same, without a number that has to be brought to the device: a transfer guard forbids it.
     return jax.lax.neg(jax.lax.bitwise_not(count))
@@ -453,16 +453,16 @@ def check_key(key: Any, where: str) -> Any:
 
 def _key_and_type(key: Any, where: str) -> tuple[Any, Any]:
     """`check_key`, and the type of the key: to ask an array of keys for its type takes long."""
-    aval = _compat.type_of(key)
+    aval = _jax.type_of(key)
     if aval is not None:
-        if _compat.is_typed_key(aval):
+        if _jax.is_typed_key(aval):
             if aval.shape == ():
                 return key, aval
         elif getattr(aval, "dtype", None) == jnp.uint32 and aval.shape == _raw_key_shape(
             _default_kind()
         ):
-            key = _compat.canonicalize(key)
-            return key, _compat.typeof(key)
+            key = _jax.canonicalize(key)
+            return key, _jax.typeof(key)
     found = repr(key) if aval is None else aval.str_short()
     raise TypeError(
         f"{where} wants one random key, and was given {found}.\n"
@@ -487,8 +487,8 @@ def _check_vmap(vmap: str) -> str:
 
 
 def _check_count(count: Any) -> Any:
-    if isinstance(count, _compat.Tracer):
-        aval = _compat.typeof(count)
+    if isinstance(count, _jax.Tracer):
+        aval = _jax.typeof(count)
         if aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.integer):
             raise TypeError(f"rng_stream: count is one integer, not {aval.str_short()}.")
         return jax.lax.convert_element_type(count, jnp.int32)
@@ -534,7 +534,7 @@ def _is_a_key(x: Any) -> bool:
     """Whether an argument is one key, or looks like a raw one."""
     if not isinstance(x, jax.Array):
         return False
-    if _compat.is_typed_key(x):
+    if _jax.is_typed_key(x):
         return x.shape == ()
     return x.dtype == jnp.uint32 and x.shape == _raw_key_shape(_default_kind())
 

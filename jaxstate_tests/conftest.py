@@ -18,7 +18,7 @@ if metadata.version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
-from jaxstate._compat import dispatch
+from jaxstate._jax import dispatch
 
 
 def pytest_configure(config):

@@ -58,7 +58,7 @@ AREAS: dict[str, tuple[str, str]] = {
     ),
 }
 # Not of these areas, or nothing but texts.
-LEFT_OUT = "__init__ rules/__init__ extend errors _compat _jax/* tree/*"
+LEFT_OUT = "__init__ rules/__init__ extend errors _jax _jax/* tree/*"
 
 SWAPPED = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays import numpy_functions, views
 from jaxstate.arrays.masked import MaskedElements, check_fits, mask_in, masked_elements
 from jaxstate.arrays.updates import Update, update_at
@@ -77,7 +77,7 @@ class Activation(Holder):
                 return x                    # a result of the function is an ordinary array
                 x = jaxstate.array(x)       # or make it outside, where it is used
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -105,7 +105,7 @@ def activated(new: Activation) -> Iterator[None]:
     """
     install()
     _thread.activations.append(new)
-    tracing = jax.disable_jit(False) if _compat.jit_is_disabled() else nullcontext()
+    tracing = jax.disable_jit(False) if _jax.jit_is_disabled() else nullcontext()
     try:
         with slots.open_holder(new), tracing:
             yield
@@ -119,10 +119,10 @@ def _quiet() -> Iterator[None]:
     """For work on the values themselves, which makes no arrays that a program could hold."""
     _thread.quiet += 1
     try:
-        here = _compat.current_trace()
+        here = _jax.current_trace()
         while isinstance(here, InplaceTrace):
             here = here.parent_trace
-        with _compat.set_current_trace(here):
+        with _jax.set_current_trace(here):
             yield
     finally:
         _thread.quiet -= 1
@@ -136,7 +136,7 @@ _writing = threading.RLock()
 
 def _place() -> Any:
     """The trace that holds the arrays of the code that runs now."""
-    return _compat.holding_trace(_compat.current_trace())
+    return _jax.holding_trace(_jax.current_trace())
 
 
 class Buffer:
@@ -165,19 +165,17 @@ class Buffer:
 
     def aval(self) -> Any:
         """The type of the value."""
-        return (
-            _compat.typeof(self.value) if self.slot is None else self.slot.aval(self.slot.address)
-        )
+        return _jax.typeof(self.value) if self.slot is None else self.slot.aval(self.slot.address)
 
     def read(self) -> Any:
         """The current value, as the current trace sees it."""
         if self.activation is not None and self.activation.ended:
             raise self.activation.escaped()
-        here = _compat.current_trace()
+        here = _jax.current_trace()
         way = _way_home(self.home, here)
         is_held = self.is_held_elsewhere()
         if self.slot is None:
-            staged = any(isinstance(t, _compat.StagingTrace) for t in way or ())
+            staged = any(isinstance(t, _jax.StagingTrace) for t in way or ())
             if not is_held and not staged:
                 value = self.value
                 if value is None:  # another thread is writing
@@ -188,20 +186,20 @@ class Buffer:
         assert self.slot is not None
         if not way and not is_held:
             return self.slot.cell(self.slot.address).value
-        with _quiet(), _compat.set_current_trace(here):
+        with _quiet(), _jax.set_current_trace(here):
             try:
                 value = resolve.read(self.slot.address)
             except CustomRuleStateError:
                 # A rule that reads what its function does not: a value that Python closes over.
                 value = self.slot.cell(self.slot.address).value
-                if way is None and isinstance(value, _compat.DIFFERENTIATED):
+                if way is None and isinstance(value, _jax.DIFFERENTIATED):
                     raise
                 with slots.only_open([h for h in slots.stack() if not self._is_held_by(h)]):
                     value = value if way is None else resolve.read(self.slot.address)
-            return _compat.canonicalize(value)
+            return _jax.canonicalize(value)
 
     def write(self, value: Any) -> None:
-        here = _compat.current_trace()
+        here = _jax.current_trace()
         self.version += 1
         self.is_own = False
         if _place() is self.home and not self.is_held_elsewhere():
@@ -213,7 +211,7 @@ class Buffer:
             return
         self.become_slot()
         assert self.slot is not None
-        with _quiet(), _compat.set_current_trace(here):
+        with _quiet(), _jax.set_current_trace(here):
             resolve.write(self.slot.address, value)
 
     def state(self) -> Any:
@@ -256,7 +254,7 @@ def _way_home(home: Any, here: Any) -> list[Any] | None:
     left the trace of that function, and builds the linear part of a derivative in no other trace.
     """
     way: list[Any] = []
-    for t in _compat.chain(here):
+    for t in _jax.chain(here):
         if resolve.same_trace(t, home):
             return way
         way.append(t)
@@ -291,8 +289,8 @@ class ArraySlot(Slot):
     """The slot of a buffer."""
 
     def __init__(self, buffer: Buffer) -> None:
-        with _compat.set_current_trace(buffer.home):
-            aval = _compat.typeof(buffer.value)
+        with _jax.set_current_trace(buffer.home):
+            aval = _jax.typeof(buffer.value)
             super().__init__(Cell(buffer.value), aval, "a writable array", buffer.made or "")
         self.address = ArrayAddress(self)
         self.age = buffer.age
@@ -305,8 +303,8 @@ class ArraySlot(Slot):
             return None
         lane = notes.get(address)
         if lane is None:
-            with _compat.set_current_trace(_compat.parent_of(trace_)):
-                lane = notes[address] = Lane(_compat.canonicalize(resolve.read(address)), None)
+            with _jax.set_current_trace(_jax.parent_of(trace_)):
+                lane = notes[address] = Lane(_jax.canonicalize(resolve.read(address)), None)
         return lane
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
@@ -319,8 +317,8 @@ class ArraySlot(Slot):
                 x = jaxstate.array(x)               # or an array per lane: inside the vmap
                 """,
                 made=self.made or None,
-                used=_compat.user_location(),
-                under=f"vmap over {_compat.lane_count(trace)} lanes",
+                used=_jax.user_location(),
+                under=f"vmap over {_jax.lane_count(trace)} lanes",
             )
         )
 
@@ -330,13 +328,13 @@ class ArraySlot(Slot):
 
 def _births_of(trace_: Any) -> float:
     """The age of the first tracer of a vmap: what is younger was born in it."""
-    return _compat.tag_of(trace_).__dict__.get("_jaxstate_age", float("inf"))
+    return _jax.tag_of(trace_).__dict__.get("_jaxstate_age", float("inf"))
 
 
 # -- The trace of an in-place function -------------------------------------------------------
 
 
-class InplaceTrace(_compat.Trace):
+class InplaceTrace(_jax.Trace):
     """Makes every result a writable array, and hands the operation on to its parent.
 
     It is needed where JAX would compute at once: an array that is computed cannot be written.
@@ -350,7 +348,7 @@ class InplaceTrace(_compat.Trace):
 
     def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
         operands = self._values(operands)
-        avals = [_compat.typeof(x) for x in operands]
+        avals = [_jax.typeof(x) for x in operands]
         out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
         return [self._box(x) for x in out] if primitive.multiple_results else self._box(out)
 
@@ -366,16 +364,16 @@ class InplaceTrace(_compat.Trace):
 
     @property
     def calls_functions(self) -> bool:
-        """See `_compat.calls_functions`. The function writes its own arrays then."""
-        return self.parent_trace is _compat.eval_trace
+        """See `_jax.calls_functions`. The function writes its own arrays then."""
+        return self.parent_trace is _jax.eval_trace
 
     def _custom(self, primitive: Any, functions: Any, operands: Any, params: Any) -> Any:
         operands = self._values(operands)
         if self.calls_functions:
             operands = [self._box(x) for x in operands]
-            with _compat.set_current_trace(self):
+            with _jax.set_current_trace(self):
                 return [self._box(x) for x in functions[0].call_wrapped(*operands)]
-        avals = [_compat.typeof(x) for x in operands]
+        avals = [_jax.typeof(x) for x in operands]
         params = dict(params, subfuns=functions)
         out = primitive.bind_with_trace(self.parent_trace, operands, avals, params)
         return [self._box(x) for x in out]
@@ -387,20 +385,20 @@ class InplaceTrace(_compat.Trace):
         results: list[Any] = []
 
         def staged(*operands: Any) -> list[Any]:
-            trace_ = _compat.current_trace()
+            trace_ = _jax.current_trace()
             out = trace_.process_shard_map(primitive, fun, operands, *args, **params)
             results.append(out.map(lambda _: None))
             return list(out)
 
         try:
-            with _compat.set_current_trace(self):
-                values = _compat.jit(staged)(*operands)
+            with _jax.set_current_trace(self):
+                values = _jax.jit(staged)(*operands)
         except _LOOKS_AT_VALUES:  # possible only where JAX runs the function at once
-            if self.parent_trace is not _compat.eval_trace:
+            if self.parent_trace is not _jax.eval_trace:
                 raise
             results.clear()
             operands = self._values(operands)
-            with _compat.set_current_trace(self.parent_trace):
+            with _jax.set_current_trace(self.parent_trace):
                 out = self.parent_trace.process_shard_map(primitive, fun, operands, *args, **params)
             return out.map(self._box)
         return results[0].update([self._box(x) for x in values])
@@ -418,8 +416,8 @@ class InplaceTrace(_compat.Trace):
         return self.parent_trace.cur_qdd(x)
 
     def _values(self, operands: Any) -> list[Any]:
-        with _compat.set_current_trace(self):
-            return [_compat.canonicalize(x) for x in operands]
+        with _jax.set_current_trace(self):
+            return [_jax.canonicalize(x) for x in operands]
 
     def _box(self, value: Any) -> Any:
         value = snapshot(value)
@@ -435,7 +433,7 @@ _LOOKS_AT_VALUES = (
 
 
 def is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array) and isinstance(_compat.typeof(value), _compat.ShapedArray)
+    return isinstance(value, jax.Array) and isinstance(_jax.typeof(value), _jax.ShapedArray)
 
 
 # -- Writable arrays -------------------------------------------------------------------------
@@ -471,23 +469,23 @@ class Writable:
 
         For all others this is no symbolic dimension.
         """
-        if not _compat.is_asked_by_builder():
+        if not _jax.is_asked_by_builder():
             raise AttributeError("dimension_as_value")
         return self._read
 
     def full_lower(self) -> Any:
         """Itself; its value as an operand of a jitted call at top level, which takes no tracers."""
-        if not _compat.at_top_level():
+        if not _jax.at_top_level():
             return self
         value = self._read()
-        return value.full_lower() if isinstance(value, _compat.Tracer) else value
+        return value.full_lower() if isinstance(value, _jax.Tracer) else value
 
     def get_referent(self) -> Any:
         """Itself: it stands for no other array."""
         return self
 
     def to_concrete_value(self) -> Any:
-        return _compat.concrete(self._read())
+        return _jax.concrete(self._read())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The values of this moment, which cannot be written (unless NumPy asks for a copy)."""
@@ -565,7 +563,7 @@ class Writable:
     def _shared(self, name: str) -> Any:
         """An attribute of the computed array, which may give its memory away."""
         value = self._read()
-        concrete = _compat.concrete(value)
+        concrete = _jax.concrete(value)
         if concrete is not None:
             self._own_buffer().is_own = False
         return getattr(value if concrete is None else concrete, name)
@@ -573,7 +571,7 @@ class Writable:
     def _computed(self, method: str, *args: Any) -> Any:
         """What the method of a computed array gives; what that of a tracer raises, for others."""
         value = self._read()
-        concrete = _compat.concrete(value)
+        concrete = _jax.concrete(value)
         return getattr(value if concrete is None else concrete, method)(*args)
 
     def __format__(self, spec: str) -> str:
@@ -615,7 +613,7 @@ class Writable:
                     value = views.read(steps, value)
                 entries = list(index)
             for part in views.in_two_steps(entries) or (index,):
-                value = _compat.getitem(value, part)
+                value = _jax.getitem(value, part)
             return fresh(value)
         steps = views.view(self._steps, self.shape, entries)
         found = self._view(steps)
@@ -631,7 +629,7 @@ class Writable:
         index = _value_of_index(index)
         if isinstance(value, Writable) and self._is_already(index, value):
             return
-        value = _compat.canonicalize(value) if isinstance(value, Writable) else value
+        value = _jax.canonicalize(value) if isinstance(value, Writable) else value
         self._write(lambda x: update_at(self._steps, x, index, value))
 
     def _is_already(self, index: Any, value: Writable) -> bool:
@@ -798,20 +796,20 @@ class Writable:
                     x[i] = jax.lax.complex(real, imag)              # or the whole element
                     x[jnp.arange(n), jnp.arange(n)] = diagonal      # or the array itself
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
         buffer = self._own_buffer()
         self._detach()
         if buffer.made is None:
-            buffer.made = _compat.user_location()
+            buffer.made = _jax.user_location()
         with _writing:
             new = _written(buffer, update)
             buffer.write(new)
             buffer.is_own = _is_computed(new)
         if _place() is buffer.home:
             # In a shard_map: what was the same on every device may vary now.
-            self.aval = _compat.with_varying_axes_of(self.aval, new)
+            self.aval = _jax.with_varying_axes_of(self.aval, new)
 
     def _detach(self) -> None:
         """From the first write on, JAX must not take the tracer for what it was."""
@@ -830,7 +828,7 @@ class Writable:
 
     def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> Any:
         """Sorts in place. (Code of JAX itself gets a sorted copy, as it expects.)"""
-        if _compat.is_called_by_jax(1):
+        if _jax.is_called_by_jax(1):
             return jnp.sort(self._read(), axis, *args, **kwargs)
         self[...] = jnp.sort(self._read(), axis, *args, **kwargs)
         return None
@@ -852,7 +850,7 @@ class Writable:
         elif mode == "clip":
             indices = indices.clip(0, self.size - 1)
         indices = indices.ravel()
-        values = _compat.canonicalize(values) if isinstance(values, Writable) else values
+        values = _jax.canonicalize(values) if isinstance(values, Writable) else values
         values = values if isinstance(values, jax.Array) else np.asarray(values)
         if values.size and indices.size:
             repeated = np.arange(indices.size) % values.size
@@ -873,7 +871,7 @@ class Writable:
                 fix="""
                 y = jnp.resize(x, new_shape)        # a new array
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -884,7 +882,7 @@ class Writable:
     def __getattr__(self, name: str) -> Any:
         """What JAX defines for arrays; and what only a computed array has."""
         try:
-            return _compat.Tracer.__getattr__(self, name)  # type: ignore[arg-type]
+            return _jax.Tracer.__getattr__(self, name)  # type: ignore[arg-type]
         except AttributeError:
             asked_by_jax = name.startswith("_") or name == "dimension_as_value"
             value = None if asked_by_jax else self.to_concrete_value()
@@ -928,11 +926,11 @@ class _Flat:
 def _written(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
     """The value of the buffer after a write: in the memory of the old one, if that is unused."""
     base = buffer.read()
-    home = _compat.current_trace() is buffer.home
+    home = _jax.current_trace() is buffer.home
     with _quiet():
         write = update(base)
         if not (home and _is_computed(base)):
-            return _compat.as_array(_compat.canonicalize(write(base)))
+            return _jax.as_array(_jax.canonicalize(write(base)))
         # (What a jitted function has read is in a cell since then.)
         kept = buffer if buffer.slot is None else buffer.slot.cell(buffer.slot.address)
         held = [base]
@@ -963,10 +961,10 @@ def _same_extent(a: Any, b: Any) -> bool:
 
 def _resolved_shape(new: Sequence[Any], size: int) -> tuple[int, ...]:
     """The shape of ``size`` elements, with the size that -1 stands for."""
-    shape = [n if _compat.is_size(n) else operator.index(n) for n in new]
+    shape = [n if _jax.is_size(n) else operator.index(n) for n in new]
     if not all(isinstance(n, int) for n in (*shape, size)):
         rest = [n for n in shape if not (isinstance(n, int) and n == -1)]
-        found = _compat.divided_sizes((size,), rest)
+        found = _jax.divided_sizes((size,), rest)
         return tuple(found if isinstance(n, int) and n == -1 else n for n in shape)
     rest = math.prod(n for n in shape if n != -1)
     if shape.count(-1) == 1 and rest and size % rest == 0:
@@ -996,7 +994,7 @@ def _entries_of(index: Any) -> tuple[Any, ...]:
 
 def _value_of_entry(entry: Any) -> Any:
     if isinstance(entry, Writable):
-        entry = _compat.canonicalize(entry)
+        entry = _jax.canonicalize(entry)
     if isinstance(entry, range):
         entry = list(entry)
     if isinstance(entry, (tuple, list)):
@@ -1005,7 +1003,7 @@ def _value_of_entry(entry: Any) -> Any:
         return bool(entry)  # JAX takes no others
     if isinstance(entry, slice):
         return slice(*(snapshot(bound) for bound in (entry.start, entry.stop, entry.step)))
-    if isinstance(entry, _compat.DynamicSlice):
+    if isinstance(entry, _jax.DynamicSlice):
         return jax.ds(*(snapshot(n) for n in (entry.start, entry.size, entry.stride)))
     if isinstance(entry, np.ndarray):
         entry = entry.copy()  # a jaxpr keeps it
@@ -1022,12 +1020,12 @@ def _strong(value: Any) -> Any:
 
 
 def _is_computed(value: Any) -> bool:
-    return isinstance(value, jax.Array) and not isinstance(value, _compat.Tracer)
+    return isinstance(value, jax.Array) and not isinstance(value, _jax.Tracer)
 
 
 def _is_unused(held: list[Any]) -> bool:
     """Whether nothing but the list ``held`` has the array in it."""
-    return _compat.is_only_reference(held) and not _compat.has_numpy_copy(held[0])
+    return _jax.is_only_reference(held) and not _jax.has_numpy_copy(held[0])
 
 
 # Augmented assignment: x += y and the like.
@@ -1037,15 +1035,15 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
     operation = getattr(operator, name)
 
     def assign(self: Writable, other: Any) -> Any:
-        if self._is_scalar() or _compat.is_called_by_jax(1):
+        if self._is_scalar() or _jax.is_called_by_jax(1):
             return NotImplemented
-        other = _compat.canonicalize(other) if isinstance(other, Writable) else other
+        other = _jax.canonicalize(other) if isinstance(other, Writable) else other
         if isinstance(other, (list, tuple, np.ndarray)):
             other = np.array(other)  # a copy, since a jaxpr keeps it
         check_fits(other, self.dtype)
         with _quiet():
             # (A value of weak type would be computed in the precision of the other operand.)
-            result = _compat.canonicalize(operation(_strong(self._read()), other))
+            result = _jax.canonicalize(operation(_strong(self._read()), other))
         if not np.can_cast(result.dtype, self.dtype, "same_kind"):
             raise TypeError(
                 f"Cannot cast the result of {name!r} from {result.dtype} to {self.dtype} with"
@@ -1069,7 +1067,7 @@ for _name in (
     setattr(Writable, f"__i{_name.rstrip('_')}__", _augmented(_name))
 
 
-class WritableArray(Writable, _compat.Tracer):
+class WritableArray(Writable, _jax.Tracer):
     """A writable array of jaxstate's own, or a view of one."""
 
     __slots__ = ("_buffer", "_cache", "_is_read_only", "_is_view", "_steps")
@@ -1077,10 +1075,10 @@ class WritableArray(Writable, _compat.Tracer):
     def __init__(
         self, buffer: Buffer, steps: tuple[views.Step, ...] = (), aval: Any = None
     ) -> None:
-        aval = _compat.typeof(buffer.value) if aval is None else aval
+        aval = _jax.typeof(buffer.value) if aval is None else aval
         if steps:
-            aval = _compat.type_of_part(aval, steps[-1].shape, lambda x: views.read(steps, x))
-        _compat.Tracer.__init__(self, nowhere, aval)
+            aval = _jax.type_of_part(aval, steps[-1].shape, lambda x: views.read(steps, x))
+        _jax.Tracer.__init__(self, nowhere, aval)
         self._line_info = None
         self._buffer = buffer
         self._steps = steps
@@ -1091,16 +1089,16 @@ class WritableArray(Writable, _compat.Tracer):
     def _read(self) -> Any:
         if not self._steps:
             return self._buffer.read()
-        here = _compat.current_trace()
+        here = _jax.current_trace()
         if _way_home(self._buffer.home, here) is None and not self._buffer.is_held_elsewhere():
             here = self._buffer.home
         state = self._buffer.state()
         if self._cache is not None and self._cache[0] is here and self._cache[1] == state:
             return self._cache[2]
         value = self._buffer.read()
-        with _compat.set_current_trace(here), _quiet():
-            value = _compat.canonicalize(views.read(self._steps, value))
-        if not isinstance(value, _compat.Tracer) or here is self._buffer.home:
+        with _jax.set_current_trace(here), _quiet():
+            value = _jax.canonicalize(views.read(self._steps, value))
+        if not isinstance(value, _jax.Tracer) or here is self._buffer.home:
             self._cache = here, state, value
         return value
 
@@ -1125,13 +1123,13 @@ def _restored(value: np.ndarray) -> WritableArray:
 
 def fresh(value: Any) -> WritableArray:
     """A new writable array, born here, with the given value."""
-    value = _compat.canonicalize(value)
+    value = _jax.canonicalize(value)
     return WritableArray(Buffer(value, _place(), slots.next_age(), activation()))
 
 
 def snapshot(value: Any) -> Any:
     """The value that a writable array has now; anything else as it is."""
-    return _compat.canonicalize(value) if isinstance(value, Writable) else value
+    return _jax.canonicalize(value) if isinstance(value, Writable) else value
 
 
 class objects:
@@ -1159,16 +1157,16 @@ def _writable_kind(kind: type) -> type:
             self._activation = activation()
             self._buffer = None
             _note_birth(trace, self._age)
-            if kind is not _compat.StagingTracer:
+            if kind is not _jax.StagingTracer:
                 # What a vmap or derivative is given is the value of this moment.
-                with _compat.set_current_trace(trace.parent_trace):
+                with _jax.set_current_trace(trace.parent_trace):
                     args = tuple(snapshot(a) for a in args)
             kind.__init__(self, trace, *args, **kwargs)
 
         def _own_buffer(self) -> Buffer:
             if self._buffer is None:
-                value = _compat.plain_copy(self, kind)
-                if _compat.is_constant_of_jaxpr(self):
+                value = _jax.plain_copy(self, kind)
+                if _jax.is_constant_of_jaxpr(self):
                     kept = resolve.notes_of(self._trace).extra
                     kept.setdefault(Writable, []).append(self)
                 self._buffer = Buffer(value, self._trace, self._age, None)
@@ -1193,23 +1191,23 @@ def _writable_kind(kind: type) -> type:
 
 
 def _note_birth(trace_: Any, age: int) -> None:
-    if isinstance(trace_, _compat.BatchTrace):
-        _compat.tag_of(trace_).__dict__.setdefault("_jaxstate_age", age)
+    if isinstance(trace_, _jax.BatchTrace):
+        _jax.tag_of(trace_).__dict__.setdefault("_jaxstate_age", age)
 
 
-_writable_kinds = {kind: _writable_kind(kind) for kind in _compat.TRACER_KINDS}
+_writable_kinds = {kind: _writable_kind(kind) for kind in _jax.TRACER_KINDS}
 
 
 def _choose(kind: type, trace_: Any, content: Any) -> type:
-    if not _thread.activations or _thread.quiet or _compat.is_linear_part(trace_):
+    if not _thread.activations or _thread.quiet or _jax.is_linear_part(trace_):
         return kind
-    aval = content if isinstance(content, _compat.AbstractValue) else _compat.typeof(content)
-    return _writable_kinds[kind] if isinstance(aval, _compat.ShapedArray) else kind  # not a ref
+    aval = content if isinstance(content, _jax.AbstractValue) else _jax.typeof(content)
+    return _writable_kinds[kind] if isinstance(aval, _jax.ShapedArray) else kind  # not a ref
 
 
 def _read_operand(trace_: Any, value: Any) -> Any:
     """What reaches a vmap or derivative without a bind is read there."""
-    with _compat.set_current_trace(trace_):
+    with _jax.set_current_trace(trace_):
         return snapshot(value)
 
 
@@ -1217,13 +1215,13 @@ def _hand_out(trace_: Any, value: Any, taken: Any) -> Any:
     """What a vmap or derivative takes out of ``taken`` may be a result, so an array outside."""
     if not _thread.activations or _thread.quiet:
         return value
-    if not isinstance(value, _compat.Tracer) and not isinstance(taken, Writable):
+    if not isinstance(value, _jax.Tracer) and not isinstance(taken, Writable):
         return value
-    if not is_array(value) or _compat.is_linear_part(getattr(value, "_trace", None)):
+    if not is_array(value) or _jax.is_linear_part(getattr(value, "_trace", None)):
         return value
-    if not isinstance(trace_.parent_trace, (*_TRACES_OF_RULES, _compat.TransparentTrace)):
+    if not isinstance(trace_.parent_trace, (*_TRACES_OF_RULES, _jax.TransparentTrace)):
         return value  # another library's trace has tracers of its own
-    home = _compat.holding_trace(trace_.parent_trace)
+    home = _jax.holding_trace(trace_.parent_trace)
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
 
 
@@ -1233,8 +1231,8 @@ def _adopt(trace_: Any, value: Any, *, is_new: bool = False) -> Any:
         return value
     if not isinstance(value, Writable) and not (is_new and is_array(value)):
         return value
-    with _compat.set_current_trace(trace_.parent_trace):
-        content = _compat.canonicalize(value)
+    with _jax.set_current_trace(trace_.parent_trace):
+        content = _jax.canonicalize(value)
     age = slots.next_age()
     _note_birth(trace_, age)
     return WritableArray(Buffer(content, trace_, age, activation()))
@@ -1246,7 +1244,7 @@ def _hand_out_auxiliary(strip: Callable[[Any], Any], tag: Any, result: Any) -> A
         return strip(snapshot(result))
     home = result._buffer.home if result._buffer else result._trace  # type: ignore[attr-defined]
     if getattr(home, "tag", None) is tag:
-        home = _compat.holding_trace(home.parent_trace)
+        home = _jax.holding_trace(home.parent_trace)
     value = strip(snapshot(result))
     return WritableArray(Buffer(value, home, slots.next_age(), activation()))
 
@@ -1267,14 +1265,14 @@ def _may_forward() -> bool:
 
 
 _TRACES_OF_PROGRAMS = (
-    _compat.StagingTrace, _compat.BatchTrace, *_compat.DIFFERENTIATING, InplaceTrace
+    _jax.StagingTrace, _jax.BatchTrace, *_jax.DIFFERENTIATING, InplaceTrace
 )  # fmt: skip
-_TRACES_OF_RULES = (*_TRACES_OF_PROGRAMS, _compat.PartialTrace)
+_TRACES_OF_RULES = (*_TRACES_OF_PROGRAMS, _jax.PartialTrace)
 
 
 def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     """Inside the bind of a higher-order primitive JAX is among itself; its results are arrays."""
-    here = _compat.current_trace()
+    here = _jax.current_trace()
     if not _thread.activations or _thread.quiet or not isinstance(here, _TRACES_OF_RULES):
         return bind(*operands, **params)
     donated = params.get("donated_invars", ())
@@ -1285,8 +1283,8 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
     finally:
         _thread.quiet -= 1
     # Under the rule of a custom_jvp: what is known is a value of the trace outside.
-    place = here.parent_trace if isinstance(here, _compat.PartialTrace) else here
-    with _compat.set_current_trace(place):
+    place = here.parent_trace if isinstance(here, _jax.PartialTrace) else here
+    with _jax.set_current_trace(place):
         return [_array_of_program(x) for x in out]
 
 
@@ -1301,7 +1299,7 @@ def _given_away(x: Any, donated: bool) -> Any:
 
 def _array_of_program(x: Any) -> Any:
     """A result of JAX as the program gets it: what an array is known to hold can be written."""
-    unknown = isinstance(x, _compat.PartialTracer)
+    unknown = isinstance(x, _jax.PartialTracer)
     return x if unknown or not is_array(x) or isinstance(x, Writable) else fresh(x)
 
 
@@ -1346,7 +1344,7 @@ def _own(x: Any) -> Any:
     """An array that an in-place function gets from JAX, as an array of its own."""
     if not _thread.activations or _thread.quiet or not is_array(x):
         return x
-    return fresh(x) if isinstance(_compat.current_trace(), _TRACES_OF_PROGRAMS) else x
+    return fresh(x) if isinstance(_jax.current_trace(), _TRACES_OF_PROGRAMS) else x
 
 
 def _around_device_get(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -1363,14 +1361,14 @@ def _around_top_level(function: Callable[..., Any]) -> Callable[..., Any]:
     """What JAX does only where nothing is traced works with the values, where these are known."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        here = _compat.current_trace()
+        here = _jax.current_trace()
         while isinstance(here, InplaceTrace):
             here = here.parent_trace
-        if not _thread.activations or _thread.quiet or here is not _compat.eval_trace:
+        if not _thread.activations or _thread.quiet or here is not _jax.eval_trace:
             return function(*args, **kwargs)
-        donates = any(map(_compat.donates, args[:1]))
+        donates = any(map(_jax.donates, args[:1]))
         args, kwargs = jax.tree.map(partial(_given_away, donated=donates), (args, kwargs))
-        with _compat.set_current_trace(here):
+        with _jax.set_current_trace(here):
             out = function(*args, **kwargs)
         return jax.tree.map(_own, out)
 
@@ -1385,7 +1383,7 @@ def _around_rules(bind: Callable[..., Any]) -> Callable[..., Any]:
 
     def bind_with_trace(trace_: Any, args: Any, avals: Any, params: Any, /) -> Any:
         first, *others = params["subfuns"]
-        if _thread.activations and not _thread.quiet and not _compat.is_of_jax(first):
+        if _thread.activations and not _thread.quiet and not _jax.is_of_jax(first):
             second, *others = others
             params = dict(params, subfuns=(_in_place(first), _in_place(second), *others))
         return bind(trace_, args, avals, params)
@@ -1398,19 +1396,19 @@ def _in_place(fun: Any) -> Any:
 
     def run(*args: Any) -> Any:
         call = activation()
-        _compat.reset_stores(fun)
+        _jax.reset_stores(fun)
         if call is None or all(isinstance(x, Writable) or not is_array(x) for x in args):
             return fun.call_wrapped(*args)
-        inside = InplaceTrace(_compat.current_trace(), call)
+        inside = InplaceTrace(_jax.current_trace(), call)
         quiet, _thread.quiet = _thread.quiet, 0  # JAX may be among itself when it calls a rule
         try:
-            with _compat.set_current_trace(inside):
+            with _jax.set_current_trace(inside):
                 out = fun.call_wrapped(*map(inside._box, args))
                 return [snapshot(x) for x in out]
         finally:
             _thread.quiet = quiet
 
-    return _compat.wrap_rule_function(fun, run)
+    return _jax.wrap_rule_function(fun, run)
 
 
 _installed: list[bool] = []
@@ -1420,28 +1418,28 @@ def install() -> None:
     """Once, when the first in-place function is called: outside, nothing of JAX is touched."""
     if not _installed:
         _installed.append(True)
-        _compat.choose_tracer_type(_choose)
-        _compat.wrap_operands(_read_operand, _hand_out)
-        _compat.wrap_arguments(_adopt, _cut)
-        _compat.wrap_auxiliary(_hand_out_auxiliary)
-        _compat.wrap_forwarding(_may_forward)
-        for primitive in _compat.FORWARDING:
-            _compat.wrap_bind(primitive, _around_forwarding)
-        _compat.wrap_bind(_compat.convert_element_type_p, _around_conversion)
-        for primitive in (_compat.custom_jvp_call_p, _compat.custom_vjp_call_p):
-            _compat.wrap_bind_with_trace(primitive, _around_rules)
-        _compat.wrap_device_get(_around_device_get)
-        _compat.wrap_what_is_not_traced(_around_top_level)
-        _compat.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
+        _jax.choose_tracer_type(_choose)
+        _jax.wrap_operands(_read_operand, _hand_out)
+        _jax.wrap_arguments(_adopt, _cut)
+        _jax.wrap_auxiliary(_hand_out_auxiliary)
+        _jax.wrap_forwarding(_may_forward)
+        for primitive in _jax.FORWARDING:
+            _jax.wrap_bind(primitive, _around_forwarding)
+        _jax.wrap_bind(_jax.convert_element_type_p, _around_conversion)
+        for primitive in (_jax.custom_jvp_call_p, _jax.custom_vjp_call_p):
+            _jax.wrap_bind_with_trace(primitive, _around_rules)
+        _jax.wrap_device_get(_around_device_get)
+        _jax.wrap_what_is_not_traced(_around_top_level)
+        _jax.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
         resolve.to_program = _own
-        _compat.wrap_transfers(_around_transfer)
+        _jax.wrap_transfers(_around_transfer)
         discharge.around_binds.append(_around_bind)
 
 
 def _value(array: Writable) -> Any:
     """What JAX gets for an array that is an operand. A result it reads itself, where it belongs."""
-    return array if _compat.takes_results() else array._read()
+    return array if _jax.takes_results() else array._read()
 
 
 for _kind in (WritableArray, *_writable_kinds.values()):
-    _compat.register_tracer_type(_kind, _value)
+    _jax.register_tracer_type(_kind, _value)

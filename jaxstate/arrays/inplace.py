@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.array import (
     Activation,
     InplaceTrace,
@@ -68,12 +68,12 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fun)
     def pure(*args: P.args, **kwargs: P.kwargs) -> R:
-        outside, inside = _compat.current_trace(), activation()
-        is_staged = isinstance(outside, _compat.StagingTrace)
+        outside, inside = _jax.current_trace(), activation()
+        is_staged = isinstance(outside, _jax.StagingTrace)
         values = jax.tree.map(snapshot, (args, kwargs), is_leaf=objects.is_object)
         call = Activation(getattr(fun, "__qualname__", repr(fun)))
         here = outside if is_staged else InplaceTrace(outside, call)
-        with activated(call), _compat.set_current_trace(here), objects.writable(inside):
+        with activated(call), _jax.set_current_trace(here), objects.writable(inside):
             inner_args, inner_kwargs = jax.tree.map(_writable, values, is_leaf=objects.is_object)
             results = fun(*inner_args, **inner_kwargs)  # pyright: ignore[reportCallIssue]
             results = jax.tree.map(snapshot, results, is_leaf=objects.is_object)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.views import is_basic, is_mask, read, view
 from jaxstate.errors import MaskedWriteError, message
 
@@ -77,7 +77,7 @@ class MaskedElements:
                     x[mask] = 2 * y[mask]                     # one mask object, one shape
                     x[:] = jnp.where(mask, 2 * y, x)          # or values in the shape of x
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
         assert place is not None
@@ -107,7 +107,7 @@ class MaskedElements:
 
     def _as_array(self) -> Any:
         """Raises what JAX raises."""
-        return _compat.getitem(self._array, self._index)
+        return _jax.getitem(self._array, self._index)
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         return np.asarray(self._as_array(), *args, **kwargs)
@@ -129,7 +129,7 @@ class MaskedElements:
 
 def _plain(x: Any) -> Any:
     """The value that an array has now, which may be written later."""
-    return _compat.canonicalize(x) if _compat.is_tracer(x) else x
+    return _jax.canonicalize(x) if _jax.is_tracer(x) else x
 
 
 def _state_of(mask: Any) -> Any:
@@ -151,11 +151,11 @@ def masked_elements(array: Any, index: Any, entries: list[Any], mask: Any) -> An
     place = _place_of_mask(entries)
     if place is None:
         return None
-    like = _compat.typeof(_view(array, place))
+    like = _jax.typeof(_view(array, place))
     # (Of an array that is sharded JAX does not take elements by positions.)
-    if _compat.concrete(place.mask) is not None and not _compat.is_explicitly_sharded(like):
+    if _jax.concrete(place.mask) is not None and not _jax.is_explicitly_sharded(like):
         return None
-    found = _compat.broadcast_like(like, place.mask, place.axes)
+    found = _jax.broadcast_like(like, place.mask, place.axes)
     return MaskedElements(array, index, mask, place, found)
 
 

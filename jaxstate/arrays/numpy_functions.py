@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.errors import message
 
 __all__ = ["call_function", "call_ufunc"]
@@ -102,7 +102,7 @@ def _unknown(name: str) -> Exception:
             fix=f"""
             x[...] = {name}(...)        # compute the values, and write them
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -203,7 +203,7 @@ def _is_operator(kind: type, inputs: Sequence[Any], kwargs: dict[str, Any]) -> b
         return True
     (out, *others) = kwargs.get("out", (None,))
     is_assignment = list(kwargs) == ["out"] and not others and out is inputs[0]
-    return is_assignment and _compat.is_operator_instruction(3)
+    return is_assignment and _jax.is_operator_instruction(3)
 
 
 def _at(target: Any, name: str, index: Any, operands: Sequence[Any]) -> None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.views import Fixed, Range, Reshape, Selection, Step, Window, as_signed
 
 __all__ = ["Layout", "Line", "Points", "are_computed", "placed", "spread"]
@@ -186,7 +186,7 @@ def _if_first(layout: Layout, on_new_axis: Points, place: Place, size: Any) -> P
     axes = tuple(a for a in layout.axes if a in points.axes or a in on_new_axis.axes)
     _, is_inside = _counted(spread(on_new_axis, axes), 1)
     values, is_valid = _counted(spread(points, axes), size)
-    return Points(axes, jnp.where(is_inside & is_valid, values, _compat.size_value(size)))
+    return Points(axes, jnp.where(is_inside & is_valid, values, _jax.size_value(size)))
 
 
 def _through_range(what: Range, size: Any, layout: Layout, place: Place) -> Place:
@@ -198,7 +198,7 @@ def _through_range(what: Range, size: Any, layout: Layout, place: Place) -> Plac
     if not isinstance(place, Points):
         return start + step * place
     values, is_inside = _counted(place.values, n)
-    start, size = _compat.size_value(start), _compat.size_value(size)
+    start, size = _jax.size_value(start), _jax.size_value(size)
     return place._replace(values=_where(is_inside, start + step * values, size))
 
 
@@ -206,14 +206,14 @@ def _through_window(what: Window, size: Any, layout: Layout, place: Place) -> Po
     axes, values = _as_points(layout, place)
     values, is_inside = _counted(values, what.size)
     last = what.start + what.step * (what.size - 1)
-    size = _compat.size_value(size)
+    size = _jax.size_value(size)
     fits = (what.start >= 0) & (last < size)
     return Points(axes, jnp.where(is_inside & fits, what.start + what.step * values, size))
 
 
 def _counted(values: Any, size: Any) -> tuple[Any, Any]:
     """Positions on an axis, counted from the front, and whether they are in bounds."""
-    values, size = as_signed(values), _compat.size_value(size)
+    values, size = as_signed(values), _jax.size_value(size)
     values = _where(values < 0, values + size, values)
     return values, (values >= 0) & (values < size)
 
@@ -227,10 +227,10 @@ def _as_points(layout: Layout, place: Place) -> Points:
     if isinstance(place, Points):
         return place
     if not isinstance(place, Line):
-        return Points((), _compat.size_value(place))
+        return Points((), _jax.size_value(place))
     place = layout.forwards(place)
     axes = tuple(part for a in place.axes for part in layout.parts(a))
-    values = jnp.arange(place.size) * place.step + _compat.size_value(place.start)
+    values = jnp.arange(place.size) * place.step + _jax.size_value(place.start)
     return Points(axes, jnp.reshape(values, [layout.sizes[a] for a in axes]))
 
 
@@ -276,13 +276,13 @@ def _factors(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[tuple[Any, ...], 
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    return bool(_compat.same_size(a, b))
+    return bool(_jax.same_size(a, b))
 
 
 def _is_less(a: Any, b: Any) -> bool:
     try:
         return bool(a < b)
-    except _compat.InconclusiveDimensionOperation:
+    except _jax.InconclusiveDimensionOperation:
         return False
 
 
@@ -367,10 +367,10 @@ def _scattered(
             fits = is_inside if fits is True else fits & is_inside
         position = position + _times(values, stride)
         stride = stride * n
-    if _compat.is_size(position):
-        position = jnp.asarray(_compat.size_value(position))
+    if _jax.is_size(position):
+        position = jnp.asarray(_jax.size_value(position))
     if fits is not True:
-        position = jnp.where(fits, position, _compat.size_value(stride))
+        position = jnp.where(fits, position, _jax.size_value(stride))
     found: list[Place] = []
     inner: Any = 1
     for i, n in reversed(list(enumerate(parent))):
@@ -381,14 +381,14 @@ def _scattered(
 
 
 def _times(values: Any, n: Any) -> Any:
-    return values if isinstance(n, int) and n == 1 else values * _compat.size_value(n)
+    return values if isinstance(n, int) and n == 1 else values * _jax.size_value(n)
 
 
 def _divided_by(divide: Any, values: Any, n: Any) -> Any:
     """The quotient, or the remainder, of positions, none of which is negative."""
     if isinstance(n, int) and n == 1:
         return values if divide is jax.lax.div else jnp.zeros_like(values)
-    n = jnp.asarray(_compat.size_value(n), values.dtype)
+    n = jnp.asarray(_jax.size_value(n), values.dtype)
     return divide(values, jnp.broadcast_to(n, values.shape))
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.positions import Layout, Line, Points, are_computed, placed, spread
 from jaxstate.arrays.views import (
     EMPTY_AXIS,
@@ -52,7 +52,7 @@ class Update(NamedTuple):
     operands: tuple[Any, ...]
 
     def __call__(self, x: Any) -> Any:
-        return _compat.of_type(_compat.typeof(x), self.run(self.static, x, *self.operands))
+        return _jax.of_type(_jax.typeof(x), self.run(self.static, x, *self.operands))
 
     def compiled(self, x: Any, *, into_x: bool) -> Any:
         """The same, as one program; ``into_x`` gives the memory of ``x`` to the result.
@@ -60,7 +60,7 @@ class Update(NamedTuple):
         With a traced operand the result may be another array: one per lane, say.
         """
         into_x = into_x and self.run not in (_nothing, _replace)
-        is_traced = any(isinstance(y, _compat.Tracer) for y in self.operands)
+        is_traced = any(isinstance(y, _jax.Tracer) for y in self.operands)
         placed = x.sharding if x.committed and not is_traced else None
         into_x = into_x and not is_traced and self.run not in (_nothing, _replace)
         return _program(self.run, self.static, into_x, placed)(x, *self.operands)
@@ -69,11 +69,11 @@ class Update(NamedTuple):
 @lru_cache(maxsize=4096)
 def _program(run: Callable[..., Any], static: Any, donate: bool, placed: Any) -> Any:
     def write(x: Any, *operands: Any) -> Any:
-        return _compat.of_type(_compat.typeof(x), run(static, x, *operands))
+        return _jax.of_type(_jax.typeof(x), run(static, x, *operands))
 
     # Else an array of which nothing is left is no operand, and JAX warns of unused memory.
     options: dict[str, Any] = dict(donate_argnums=0 if donate else (), keep_unused=True)
-    return _compat.jit(write, **options, **({} if placed is None else {"out_shardings": placed}))
+    return _jax.jit(write, **options, **({} if placed is None else {"out_shardings": placed}))
 
 
 # -- The operations --------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def _nothing(static: None, x: Any) -> Any:
 
 
 def _replace(static: None, x: Any, value: Any) -> Any:
-    return _compat.broadcast_like(_compat.typeof(x), value)
+    return _jax.broadcast_like(_jax.typeof(x), value)
 
 
 def _block(static: tuple[Any, Any], x: Any, value: Any, *starts: Any) -> Any:
@@ -109,9 +109,9 @@ def _scatter_through(static: tuple[Any, ...], x: Any, value: Any, *arrays: Any) 
 
 
 def _by_mask(axes: tuple[int, ...], x: Any, value: Any, mask: Any) -> Any:
-    like = _compat.typeof(x)
-    mask = _compat.broadcast_like(like, mask, None if mask.shape == x.shape else axes)
-    return jax.lax.select(mask, _compat.broadcast_like(like, value), x)
+    like = _jax.typeof(x)
+    mask = _jax.broadcast_like(like, mask, None if mask.shape == x.shape else axes)
+    return jax.lax.select(mask, _jax.broadcast_like(like, value), x)
 
 
 _ARRAY = "array"
@@ -162,7 +162,7 @@ def fit(value: Any, shape: Sequence[int]) -> Any:
     left, wanted = given[lead:], tuple(shape)[len(shape) - len(given) + lead :]
     fits = len(left) == len(wanted)
     pairs = zip(left, wanted, strict=False)
-    if fits and all(_is_one(m) or _compat.same_size(m, n) for m, n in pairs):
+    if fits and all(_is_one(m) or _jax.same_size(m, n) for m, n in pairs):
         return jnp.reshape(value, left) if lead else value
     raise ValueError(
         f"could not broadcast input array from shape {given} into shape {tuple(shape)}"
@@ -228,10 +228,10 @@ def _written(x: Any, layout: Layout, places: Sequence[Any], value: Any) -> Updat
             return Update(_replace, None, (value,))
         # (Along an axis that is sharded JAX has a rule for scatter only.)
         is_block = all(places[d].step == 1 or _is_one(places[d].size) for d in lines)
-        if is_block and not _compat.is_explicitly_sharded(_compat.typeof(x)):
+        if is_block and not _jax.is_explicitly_sharded(_jax.typeof(x)):
             sizes = tuple(p.size if isinstance(p, Line) else 1 for p in places)
             starts = (p.start if isinstance(p, Line) else p for p in places)
-            starts = tuple(map(_compat.size_value, starts))
+            starts = tuple(map(_jax.size_value, starts))
             return Update(_block, (sizes, tuple(lines)), (value, *starts))
     template, operands = [], []
     for place, n in zip(places, x.shape, strict=True):
@@ -308,7 +308,7 @@ def _update_if(
     steps: Sequence[Step], x: Any, shape: Any, condition: Any, entries: list[Any], value: Any
 ) -> Update | None:
     """The write where one entry says if there is any, or None if more is to be known of it."""
-    is_traced = _compat.concrete(condition) is None
+    is_traced = _jax.concrete(condition) is None
     others = [None if e is condition else e for e in entries]
     if not all(map(is_basic, others)):
         if not is_traced or jnp.ndim(value):
@@ -327,8 +327,8 @@ def _update_if(
 
 
 def _if_so(condition: Any, value: Any, otherwise: Any) -> Any:
-    like = _compat.typeof(otherwise)
-    condition, value = (_compat.broadcast_like(like, x) for x in (condition, value))
+    like = _jax.typeof(otherwise)
+    condition, value = (_jax.broadcast_like(like, x) for x in (condition, value))
     return jax.lax.select(condition, value, otherwise)
 
 
@@ -370,7 +370,7 @@ def _is_array(entry: Any) -> bool:
 def _places(shape: Sequence[Any], entries: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]]:
     """The shape of ``x[entries]``, and the positions in the view of ``x`` by the basic entries."""
     arrays = [e for e in entries if _is_array(e)]
-    block = _compat.broadcast_shapes([e.shape for e in arrays])
+    block = _jax.broadcast_shapes([e.shape for e in arrays])
     advanced = [i for i, e in enumerate(entries) if not isinstance(e, (*_BETWEEN, Window))]
     is_one_block = advanced[-1] - advanced[0] < len(advanced)
     at = advanced[0] if is_one_block else 0
@@ -394,7 +394,7 @@ def _places(shape: Sequence[Any], entries: Sequence[Any]) -> tuple[tuple[Any, ..
 
 
 def _taken(entry: slice | Window, size: Any) -> Any:
-    return entry.size if isinstance(entry, Window) else _compat.slice_of_axis(entry, size)[2]
+    return entry.size if isinstance(entry, Window) else _jax.slice_of_axis(entry, size)[2]
 
 
 def _update_by_mask(
@@ -440,7 +440,7 @@ def _positions(entry: Any) -> Sequence[Any]:
     """A mask as the arrays of positions that it finds; anything else as it is."""
     if not is_mask(entry):
         return (entry,)
-    concrete = entry if isinstance(entry, np.ndarray) else _compat.concrete(entry)
+    concrete = entry if isinstance(entry, np.ndarray) else _jax.concrete(entry)
     if concrete is None:
         raise MaskedWriteError(
             message(
@@ -451,7 +451,7 @@ def _positions(entry: Any) -> Sequence[Any]:
                 x[:] = jnp.where(mask, values, x)           # or values in the shape of x
                 x[jnp.nonzero(mask, size=n)] = values       # or their number, if you know it
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
     return np.asarray(concrete).nonzero()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.errors import message
 
 __all__ = [
@@ -53,13 +53,13 @@ class Fixed(NamedTuple):
 
     @property
     def is_traced(self) -> bool:
-        return not _compat.is_size(self.index)
+        return not _jax.is_size(self.index)
 
     def read_index(self) -> Any:
         """The index of the element of the parent, the nearest one for an index out of bounds."""
         if self.among is None:
             return self.index
-        start, step, size = map(_compat.size_value, self.among)
+        start, step, size = map(_jax.size_value, self.among)
         i = as_signed(self.index)
         i = jax.numpy.where(i < 0, i + size, i)
         return start + step * jax.numpy.clip(i, 0, size - 1)
@@ -74,7 +74,7 @@ class Window(NamedTuple):
 
     def read(self, x: Any, axis: int) -> Any:
         """The elements of ``x`` along an axis; the nearest window for one out of bounds."""
-        n = _compat.size_value(x.shape[axis])
+        n = _jax.size_value(x.shape[axis])
         start = jax.numpy.where(self.start < 0, self.start + n, self.start)
         if self.step == 1:
             return jax.lax.dynamic_slice_in_dim(x, start, self.size, axis)
@@ -128,7 +128,7 @@ class Selection(NamedTuple):
             return x
         windows = any(isinstance(a, Window) for a in self.along)
         if not windows and all(isinstance(n, int) for n in self.parent):
-            return _compat.getitem(x, tuple(map(_entry, self.along)))
+            return _jax.getitem(x, tuple(map(_entry, self.along)))
         # JAX takes an index of an axis of symbolic size beside whole axes only.
         dropped = []
         for d, a in enumerate(self.along):
@@ -145,7 +145,7 @@ class Selection(NamedTuple):
             _entry(a) if t else slice(None) for a, t in zip(self.along, is_traced, strict=True)
         ]
         index = [e for d, e in enumerate(index) if d not in dropped]
-        return x if all(isinstance(e, slice) for e in index) else _compat.getitem(x, tuple(index))
+        return x if all(isinstance(e, slice) for e in index) else _jax.getitem(x, tuple(index))
 
     def read_numpy(self, x: np.ndarray) -> np.ndarray:
         """The view of a NumPy array (the first element along an axis for a traced integer)."""
@@ -161,15 +161,15 @@ def _entry(what: Any) -> Any:
 
 def _entry_of_stand_in(what: Fixed | Range | Window) -> Any:
     if isinstance(what, Fixed):
-        return 0 if what.is_traced else _compat.stand_in_size(what.index)
+        return 0 if what.is_traced else _jax.stand_in_size(what.index)
     if isinstance(what, Window):
         return slice(0, what.size * what.step, what.step)
-    return Range(*map(_compat.stand_in_size, what)).as_slice()
+    return Range(*map(_jax.stand_in_size, what)).as_slice()
 
 
 def _range_of(x: Any, axis: int, a: Range) -> Any:
     if a.step not in (1, -1):
-        positions = jax.numpy.arange(a.size) * a.step + _compat.size_value(a.start)
+        positions = jax.numpy.arange(a.size) * a.step + _jax.size_value(a.start)
         return jax.numpy.take(x, positions, axis, mode="clip")
     start = a.start if a.step == 1 else a.start - a.size + 1
     x = jax.lax.slice_in_dim(x, start, start + a.size, axis=axis)
@@ -186,7 +186,7 @@ class Reshape(NamedTuple):
         return jax.lax.reshape(x, self.shape)
 
     def read_numpy(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(tuple(map(_compat.stand_in_size, self.shape)), copy=False)
+        return x.reshape(tuple(map(_jax.stand_in_size, self.shape)), copy=False)
 
 
 Step = Selection | Reshape
@@ -254,10 +254,10 @@ def _as_array_or_scalar(entry: Any) -> Any:
         return entry
     if isinstance(entry, slice):
         return _static(entry)
-    if isinstance(entry, _compat.DynamicSlice):
+    if isinstance(entry, _jax.DynamicSlice):
         return _slice_or_window(entry)
-    if _compat.is_size(entry):
-        return _compat.size_value(entry)
+    if _jax.is_size(entry):
+        return _jax.size_value(entry)
     dtype = getattr(entry, "dtype", None)
     if isinstance(entry, (np.integer, np.ndarray)) and not entry.ndim and entry.dtype.kind in "iu":
         return int(entry)
@@ -296,7 +296,7 @@ def in_two_steps(entries: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ..
 
     None if there is no condition, or one that is traced.
     """
-    known = [np.asarray(_compat.concrete(e)) for e in entries if is_condition(e)]
+    known = [np.asarray(_jax.concrete(e)) for e in entries if is_condition(e)]
     if not known or any(k.dtype != np.bool_ for k in known):
         return None
     new_axes: list[Any] = []
@@ -345,7 +345,7 @@ def _may_be_outside(i: int, size: Any) -> bool:
     """Whether nobody knows if the index is out of bounds, for a symbolic size."""
     try:
         return (-i <= size if i < 0 else i < size) not in (True, False)
-    except _compat.InconclusiveDimensionOperation:
+    except _jax.InconclusiveDimensionOperation:
         return True
 
 
@@ -377,7 +377,7 @@ def view(steps: Sequence[Step], shape: Sequence[int], entries: Sequence[Any]) ->
         d = last.order[axis]
         size = last.shape[axis]
         if isinstance(entry, slice):
-            start, step, taken = _compat.slice_of_axis(entry, size)
+            start, step, taken = _jax.slice_of_axis(entry, size)
             if d < 0:
                 order.append(EMPTY_AXIS if taken == 0 else NEW_AXIS)
                 continue
@@ -417,7 +417,7 @@ def _static(entry: slice) -> slice:
 
 
 def _bound(bound: Any) -> Any:
-    if _compat.is_size(bound):
+    if _jax.is_size(bound):
         return bound
     try:
         return operator.index(bound)
@@ -430,7 +430,7 @@ def _bound(bound: Any) -> Any:
                 i = jnp.arange(len(x))
                 x[(start <= i) & (i < stop)] = value    # or one value for all between the bounds
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         ) from None
 
@@ -438,7 +438,7 @@ def _bound(bound: Any) -> Any:
 def _slice_or_window(entry: Any) -> slice | Window:
     """A `jax.ds` of this index."""
     start, size, step = entry.start, operator.index(entry.size), operator.index(entry.stride)
-    if not _compat.is_size(start):
+    if not _jax.is_size(start):
         return Window(as_signed(start), step, size)
     return slice(start, start + size * step, step)
 
@@ -476,7 +476,7 @@ def reshaped(
 
 def stand_in(steps: Sequence[Step], base: Sequence[int]) -> np.ndarray:
     """A view of NumPy with these steps, of an array of the shape ``base``, and of no memory."""
-    base = [_compat.stand_in_size(n) for n in base]
+    base = [_jax.stand_in_size(n) for n in base]
     strides = np.cumprod([1, *(max(n, 1) for n in reversed(base))])[-2::-1]
     x = np.lib.stride_tricks.as_strided(
         np.empty(1, np.int8), shape=tuple(base), strides=tuple(int(s) for s in strides)

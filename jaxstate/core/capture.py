@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.slots import Address
 
 __all__ = ["StateTracer"]
 
 
-class _Nowhere(_compat.Trace):
+class _Nowhere(_jax.Trace):
     """The trace of tracers that are no values: always valid, never current."""
 
     parent_trace = None
@@ -34,7 +34,7 @@ class _Nowhere(_compat.Trace):
 nowhere = _Nowhere()
 
 
-class StateTracer(_compat.Tracer):
+class StateTracer(_jax.Tracer):
     """A constant of a jaxpr that stands for a slot."""
 
     __slots__ = ("address",)
@@ -48,15 +48,15 @@ class StateTracer(_compat.Tracer):
 
     def dimension_as_value(self) -> Any:
         """The current value. A jaxpr builder asks for it before it makes a constant."""
-        return _compat.canonicalize(self)
+        return _jax.canonicalize(self)
 
     def to_concrete_value(self) -> Any:
-        return _compat.concrete(_compat.canonicalize(self))
+        return _jax.concrete(_jax.canonicalize(self))
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        return np.asarray(_compat.canonicalize(self), *args, **kwargs)
+        return np.asarray(_jax.canonicalize(self), *args, **kwargs)
 
     def _contents(self) -> list[tuple[str, Any]]:
         """What it contains may carry a tangent, says the JVP tracer: `jax.closure_convert` makes an
         operand of it then, and keeps no capture."""
-        return [("value", _compat.PERTURBED)]
+        return [("value", _jax.PERTURBED)]

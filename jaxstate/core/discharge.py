@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.initializers import addresses_of, birth_p
 from jaxstate.core.resolve import (
@@ -87,12 +87,12 @@ def state_of_all(jaxprs: Iterable[Any]) -> State:
     return State(reads, writes)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _state_of(jaxpr: Any) -> State:
     reads: dict[Address, None] = {}
     writes: dict[Address, None] = {}
     captures = _captures_of(jaxpr)
-    for eqn in _compat.equations(jaxpr):
+    for eqn in _jax.equations(jaxpr):
         if _reads_captured(eqn, captures):
             continue
         if eqn.primitive is read_p or eqn.primitive is birth_p:
@@ -100,8 +100,8 @@ def _state_of(jaxpr: Any) -> State:
         elif eqn.primitive is write_p:
             writes[eqn.params["address"]] = None
         elif state_effect in eqn.effects:
-            jaxprs = _compat.jaxprs_in(eqn.params)
-            raise _no_rule(eqn.primitive.name, jaxprs, _compat.location_of(eqn))
+            jaxprs = _jax.jaxprs_in(eqn.params)
+            raise _no_rule(eqn.primitive.name, jaxprs, _jax.location_of(eqn))
     return State(tuple(a for a in reads if a not in writes), tuple(writes))
 
 
@@ -109,21 +109,21 @@ def _is_read_of_capture(eqn: Any) -> bool:
     return eqn.primitive is read_p and bool(eqn.invars)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _captures_of(jaxpr: Any, writes: frozenset[Address] = frozenset()) -> dict[Any, Any]:
     """The inputs of a jaxpr, and what is read of slots of which they are the captures: variable ->
     input. What is read may be an operand of the next such read: an argument that can be written.
 
     ``writes`` are slots that others write while the jaxpr is used.
     """
-    inputs = (*_compat.constvars(jaxpr), *_compat.invars(jaxpr))
+    inputs = (*_jax.constvars(jaxpr), *_jax.invars(jaxpr))
     captures: dict[Any, Any] = {v: v for v in inputs}
-    eqns = _compat.equations(jaxpr)
+    eqns = _jax.equations(jaxpr)
     written = writes | {e.params["address"] for e in eqns if e.primitive is write_p}
     for eqn in eqns:
         if _is_read_of_capture(eqn) and eqn.params["address"] not in written:
             operand = eqn.invars[0]
-            if isinstance(operand, _compat.Var) and operand in captures:
+            if isinstance(operand, _jax.Var) and operand in captures:
                 captures[eqn.outvars[0]] = captures[operand]
     return captures
 
@@ -132,7 +132,7 @@ def _reads_captured(eqn: Any, captures: dict[Any, Any]) -> bool:
     """Whether an equation reads a slot of which an input of its jaxpr is the capture."""
     if not _is_read_of_capture(eqn):
         return False
-    return isinstance(eqn.invars[0], _compat.Var) and eqn.invars[0] in captures
+    return isinstance(eqn.invars[0], _jax.Var) and eqn.invars[0] in captures
 
 
 class Computed(NamedTuple):
@@ -143,22 +143,22 @@ class Computed(NamedTuple):
     version: int
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _computed_captures(jaxpr: Any) -> tuple[Computed, ...]:
     captures = _captures_of(jaxpr)
     return tuple(
         Computed(i, eqn.params["address"], eqn.params["version"])
-        for i, eqn in enumerate(_compat.equations(jaxpr))
+        for i, eqn in enumerate(_jax.equations(jaxpr))
         if _is_read_of_capture(eqn) and not _reads_captured(eqn, captures)
     )
 
 
 def settled_captures(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of an equation, without the reads that are what was captured for certain."""
-    stateful = [j for j in _compat.jaxprs_in(params) if state_effect in j.effects]
+    stateful = [j for j in _jax.jaxprs_in(params) if state_effect in j.effects]
     if not any(map(_computed_captures, stateful)):
         return params
-    if _compat.may_run_again(_compat.current_trace()):
+    if _jax.may_run_again(_jax.current_trace()):
         return params  # what comes later may write before this runs again
     writes, use = state_of_all(stateful).writes, current_use()
 
@@ -170,17 +170,17 @@ def settled_captures(params: dict[str, Any]) -> dict[str, Any]:
         )
         return _without_reads(jaxpr, current) if current else jaxpr
 
-    return _compat.with_jaxprs(params, settled)
+    return _jax.with_jaxprs(params, settled)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _without_reads(jaxpr: Any, numbers: tuple[int, ...]) -> Any:
     """The jaxpr with the operands of some of its reads in the place of their results."""
-    eqns = _compat.equations(jaxpr)
+    eqns = _jax.equations(jaxpr)
     renamed = {eqns[i].outvars[0]: eqns[i].invars[0] for i in numbers}
 
     def rename(atom: Any) -> Any:
-        return renamed.get(atom, atom) if isinstance(atom, _compat.Var) else atom
+        return renamed.get(atom, atom) if isinstance(atom, _jax.Var) else atom
 
     kept = [
         eqn.replace(invars=[rename(v) for v in eqn.invars])
@@ -188,8 +188,8 @@ def _without_reads(jaxpr: Any, numbers: tuple[int, ...]) -> Any:
         if i not in numbers
     ]
     has_state = any(state_effect in eqn.effects for eqn in kept)
-    return _compat.remade(
-        jaxpr, invars=_compat.invars(jaxpr), outvars=[rename(v) for v in _compat.outvars(jaxpr)],
+    return _jax.remade(
+        jaxpr, invars=_jax.invars(jaxpr), outvars=[rename(v) for v in _jax.outvars(jaxpr)],
         eqns=kept, effs=jaxpr.effects if has_state else jaxpr.effects - {state_effect},
     )  # fmt: skip
 
@@ -202,11 +202,11 @@ class Captured(NamedTuple):
     version: int
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def captured_inputs(jaxpr: Any) -> tuple[Captured, ...]:
     """The inputs of a jaxpr of which its reads say what slots they are (`resolve.read_since`)."""
-    captures, inputs = _captures_of(jaxpr), list(_compat.invars(jaxpr))
-    reads = [eqn for eqn in _compat.equations(jaxpr) if _reads_captured(eqn, captures)]
+    captures, inputs = _captures_of(jaxpr), list(_jax.invars(jaxpr))
+    reads = [eqn for eqn in _jax.equations(jaxpr) if _reads_captured(eqn, captures)]
     origins = [captures[eqn.invars[0]] for eqn in reads]
     return tuple(
         Captured(inputs.index(v), eqn.params["address"], eqn.params["version"])
@@ -222,19 +222,19 @@ def superseded(jaxpr: Any, writes: Sequence[Address]) -> tuple[int, ...]:
     return _superseded(jaxpr, frozenset(writes))
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _superseded(jaxpr: Any, writes: frozenset[Address]) -> tuple[int, ...]:
     captures = _captures_of(jaxpr, writes)
-    eqns = _compat.equations(jaxpr)
+    eqns = _jax.equations(jaxpr)
     used = [v for e in eqns if not _is_read_of_capture(e) for v in e.invars]
-    used = [v for v in (*used, *_compat.outvars(jaxpr)) if isinstance(v, _compat.Var)]
+    used = [v for v in (*used, *_jax.outvars(jaxpr)) if isinstance(v, _jax.Var)]
     kept = {captures[v] for v in used if v in captures}
     meant = {
         captures[e.invars[0]]
         for e in eqns
         if _reads_captured(e, captures) and e.params["address"] in writes
     }
-    return tuple(i for i, v in enumerate(_compat.invars(jaxpr)) if v in meant and v not in kept)
+    return tuple(i for i, v in enumerate(_jax.invars(jaxpr)) if v in meant and v not in kept)
 
 
 def refreshed(jaxpr: Any, operands: Sequence[Any], writes: Sequence[Address] = ()) -> Sequence[Any]:
@@ -279,10 +279,10 @@ def uses_of(jaxprs: Sequence[Any]) -> Uses:
     return Uses(reads, tuple(a for a in writes if a not in outs), outs)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _replaced(jaxpr: Any) -> frozenset[Address]:
     """The slots that a jaxpr writes without having read them."""
-    eqns = _compat.equations(jaxpr)
+    eqns = _jax.equations(jaxpr)
     read = {a for e in eqns if e.primitive in (read_p, birth_p) for a in addresses_of(e)}
     return frozenset(a for a in state_of(jaxpr).writes if a not in read)
 
@@ -314,10 +314,10 @@ def settle_jaxprs(jaxprs: Iterable[Any]) -> None:
         settle(addresses, state_of_all(stateful).writes)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def in_order(jaxpr: Any) -> Addresses:
     """The slots that a jaxpr uses, in the order of first use."""
-    eqns = (e for e in _compat.equations(jaxpr) if e.primitive in (read_p, birth_p, write_p))
+    eqns = (e for e in _jax.equations(jaxpr) if e.primitive in (read_p, birth_p, write_p))
     return tuple(dict.fromkeys(a for eqn in eqns for a in addresses_of(eqn)))
 
 
@@ -385,38 +385,38 @@ def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
     return _thread(jaxpr, how, tuple(avals))
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     addresses = how.reads + how.writes + how.lasts
-    incoming = {a: _compat.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
+    incoming = {a: _jax.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
-    inputs = list(_compat.invars(jaxpr))
+    inputs = list(_jax.invars(jaxpr))
     written = {*how.writes, *how.outs}
     captures = _captures_of(jaxpr)
     renamed: dict[Any, Any] = {}
     eqns = []
 
     def rename(atom: Any) -> Any:
-        return renamed.get(atom, atom) if isinstance(atom, _compat.Var) else atom
+        return renamed.get(atom, atom) if isinstance(atom, _jax.Var) else atom
 
     def varying_like(like: Any, atom: Any) -> Any:
         """``atom`` as one that varies over the mesh axes over which ``like`` does."""
-        if _compat.axes_of(like.aval) <= _compat.axes_of(atom.aval):
+        if _jax.axes_of(like.aval) <= _jax.axes_of(atom.aval):
             return atom
-        eqns.append(_compat.varying_equation(atom, _compat.axes_of(like.aval)))
+        eqns.append(_jax.varying_equation(atom, _jax.axes_of(like.aval)))
         return eqns[-1].outvars[0]
 
     def in_mesh_of(like: Any, atom: Any) -> Any:
         """``atom`` as a value of the mesh of the type ``like``, or of that of the program."""
-        if _compat.mesh_of(atom.aval) == _compat.mesh_of(like):
+        if _jax.mesh_of(atom.aval) == _jax.mesh_of(like):
             return atom
-        eqn = _compat.mesh_equation(atom, like)
+        eqn = _jax.mesh_equation(atom, like)
         if eqn is None:
             return atom
         eqns.append(eqn)
         return eqn.outvars[0]
 
-    for eqn in _compat.equations(jaxpr):
+    for eqn in _jax.equations(jaxpr):
         if _reads_captured(eqn, captures) and eqn.params["address"] not in written:
             renamed[eqn.outvars[0]] = rename(eqn.invars[0])
         elif eqn.primitive is read_p or eqn.primitive is birth_p:
@@ -434,15 +434,15 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
         """What a slot holds at the end, of the mesh and sharding that it has at the start."""
         first, last = incoming[address], current[address]
         last = in_mesh_of(first.aval, varying_like(first, last))
-        if address.may_be_resharded and not _compat.same_sharding(first.aval, last.aval):
-            eqns.append(_compat.resharding_equation(last, first.aval))
+        if address.may_be_resharded and not _jax.same_sharding(first.aval, last.aval):
+            eqns.append(_jax.resharding_equation(last, first.aval))
             last = eqns[-1].outvars[0]
         return last
 
     reads = [incoming[a] for a in how.reads]
     writes = [incoming[a] for a in how.writes]
     lasts = [incoming[a] for a in how.lasts]
-    outvars = [rename(v) for v in _compat.outvars(jaxpr)]
+    outvars = [rename(v) for v in _jax.outvars(jaxpr)]
     dropped = {inputs[i] for i in how.dropped}
     invars = [*reads, *inputs[: how.at], *writes, *inputs[how.at :], *lasts]
     invars = [v for v in invars if v not in dropped]
@@ -455,7 +455,7 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
                 check_place(address, incoming[address].aval, out.aval, "the body of a loop")
         outvars[out_at:out_at] = outs
     outvars += [in_mesh_of(None, current[a]) for a in how.outs]
-    return _compat.remade(
+    return _jax.remade(
         jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
     )
 
@@ -464,7 +464,7 @@ def _check_axes(address: Address, found: Any, wanted: Any) -> None:
     """A jaxpr traced with a value that is the same on all devices is right only for such."""
     if not address.has_axes:
         return
-    axes = sorted(map(str, _compat.axes_of(found) - _compat.axes_of(wanted)))
+    axes = sorted(map(str, _jax.axes_of(found) - _jax.axes_of(wanted)))
     if axes:
         raise DeviceWriteError(
             message(
@@ -473,14 +473,14 @@ def _check_axes(address: Address, found: Any, wanted: Any) -> None:
                 fix=f"""
                 value = jax.lax.pcast(value, {tuple(axes)}, to="varying")   # before the first use
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
 
 def _check_turn(address: Address, first: Any, last: Any) -> None:
     """What a loop carries is, in every turn, the same on all devices or not."""
-    axes = sorted(map(str, _compat.axes_of(last) - _compat.axes_of(first)))
+    axes = sorted(map(str, _jax.axes_of(last) - _jax.axes_of(first)))
     if axes:
         raise DeviceWriteError(
             message(
@@ -490,7 +490,7 @@ def _check_turn(address: Address, first: Any, last: Any) -> None:
                 value = jax.lax.pmean(value, {tuple(axes)})     # the same on all, or: before,
                 value = jax.lax.pcast(value, {tuple(axes)}, to="varying")
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -498,7 +498,7 @@ def _check_turn(address: Address, first: Any, last: Any) -> None:
 def check_place(address: Address, first: Any, last: Any, where: str) -> None:
     """What a loop carries, and what the branches of a ``cond`` return, is of one type: in the same
     memory, and sharded in the same way."""
-    if _compat.same_place(first, last):
+    if _jax.same_place(first, last):
         return
     if first.memory_space != last.memory_space:
         mended = f"jax.device_put(value, jax.memory.Space.{first.memory_space.name})"
@@ -506,12 +506,12 @@ def check_place(address: Address, first: Any, last: Any, where: str) -> None:
         mended = f"jax.sharding.reshard(value, jax.P{tuple(first.sharding.spec)})"
     raise SlotTypeError(
         message(
-            f"{address} has type {_compat.shown(first)}, and {where} leaves a value of type"
-            f" {_compat.shown(last)} in it.",
+            f"{address} has type {_jax.shown(first)}, and {where} leaves a value of type"
+            f" {_jax.shown(last)} in it.",
             fix=f"""
             value = {mended}     # before it is written
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -529,7 +529,7 @@ def read_all(addresses: Sequence[Address]) -> list[Any]:
       StateError: if nothing that is open here has such a slot, or its type is not the one for
         which the jaxpr was traced.
     """
-    values = [_compat.canonicalize(value) for value in read_as_stored(addresses)]
+    values = [_jax.canonicalize(value) for value in read_as_stored(addresses)]
     for address, value in zip(addresses, values, strict=True):
         check_type(address, address.wanted, value)
     return values
@@ -543,7 +543,7 @@ def read_as_stored(addresses: Iterable[Address]) -> list[Any]:
 
 def check_type(address: Address, wanted: Any, value: Any) -> None:
     """Raises if the slot that ``address`` means here is not of the type that a jaxpr expects."""
-    if wanted is not None and not _compat.same_type(value, wanted):
+    if wanted is not None and not _jax.same_type(value, wanted):
         raise address.renewed(current_use()).changed(wanted, value)
 
 
@@ -610,9 +610,9 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         if primitive not in _rules:
-            has_state = _has_state_of_jit if primitive is _compat.jit_p else _has_state
-            _compat.wrap_bind(primitive, lambda bind: _one_use_per_bind(bind, has_state))
-            _compat.wrap_bind_with_trace(
+            has_state = _has_state_of_jit if primitive is _jax.jit_p else _has_state
+            _jax.wrap_bind(primitive, lambda bind: _one_use_per_bind(bind, has_state))
+            _jax.wrap_bind_with_trace(
                 primitive, lambda bind: _stateful_bind(primitive, bind, has_state)
             )
         _rules[primitive] = rule
@@ -690,22 +690,22 @@ def _stateful_bind(
     primitive: Any, bind: Callable[..., Any], has_state: Callable[[dict[str, Any]], bool]
 ) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not has_state(params) or isinstance(trace, _compat.TransparentTrace):
+        if not has_state(params) or isinstance(trace, _jax.TransparentTrace):
             return bind(trace, args, avals, params)  # such a trace runs the jaxprs, state and all
-        with _compat.set_current_trace(trace):
+        with _jax.set_current_trace(trace):
             for notice in before_rules:
                 notice()
             params = settled_captures(params)
             if not has_state(params):
                 return bind(trace, args, avals, params)
-            settle_jaxprs(list(_compat.jaxprs_in(params)))
+            settle_jaxprs(list(_jax.jaxprs_in(params)))
             return _rules[primitive](args, params)
 
     return bind_with_trace
 
 
 def _has_state(params: dict[str, Any]) -> bool:
-    for jaxpr in _compat.jaxprs_in(params):
+    for jaxpr in _jax.jaxprs_in(params):  # noqa: SIM110 (at every bind: no generator)
         if jaxpr.effects and state_effect in jaxpr.effects:
             return True
     return False
@@ -743,16 +743,16 @@ def register_hidden_rule(kind: Any) -> Callable[[Rule], Rule]:
 def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         prim = params["_prim"]
-        if isinstance(trace, _compat.StagingTrace) and any_open():
-            with _compat.set_current_trace(trace):
+        if isinstance(trace, _jax.StagingTrace) and any_open():
+            with _jax.set_current_trace(trace):
                 _look_into(prim)
-        hidden = list(_compat.hidden_jaxprs(prim))
+        hidden = list(_jax.hidden_jaxprs(prim))
         if not any(state_effect in x.effects for x in [prim, *hidden]):
             return bind(trace, args, avals, params)
         rule = _hidden_rules.get(type(prim))
         if rule is None:
-            raise _no_rule(type(prim).__name__, hidden, _compat.user_location())
-        with _compat.set_current_trace(trace):
+            raise _no_rule(type(prim).__name__, hidden, _jax.user_location())
+        with _jax.set_current_trace(trace):
             settle_jaxprs(hidden)
             return rule(args, prim)
 
@@ -761,12 +761,12 @@ def _hidden_stateful_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
 
 def _one_use_per_hidden_bind(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_values(*args: Any, **params: Any) -> Any:  # JAX does not look at these operands
-        return bind(*map(_compat.resolved, args), **params)
+        return bind(*map(_jax.resolved, args), **params)
 
     return _one_use_per_bind(bind_values, lambda params: True, runs_jaxprs=False)
 
 
-class _HiddenEffect(_compat.Effect):
+class _HiddenEffect(_jax.Effect):
     """What an operation has whose ``expand`` uses state: it is not dropped where nobody uses its
     result."""
 
@@ -781,7 +781,7 @@ class _HiddenEffect(_compat.Effect):
 
 
 _hidden_effect = _HiddenEffect()
-_compat.allow_effect_everywhere_but_in_compiled_code(_HiddenEffect)
+_jax.allow_effect_everywhere_but_in_compiled_code(_HiddenEffect)
 
 
 def _look_into(prim: Any) -> None:
@@ -793,9 +793,9 @@ def _look_into(prim: Any) -> None:
     Raises:
       UnsupportedPrimitiveError: for any other state.
     """
-    if not _compat.is_of_user(prim):
+    if not _jax.is_of_user(prim):
         return
-    jaxpr, constants = _compat.expanded(prim)
+    jaxpr, constants = _jax.expanded(prim)
     captured = [c.address for c in constants if type(c) is StateTracer]
     state = state_of(jaxpr)
     used = [*state.writes, *state.reads]
@@ -811,7 +811,7 @@ def _look_into(prim: Any) -> None:
                 w = jaxstate.param("w", ...)
                 y = Operation(...)(x, k, w)         # and pass it in
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
     if used or _hidden_effect in jaxpr.effects:
@@ -821,8 +821,8 @@ def _look_into(prim: Any) -> None:
 def _is_at_top_level(holder: Any) -> bool:
     if holder.is_boundary or holder.outside is not None:
         return False
-    return not any(isinstance(t, _compat.StagingTrace) for t in _compat.chain(holder.anchor))
+    return not any(isinstance(t, _jax.StagingTrace) for t in _jax.chain(holder.anchor))
 
 
-_compat.wrap_bind(_compat.call_hi_primitive_p, _one_use_per_hidden_bind)
-_compat.wrap_bind_with_trace(_compat.call_hi_primitive_p, _hidden_stateful_bind)
+_jax.wrap_bind(_jax.call_hi_primitive_p, _one_use_per_hidden_bind)
+_jax.wrap_bind_with_trace(_jax.call_hi_primitive_p, _hidden_stateful_bind)

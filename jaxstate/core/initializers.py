@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.resolve import current_use, read, read_p, state_effect, write_p
 from jaxstate.core.slots import Address
 from jaxstate.core.specs import Form, all_arrays, form_of, takes_shape, typed
@@ -46,7 +46,7 @@ class Birth:
         self._looks_at_key = _looks_at_last_input(jaxpr)
 
     def run(self, data: Sequence[Any], *keys: Any) -> list[Any]:
-        return _values(_compat.eval_closed_jaxpr(self.jaxpr, *data, *keys))
+        return _values(_jax.eval_closed_jaxpr(self.jaxpr, *data, *keys))
 
     def run_with_key(self, data: Sequence[Any], key: Any, words: Any) -> list[Any]:
         """Runs it with a key of its own: ``key``, with the ``words`` folded in."""
@@ -59,7 +59,7 @@ class Birth:
 
 def _values(results: Sequence[Any]) -> list[Any]:
     """What an initializer made, for a store: in an in-place function it makes writable arrays."""
-    return [_compat.canonicalize(x) for x in results]
+    return [_jax.canonicalize(x) for x in results]
 
 
 def _folded(key: Any, words: Any) -> Any:
@@ -69,9 +69,9 @@ def _folded(key: Any, words: Any) -> Any:
 
 
 def _looks_at_last_input(jaxpr: Any) -> bool:
-    last = _compat.invars(jaxpr)[-1:]
-    used = [v for eqn in _compat.equations(jaxpr) for v in eqn.invars]
-    return any(v is last[0] for v in (*used, *_compat.outvars(jaxpr))) if last else False
+    last = _jax.invars(jaxpr)[-1:]
+    used = [v for eqn in _jax.equations(jaxpr) for v in eqn.invars]
+    return any(v is last[0] for v in (*used, *_jax.outvars(jaxpr))) if last else False
 
 
 def born(
@@ -81,7 +81,7 @@ def born(
     if takes_shape(init, init_args, address.takes_key):
         maker = _Maker(type(address), init, init_args)
         if maker.is_hashable:
-            return _shared_birth(maker, key_avals, _compat.trace_context_without_state()), []
+            return _shared_birth(maker, key_avals, _jax.trace_context_without_state()), []
     initial = address.initial
     return trace_initializer(address, lambda *keys: initial(init, init_args, *keys), *key_avals)
 
@@ -138,7 +138,7 @@ def trace_initializer(
     def arrays(*keys: Any) -> Any:
         return all_arrays(init(*keys), entry)
 
-    closed, shape = _compat.make_jaxpr(arrays, return_shape=True)(*key_avals)
+    closed, shape = _jax.make_jaxpr(arrays, return_shape=True)(*key_avals)
     closed, addresses = _with_reads_as_inputs(closed)
     if state_effect in closed.effects:
         raise InitializerDataError(
@@ -151,15 +151,15 @@ def trace_initializer(
                 value = jaxstate.random.normal((3,))          # or use the state before
                 jaxstate.variable("v", lambda: value)
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
-    if any(map(_compat.is_tracer, _compat.consts_of(closed))):
+    if any(map(_jax.is_tracer, _jax.consts_of(closed))):
         # What initializes a module of another package runs its forward pass for the shapes.
-        closed = _compat.without_dead_code(closed)
-    data = [c for c in _compat.consts_of(closed) if _compat.is_tracer(c)]
+        closed = _jax.without_dead_code(closed)
+    data = [c for c in _jax.consts_of(closed) if _jax.is_tracer(c)]
     if data:
-        closed = _compat.hoist_constants(closed, _compat.is_tracer)
+        closed = _jax.hoist_constants(closed, _jax.is_tracer)
     return Birth(closed, form_of(shape)), [*data, *(read(a) for a in addresses)]
 
 
@@ -168,15 +168,15 @@ def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
 
     A jaxpr that does more to its slots than to read them is left as it is.
     """
-    eqns = _compat.equations(jaxpr)
+    eqns = _jax.equations(jaxpr)
     reads = [eqn for eqn in eqns if eqn.primitive is read_p]
     others = [eqn for eqn in eqns if eqn.primitive is not read_p]
     if not reads or any(state_effect in eqn.effects for eqn in others):
         return jaxpr, []
-    made = _compat.remade(
+    made = _jax.remade(
         jaxpr,
-        invars=[*(eqn.outvars[0] for eqn in reads), *_compat.invars(jaxpr)],
-        outvars=_compat.outvars(jaxpr),
+        invars=[*(eqn.outvars[0] for eqn in reads), *_jax.invars(jaxpr)],
+        outvars=_jax.outvars(jaxpr),
         eqns=others,
         effs=jaxpr.effects - {state_effect},
     )
@@ -185,7 +185,7 @@ def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
 
 # -- Births that look at data, inside a jaxpr ------------------------------------------------
 
-birth_p = _compat.Primitive("state_birth")
+birth_p = _jax.Primitive("state_birth")
 birth_p.multiple_results = True
 birth_p.def_effectful_abstract_eval(
     lambda *data, addresses, birth: (list(birth.form.avals), {state_effect})
@@ -195,7 +195,7 @@ birth_p.def_effectful_abstract_eval(
 @birth_p.def_bind_with_trace
 def _bear_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose births are not delivered yet."""
-    with _compat.set_current_trace(trace):
+    with _jax.set_current_trace(trace):
         return bear_at(params["addresses"], params["birth"], args)
 
 
@@ -204,10 +204,10 @@ def bear_at(addresses: Sequence[Address], birth: Birth, data: Sequence[Any]) -> 
     return addresses[0].bear(addresses, birth, data)  # type: ignore[attr-defined]
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def has_births(jaxpr: Any) -> bool:
     """Whether a jaxpr makes slots from data."""
-    return any(eqn.primitive is birth_p for eqn in _compat.equations(jaxpr))
+    return any(eqn.primitive is birth_p for eqn in _jax.equations(jaxpr))
 
 
 class _Needs(NamedTuple):
@@ -227,7 +227,7 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
     if state_effect not in jaxpr.effects:
         return
     use = current_use()
-    for eqn in _compat.equations(jaxpr):
+    for eqn in _jax.equations(jaxpr):
         if eqn.primitive is not birth_p:
             continue
         addresses, birth = eqn.params["addresses"], eqn.params["birth"]
@@ -248,14 +248,14 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
                 )
             )
         reads = [read(a.renewed(use)) for a in needs.reads]
-        data = _compat.eval_closed_jaxpr(needs.jaxpr, *values, *reads)
+        data = _jax.eval_closed_jaxpr(needs.jaxpr, *values, *reads)
         bear_at(addresses, birth, data)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _needs(jaxpr: Any, address: Address) -> _Needs:
     """Slices the jaxpr for the data of the birth of ``address``."""
-    eqns = list(_compat.equations(jaxpr))
+    eqns = list(_jax.equations(jaxpr))
     at = next(
         i for i, e in enumerate(eqns)
         if e.primitive is birth_p and e.params["addresses"][0] == address
@@ -269,15 +269,15 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
         if e.primitive in (read_p, birth_p)
         for v, address in zip(e.outvars, addresses_of(e), strict=True)
     }
-    inputs = tuple(i for i, v in enumerate(_compat.invars(jaxpr)) if v in needed)
-    made = _compat.remade(
+    inputs = tuple(i for i, v in enumerate(_jax.invars(jaxpr)) if v in needed)
+    made = _jax.remade(
         jaxpr,
-        invars=[*(_compat.invars(jaxpr)[i] for i in inputs), *given],
+        invars=[*(_jax.invars(jaxpr)[i] for i in inputs), *given],
         outvars=outvars,
         eqns=pure,
         effs=frozenset(),
     )
-    return _Needs(inputs, tuple(given.values()), _compat.close(made))
+    return _Needs(inputs, tuple(given.values()), _jax.close(made))
 
 
 def addresses_of(eqn: Any) -> tuple[Address, ...]:
@@ -287,20 +287,20 @@ def addresses_of(eqn: Any) -> tuple[Address, ...]:
 
 def sliced(jaxpr: Any) -> tuple[Any, list[int]]:
     """The closed jaxpr without what its outputs do not need, and which inputs it still takes."""
-    outvars, inputs = _compat.outvars(jaxpr), _compat.invars(jaxpr)
-    eqns, needed = slice_equations(_compat.equations(jaxpr), outvars)
+    outvars, inputs = _jax.outvars(jaxpr), _jax.invars(jaxpr)
+    eqns, needed = slice_equations(_jax.equations(jaxpr), outvars)
     used = [i for i, v in enumerate(inputs) if v in needed]
     invars = [inputs[i] for i in used]
-    pure = _compat.remade(jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=frozenset())
+    pure = _jax.remade(jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=frozenset())
     return pure, used
 
 
 def slice_equations(eqns: Sequence[Any], outvars: Sequence[Any]) -> tuple[list[Any], set[Any]]:
     """The equations that ``outvars`` depend on, effects aside, and all variables these mention."""
-    needed = {v for v in outvars if isinstance(v, _compat.Var)}
+    needed = {v for v in outvars if isinstance(v, _jax.Var)}
     kept = []
     for eqn in reversed(eqns):
         if eqn.primitive is not write_p and any(v in needed for v in eqn.outvars):
             kept.append(eqn)
-            needed.update(v for v in eqn.invars if isinstance(v, _compat.Var))
+            needed.update(v for v in eqn.invars if isinstance(v, _jax.Var))
     return kept[::-1], needed

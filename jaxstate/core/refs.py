@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core import resolve
 from jaxstate.core.slots import Address, Cell, Holder, holders, loose_holders
 from jaxstate.core.specs import strong
@@ -36,8 +36,8 @@ class ZeroCell(Cell):
         if self.written is not None:
             return self.written
         if self._zero is None:
-            with _compat.set_current_trace(self._place):
-                self._zero = _compat.zeros(self._aval)
+            with _jax.set_current_trace(self._place):
+                self._zero = _jax.zeros(self._aval)
         return self._zero
 
     @value.setter
@@ -52,7 +52,7 @@ class Slot(Holder):
         super().__init__()
         self.name = name
         self.made = made
-        self.anchor = _compat.holding_trace(_compat.current_trace())
+        self.anchor = _jax.holding_trace(_jax.current_trace())
         self.address = SlotAddress(self)
         self._own: Any = weakref.WeakKeyDictionary()  # or the slot would keep itself alive
         self._cells()[self] = cell
@@ -65,7 +65,7 @@ class Slot(Holder):
     def _cells(self) -> Any:
         """Where the cell is: with the jaxpr in which the slot was made, so that a slot which a
         function keeps in its closure keeps no tracer."""
-        if isinstance(self.anchor, _compat.StagingTrace):
+        if isinstance(self.anchor, _jax.StagingTrace):
             return resolve.notes_of(self.anchor).extra
         return self._own
 
@@ -93,7 +93,7 @@ class Slot(Holder):
                 slot = jaxstate.extend.new_slot(value)      # outside of the function
                 """,
                 made=self.made,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -110,8 +110,8 @@ class Slot(Holder):
                 slot = new_slot(value)              # or a slot per lane: made inside the vmap
                 """,
                 made=self.made,
-                used=_compat.user_location(),
-                under=f"vmap over {_compat.lane_count(trace)} lanes",
+                used=_jax.user_location(),
+                under=f"vmap over {_jax.lane_count(trace)} lanes",
             )
         )
 
@@ -137,7 +137,7 @@ class SlotAddress(Address):
 
     def cell_here(self) -> Cell | None:
         slot = self._slot()
-        if slot is None or slot.anchor is not _compat.current_trace():
+        if slot is None or slot.anchor is not _jax.current_trace():
             return None
         return None if any(h.knows(self) for h in holders()) else slot.known_cell()
 
@@ -168,7 +168,7 @@ class SlotAddress(Address):
                 slot = jaxstate.extend.new_slot(value)      # keep it as long as its users
                 jax.clear_caches()                          # or trace them again
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -197,7 +197,7 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
     6.0
     """
     value = strong(value)
-    return Slot(Cell(value), _compat.typeof(value), name, _compat.user_location())
+    return Slot(Cell(value), _jax.typeof(value), name, _jax.user_location())
 
 
 def read(slot: Slot) -> jax.Array:
@@ -213,7 +213,7 @@ def read(slot: Slot) -> jax.Array:
       ClosedStateError: if the transformed function in which the slot was made has ended.
     """
     value = resolve.read(slot.address)
-    if _compat.has_ended(value):
+    if _jax.has_ended(value):
         raise slot.ended()
     return value
 
@@ -234,16 +234,16 @@ def write(slot: Slot, value: Any) -> None:
     """
     value = strong(value)
     wanted = slot.aval(slot.address)
-    if not _compat.same_type(value, wanted):
+    if not _jax.same_type(value, wanted):
         raise SlotTypeError(
             message(
                 f"{slot.address} has type {wanted.str_short()}, and was written with one of type"
-                f" {_compat.typeof(value).str_short()}.",
+                f" {_jax.typeof(value).str_short()}.",
                 fix=f"""
                 write(slot, jnp.asarray(value, {wanted.dtype}).reshape({wanted.shape}))
                 """,
                 made=slot.made,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
     resolve.write(slot.address, value)

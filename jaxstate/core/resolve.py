@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.slots import Address, AllLanes, Holder, Lane, any_open, stack
 from jaxstate.errors import ConvertedClosureError, UnsupportedPrimitiveError, message
@@ -37,7 +37,7 @@ __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "writ
 # -- The two primitives ----------------------------------------------------------------------
 
 
-class StateEffect(_compat.Effect):
+class StateEffect(_jax.Effect):
     """What a jaxpr has whose state is not threaded yet. No such jaxpr is ever compiled."""
 
     def __repr__(self) -> str:
@@ -57,10 +57,10 @@ class StateEffect(_compat.Effect):
 
 
 state_effect = StateEffect()
-_compat.allow_effect_everywhere_but_in_compiled_code(StateEffect)
+_jax.allow_effect_everywhere_but_in_compiled_code(StateEffect)
 
-read_p = _compat.Primitive("state_read")
-write_p = _compat.Primitive("state_write")
+read_p = _jax.Primitive("state_read")
+write_p = _jax.Primitive("state_write")
 write_p.multiple_results = True
 
 # The operand of a read, if it has one, is the capture of the slot: see `_read_staged`.
@@ -71,11 +71,11 @@ write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect
 @read_p.def_bind_with_trace
 def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
-    with _compat.set_current_trace(trace):
+    with _jax.set_current_trace(trace):
         address = params["address"].renewed(None)
         captured = args[0] if args else None
         value = read_since(address, captured, params["version"]) if args else read_stored(address)
-        return _compat.in_mesh_of(params["aval"], value)
+        return _jax.in_mesh_of(params["aval"], value)
 
 
 def _resolving_captures(bind: Any) -> Any:
@@ -86,12 +86,12 @@ def _resolving_captures(bind: Any) -> Any:
     return resolve_or_bind
 
 
-_compat.wrap_bind(read_p, _resolving_captures)
+_jax.wrap_bind(read_p, _resolving_captures)
 
 
 @write_p.def_bind_with_trace
 def _write_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-    with _compat.set_current_trace(trace):
+    with _jax.set_current_trace(trace):
         write(params["address"].renewed(None), *args)
     return []
 
@@ -105,13 +105,13 @@ def _refuse_to_compile(ctx: Any, *args: Any, address: Address, **params: Any) ->
             jaxstate.extend.register_rule(primitive)(rule)    # makes the primitive stateful
             k = jaxstate.next_key()                           # or: take it out, pass it in
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
 
-_compat.register_lowering(read_p, _refuse_to_compile)
-_compat.register_lowering(write_p, _refuse_to_compile)
+_jax.register_lowering(read_p, _refuse_to_compile)
+_jax.register_lowering(write_p, _refuse_to_compile)
 
 
 # -- Notes that live as long as a trace ------------------------------------------------------
@@ -139,7 +139,7 @@ class Notes:
 
 
 def notes_of(trace: Any) -> Notes:
-    return _compat.notes_of(trace, Notes)
+    return _jax.notes_of(trace, Notes)
 
 
 def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
@@ -149,7 +149,7 @@ def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
     holder, and not longer than the vmap. (Not with the trace: JAX's caches may keep it.)
     """
     tables = holder.lane_tables if base is None else notes_of(base).lane_tables
-    tag = _compat.tag_of(trace)
+    tag = _jax.tag_of(trace)
     known = tables.get(id(tag))
     if known is not None and known[0]() is tag:
         return known[1]
@@ -165,9 +165,9 @@ def _views(trace: Any) -> dict[Any, Any]:
 
     They live as long as the trace works: a tangent must not outlive it.
     """
-    if isinstance(trace, _compat.LinearizeTrace):
+    if isinstance(trace, _jax.LinearizeTrace):
         return notes_of(trace.tangent_trace).extra
-    return _compat.tag_of(trace).__dict__.setdefault("_jaxstate", {})
+    return _jax.tag_of(trace).__dict__.setdefault("_jaxstate", {})
 
 
 class _Splitting(threading.local):
@@ -197,7 +197,7 @@ def _drop(tables: dict[int, Any], key: int) -> None:
 
 def _drop_ended(tables: dict[int, Any]) -> None:
     """Forgets transformations that the program has left and that a cache of JAX keeps alive."""
-    chain = _compat.chain(_compat.current_trace())
+    chain = _jax.chain(_jax.current_trace())
     active = {id(t.tag) for t in chain if getattr(t, "tag", None) is not None}
     for key in tables.keys() - active:
         del tables[key]
@@ -209,13 +209,13 @@ def _drop_ended(tables: dict[int, Any]) -> None:
 def read(address: Address) -> Any:
     """The current value of the slot, as one of the mesh that the program is in."""
     value = read_stored(address)
-    return value if _compat.abstract_mesh().empty else _compat.in_mesh(value)
+    return value if _jax.abstract_mesh().empty else _jax.in_mesh(value)
 
 
 def read_stored(address: Address) -> Any:
     """The current value of the slot, of the mesh type that it has."""
     holder = address.holder()
-    if holder.anchor is _compat.current_trace():
+    if holder.anchor is _jax.current_trace():
         return holder.cell(address).value
     levels, base = _way_to(holder)
     return _read_at(address, holder, levels, 0, base)[0]
@@ -225,10 +225,10 @@ def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot, which keeps its mesh type."""
     address.note_write()
     holder = address.holder()
-    if not _compat.abstract_mesh().empty:
-        value = _of_mesh_before(address, holder, _compat.canonicalize(value))
-    if holder.anchor is _compat.current_trace():
-        holder.cell(address).value = _compat.canonicalize(value)
+    if not _jax.abstract_mesh().empty:
+        value = _of_mesh_before(address, holder, _jax.canonicalize(value))
+    if holder.anchor is _jax.current_trace():
+        holder.cell(address).value = _jax.canonicalize(value)
         return
     levels, base = _way_to(holder)
     _write_at(address, holder, levels, 0, base, value)
@@ -241,16 +241,16 @@ def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
     A slot without one keeps what is written. Who reads it sees it in the mesh of that place, and a
     jaxpr hands it on in the mesh of the place where it is bound.
     """
-    if _compat.mesh_of(_compat.typeof(value)) is None:
+    if _jax.mesh_of(_jax.typeof(value)) is None:
         return value
-    if holder.anchor is _compat.current_trace():
-        before = _compat.typeof(holder.cell(address).value)
-        if _compat.mesh_of(before) is None:
-            return _compat.in_mesh_set(value)
+    if holder.anchor is _jax.current_trace():
+        before = _jax.typeof(holder.cell(address).value)
+        if _jax.mesh_of(before) is None:
+            return _jax.in_mesh_set(value)
     else:
         base = _way_to(holder)[1]
-        before = address.aval() if base is None else _compat.type_in_jaxpr(base, address.aval())
-    return _compat.in_mesh_of(before, value)
+        before = address.aval() if base is None else _jax.type_in_jaxpr(base, address.aval())
+    return _jax.in_mesh_of(before, value)
 
 
 def boundaries(holder: Holder) -> list[Any]:
@@ -260,7 +260,7 @@ def boundaries(holder: Holder) -> list[Any]:
     (`rules.derivatives`): names and addresses inside are relative to it.
     """
     found: list[Any] = []
-    trace = _compat.current_trace()
+    trace = _jax.current_trace()
     open_holders = stack()
     if trace is holder.anchor and open_holders and open_holders[-1] is holder:
         return found
@@ -274,10 +274,10 @@ def boundaries(holder: Holder) -> list[Any]:
         ends_by_itself = inner is not holder and not inner.is_boundary
         if ends_by_itself:
             open_holders = list(inner.below)
-        for t in _compat.chain(trace):
+        for t in _jax.chain(trace):
             if not ends_by_itself and same_trace(t, inner.anchor):
                 break
-            if isinstance(t, _compat.StagingTrace) and not any(t is f for f in found):
+            if isinstance(t, _jax.StagingTrace) and not any(t is f for f in found):
                 found.append(t)
         if inner is holder:
             break
@@ -296,7 +296,7 @@ def is_inside(holder: Holder, boundary: Any) -> bool:
     """Whether ``holder`` was opened inside a boundary."""
     if isinstance(boundary, Holder):
         return holder.age > boundary.age
-    return any(trace is boundary for trace in _compat.chain(holder.anchor))
+    return any(trace is boundary for trace in _jax.chain(holder.anchor))
 
 
 def same_trace(a: Any, b: Any) -> bool:
@@ -314,10 +314,10 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     value is what a Python closure would see.
     """
     levels: list[Any] = []
-    for trace in _compat.chain(_compat.current_trace()):
+    for trace in _jax.chain(_jax.current_trace()):
         if same_trace(trace, holder.opened_under):
             return levels, None
-        if isinstance(trace, _compat.StagingTrace):
+        if isinstance(trace, _jax.StagingTrace):
             return levels, trace
         levels.append(trace)
     return levels, None
@@ -328,7 +328,7 @@ def destination(holder: Holder) -> tuple[dict[Any, Any], list[Any]]:
     way there, innermost first."""
     levels, base = _way_to(holder)
     notes = holder.extra if base is None else notes_of(base).extra
-    return notes, [trace for trace in levels if isinstance(trace, _compat.BatchTrace)]
+    return notes, [trace for trace in levels if isinstance(trace, _jax.BatchTrace)]
 
 
 def _read_at(
@@ -339,21 +339,21 @@ def _read_at(
         stored = holder.cell(address).value if base is None else _read_staged(address, base)
         return stored, stored
     trace = levels[i]
-    if isinstance(trace, _compat.BatchTrace):
+    if isinstance(trace, _jax.BatchTrace):
         lane = _lane(address, holder, trace, base)
         if isinstance(lane, AllLanes):
             value, stored = _read_at(lane.address, holder, levels, i + 1, base)
-            return _compat.lane_tracer(trace, value, 0), stored
+            return _jax.lane_tracer(trace, value, 0), stored
         if lane is not None:
-            return _compat.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
+            return _jax.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
         written = _written_by_lanes(trace, holder, base).get(_key(address, holder, base))
         if written is not None:
             return _put_together(written, levels[i:]), written
     value, stored = _read_at(address, holder, levels, i + 1, base)
-    if isinstance(trace, _compat.DIFFERENTIATING):
+    if isinstance(trace, _jax.DIFFERENTIATING):
         view = _views(trace).get(_key(address, holder, base))
         if view is not None and view.stored is stored:
-            return _compat.tangent_tracer(trace, value, view.tangent), stored
+            return _jax.tangent_tracer(trace, value, view.tangent), stored
     return value, stored
 
 
@@ -362,7 +362,7 @@ def _write_at(
 ) -> Any:
     """Writes a value that ``levels[i]`` holds, lowers it for the traces outside, and returns what
     is stored at the end of the way."""
-    value = _compat.canonicalize(value)
+    value = _jax.canonicalize(value)
     if i == len(levels):
         if base is None:
             holder.cell(address).value = value
@@ -370,13 +370,13 @@ def _write_at(
             _write_staged(address, base, value)
         return value
     trace = levels[i]
-    if isinstance(trace, _compat.BatchTrace):
+    if isinstance(trace, _jax.BatchTrace):
         lane = _lane(address, holder, trace, base)
         if isinstance(lane, AllLanes):
-            value = _compat.all_lanes(trace, value)
+            value = _jax.all_lanes(trace, value)
             return _write_at(lane.address, holder, levels, i + 1, base, value)
         given = value
-        value, batch_dim = _compat.lane_value(trace, value)
+        value, batch_dim = _jax.lane_value(trace, value)
         if lane is not None:
             lane.value, lane.batch_dim = value, batch_dim
             return value
@@ -384,22 +384,22 @@ def _write_at(
         if batch_dim is not None:
             if address.reduce is None:
                 raise holder.refuse_lanes(address, trace)
-            with _compat.set_current_trace(_compat.parent_of(trace)):
+            with _jax.set_current_trace(_jax.parent_of(trace)):
                 one_value = address.reduced(jnp.moveaxis(value, batch_dim, 0))
             _write_at(address, holder, levels, i + 1, base, one_value)
             written[key] = _take_apart(given, levels[i:])
             return written[key]
         written.pop(key, None)
-    elif isinstance(trace, _compat.DIFFERENTIATING):
+    elif isinstance(trace, _jax.DIFFERENTIATING):
         key = _key(address, holder, base)
-        if not _compat.owns(trace, value):
+        if not _jax.owns(trace, value):
             _views(trace).pop(key, None)
         else:
             stored = _write_at(address, holder, levels, i + 1, base, value.primal)
             _views(trace)[key] = _View(value.tangent, stored)
             return stored
-    elif isinstance(value, _compat.Tracer) and value._trace is trace:
-        given, value = value, _compat.plain_value(value)
+    elif isinstance(value, _jax.Tracer) and value._trace is trace:
+        given, value = value, _jax.plain_value(value)
         if value is given:
             raise UnsupportedPrimitiveError(
                 message(
@@ -408,7 +408,7 @@ def _write_at(
                     fix="""
                     value = jax.lax.pmean(value, axis)      # return it, and write it outside
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
     return _write_at(address, holder, levels, i + 1, base, value)
@@ -453,9 +453,9 @@ def _take_apart(value: Any, levels: list[Any]) -> _Kept:
     kept.batch_dims = []
     for trace in levels:
         batch_dim = None
-        if isinstance(trace, _compat.BatchTrace):
-            value, batch_dim = _compat.lane_value(trace, value)
-        elif isinstance(trace, _compat.DIFFERENTIATING) and _compat.owns(trace, value):
+        if isinstance(trace, _jax.BatchTrace):
+            value, batch_dim = _jax.lane_value(trace, value)
+        elif isinstance(trace, _jax.DIFFERENTIATING) and _jax.owns(trace, value):
             _views(trace)[id(kept)] = _View(value.tangent, kept)
             value = value.primal
         kept.batch_dims.append(batch_dim)
@@ -467,12 +467,12 @@ def _put_together(kept: _Kept, levels: list[Any]) -> Any:
     value = kept.value
     pairs = list(zip(levels, kept.batch_dims, strict=True))
     for trace, batch_dim in reversed(pairs):
-        if isinstance(trace, _compat.BatchTrace):
-            value = _compat.lane_tracer(trace, value, batch_dim)
-        elif isinstance(trace, _compat.DIFFERENTIATING):
+        if isinstance(trace, _jax.BatchTrace):
+            value = _jax.lane_tracer(trace, value, batch_dim)
+        elif isinstance(trace, _jax.DIFFERENTIATING):
             view = _views(trace).get(id(kept))
             if view is not None and view.stored is kept:
-                value = _compat.tangent_tracer(trace, value, view.tangent)
+                value = _jax.tangent_tracer(trace, value, view.tangent)
     return value
 
 
@@ -502,7 +502,7 @@ def recaptured(operands: Sequence[Any]) -> list[Any]:
     """The operands of the bind in progress with its captures as captures, to be bound again."""
     captured = captured_operands()
     return [
-        StateTracer(captured[i], _compat.typeof(x)) if i in captured else x
+        StateTracer(captured[i], _jax.typeof(x)) if i in captured else x
         for i, x in enumerate(operands)
     ]
 
@@ -549,28 +549,28 @@ def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
 
 # A capture is resolved by the `bind` that takes it as an operand, or by the jaxpr that closes over
 # it: from the trace that is current there.
-_compat.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
+_jax.register_tracer_type(StateTracer, lambda tracer: resolve(tracer))
 
 
 def _result_of_jaxpr(value: Any) -> Any:
     return to_program(resolve(value) if type(value) is StateTracer else value)
 
 
-_compat.wrap_results_of_jaxprs(_result_of_jaxpr)
+_jax.wrap_results_of_jaxprs(_result_of_jaxpr)
 
 
 def _finished_result(trace: Any, tracer: Any) -> Any:
     """A result that is a capture is one of an equation: JAX hands on constants and operands that
     are results as they are, and an equation resolves them."""
-    is_capture = type(_compat.constant_of(tracer)) is StateTracer
-    return _compat.copied(trace, tracer) if is_capture else tracer
+    is_capture = type(_jax.constant_of(tracer)) is StateTracer
+    return _jax.copied(trace, tracer) if is_capture else tracer
 
 
 def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
     """What is captured and written in one jaxpr is no constant of it."""
     if state_effect not in jaxpr.effects or StateTracer not in map(type, consts):
         return jaxpr, consts
-    eqns = _compat.equations(jaxpr)
+    eqns = _jax.equations(jaxpr)
     written = {e.params["address"] for e in eqns if e.primitive is write_p}
     dropped = [type(c) is StateTracer and c.address in written for c in consts]
     if not any(dropped):
@@ -581,11 +581,11 @@ def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
         return eqn.replace(invars=[]) if drops else eqn
 
     kept = [not d for d in dropped]
-    jaxpr = _compat.with_constvars(jaxpr, kept, [without_operand(e) for e in eqns])
+    jaxpr = _jax.with_constvars(jaxpr, kept, [without_operand(e) for e in eqns])
     return jaxpr, [c for c, k in zip(consts, kept, strict=True) if k]
 
 
-_compat.wrap_finished_jaxprs(_finished_result, _finished)
+_jax.wrap_finished_jaxprs(_finished_result, _finished)
 
 
 def _handed_out(constant: Any) -> Any:
@@ -601,7 +601,7 @@ def _handed_out(constant: Any) -> Any:
     return resolve(constant) if base is None else StateTracer(address.pinned(), constant.aval)
 
 
-_compat.wrap_conversions(any_open, _handed_out)
+_jax.wrap_conversions(any_open, _handed_out)
 
 
 def to_program(value: Any) -> Any:
@@ -611,14 +611,14 @@ def to_program(value: Any) -> Any:
 
 def resolve(tracer: StateTracer) -> Any:
     """The value that a capture stands for, here and now."""
-    value = _compat.in_mesh_of(tracer.aval, read_stored(tracer.address.renewed(current_use())))
+    value = _jax.in_mesh_of(tracer.aval, read_stored(tracer.address.renewed(current_use())))
     check_captured(tracer, value)
     return value
 
 
 def check_captured(tracer: StateTracer, value: Any) -> None:
     """Raises if a jaxpr was traced for another type of what it captures than that of ``value``."""
-    if not _compat.stands_for(value, tracer.aval):
+    if not _jax.stands_for(value, tracer.aval):
         raise tracer.address.renewed(current_use()).changed(tracer.aval, value)
 
 
@@ -637,13 +637,13 @@ def _read_staged(address: Address, trace: Any) -> Any:
         if address.threaded:
             aval = _staged_aval(address, key, trace)
         else:
-            aval = _compat.type_in_jaxpr(trace, address.aval())
+            aval = _jax.type_in_jaxpr(trace, address.aval())
         captured: list[Any] = []
         if not address.threaded:
-            captured.append(_compat.new_const(trace, StateTracer(key, aval)))
+            captured.append(_jax.new_const(trace, StateTracer(key, aval)))
         if address.may_be_written:
             params = dict(address=key, aval=aval, version=address.version())
-            value = _compat.stage(trace, read_p, captured, params)
+            value = _jax.stage(trace, read_p, captured, params)
         else:
             value = captured[0]
         notes.values[key] = value
@@ -683,32 +683,32 @@ def read_since(address: Address, captured: Any, version: int) -> Any:
 def _is_around(holder: Holder) -> bool:
     """Whether the program is inside of the transformation in which ``holder`` was opened. (The rule
     of a derivative runs outside of that derivative.)"""
-    chain = _compat.chain(_compat.current_trace())
+    chain = _jax.chain(_jax.current_trace())
     return any(same_trace(trace, holder.anchor) for trace in chain)
 
 
 def _staged_since(x: Any, levels: list[Any], base: Any, address: Address, version: int) -> Any:
     """An equation for what was captured, in a jaxpr that may be that of a loop: what comes after
     may write the slot before the next turn."""
-    if isinstance(x, _compat.Tracer) and any(same_trace(x._trace, level) for level in levels):
-        if not isinstance(x, _compat.DIFFERENTIATED):
+    if isinstance(x, _jax.Tracer) and any(same_trace(x._trace, level) for level in levels):
+        if not isinstance(x, _jax.DIFFERENTIATED):
             return x  # each lane was given its own
         primal = _staged_since(x.primal, levels, base, address, version)
-        return _compat.tangent_tracer(x._trace, primal, x.tangent)
+        return _jax.tangent_tracer(x._trace, primal, x.tangent)
     notes, key = notes_of(base), address.seen_from(base)
     known = (notes.values.get(key), *notes.refreshed.get(key, ()))
-    if any(_compat.is_same(x, value) for value in known):
+    if any(_jax.is_same(x, value) for value in known):
         return x
-    params = dict(address=key, aval=_compat.typeof(x), version=version)
-    value = _compat.stage(base, read_p, (x,), params)
+    params = dict(address=key, aval=_jax.typeof(x), version=version)
+    value = _jax.stage(base, read_p, (x,), params)
     notes.refreshed.setdefault(key, []).append(value)
     return value
 
 
 def _is_differentiated(x: Any, levels: list[Any]) -> bool:
     """Whether ``x`` has a tangent of one of the derivatives ``levels``."""
-    while isinstance(x, (*_compat.DIFFERENTIATED, _compat.BatchTracer)):
-        if isinstance(x, _compat.BatchTracer):
+    while isinstance(x, (*_jax.DIFFERENTIATED, _jax.BatchTracer)):
+        if isinstance(x, _jax.BatchTracer):
             x = x.val
         elif any(same_trace(x._trace, level) for level in levels):
             return True
@@ -727,7 +727,7 @@ def _written_since(address: Address) -> Exception:
             y = x.copy()                # a value of its own, which nobody writes
             solve(lambda t: t * y)      # for the function to close over
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -738,21 +738,21 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
     In a shard_map it depends on what the slot holds around that jaxpr: a derivative sums over
     devices where a value that does not vary becomes one that does.
     """
-    aval = _compat.type_in_jaxpr(trace, address.aval())
-    parent = _compat.parent_of(trace)
-    if not address.has_axes or parent is None or not _compat.device_axes():
+    aval = _jax.type_in_jaxpr(trace, address.aval())
+    parent = _jax.parent_of(trace)
+    if not address.has_axes or parent is None or not _jax.device_axes():
         return aval
 
     def outside() -> Any:
-        with _compat.set_current_trace(parent):
+        with _jax.set_current_trace(parent):
             return read(key)
 
-    return _compat.with_axes(aval, address.holder().varies_over(address, outside))
+    return _jax.with_axes(aval, address.holder().varies_over(address, outside))
 
 
 def _write_staged(address: Address, trace: Any, value: Any) -> None:
     key = address.seen_from(trace)
-    _compat.stage(trace, write_p, (value,), dict(address=key))
+    _jax.stage(trace, write_p, (value,), dict(address=key))
     notes = notes_of(trace)
     notes.values[key] = value
     notes.written.add(key)

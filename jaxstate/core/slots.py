@@ -11,7 +11,7 @@
   traces (`jaxstate.core.resolve`).
 
 Whatever shapes a trace (which holders are open, and the types of what they hold) is part of JAX's
-cache keys through `_compat.set_context_signature`.
+cache keys through `_jax.set_context_signature`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.errors import SlotTypeError, message
 
 __all__ = ["Address", "AllLanes", "Cell", "Holder", "any_open", "holders", "open_holder"]
@@ -127,12 +127,12 @@ class Address:
         """The error for a cached jaxpr that was traced for another type of this slot."""
         return SlotTypeError(
             message(
-                f"{self} has type {_compat.shown(_compat.typeof(value))} here, and a function that"
-                f" was traced before uses it as {_compat.shown(wanted)}.",
+                f"{self} has type {_jax.shown(_jax.typeof(value))} here, and a function that"
+                f" was traced before uses it as {_jax.shown(wanted)}.",
                 fix="""
                 jax.clear_caches()      # after the type of a slot has changed for good
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -229,14 +229,14 @@ class Holder:
 
     def aval(self, address: Address) -> Any:
         """The type of a slot, without making the slot."""
-        return _compat.typeof(self.cell(address).value)
+        return _jax.typeof(self.cell(address).value)
 
     def varies_over(self, address: Address, read: Callable[[], Any]) -> frozenset[Any]:
         """The mesh axes over which a slot varies as a jaxpr sees it that is traced now.
 
         ``read()`` is what the slot holds outside of that jaxpr.
         """
-        return _compat.varying_axes(read())
+        return _jax.varying_axes(read())
 
     def without_values(self) -> Holder:
         """What is left of the holder for a function that runs when it may be closed: its names
@@ -353,7 +353,7 @@ class open_holder:  # a class: generators take longer
         for notice in on_open:
             notice()
         self._stack = _thread.stack
-        self._holder.anchor = _compat.holding_trace(_compat.current_trace())
+        self._holder.anchor = _jax.holding_trace(_jax.current_trace())
         self._stack.append(self._holder)
         try:
             _publish_signature(self._stack)
@@ -433,5 +433,5 @@ def _publish_signature(stack: list[Holder]) -> None:
     if signatures:
         with _signatures_lock:
             token = _signatures.setdefault(signatures, _Signature(signatures))
-    _compat.set_context_signature(token)
+    _jax.set_context_signature(token)
     _thread.published = signatures

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxstate import _compat
+from jaxstate import _jax
 
 __all__ = ["Form", "Leaf", "form_of", "same_structure", "wanted_form"]
 
@@ -90,7 +90,7 @@ def form_of(value: Any) -> Form:
     """The form of a value, or of a tree of anything with shape and dtype."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(value)
     leaves = tuple([Leaf(i, names_of(path)) for i, (path, _) in enumerate(pairs)])
-    return Form(tree, leaves, tuple(_compat.aval_of(x) for _, x in pairs))
+    return Form(tree, leaves, tuple(_jax.aval_of(x) for _, x in pairs))
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -178,7 +178,7 @@ def wanted_form(
         shape, *dtype = init_args
         dtype = [d for d in dtype if d is not None] or _own_dtype(init)
         try:
-            return _array_form(tuple(shape), tuple(dtype), _compat.type_context())
+            return _array_form(tuple(shape), tuple(dtype), _jax.type_context())
         except TypeError:  # a dtype that cannot be hashed
             return _array_form.__wrapped__(tuple(shape), tuple(dtype), None)
 
@@ -190,7 +190,7 @@ def wanted_form(
 
     if not takes_key:
         return made()
-    kind = _compat.default_key_kind()
+    kind = _jax.default_key_kind()
     try:
         return made(_a_key(jax.random.key, kind))
     except Exception:
@@ -204,7 +204,7 @@ def wanted_form(
 def all_arrays(value: Any, entry: Any) -> Any:
     """What an initializer made of ``entry``, if it is a tree of arrays."""
     for leaf in jax.tree.leaves(value):
-        if not _compat.is_array_like(leaf):
+        if not _jax.is_array_like(leaf):
             raise TypeError(
                 f"The initializer of {entry} made {leaf!r}, which is no array. A parameter or"
                 " variable is a tree of arrays.\nTo mend it:\n"
@@ -218,7 +218,7 @@ def all_arrays(value: Any, entry: Any) -> Any:
 def takes_shape(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> bool:
     """Whether ``init([key,] shape[, dtype])`` makes one array, as JAX's own initializers do."""
     if takes_key:
-        known = _compat.is_standard_initializer(init)
+        known = _jax.is_standard_initializer(init)
     else:
         known = init is jnp.zeros or init is jnp.ones
     return known and len(init_args) in (1, 2) and _is_shape(init_args[0])
@@ -232,7 +232,7 @@ def _own_dtype(init: Any) -> list[Any]:
 
 @functools.lru_cache(4096)
 def _array_form(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) -> Form:
-    aval = _compat.ShapedArray(shape, jnp.result_type(*dtype or [float]))
+    aval = _jax.ShapedArray(shape, jnp.result_type(*dtype or [float]))
     return Form(ONE_ARRAY, (ONLY_LEAF,), (aval,))
 
 
@@ -253,11 +253,11 @@ def _a_key(make: Callable[[int], Any], kind: str) -> jax.ShapeDtypeStruct:
 
 def strong(value: Any) -> Any:
     """The value as an array whose dtype no Python scalar can change."""
-    if _compat.is_plain_array(value) and not _compat.is_weak(value):
+    if _jax.is_plain_array(value) and not _jax.is_weak(value):
         return value
-    _compat.refuse_user_type(value)
-    value = _compat.resolved(jnp.asarray(value))
-    if not getattr(_compat.typeof(value), "weak_type", False):
+    _jax.refuse_user_type(value)
+    value = _jax.resolved(jnp.asarray(value))
+    if not getattr(_jax.typeof(value), "weak_type", False):
         return value
     return jax.lax.convert_element_type(value, value.dtype)
 

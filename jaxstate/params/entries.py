@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.initializers import Birth
 from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read
 from jaxstate.core.slots import Address, Cell, Holder, holders
@@ -212,7 +212,7 @@ class EntryAddress(Address):
 
     def as_stored(self, value: Any) -> Any:
         """What is kept of a value that the user gives."""
-        return _compat.as_array(value)
+        return _jax.as_array(value)
 
     def type_as_stored(self, aval: Any) -> Any:
         """The type of what is kept of a value of type ``aval``."""
@@ -224,7 +224,7 @@ class EntryAddress(Address):
     def changed(self, wanted: Any, value: Any) -> Exception:
         store = self.store()
         path = (*store.path(store.layers(), self), *self.leaf.path)
-        return self.mismatch(path, _compat.shown(_compat.typeof(value)), _compat.shown(wanted))
+        return self.mismatch(path, _jax.shown(_jax.typeof(value)), _jax.shown(wanted))
 
     def not_given(self) -> Exception:
         """The error for an ``apply`` that was given no entries of this kind at all."""
@@ -280,8 +280,8 @@ def home_of(boundary: Any) -> Home:
 
 def current_home() -> Home | None:
     """The home of what is made here; None outside of any jaxpr under construction."""
-    for trace in _compat.chain(_compat.current_trace()):
-        if isinstance(trace, _compat.StagingTrace):
+    for trace in _jax.chain(_jax.current_trace()):
+        if isinstance(trace, _jax.StagingTrace):
             return home_of(trace)
     return None
 
@@ -388,7 +388,7 @@ class Store(Holder):
         self.call_of_root: Any = self.scopes.entered(Level("", root), None)
         self.home = current_home()
         self.run = object()  # of which this store is, or for which it stands
-        self.mesh = _compat.abstract_mesh()
+        self.mesh = _jax.abstract_mesh()
 
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
@@ -402,7 +402,7 @@ class Store(Holder):
 
         Then a cell is all there is to a slot: this is the short way of most reads and writes.
         """
-        if _compat.current_trace() is not self.anchor or _compat.abstract_mesh() is not self.mesh:
+        if _jax.current_trace() is not self.anchor or _jax.abstract_mesh() is not self.mesh:
             return False
         for holder in holders():
             if holder is self:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.params.entries import current_home, current_origin
 from jaxstate.params.paths import Origin, Token
 
@@ -60,7 +60,7 @@ class PerInstance:
         """Drops, once in a while, the instances without weak references that nobody else has."""
         if len(self._without_weakrefs) >= self._enough:
             for key, held in list(self._without_weakrefs.items()):
-                if _compat.is_only_reference(held):
+                if _jax.is_only_reference(held):
                     del self._without_weakrefs[key], self._tokens[key]
             self._enough = 2 * len(self._without_weakrefs) + 16
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.initializers import sliced
 from jaxstate.core.slots import open_holder
 from jaxstate.errors import (
@@ -114,7 +114,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
     The initial value depends on the key given to ``init`` and on the path of the parameter alone:
     the key is folded with the first 8 bytes of the SHA-256 digest of the path.
     """
-    used = _compat.user_location()
+    used = _jax.user_location()
     check_name(name, "param")
     if not callable(init):
         raise TypeError(
@@ -251,9 +251,7 @@ class Parametrized(Reusable, Summarizable):
             return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
-            made, shapes = _compat.make_jaxpr(forward, return_shape=True)(
-                param_key, streams, arrays
-            )
+            made, shapes = _jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
         leaves = _run_slice(made, operands, abstract)
         values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -330,7 +328,7 @@ class Parametrized(Reusable, Summarizable):
             with open_holder(store), _open_streams(streams):
                 return self.fn(*args, **kwargs), store
 
-        if not _compat.jit_is_disabled():
+        if not _jax.jit_is_disabled():
             return run(store())
         # Only the branches that are taken are seen now, and modules would be named accordingly.
         named = store()
@@ -508,7 +506,7 @@ def _not_all_were_made(base: Path, n: int, of: int) -> Exception:
             {base[-1]} = make()                                # before the branch
             jaxstate.parametrized(fn, name="{base[-1]}_if")    # or a name for each
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -528,8 +526,8 @@ def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
                 fix="""
                 params = net.init(key, x)      # an array instead of a ShapeDtypeStruct
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
-    values = _compat.eval_closed_jaxpr(pure, *inputs)
-    return [_compat.as_array(_compat.canonicalize(x)) for x in values]
+    values = _jax.eval_closed_jaxpr(pure, *inputs)
+    return [_jax.as_array(_jax.canonicalize(x)) for x in values]

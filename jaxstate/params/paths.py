@@ -17,7 +17,7 @@ import threading
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.errors import NameClashError, message
 
 __all__ = ["Home", "Layer", "Layers", "Level", "Origin", "Path", "ScopeStack", "Token"]
@@ -300,7 +300,7 @@ def _clash(path: Path, wanted: str, found: str) -> NameClashError:
             jaxstate.{function}("{path[-1]}_value", ...)          # another name for one of them
             with jaxstate.scope("{path[-1]}_part"): ...      # or, for a scope, another name
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.core.specs import ONE_ARRAY, Form, contrast, form_of
 from jaxstate.errors import (
@@ -281,7 +281,7 @@ class ReusingStore(InitStore):
         super().make(entry, address, data, path)
         if path in self.reused.values:
             values = jax.tree.leaves(self.reused.values[path])
-            with _compat.set_current_trace(self.anchor):
+            with _jax.set_current_trace(self.anchor):
                 for cell, value in zip(entry.cells.values(), values, strict=True):
                     cell.value = _like(value, cell.value)
 
@@ -293,10 +293,10 @@ class ReusingStore(InitStore):
 
 def _like(value: Any, made: Any) -> Any:
     """A reused value, in the type for which the function is being traced."""
-    value = _compat.as_array(value)
-    if value.dtype != made.dtype and not _compat.is_typed_key(made):
+    value = _jax.as_array(value)
+    if value.dtype != made.dtype and not _jax.is_typed_key(made):
         value = value.astype(made.dtype)
-    return _compat.with_weak_type_of(_compat.typeof(made), value)
+    return _jax.with_weak_type_of(_jax.typeof(made), value)
 
 
 class _Part:
@@ -351,7 +351,7 @@ class _Part:
                     reuse = {{{self.module.name}.shaped(*its_args): params}}   # its own arguments
                     reuse.pop({self.module.name})                    # or leave it out
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             ) from error
 
@@ -371,7 +371,7 @@ class _Part:
                         net.parameters_from({{{self.module.name}: params}}, x)
                         """,
                         wanted=str(form),
-                        used=_compat.user_location(),
+                        used=_jax.user_location(),
                     )
                 )
             node = node[name]
@@ -383,11 +383,11 @@ class _Part:
     def _checked(self, value: Any, path: Path, form: Form) -> Any:
         """The value, if it is of that structure and these shapes."""
         leaves, tree = flattened(value, form.tree)
-        if not all(map(_compat.is_array_like, leaves)):
+        if not all(map(_jax.is_array_like, leaves)):
             shown, wanted = type(value).__name__ if tree == ONE_ARRAY else str(tree), str(form)
         else:
             value = tree.unflatten(leaves)
-            found = form_of(tree.unflatten(map(_compat.typeof, leaves)))
+            found = form_of(tree.unflatten(map(_jax.typeof, leaves)))
             if found.same_shapes(form):
                 return value
             shown, wanted = contrast(found, form)
@@ -398,7 +398,7 @@ class _Part:
                 fix="""
                 params = net.init(key, x)      # with inputs of the shapes that apply is given
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -423,9 +423,9 @@ class _Lasting:
     makes whenever it runs."""
 
     def __init__(self) -> None:
-        chain = _compat.chain(_compat.current_trace())
+        chain = _jax.chain(_jax.current_trace())
         self._homes: list[Home | None] = [
-            home_of(t) for t in chain if isinstance(t, _compat.StagingTrace)
+            home_of(t) for t in chain if isinstance(t, _jax.StagingTrace)
         ]
 
     def __contains__(self, token: Token) -> bool:
@@ -568,7 +568,7 @@ def _uncovered(name: str, missing: list[Path], found: Reused) -> Exception:
             params = net.init(key, x, reuse=reuse)               # makes the rest
             net.parameters_from({**reuse, layer: layer_params}, x)    # or give it
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -584,13 +584,13 @@ def _nothing_in_common(part: _Part, net: Any) -> Exception:
             def net(x):
                 return {name}(x)        # the object itself, not another one made like it
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
 
 def _as_arrays(value: Any) -> Any:
-    return jax.tree.map(_compat.as_array, value)
+    return jax.tree.map(_jax.as_array, value)
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.params.entries import innermost_store
 from jaxstate.params.parametrized import Parametrized, param
 from jaxstate.params.variables import Variable, variable
@@ -192,5 +192,5 @@ def stack(
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    aval = _compat.typeof(x)
+    aval = _jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)

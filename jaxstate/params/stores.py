@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import jax
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.initializers import Birth, bear_at, birth_p, born
 from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read, same_trace
 from jaxstate.core.slots import Cell, Holder, holders, signature_changed
@@ -36,7 +36,7 @@ class InitStore(Store):
     def __init__(self, root: Token, key: Any) -> None:
         super().__init__(root)
         self.key = key
-        self.key_aval = _compat.typeof(key)
+        self.key_aval = _jax.typeof(key)
 
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
@@ -48,10 +48,10 @@ class InitStore(Store):
 
     def varies_over(self, address: EntryAddress, read: Any) -> frozenset[Any]:  # type: ignore[override]
         """All there are: to read would be to make it, and nobody sees what ``init`` computes."""
-        return _compat.device_axes()
+        return _jax.device_axes()
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
-        with _compat.out_of_devices(self.mesh):
+        with _jax.out_of_devices(self.mesh):
             birth, data = born(address, init, init_args, *[self.key_aval] * address.takes_key)
         address.birth = birth
         place = self.located(address)
@@ -78,12 +78,12 @@ class InitStore(Store):
         """Makes an entry from the birth in its address."""
         birth = address.birth
         assert birth is not None
-        with _compat.set_current_trace(self.anchor), _compat.out_of_devices(self.mesh):
+        with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
             if address.takes_key:
                 values = birth.run_with_key(data, self.key, _words(path))
             else:
                 values = birth.run(data)
-            leaves = [_compat.in_mesh(_compat.as_array(value), self.mesh) for value in values]
+            leaves = [_jax.in_mesh(_jax.as_array(value), self.mesh) for value in values]
         entry.initial = dict(zip(birth.form.leaves, leaves, strict=True))
         entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
 
@@ -92,7 +92,7 @@ class InitStore(Store):
         place = self.located(address)
         if place.layers.entry(place.path, address.kind) is None:
             entry = self.entry_at(place, address)
-            data = [_lowered(d, address, self.anchor) for d in map(_compat.canonicalize, data)]
+            data = [_lowered(d, address, self.anchor) for d in map(_jax.canonicalize, data)]
             boundary = boundary_of(self)
             if boundary is None:
                 self.make(entry, address, data, self.path(Layers([self.layer]), address))
@@ -102,7 +102,7 @@ class InitStore(Store):
                 raise _data_on_devices(address)
             else:
                 keys = tuple(a.seen_from(boundary) for a in addresses)
-                leaves = _compat.stage(boundary, birth_p, data, dict(addresses=keys, birth=birth))
+                leaves = _jax.stage(boundary, birth_p, data, dict(addresses=keys, birth=birth))
                 notes_of(boundary).values.update(zip(keys, leaves, strict=True))
         return [read(a) for a in addresses]
 
@@ -276,7 +276,7 @@ class ApplyStore(Store):
         leaves, tree = flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
-                leaves[leaf.index] = _compat.in_mesh(cell.value)
+                leaves[leaf.index] = _jax.in_mesh(cell.value)
         return tree.unflatten(leaves)
 
     def _found(self, entry: Entry, address: EntryAddress, wanted: Form) -> Form:
@@ -312,9 +312,9 @@ class ApplyStore(Store):
             given, _ = jax.tree_util.tree_flatten_with_path(self._given[address.kind] or {})
             guess = self._guesses[address.kind] = _Guess(
                 {
-                    names_of(path): address.type_as_stored(_compat.typeof(x))
+                    names_of(path): address.type_as_stored(_jax.typeof(x))
                     for path, x in given
-                    if _compat.is_array_like(x)
+                    if _jax.is_array_like(x)
                 }
             )
         avals = [
@@ -348,7 +348,7 @@ class ApplyStore(Store):
     ) -> Exception:
         """The error for what is no tree of arrays of the wanted structure."""
         structure = jax.tree.structure(found)
-        if all(map(_compat.is_array_like, jax.tree.leaves(found))):
+        if all(map(_jax.is_array_like, jax.tree.leaves(found))):
             return address.mismatch(path, *contrast(form_of(found), wanted))
         return address.mismatch(
             path, repr(found) if structure == ONE_ARRAY else str(structure), str(wanted)
@@ -389,7 +389,7 @@ class _InOtherTypes:
 
 def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool) -> Cell:
     """``is_stored`` says whether the value is of the type of what is stored of it."""
-    if not is_stored or not _compat.is_plain_array(value):
+    if not is_stored or not _jax.is_plain_array(value):
         value = address.as_stored(value)
     entry.initial[leaf] = value
     cell = entry.cells[leaf] = Cell(value)
@@ -410,7 +410,7 @@ class _Guess:
         types = self._types_of(n).get((path[-n:], wanted.shape), ())
         if len(types) == 1:
             return next(iter(types))
-        return _compat.ShapedArray(wanted.shape, wanted.dtype)
+        return _jax.ShapedArray(wanted.shape, wanted.dtype)
 
     def _types_of(self, n: int) -> dict[Any, set[Any]]:
         if n not in self._by_name:
@@ -443,10 +443,10 @@ def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exce
 def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
     """The value under ``anchor`` that an initializer may keep of data in the middle of a
     transformation inside of it."""
-    while isinstance(data, (_compat.JVPTracer, _compat.LinearizeTracer, _compat.BatchTracer)):
-        if any(same_trace(data._trace, trace) for trace in _compat.chain(anchor)):
+    while isinstance(data, (_jax.JVPTracer, _jax.LinearizeTracer, _jax.BatchTracer)):
+        if any(same_trace(data._trace, trace) for trace in _jax.chain(anchor)):
             break
-        if isinstance(data, _compat.BatchTracer):
+        if isinstance(data, _jax.BatchTracer):
             if data.batch_dim is not None:
                 raise InitializerDataError(
                     message(
@@ -530,7 +530,7 @@ def _with_dicts(tree: Any, of_all_mappings: bool = True) -> Any:
 
 def _type_of(x: Any) -> Any:
     """The type of an array; of anything else, its class."""
-    return _compat.typeof(x) if _compat.is_array_like(x) else type(x)
+    return _jax.typeof(x) if _jax.is_array_like(x) else type(x)
 
 
 def _words(path: Path) -> np.ndarray:

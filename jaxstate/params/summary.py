@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.resolve import boundaries
 from jaxstate.core.slots import open_holder
 from jaxstate.params.arguments import split_arrays
@@ -142,9 +142,9 @@ def summary(params: Any) -> Summary:
 
 
 def _row(path: str, x: Any) -> ParameterRow:
-    aval = _compat.typeof(x) if _compat.is_array_like(x) else _compat.aval_of(x)
+    aval = _jax.typeof(x) if _jax.is_array_like(x) else _jax.aval_of(x)
     itemsize = aval.dtype.itemsize
-    sharding = None if isinstance(x, _compat.Tracer) else getattr(x, "sharding", None)
+    sharding = None if isinstance(x, _jax.Tracer) else getattr(x, "sharding", None)
     shard = aval.shape if sharding is None else sharding.shard_shape(aval.shape)
     size = math.prod(aval.shape)
     return ParameterRow(
@@ -231,9 +231,9 @@ class _SummaryStore(InitStore):
 
 def _shapes(out: Any) -> Any:
     def shape(x: Any) -> Any:
-        if not _compat.is_array_like(x):
+        if not _jax.is_array_like(x):
             return x
-        aval = _compat.typeof(x)
+        aval = _jax.typeof(x)
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
     return jax.tree.map(shape, out)

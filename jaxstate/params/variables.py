@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.resolve import read, write
 from jaxstate.core.specs import Form, contrast, form_of, same_structure, strong, strong_type
 from jaxstate.errors import (
@@ -108,11 +108,11 @@ class VariableAddress(EntryAddress):
     def reduced(self, values: Any) -> Any:
         assert self.reduce is not None
         value = strong(self.reduce(values, axis=0))
-        if not _compat.same_type(value, self.wanted):
+        if not _jax.same_type(value, self.wanted):
             raise SlotTypeError(
                 message(
                     f"{self} has type {self.wanted.str_short()}, and what its reduce makes of the"
-                    f" lanes' values has type {_compat.typeof(value).str_short()}.",
+                    f" lanes' values has type {_jax.typeof(value).str_short()}.",
                     fix=f"""
                     reduce = lambda values, axis: values.max(axis)   # called as (values, axis=0),
                     jaxstate.variable("{self.name}", ..., reduce=reduce)  # keeps shape and dtype
@@ -133,7 +133,7 @@ class VariableAddress(EntryAddress):
                 jax.vmap(net.apply_with_state, (None, 0, 0))(params, states, xs)
                 """,
                 used=self.used,
-                under=f"vmap over {_compat.lane_count(trace)} lanes",
+                under=f"vmap over {_jax.lane_count(trace)} lanes",
             )
         )
 
@@ -180,7 +180,7 @@ class Variable:
         store = self._store()
         if not store.writable:
             raise self._read_only()
-        if _compat.is_plain_array(value) and self._form.is_array:
+        if _jax.is_plain_array(value) and self._form.is_array:
             leaves = [value]
         else:
             leaves, tree = jax.tree.flatten(value)
@@ -188,7 +188,7 @@ class Variable:
                 raise self._wrong_structure(value, tree)
         values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
         cells = self._cells_here(store)
-        used = _compat.user_location() if cells is None else ""
+        used = _jax.user_location() if cells is None else ""
         for address, x in zip(self._addresses, values, strict=True):
             if cells is None:
                 write(address.having(used=used), x)
@@ -213,24 +213,24 @@ class Variable:
                     value = {self.name}.value        # or: read it before, and use the value
                     """,
                     made=self._addresses[0].used if self._addresses else None,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
         return store
 
     def _fitted(self, value: Any, wanted: Any) -> Any:
         """The value as an array of the variable's type."""
-        if _compat.is_plain_array(value) and _compat.typeof(value) is wanted:
+        if _jax.is_plain_array(value) and _jax.typeof(value) is wanted:
             return value
-        if not _compat.is_array_like(value):
+        if not _jax.is_array_like(value):
             raise self._wrong_type(repr(value))
         # The variable keeps an array of its own: the user may go on to write to his.
         value = jnp.array(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
-        found = _compat.typeof(value)
+        found = _jax.typeof(value)
         if found.weak_type and jnp.result_type(value, wanted) == wanted.dtype:
             value = jax.lax.convert_element_type(value, wanted.dtype)
         value = strong(value)
-        if not _compat.same_type(value, wanted):
+        if not _jax.same_type(value, wanted):
             raise self._wrong_type(found.str_short())
         return value
 
@@ -254,7 +254,7 @@ class Variable:
                 {self.name}.value = {example}    # or write what fits
                 """,
                 made=self._addresses[0].used if self._addresses else None,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -267,7 +267,7 @@ class Variable:
                 y, state = net.apply_with_state(params, state, x)
                 """,
                 made=self._addresses[0].used if self._addresses else None,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -323,14 +323,14 @@ def variable(
                 f"variable({name!r}, ...) wants a function {role}, and was given {fn!r}.\n"
                 f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
             )
-    address = VariableAddress(name, _compat.user_location(), reduce)
+    address = VariableAddress(name, _jax.user_location(), reduce)
     store = address.store()
     address.threaded = store.writable
     use = store.declare(address, init, init_args)
     # To declare it is to use it: it gets its name here, and `init` makes it.
     types = use.form.avals
     if use.entry is None:
-        types = tuple(map(_compat.typeof, use.values()))
+        types = tuple(map(_jax.typeof, use.values()))
     if types != use.form.avals:
         addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
         use = use._replace(form=use.form._replace(avals=types), addresses=addresses)

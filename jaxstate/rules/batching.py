@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core import slots
 from jaxstate.core.discharge import (
     Thread,
@@ -59,7 +59,7 @@ def _refused(what: str) -> Exception:
             def f(x, key): ...                # use the state before the call, pass it in
             f(x, jaxstate.next_key())
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -108,7 +108,7 @@ class _Rule:
         own = consts[self.more :]
         with only_reading(state, _used_in_rule):
             out = self.rule(axis_size, [[False] * len(own), batched], own, args)
-            return jax.tree.map(_compat.resolved, out)
+            return jax.tree.map(_jax.resolved, out)
 
     def _one_lane(self, batched: Any, consts: Any, args: Any) -> Any:
         """The rule for a vmap over one lane, which has state of its own."""
@@ -127,24 +127,24 @@ def _axes(batched: Any) -> Any:
 def _with_state_of_rule(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         # (The rule of a derivative of such an operation is JAX's, and calls the one of here.)
-        if slots.any_open() and _compat.is_vmap_rule(params["rule"]):
+        if slots.any_open() and _jax.is_vmap_rule(params["rule"]):
             params = dict(params, rule=_Rule(params["rule"], 0, captured_operands(), ()))
         return bind(trace, args, avals, params)
 
     return bind_with_trace
 
 
-_compat.wrap_bind_with_trace(_compat.custom_vmap_p, _with_state_of_rule)
+_jax.wrap_bind_with_trace(_jax.custom_vmap_p, _with_state_of_rule)
 
 
-@register_rule(_compat.custom_vmap_p)
+@register_rule(_jax.custom_vmap_p)
 def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
     """(consts, args) -> (slots + consts, args)."""
     reads, writes = state_of(params["call"])
     bear(params["call"], args)
     args = refreshed(params["call"], args, writes=writes)
     values = read_all(reads + writes)
-    avals = [_compat.typeof(v) for v in values]
+    avals = [_jax.typeof(v) for v in values]
     in_tree, out_tree = params["in_tree"], params["out_tree"]
     consts, operands = in_tree.unflatten(range(in_tree.num_leaves))
     n = len(values)
@@ -154,10 +154,10 @@ def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
         params,
         call=thread(params["call"], Thread(reads, writes), avals),
         rule=_Rule(params["rule"], n, given, writes),
-        in_tree=_compat.operand_tree(([*values, *consts], operands)),
+        in_tree=_jax.operand_tree(([*values, *consts], operands)),
         out_tree=jax.tree.structure((outs, writes)) if writes else out_tree,
     )
-    return write_last(writes, _compat.custom_vmap_p.bind(*values, *args, **threaded))
+    return write_last(writes, _jax.custom_vmap_p.bind(*values, *args, **threaded))
 
 
-_compat.wrap_bind(_compat.custom_vmap_p, own_use)
+_jax.wrap_bind(_jax.custom_vmap_p, own_use)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import (
     Thread,
     check_place,
@@ -21,7 +21,7 @@ from jaxstate.core.initializers import bear
 from jaxstate.core.slots import Address
 
 
-@register_rule(_compat.cond_p)
+@register_rule(_jax.cond_p)
 def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     """A slot that a branch leaves alone passes through it."""
     index, *operands = args
@@ -31,20 +31,20 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
         operands = refreshed(branch, operands, writes=uses.results)
         _check_absent(writes, branch)
     slots = read_all(uses.ins)
-    avals = [_compat.typeof(s) for s in slots]
+    avals = [_jax.typeof(s) for s in slots]
     how = Thread(reads, writes, outs=outs, once=True)
     branches = tuple(thread(j, how, avals) for j in params["branches"])
     _check_places(uses.results, branches)
-    if _compat.device_axes():
+    if _jax.device_axes():
         axes = _axes(uses.results, branches, index)
         branches = tuple(_varying_last(j, axes) for j in branches)
-    results = _compat.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
+    results = _jax.cond_p.bind(index, *slots, *operands, **dict(params, branches=branches))
     return write_last(uses.results, results)
 
 
 def _check_places(written: Sequence[Address], branches: Sequence[Any]) -> None:
     for i, address in enumerate(written, -len(written)):
-        first, *others = (_compat.out_avals(j)[i] for j in branches)
+        first, *others = (_jax.out_avals(j)[i] for j in branches)
         for other in others:
             check_place(address, first, other, "another branch")
 
@@ -55,24 +55,24 @@ def _axes(written: Sequence[Address], branches: Sequence[Any], index: Any) -> tu
     It does if it does in one branch, or if devices take different branches.
     """
     n = len(written)
-    avals = zip(*(_compat.out_avals(j)[-n:] for j in branches), strict=True) if n else ()
-    chosen = _compat.varying_axes(index)
+    avals = zip(*(_jax.out_avals(j)[-n:] for j in branches), strict=True) if n else ()
+    chosen = _jax.varying_axes(index)
     return tuple(
-        frozenset().union(chosen if address.has_axes else (), *map(_compat.axes_of, outs))
+        frozenset().union(chosen if address.has_axes else (), *map(_jax.axes_of, outs))
         for address, outs in zip(written, avals, strict=True)
     )
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _varying_last(branch: Any, axes: tuple[Any, ...]) -> Any:
     """The branch with its last results varying over ``axes``."""
-    outvars, eqns = list(_compat.outvars(branch)), list(_compat.equations(branch))
+    outvars, eqns = list(_jax.outvars(branch)), list(_jax.equations(branch))
     for i, more in enumerate(axes, len(outvars) - len(axes)):
-        if not more <= _compat.axes_of(outvars[i].aval):
-            eqns.append(_compat.varying_equation(outvars[i], more))
+        if not more <= _jax.axes_of(outvars[i].aval):
+            eqns.append(_jax.varying_equation(outvars[i], more))
             outvars[i] = eqns[-1].outvars[0]
-    return _compat.remade(
-        branch, invars=_compat.invars(branch), outvars=outvars, eqns=eqns, effs=branch.effects
+    return _jax.remade(
+        branch, invars=_jax.invars(branch), outvars=outvars, eqns=eqns, effs=branch.effects
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import (
     Thread,
     read_all,
@@ -33,7 +33,7 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
         args = refreshed(params[name], args, writes=uses.results)
         slots = read_all(uses.ins)
         how = Thread(reads, writes, outs=outs, once=True)
-        jaxpr = thread(params[name], how, [_compat.typeof(s) for s in slots])
+        jaxpr = thread(params[name], how, [_jax.typeof(s) for s in slots])
         threaded = dict(params, **{name: jaxpr})
         if "out_memory_spaces" in params:
             spaces = (jax.memory.Space.Device,) * len(uses.results)
@@ -44,10 +44,10 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
 
 
 for _primitive, _name in (
-    (_compat.remat_p, "jaxpr"),
-    (_compat.call_p, "call_jaxpr"),
-    (_compat.compute_on_p, "jaxpr"),
-    (_compat.xla_metadata_call_p, "jaxpr"),
+    (_jax.remat_p, "jaxpr"),
+    (_jax.call_p, "call_jaxpr"),
+    (_jax.compute_on_p, "jaxpr"),
+    (_jax.xla_metadata_call_p, "jaxpr"),
 ):
     if _primitive is not None:
         register_rule(_primitive)(_call(_primitive, _name))

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core import slots
 from jaxstate.core.discharge import read_all, settle, write_last
 from jaxstate.core.resolve import boundaries, one_use, read, read_since, same_trace, write
@@ -106,8 +106,8 @@ class _RuleState(Holder):
     @contextmanager
     def entered(self) -> Iterator[None]:
         before = self.families, self.around
-        current = _compat.current_trace()
-        self.anchor = _compat.holding_trace(current)
+        current = _jax.current_trace()
+        self.anchor = _jax.holding_trace(current)
         self.families = _families_of(current)
         self.around = tuple(slots.stack()) if self.families else ()
         try:
@@ -119,7 +119,7 @@ class _RuleState(Holder):
 
 
 def _families_of(trace: Any) -> tuple[Any, ...]:
-    traces = (t for t in _compat.chain(trace) if isinstance(t, _compat.TransparentTrace))
+    traces = (t for t in _jax.chain(trace) if isinstance(t, _jax.TransparentTrace))
     return tuple(t.family for t in traces if t.family is not None)
 
 
@@ -228,14 +228,14 @@ class _Calls(_RuleState):
     def _new_cell(self, key: Address) -> Cell:
         if not self._is_traced():
             return _SlotOutside(self, key)
-        cell = _RecordedCell(lambda: _compat.without_tangents(self._read(key)))
+        cell = _RecordedCell(lambda: _jax.without_tangents(self._read(key)))
         if not key.given_if_read:
             cell.read()
         return cell
 
     def _is_traced(self) -> bool:
         """Whether JAX builds a jaxpr of the function, which may run later and more than once."""
-        return _compat.builds_jaxpr(self.outside, self.anchor)
+        return _jax.builds_jaxpr(self.outside, self.anchor)
 
     def captured(self, address: Address, value: Any, version: int) -> Any:
         is_current = address.version() == version
@@ -247,10 +247,10 @@ class _Calls(_RuleState):
         if not traced and is_current:
             with slots.only_open(self.below):
                 return read_since(address, value, version)
-        arguments = enumerate(map(_compat.resolved, self._arguments))
-        primal = _compat.primal_of(value)
-        at = next((i for i, x in arguments if _compat.is_same(x, primal)), None)
-        if at is None and is_current and not _compat.may_run_again(self.outside):
+        arguments = enumerate(map(_jax.resolved, self._arguments))
+        primal = _jax.primal_of(value)
+        at = next((i for i, x in arguments if _jax.is_same(x, primal)), None)
+        if at is None and is_current and not _jax.may_run_again(self.outside):
             return value  # made of an argument, and nothing that comes later runs before this
         if at is None or (self.cells and not traced):
             return self.cell(address).value
@@ -270,18 +270,18 @@ class _Calls(_RuleState):
         for i, (key, version) in self._captured.items():
             with self._outside():
                 value = read_since(key.renewed(self.use), self.operands[i], version)
-            stale |= not _compat.is_same(value, self.operands[i])
+            stale |= not _jax.is_same(value, self.operands[i])
             self.operands[i] = value
         return stale
 
     @contextmanager
     def _outside(self) -> Iterator[None]:
-        with slots.only_open(self.below), _compat.set_current_trace(self.outside):
+        with slots.only_open(self.below), _jax.set_current_trace(self.outside):
             yield
 
     def _read(self, key: Address) -> Any:
         with self._outside():
-            return _compat.canonicalize(read(key.renewed(self.use)))
+            return _jax.canonicalize(read(key.renewed(self.use)))
 
     def read_at_once(self, key: Address) -> Any:
         """The value as the function sees it: a rule runs under a trace further out."""
@@ -289,8 +289,8 @@ class _Calls(_RuleState):
         def refuse() -> None:
             raise _differentiates_state(key)
 
-        traces = list(_compat.chain(self.anchor))
-        value = _compat.without_tangents(
+        traces = list(_jax.chain(self.anchor))
+        value = _jax.without_tangents(
             self._read(key),
             lambda trace: any(same_trace(trace, t) for t in traces),
             refuse,
@@ -300,7 +300,7 @@ class _Calls(_RuleState):
         return value
 
     def write_at_once(self, key: Address, value: Any) -> None:
-        known = _compat.known_part(value)
+        known = _jax.known_part(value)
         if known is None:
             raise _rule_writes_tangent(key)
         self.written.add(key)
@@ -327,11 +327,11 @@ class _Calls(_RuleState):
                 is_traced = not self.over and self._is_traced()
                 is_refreshed = is_traced and self.refresh()
             if is_traced and (is_refreshed or self.cells):  # (objects are compared at the end)
-                _compat.abandon_traces_inside(self.outside)
+                _jax.abandon_traces_inside(self.outside)
                 raise _Touched(self)
             return out
 
-        return _compat.wrap_rule_function(fun, call)
+        return _jax.wrap_rule_function(fun, call)
 
     # What a forward rule that ran at once has read goes to the backward rule as residuals.
 
@@ -348,7 +348,7 @@ class _Calls(_RuleState):
             self.given = dict.fromkeys(self.given)
             return [*out[:n], *values, *out[n:]]
 
-        return _compat.wrap_rule_function(fwd, with_residuals)
+        return _jax.wrap_rule_function(fwd, with_residuals)
 
     def out_trees(self, out_trees: Callable[[], Any]) -> Callable[[], Any]:
         def with_residuals() -> Any:
@@ -356,7 +356,7 @@ class _Calls(_RuleState):
             if not self.given:
                 return out_tree, res_tree, forwarded
             n = len(self.given)
-            return out_tree, _compat.tree_with_leaves(res_tree, n), [*forwarded, *[None] * n]
+            return out_tree, _jax.tree_with_leaves(res_tree, n), [*forwarded, *[None] * n]
 
         return with_residuals
 
@@ -371,7 +371,7 @@ class _Calls(_RuleState):
         def n_residuals() -> int:
             return out_trees()[1].num_leaves + len(self.given)
 
-        return _compat.wrap_backward_rule(bwd, n_residuals, given)
+        return _jax.wrap_backward_rule(bwd, n_residuals, given)
 
 
 class Given(_RuleState):
@@ -399,7 +399,7 @@ class Given(_RuleState):
     def aval(self, address: Address) -> Any:
         for boundary in boundaries(self):
             address = address.seen_from(boundary)
-        return _compat.typeof(self.cell(address).value)
+        return _jax.typeof(self.cell(address).value)
 
     def cell(self, address: Address) -> Cell:
         key = address.seen_from(self)
@@ -462,7 +462,7 @@ def rule_touches_more(address: Address) -> Exception:
             def f(x, key): ...               # use the state before the call, pass it in
             f(x, jaxstate.next_key())
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -475,7 +475,7 @@ def _rule_touches_less(address: Address) -> Exception:
             def fwd(x):
                 return f(x), x          # the rule calls the function, or sows the same names
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -485,12 +485,12 @@ def undifferentiated(address: Address, value: Any) -> Any:
 
     (In the middle of a ``checkpoint`` JAX says of every operand that it is.)
     """
-    if not _compat.has_tangent(_compat.typeof(value)):
+    if not _jax.has_tangent(_jax.typeof(value)):
         return value
     return _operand_p.bind(value, address=address)
 
 
-_operand_p = _compat.without_derivative(
+_operand_p = _jax.without_derivative(
     "state_of_custom_rule", lambda *, address: _differentiates_state(address)
 )
 
@@ -505,7 +505,7 @@ def _differentiates_state(address: Address) -> Exception:
             def f(x, w): ...                  # make it an argument, extend the rule
             f(x, jaxstate.param("w", ...))
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -518,7 +518,7 @@ def _rule_writes_tangent(address: Address) -> Exception:
             fix="""
             def jvp(primals, tangents): ...     # write what is made of the primals only
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -533,15 +533,15 @@ def _backward_writes(address: Address) -> Exception:
             def fwd(x): return f(x), jaxstate.next_key()      # draw in the forward rule,
             def bwd(key, ct): ...                             # pass the key as a residual
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
 
 def _run(fun: Any, args: Sequence[Any]) -> Any:
     """The results of a ``WrappedFun``. One may stand for a slot, and so for what is in it now."""
-    _compat.reset_stores(fun)
-    return _compat.map_results(_compat.resolved, fun.call_wrapped(*args))
+    _jax.reset_stores(fun)
+    return _jax.map_results(_jax.resolved, fun.call_wrapped(*args))
 
 
 class Explicit:
@@ -560,7 +560,7 @@ class Explicit:
     ) -> tuple[Any, dict[Address, Cell]]:
         """What ``call()`` returns with the slots at ``values``, and the cells that it leaves."""
         # In an in-place function the operands are arrays that the function itself could write.
-        before = dict(zip(self.touched, map(_compat.canonicalize, values), strict=True))
+        before = dict(zip(self.touched, map(_jax.canonicalize, values), strict=True))
         cells = {a: Cell(v) for a, v in before.items()}
         state = Given(None, self.below, cells, self.written, self.age)
         with state.entered():
@@ -591,7 +591,7 @@ class Explicit:
             out, cells = self.run(lambda: _run(fun, args[self.n :]), args[: self.n])
             return [*out, *self.results(cells)]
 
-        return _compat.wrap_rule_function(fun, explicit)
+        return _jax.wrap_rule_function(fun, explicit)
 
     def jvp(self, jvp: Any, symbolic_zeros: bool) -> Any:
         """``(state, primals, state tangents, tangents)`` to primals and tangents with state."""
@@ -601,15 +601,15 @@ class Explicit:
             primals, tangents = args[:half], args[half:]
             given = tangents[self.n :]
             if not symbolic_zeros:
-                given = map(_compat.instantiate_symbolic_zero, given)
+                given = map(_jax.instantiate_symbolic_zero, given)
             operands = (*primals[self.n :], *given)
             out, cells = self.run(lambda: _run(jvp, operands), primals[: self.n])
             written = self.results(cells)
             n_out = len(out) // 2
-            zeros = [_compat.symbolic_zero_like(w) for w in written]
+            zeros = [_jax.symbolic_zero_like(w) for w in written]
             return [*out[:n_out], *written, *out[n_out:], *zeros]
 
-        return _compat.wrap_rule_function(jvp, explicit)
+        return _jax.wrap_rule_function(jvp, explicit)
 
     def fwd(self, fwd: Any) -> Any:
         """``fwd`` takes (value, is it differentiated) for every operand, in turns."""
@@ -619,7 +619,7 @@ class Explicit:
             out, cells = self.run(lambda: _run(fwd, rest), state)
             return [*out, *self.results(cells)]
 
-        return _compat.wrap_rule_function(fwd, explicit)
+        return _jax.wrap_rule_function(fwd, explicit)
 
     def out_trees(self, out_trees: Callable[[], Any]) -> Callable[[], Any]:
         """The state goes to ``bwd`` as residuals, which are operands passed on."""
@@ -627,7 +627,7 @@ class Explicit:
         def explicit() -> Any:
             out_tree, res_tree, forwarded = out_trees()
             forwarded = [f if f is None else f + self.n for f in forwarded]
-            res_tree = _compat.tree_with_leaves(res_tree, self.n)
+            res_tree = _jax.tree_with_leaves(res_tree, self.n)
             return out_tree, res_tree, [*forwarded, *range(self.n)]
 
         return explicit
@@ -643,10 +643,10 @@ class Explicit:
                 args[n_res + self.n : len(args) - len(self.written)],
             )
             out = self.run_backward(lambda: _run(bwd, (*residuals, *cts)), state)
-            zeros = [_compat.zero_cotangent(_compat.typeof(s)) for s in state]
-            return _compat.prepend_cotangents(zeros, out)
+            zeros = [_jax.zero_cotangent(_jax.typeof(s)) for s in state]
+            return _jax.prepend_cotangents(zeros, out)
 
-        return _compat.wrap_rule_function(bwd, explicit)
+        return _jax.wrap_rule_function(bwd, explicit)
 
 
 def _stateful(
@@ -661,17 +661,17 @@ def _stateful(
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_open() or _compat.is_rule_of_activation(params["subfuns"][1]):
+            if not slots.any_open() or _jax.is_rule_of_activation(params["subfuns"][1]):
                 return bind(trace, args, avals, params)
-            args = [*map(_compat.resolved, args)]
-            if _compat.calls_functions(trace) or isinstance(trace, _compat.TransparentTrace):
+            args = [*map(_jax.resolved, args)]
+            if _jax.calls_functions(trace) or isinstance(trace, _jax.TransparentTrace):
                 # A vmap around puts its own trace over the current one; the latter binds again.
-                with _compat.set_current_trace(trace):
+                with _jax.set_current_trace(trace):
                     return bind(trace, args, avals, params)
             calls = _Calls(trace, args)
             try:
                 # Code in the function looks for the way to where an array was made.
-                with _compat.set_current_trace(trace):
+                with _jax.set_current_trace(trace):
                     return bind(trace, args, avals, calls_params(calls, params))
             except _Touched as ended:
                 if ended.calls is not calls:
@@ -681,15 +681,15 @@ def _stateful(
             finally:
                 calls.finish()
             if not touched and not written:
-                avals = list(map(_compat.typeof, args))
+                avals = list(map(_jax.typeof, args))
                 return bind_with_trace(trace, args, avals, params)
-            with one_use(use), _compat.set_current_trace(trace):
+            with one_use(use), _jax.set_current_trace(trace):
                 settle(touched, written)
                 values = list(map(undifferentiated, touched, read_all(touched)))
                 explicit = Explicit(touched, written)
                 operands = [*values, *args]
                 out = bind(
-                    trace, operands, [_compat.typeof(x) for x in operands],
+                    trace, operands, [_jax.typeof(x) for x in operands],
                     explicit_params(explicit, params),
                 )  # fmt: skip
                 n = len(out) - len(written)
@@ -702,7 +702,7 @@ def _stateful(
 
 def without_derivative(x: Any) -> Any:
     """What a function with a backward rule has written: the rule says nothing of it."""
-    return jax.lax.stop_gradient(x) if _compat.has_tangent(_compat.typeof(x)) else x
+    return jax.lax.stop_gradient(x) if _jax.has_tangent(_jax.typeof(x)) else x
 
 
 def _jvp_calls(calls: _Calls, params: dict[str, Any]) -> dict[str, Any]:
@@ -729,9 +729,9 @@ def _vjp_params(explicit: Explicit, params: dict[str, Any]) -> dict[str, Any]:
     return dict(params, subfuns=functions, out_trees=explicit.out_trees(out_trees))
 
 
-_compat.wrap_bind_with_trace(_compat.custom_jvp_call_p, _stateful(_jvp_calls, _jvp_params))
+_jax.wrap_bind_with_trace(_jax.custom_jvp_call_p, _stateful(_jvp_calls, _jvp_params))
 # A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
 # results do.
-_compat.wrap_bind_with_trace(
-    _compat.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, without_derivative)
+_jax.wrap_bind_with_trace(
+    _jax.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, without_derivative)
 )

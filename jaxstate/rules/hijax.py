@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import (
     Thread,
     read_all,
@@ -28,34 +28,34 @@ from jaxstate.core.discharge import (
 from jaxstate.core.initializers import bear
 
 
-@register_hidden_rule(_compat.RematTraced)
+@register_hidden_rule(_jax.RematTraced)
 def _checkpoint(args: Any, prim: Any) -> list[Any]:
     uses = reads, writes, outs = uses_of([prim.jaxpr])
     bear(prim.jaxpr, args)
     slots = read_all(uses.ins)
     how = Thread(reads, writes, outs=outs, once=True)
-    jaxpr = thread(prim.jaxpr, how, list(map(_compat.typeof, slots)))
-    return write_last(uses.results, _compat.remat_with(prim, jaxpr, len(slots))(*slots, *args))
+    jaxpr = thread(prim.jaxpr, how, list(map(_jax.typeof, slots)))
+    return write_last(uses.results, _jax.remat_with(prim, jaxpr, len(slots))(*slots, *args))
 
 
-@register_hidden_rule(_compat.Scan3)
+@register_hidden_rule(_jax.Scan3)
 def _scan(args: Any, prim: Any) -> list[Any]:
     reads, writes = state_of(prim.jaxpr)
     bear(prim.jaxpr, args)
     n = len(reads)
     slots = read_all(reads + writes)
-    jaxpr = thread(prim.jaxpr, Thread(reads, writes), list(map(_compat.typeof, slots)))
+    jaxpr = thread(prim.jaxpr, Thread(reads, writes), list(map(_jax.typeof, slots)))
     refs = list(map(jax.new_ref, slots[n:]))
 
     def body(*operands: Any) -> list[Any]:
         read, refs, rest = operands[:n], operands[n : n + len(writes)], operands[n + len(writes) :]
-        outs = _compat.eval_closed_jaxpr(jaxpr, *read, *(ref[...] for ref in refs), *rest)
+        outs = _jax.eval_closed_jaxpr(jaxpr, *read, *(ref[...] for ref in refs), *rest)
         for ref, value in zip(refs, outs[len(outs) - len(refs) :], strict=True):
             ref[...] = value
         return outs[: len(outs) - len(refs)]
 
-    avals = list(map(_compat.typeof, (*slots[:n], *refs)))
-    body_jaxpr = _compat.trace_flat(body, [*avals, *_compat.in_avals(prim.jaxpr)])
-    outs = _compat.scan3_with(prim, body_jaxpr, len(avals))([*slots[:n], *refs, *args])
+    avals = list(map(_jax.typeof, (*slots[:n], *refs)))
+    body_jaxpr = _jax.trace_flat(body, [*avals, *_jax.in_avals(prim.jaxpr)])
+    outs = _jax.scan3_with(prim, body_jaxpr, len(avals))([*slots[:n], *refs, *args])
     write_all(writes, [ref[...] for ref in refs])
     return list(outs)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Addresses,
@@ -49,14 +49,14 @@ from jaxstate.core.slots import any_open
 from jaxstate.errors import AheadOfTimeError, message
 
 
-@register_rule(_compat.jit_p)
+@register_rule(_jax.jit_p)
 def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
     uses = uses_of([params["jaxpr"]])
     bear(params["jaxpr"], args)
     args = refreshed(params["jaxpr"], args, writes=uses.results)
     slots = read_all(uses.ins)
-    threaded = _threaded(params, uses, [_compat.typeof(s) for s in slots])
-    return write_last(uses.results, _compat.jit_p.bind(*slots, *args, **threaded))
+    threaded = _threaded(params, uses, [_jax.typeof(s) for s in slots])
+    return write_last(uses.results, _jax.jit_p.bind(*slots, *args, **threaded))
 
 
 def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[
     return dict(
         params,
         jaxpr=thread(params["jaxpr"], Thread(reads, writes, outs=outs, once=True), avals),
-        in_shardings=(_compat.UNSPECIFIED,) * more_in + params["in_shardings"],
+        in_shardings=(_jax.UNSPECIFIED,) * more_in + params["in_shardings"],
         in_layouts=(None,) * more_in + params["in_layouts"],
         donated_invars=(False,) * more_in + params["donated_invars"],
-        out_shardings=params["out_shardings"] + (_compat.UNSPECIFIED,) * more_out,
+        out_shardings=params["out_shardings"] + (_jax.UNSPECIFIED,) * more_out,
         out_layouts=params["out_layouts"] + (None,) * more_out,
     )
 
@@ -79,20 +79,20 @@ def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[
 
 # Asked first about a call at top level: ``client(jitted, args, kwargs)`` returns its results, or
 # `NotImplemented`.
-first: list[Callable[[_compat.Jitted, Any, Any], Any]] = []
+first: list[Callable[[_jax.Jitted, Any, Any], Any]] = []
 
 
-def call_now(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
+def call_now(jitted: _jax.Jitted, args: Any, kwargs: Any) -> Any:
     """The results of a call of which JAX keeps no executable."""
     call = jitted.infer(args, kwargs)
     results = _call_at_top_level(jitted, call, args, kwargs)
     if results is NotImplemented:
-        outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
+        outs = _jax.jit_p.bind(*call.consts, *call.operands, **call.params)
         results = jax.tree.unflatten(call.out_tree, outs)
     return results
 
 
-def _call_like_last(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
+def _call_like_last(jitted: _jax.Jitted, args: Any, kwargs: Any) -> Any:
     """The results of a call that uses the state of the last one; else `NotImplemented`."""
     if not any_open():
         return NotImplemented
@@ -104,12 +104,10 @@ def _call_like_last(jitted: _compat.Jitted, args: Any, kwargs: Any) -> Any:
     return NotImplemented if threaded is None else threaded.try_here(args, kwargs)
 
 
-def _call_at_top_level(
-    jitted: _compat.Jitted, call: _compat.JitCall, args: Any, kwargs: Any
-) -> Any:
+def _call_at_top_level(jitted: _jax.Jitted, call: _jax.JitCall, args: Any, kwargs: Any) -> Any:
     """The results of a call that uses state; `NotImplemented` if the call is JAX's."""
     if _looks_at_operands(call):
-        outs = _compat.jit_p.bind(*call.consts, *call.operands, **call.params)
+        outs = _jax.jit_p.bind(*call.consts, *call.operands, **call.params)
         return jax.tree.unflatten(call.out_tree, outs)
     state = _state_of_call(call)
     if not state:
@@ -117,10 +115,10 @@ def _call_at_top_level(
     return _calls_of(jitted.fun, jitted.info).threaded(jitted, state)(args, kwargs)
 
 
-_compat.wrap_jitted_calls(_call_like_last, _call_at_top_level)
+_jax.wrap_jitted_calls(_call_like_last, _call_at_top_level)
 
 
-def _looks_at_operands(call: _compat.JitCall) -> bool:
+def _looks_at_operands(call: _jax.JitCall) -> bool:
     """Whether the operands say what the state is: a birth's data, or a tracer among them.
 
     (A function that somebody has converted to an object has its captures in the object. And arrays
@@ -128,13 +126,13 @@ def _looks_at_operands(call: _compat.JitCall) -> bool:
     Such a call is bound, as an equation is.
     """
     jaxpr = call.params["jaxpr"]
-    if has_births(jaxpr) or any(map(_compat.is_tracer, call.operands)):
+    if has_births(jaxpr) or any(map(_jax.is_tracer, call.operands)):
         return True
-    if _compat.is_high(jaxpr) and any_open():
+    if _jax.is_high(jaxpr) and any_open():
         return True
     if any(c.at >= len(call.consts) for c in captured_inputs(jaxpr)):
         return True
-    return any(_compat.is_tracer(c) and type(c) is not StateTracer for c in call.consts)
+    return any(_jax.is_tracer(c) and type(c) is not StateTracer for c in call.consts)
 
 
 class _OtherStateError(Exception):
@@ -148,7 +146,7 @@ class _Calls:
         self.last: _ThreadedCall | None = None
         self._by_state: dict[_StateOfCall, _ThreadedCall] = {}
 
-    def threaded(self, jitted: _compat.Jitted, state: _StateOfCall) -> _ThreadedCall:
+    def threaded(self, jitted: _jax.Jitted, state: _StateOfCall) -> _ThreadedCall:
         threaded = self._by_state.get(state)
         if threaded is None:
             threaded = self._by_state.setdefault(state, _ThreadedCall(jitted, state))
@@ -156,12 +154,12 @@ class _Calls:
         return threaded
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _calls_of(fun: Any, info: Any) -> _Calls:
     return _Calls()
 
 
-_compat.wrap_clear_cache(_calls_of.evict_weakref)
+_jax.wrap_clear_cache(_calls_of.evict_weakref)
 
 
 class _StateOfCall(NamedTuple):
@@ -180,7 +178,7 @@ class _StateOfCall(NamedTuple):
         return bool(self.captured or self.order)
 
 
-def _state_of_call(call: _compat.JitCall) -> _StateOfCall:
+def _state_of_call(call: _jax.JitCall) -> _StateOfCall:
     jaxpr = call.params["jaxpr"]
     captured = tuple(c.address for c in call.consts if isinstance(c, StateTracer))
     order = in_order(jaxpr)
@@ -191,12 +189,12 @@ def _state_of_call(call: _compat.JitCall) -> _StateOfCall:
 class _ThreadedCall:
     """A jitted function as one that is given the slots it reads, and returns those it writes."""
 
-    def __init__(self, jitted: _compat.Jitted, state: _StateOfCall) -> None:
+    def __init__(self, jitted: _jax.Jitted, state: _StateOfCall) -> None:
         self._state = state
         captured, uses, order, _ = state
         self._aliases = tuple(a for a in order if a.may_alias)
         self._slots = (*uses.ins, *captured, *uses.outs)
-        self._run = _compat.dispatched(jitted, self._prepare)
+        self._run = _jax.dispatched(jitted, self._prepare)
 
     def try_here(self, args: Any, kwargs: Any) -> Any:
         """The results; `NotImplemented` if a cell is not here, or if the call uses other state."""
@@ -231,8 +229,8 @@ class _ThreadedCall:
         return outs
 
     def _prepare(
-        self, jitted: _compat.Jitted, values: list[Any], args: Any, kwargs: Any
-    ) -> _compat.JitCall:
+        self, jitted: _jax.Jitted, values: list[Any], args: Any, kwargs: Any
+    ) -> _jax.JitCall:
         """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
         call = jitted.infer(args, kwargs)
         if _looks_at_operands(call) or _state_of_call(call) != self._state:
@@ -245,17 +243,17 @@ class _ThreadedCall:
         tracers = [c for c in call.consts if isinstance(c, StateTracer)]
         for tracer, value in zip(tracers, captures, strict=True):
             check_captured(tracer, value)
-        call = _compat.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
-        avals = [_compat.typeof(_compat.canonicalize(s)) for s in slots]
+        call = _jax.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
+        avals = [_jax.typeof(_jax.canonicalize(s)) for s in slots]
         return call._replace(
             params=_threaded(call.params, uses, avals),
             consts=[*slots, *captures],
             names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
-            out_tree=_compat.tree_with_leaves(call.out_tree, len(uses.results)),
+            out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
         )
 
 
-@_compat.wrap_ahead_of_time
+@_jax.wrap_ahead_of_time
 def _refuse_state_from_outside(jaxpr: Any, constants: Sequence[Any]) -> None:
     """What is compiled ahead of time is called without JAX's Python: none could pass the state."""
     reads, writes = state_of(jaxpr)
@@ -273,6 +271,6 @@ def _refuse_state_from_outside(jaxpr: Any, constants: Sequence[Any]) -> None:
                         return f(x)
                 jax.jit(g).lower(key, x).compile()        # (net.apply does so), pass what it needs
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )

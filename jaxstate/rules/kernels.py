@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core import slots
 from jaxstate.core.slots import Address, Holder
 from jaxstate.errors import UnsupportedPrimitiveError, message
@@ -36,22 +36,22 @@ class _NoState(Holder):
                 fix="""
                 k = jaxstate.next_key()      # outside, and pass what is made of it as an operand
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
 
-@_compat.wrap_kernels
+@_jax.wrap_kernels
 def _without_state(kind: str, trace: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(trace)
     def trace_kernel(*args: Any, **kwargs: Any) -> Any:
         if not slots.any_open():
             return trace(*args, **kwargs)
-        args, kwargs = jax.tree.map(_compat.resolved, (args, kwargs))
+        args, kwargs = jax.tree.map(_jax.resolved, (args, kwargs))
         with slots.open_holder(_NoState(kind)):
             return trace(*args, **kwargs)
 
     return trace_kernel
 
 
-slots.on_open.append(_compat.wrap_kernels_imported_since)
+slots.on_open.append(_jax.wrap_kernels_imported_since)

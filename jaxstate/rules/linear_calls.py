@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Thread,
@@ -35,9 +35,9 @@ def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
             return bind(trace, args, avals, params)
         captured = captured_operands()
         if captured or any(state_of_all([params["callee"]])):
-            with _compat.set_current_trace(trace):
+            with _jax.set_current_trace(trace):
                 args, params = _explicit(args, params, captured)
-            avals = list(map(_compat.typeof, args))
+            avals = list(map(_jax.typeof, args))
         else:
             params = dict(params, transpose_thunk=without_state(params["transpose_thunk"]))
         return bind(trace, args, avals, params)
@@ -45,16 +45,16 @@ def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     return bind_with_trace
 
 
-_compat.wrap_bind_with_trace(_compat.linear_call_p, _with_state)
+_jax.wrap_bind_with_trace(_jax.linear_call_p, _with_state)
 
 
-@register_rule(_compat.linear_call_p)
+@register_rule(_jax.linear_call_p)
 def _linear_call(args: Any, params: dict[str, Any]) -> list[Any]:
     args, params = _explicit(args, params, captured_operands())
-    return _compat.linear_call_p.bind(*args, **params)
+    return _jax.linear_call_p.bind(*args, **params)
 
 
-_compat.wrap_bind(_compat.linear_call_p, own_use)
+_jax.wrap_bind(_jax.linear_call_p, own_use)
 
 
 def _explicit(
@@ -73,7 +73,7 @@ def _explicit(
     settle((*captured.values(), *read), ())
     values = [*(args[i] for i in captured), *read_all(read)]
     values = list(map(undifferentiated, (*captured.values(), *read), values))
-    avals = list(map(_compat.typeof, values))
+    avals = list(map(_jax.typeof, values))
     own = {i: slot for slot, i in enumerate(captured)}
     callee = _with_residuals(callee, own, reads, avals, n + n_res)
     own = {i: slot for slot, i in enumerate(captures, len(captured))}
@@ -95,15 +95,15 @@ def _with_residuals(
     of which input."""
     n = len(avals) - len(reads)
     threaded = thread(jaxpr, Thread(reads, ()), avals[n:])
-    slots, inputs = _split(_compat.invars(threaded), len(reads))
+    slots, inputs = _split(_jax.invars(threaded), len(reads))
     front, linear = _split(inputs, at)
-    captures = list(map(_compat.Var, avals[:n]))
+    captures = list(map(_jax.Var, avals[:n]))
     for i, slot in own.items():
         captures[slot] = front[i]
     front = [v for i, v in enumerate(front) if i not in own]
-    return _compat.remade(
-        threaded, invars=[*front, *captures, *slots, *linear], outvars=_compat.outvars(threaded),
-        eqns=_compat.equations(threaded), effs=threaded.effects,
+    return _jax.remade(
+        threaded, invars=[*front, *captures, *slots, *linear], outvars=_jax.outvars(threaded),
+        eqns=_jax.equations(threaded), effs=threaded.effects,
     )  # fmt: skip
 
 
@@ -144,6 +144,6 @@ def _written(address: Address) -> Exception:
             mask = jaxstate.random.bernoulli(0.5, x.shape)     # before, and pass it as a residual
             linear_call(f, transpose, mask, x)
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )

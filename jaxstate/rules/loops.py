@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import (
     Addresses,
     Thread,
@@ -30,7 +30,7 @@ from jaxstate.core.initializers import bear
 from jaxstate.core.slots import Address, any_open
 
 
-@register_rule(_compat.scan_p)
+@register_rule(_jax.scan_p)
 def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     """(consts, carry, xs) -> (reads + consts, writes + carry, xs).
 
@@ -39,20 +39,20 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     state = state_of(params["jaxpr"])
     reads, xs = _split(state.reads)
     writes, ys = _split(state.writes)
-    n_consts, _ = _compat.scan_arity(params)
+    n_consts, _ = _jax.scan_arity(params)
     bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
     slots = _read_all(reads, writes)
     steps = _read_steps(xs, params["length"])
-    avals = [_compat.typeof(s) for s in slots] + [a.aval() for a in xs]
+    avals = [_jax.typeof(s) for s in slots] + [a.aval() for a in xs]
     consts = refreshed(params["jaxpr"], args[:n_consts], writes=writes)
     dropped = superseded(params["jaxpr"], writes)
     how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys, dropped=dropped)
     jaxpr = thread(params["jaxpr"], how, avals)
     more_consts = len(reads) - len(dropped)
-    threaded = _compat.scan_params_with(params, more_consts, len(writes), len(xs), len(ys))
+    threaded = _jax.scan_params_with(params, more_consts, len(writes), len(xs), len(ys))
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     consts = _without(dropped, consts)
-    outs = _compat.scan_p.bind(
+    outs = _jax.scan_p.bind(
         *constants, *consts, *carried, *args[n_consts:], *steps, **dict(threaded, jaxpr=jaxpr)
     )
     end = len(outs) - len(ys)
@@ -64,7 +64,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
 def _read_all(reads: Addresses, writes: Addresses) -> list[Any]:
     """The values of slots; those that are carried are of the mesh, as they are after a turn."""
     values = read_all(reads + writes)
-    return [*values[: len(reads)], *map(_compat.with_mesh, values[len(reads) :])]
+    return [*values[: len(reads)], *map(_jax.with_mesh, values[len(reads) :])]
 
 
 def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
@@ -107,7 +107,7 @@ def _without(dropped: Sequence[int], operands: Sequence[Any]) -> list[Any]:
     return [x for i, x in enumerate(operands) if i not in dropped]
 
 
-@register_rule(_compat.while_p)
+@register_rule(_jax.while_p)
 def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     """Slots go in front: ``reads`` of both kinds of constants, ``writes`` of the carry.
 
@@ -123,7 +123,7 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     bear(cond, [*cond_consts, *[None] * len(carry)], writes)
     bear(body, [*body_consts, *[None] * len(carry)], writes)
     slots = _read_all(reads, writes)
-    avals = [_compat.typeof(s) for s in slots]
+    avals = [_jax.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     cond_writes = bool(state_of(cond).writes)
     in_cond, in_body = superseded(cond, writes), superseded(body, writes)
@@ -138,32 +138,32 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     cond_consts, body_consts = _without(in_cond, cond_consts), _without(in_body, body_consts)
     n_cond, n_body = len(cond_consts), len(body_consts)
     if not cond_writes:
-        outs = _compat.while_p.bind(
+        outs = _jax.while_p.bind(
             *constants, *cond_consts, *constants, *body_consts, *carried, *carry,
             cond_nconsts=len(reads) + n_cond, cond_jaxpr=cond,
             body_nconsts=len(reads) + n_body, body_jaxpr=body,
         )  # fmt: skip
-        _write_ended(writes, outs[: len(writes)], _compat.out_avals(cond)[-1])
+        _write_ended(writes, outs[: len(writes)], _jax.out_avals(cond)[-1])
         return outs[len(writes) :]
 
-    *carried, verdict = _compat.eval_closed_jaxpr(cond, *constants, *cond_consts, *carried, *carry)
+    *carried, verdict = _jax.eval_closed_jaxpr(cond, *constants, *cond_consts, *carried, *carry)
     body = _body_then_condition(body, cond, len(reads) + n_body, len(reads) + n_cond, len(writes))
     n_consts = 2 * len(reads) + n_body + n_cond
-    outs = _compat.while_p.bind(
+    outs = _jax.while_p.bind(
         *constants, *body_consts, *constants, *cond_consts, verdict, *carried, *carry,
-        cond_nconsts=0, cond_jaxpr=_first_of(tuple(_compat.in_avals(body)[n_consts:])),
+        cond_nconsts=0, cond_jaxpr=_first_of(tuple(_jax.in_avals(body)[n_consts:])),
         body_nconsts=n_consts, body_jaxpr=body,
     )  # fmt: skip
-    _write_ended(writes, outs[1 : 1 + len(writes)], _compat.out_avals(cond)[-1])
+    _write_ended(writes, outs[1 : 1 + len(writes)], _jax.out_avals(cond)[-1])
     return outs[1 + len(writes) :]
 
 
 def _write_ended(writes: Addresses, values: Sequence[Any], verdict: Any) -> None:
     """Writes what a loop leaves. It differs by device if they end it at different turns."""
-    axes = _compat.axes_of(verdict)
+    axes = _jax.axes_of(verdict)
     if axes:
         pairs = zip(writes, values, strict=True)
-        values = [_compat.vary(x, axes) if a.has_axes else x for a, x in pairs]
+        values = [_jax.vary(x, axes) if a.has_axes else x for a, x in pairs]
     write_all(writes, values)
 
 
@@ -177,13 +177,13 @@ def _run_in_python(while_loop: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(while_loop)
     def run(cond_fun: Any, body_fun: Any, init_val: Any) -> Any:
-        if not _compat.jit_is_disabled() or not any_open():
+        if not _jax.jit_is_disabled() or not any_open():
             return while_loop(cond_fun, body_fun, init_val)
         value = init_val
         while True:
             value = jax.tree.map(jnp.asarray, value)
             verdict = cond_fun(value)
-            if not _compat.is_known(verdict):
+            if not _jax.is_known(verdict):
                 break
             if not verdict:
                 return value
@@ -198,22 +198,22 @@ def _run_in_python(while_loop: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_compat.wrap_while_loop(_run_in_python)
+_jax.wrap_while_loop(_run_in_python)
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _body_then_condition(
     body: Any, cond: Any, n_body_consts: int, n_cond_consts: int, n_writes: int
 ) -> Any:
     """(body_consts, cond_consts, verdict, carry) -> (verdict, carry): a turn, the next verdict."""
-    body_avals, cond_avals = _compat.in_avals(body), _compat.in_avals(cond)
-    verdict_aval = _compat.out_avals(cond)[-1]
+    body_avals, cond_avals = _jax.in_avals(body), _jax.in_avals(cond)
+    verdict_aval = _jax.out_avals(cond)[-1]
 
     def turn(*args: Any) -> list[Any]:
         body_consts, args = args[:n_body_consts], args[n_body_consts:]
         cond_consts, args = args[:n_cond_consts], args[n_cond_consts:]
-        carry = _compat.eval_closed_jaxpr(body, *body_consts, *args[1:])
-        *written, verdict = _compat.eval_closed_jaxpr(cond, *cond_consts, *carry)
+        carry = _jax.eval_closed_jaxpr(body, *body_consts, *args[1:])
+        *written, verdict = _jax.eval_closed_jaxpr(cond, *cond_consts, *carry)
         return [verdict, *written, *carry[n_writes:]]
 
     avals = [
@@ -222,10 +222,10 @@ def _body_then_condition(
         verdict_aval,
         *body_avals[n_body_consts:],
     ]
-    return _compat.trace_flat(turn, avals)
+    return _jax.trace_flat(turn, avals)
 
 
 @functools.lru_cache
 def _first_of(avals: tuple[Any, ...]) -> Any:
     """The jaxpr that returns the first of its inputs."""
-    return _compat.trace_flat(lambda *args: args[0], avals)
+    return _jax.trace_flat(lambda *args: args[0], avals)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core import slots
 from jaxstate.core.resolve import boundaries, current_use, one_use, read, write
 from jaxstate.core.slots import Address, Cell, Holder
@@ -46,7 +46,7 @@ class _Devices(Holder):
     def __init__(self, outside: Any, below: Sequence[Holder], axes: Sequence[Any]) -> None:
         super().__init__()
         self.outside = outside
-        self.mesh_outside = _compat.abstract_mesh()
+        self.mesh_outside = _jax.abstract_mesh()
         self.below = below
         self.axes = axes
         self.notes: dict[Any, Any] = {}
@@ -61,7 +61,7 @@ class _Devices(Holder):
     def cell(self, address: Address) -> Cell:
         for boundary in boundaries(self):  # a loop in the function may ask first
             address = address.seen_from(boundary)
-        with _compat.set_current_trace(self.anchor):
+        with _jax.set_current_trace(self.anchor):
             return self._cell(address)
 
     def _cell(self, address: Address) -> Cell:
@@ -71,17 +71,17 @@ class _Devices(Holder):
             return owner.device_cell(address, self.notes, self.from_outside, self.index)
         key = address.seen_from(self.jaxpr_or_self())
         if key not in self.shared:
-            value = self.from_outside(lambda: _compat.canonicalize(read(key.renewed(self.use))))
+            value = self.from_outside(lambda: _jax.canonicalize(read(key.renewed(self.use))))
             if address.reduce is not None:
-                value = _compat.vary(value, frozenset(self.axes))
+                value = _jax.vary(value, frozenset(self.axes))
             self.before[key] = value
             self.shared[key] = Cell(value)
         return self.shared[key]
 
     def jaxpr_or_self(self) -> Any:
         """What names inside the function are relative to: its jaxpr, if it has one."""
-        chain = _compat.chain(self.anchor)
-        return next((t for t in chain if isinstance(t, _compat.StagingTrace)), self)
+        chain = _jax.chain(self.anchor)
+        return next((t for t in chain if isinstance(t, _jax.StagingTrace)), self)
 
     def written(self) -> dict[Address, Any]:
         """What the function has left in the shared slots that it wrote."""
@@ -126,10 +126,10 @@ class _Devices(Holder):
 
     def from_outside(self, get: Callable[[], Any]) -> Any:
         """What ``get`` gives in the place where the function is called."""
-        mesh = _compat.use_abstract_mesh(self.mesh_outside)
-        with slots.only_open(self.below), _compat.set_current_trace(self.outside), mesh:
+        mesh = _jax.use_abstract_mesh(self.mesh_outside)
+        with slots.only_open(self.below), _jax.set_current_trace(self.outside), mesh:
             value = get()
-        return _compat.into_mesh(value)
+        return _jax.into_mesh(value)
 
     def index(self) -> Any:
         """The index of this device along the mapped axes."""
@@ -165,7 +165,7 @@ class _Call:
             return results
         values = list(results)
         n = len(values) - len(self.written)
-        with _compat.set_current_trace(self.trace):
+        with _jax.set_current_trace(self.trace):
             for address, value in zip(self.written, values[n:], strict=True):
                 if address.reduce is not None:
                     value = address.reduced(value)
@@ -181,7 +181,7 @@ class _Call:
             with slots.open_holder(self.devices), slots.function_inside(self.devices):
                 results, specs = fun(*operands).unpack_aux()
                 # A result may stand for a slot: it is what the slot holds when the function ends.
-                results = results.map(_compat.resolved).with_aux(specs)
+                results = results.map(_jax.resolved).with_aux(specs)
             return self.with_written(results, self.devices.written())
         finally:
             self.devices.forget()
@@ -199,10 +199,10 @@ class _Call:
                 self.refuse_varying(address, value)
                 specs = (*specs, _replicated)
             else:
-                value = _compat.vary(value, frozenset(self.devices.axes))
+                value = _jax.vary(value, frozenset(self.devices.axes))
                 values[address] = jnp.expand_dims(value, 0)
                 specs = (*specs, per_device)
-        return _compat.flat_list([*results, *values.values()]).with_aux(specs)
+        return _jax.flat_list([*results, *values.values()]).with_aux(specs)
 
     def refuse_varying(self, address: Address, value: Any) -> None:
         if not self.params["check_vma"]:
@@ -216,10 +216,10 @@ class _Call:
                     y, value = mapped(x)                    # or return the value,
                     write(slot, value.mean())               # and write it outside
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
-        axes = sorted(str(axis) for axis in _compat.varying_axes(value))
+        axes = sorted(str(axis) for axis in _jax.varying_axes(value))
         if axes:
             raise DeviceWriteError(
                 message(
@@ -229,18 +229,18 @@ class _Call:
                     write(slot, jax.lax.pmean(value, axes))   # one value, from all devices
                     jaxstate.variable(..., reduce=jnp.mean)   # or: makes one value of them outside
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
 
 
 def _per_device(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not slots.any_open() or isinstance(trace, _compat.TransparentTrace):
+        if not slots.any_open() or isinstance(trace, _jax.TransparentTrace):
             return bind(trace, args, avals, params)
         return _Call(trace, params).bind(bind, args, avals)
 
     return bind_with_trace
 
 
-_compat.wrap_bind_with_trace(_compat.shard_map_p, _per_device)
+_jax.wrap_bind_with_trace(_jax.shard_map_p, _per_device)

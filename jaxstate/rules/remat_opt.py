@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Thread,
@@ -36,43 +36,41 @@ def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
         if not captured_operands():
             thunk = without_state(params["fun_jaxpr_thunk"])
             return bind(trace, args, avals, dict(params, fun_jaxpr_thunk=thunk))
-        with _compat.set_current_trace(trace):
+        with _jax.set_current_trace(trace):
             args, params, uses = _explicit(args, params)
-            return write_last(
-                uses.results, bind(trace, args, list(map(_compat.typeof, args)), params)
-            )
+            return write_last(uses.results, bind(trace, args, list(map(_jax.typeof, args)), params))
 
     return bind_with_trace
 
 
-_compat.wrap_bind_with_trace(_compat.remat_opt_p, _with_state)
+_jax.wrap_bind_with_trace(_jax.remat_opt_p, _with_state)
 
 
-@register_rule(_compat.remat_opt_p)
+@register_rule(_jax.remat_opt_p)
 def _remat_opt(args: Any, params: dict[str, Any]) -> list[Any]:
     args, params, uses = _explicit(args, params)
-    return write_last(uses.results, _compat.remat_opt_p.bind(*args, **params))
+    return write_last(uses.results, _jax.remat_opt_p.bind(*args, **params))
 
 
-_compat.wrap_bind(_compat.remat_opt_p, own_use)
+_jax.wrap_bind(_jax.remat_opt_p, own_use)
 
 
 def _explicit(args: Any, params: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Uses]:
     """The operands and parameters with slots in front of the operands that both functions take."""
     n, fwd = params["num_consts"], params["fwd_jaxpr"]
-    fun = _compat.closed(*params["fun_jaxpr_thunk"]())
-    captured = tuple(c.address for c in _compat.consts_of(fun) if type(c) is StateTracer)
-    fun = _compat.hoist_constants(fun, lambda c: type(c) is StateTracer)
+    fun = _jax.closed(*params["fun_jaxpr_thunk"]())
+    captured = tuple(c.address for c in _jax.consts_of(fun) if type(c) is StateTracer)
+    fun = _jax.hoist_constants(fun, lambda c: type(c) is StateTracer)
     uses = uses_of([fwd, fun])
     bear(fwd, args)
     settle((*captured, *uses.ins), uses.results)
     captures, slots = read_all(captured), read_all(uses.ins)
-    avals = list(map(_compat.typeof, slots))
-    unused = [_compat.Var(_compat.typeof(c)) for c in captures]
+    avals = list(map(_jax.typeof, slots))
+    unused = [_jax.Var(_jax.typeof(c)) for c in captures]
     fwd = _threaded(fwd, uses, avals, lambda slots, rest: [*rest[:n], *unused, *slots, *rest[n:]])
     m = len(captures)
     fun = _threaded(fun, uses, avals, lambda slots, rest: [*rest[:m], *slots, *rest[m:]])
-    explicit = dict(params, fwd_jaxpr=fwd, fun_jaxpr_thunk=Settled(lambda: _compat.separated(fun)))
+    explicit = dict(params, fwd_jaxpr=fwd, fun_jaxpr_thunk=Settled(lambda: _jax.separated(fun)))
     return [*args[:n], *captures, *slots, *args[n:]], explicit, uses
 
 
@@ -85,8 +83,8 @@ def _threaded(
     """The jaxpr with slots as inputs, in the order ``order(slots, other inputs)``, and outputs."""
     how = Thread(uses.reads, uses.writes, outs=uses.outs, once=True)
     threaded = thread(jaxpr, how, avals)
-    inputs, n = list(_compat.invars(threaded)), len(avals)
-    return _compat.remade(
-        threaded, invars=order(inputs[:n], inputs[n:]), outvars=_compat.outvars(threaded),
-        eqns=_compat.equations(threaded), effs=threaded.effects,
+    inputs, n = list(_jax.invars(threaded)), len(avals)
+    return _jax.remade(
+        threaded, invars=order(inputs[:n], inputs[n:]), outvars=_jax.outvars(threaded),
+        eqns=_jax.equations(threaded), effs=threaded.effects,
     )  # fmt: skip

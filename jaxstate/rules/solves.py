@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import (
     Thread,
     read_all,
@@ -32,27 +32,27 @@ from jaxstate.core.slots import any_open
 # JAX wants as many auxiliary results of the transposed solve, and drops them.
 _HANDING_ON = ("solve", "transpose_solve")
 
-_compat.defer_transposes(any_open)
+_jax.defer_transposes(any_open)
 
 
-@register_rule(_compat.linear_solve_p)
+@register_rule(_jax.linear_solve_p)
 def _linear_solve(args: Any, params: dict[str, Any]) -> list[Any]:
-    return _with_state(_compat.linear_solve_of(args, params))
+    return _with_state(_jax.linear_solve_of(args, params))
 
 
-@register_hidden_rule(_compat.CustomRoot)
+@register_hidden_rule(_jax.CustomRoot)
 def _custom_root(args: Any, prim: Any) -> list[Any]:
-    return _with_state(_compat.custom_root_of(args, prim))
+    return _with_state(_jax.custom_root_of(args, prim))
 
 
-@register_hidden_rule(_compat.RootLinearMap)
+@register_hidden_rule(_jax.RootLinearMap)
 def _root_linear_map(args: Any, prim: Any) -> list[Any]:
     """The derivative of the function of a custom_root, or its transpose: nothing is handed on."""
-    return _with_state(_compat.root_linear_map_of(args, prim))
+    return _with_state(_jax.root_linear_map_of(args, prim))
 
 
-@_compat.wrap_custom_root
-def _custom_root_without_primitive(solve: _compat.Solve) -> list[Any]:
+@_jax.wrap_custom_root
+def _custom_root_without_primitive(solve: _jax.Solve) -> list[Any]:
     """custom_root where it is not a primitive (jax < 0.11), at the place where it is called."""
     if not any(state_effect in jaxpr.effects for jaxpr in solve.functions.values()):
         return solve.bind(solve.functions, solve.consts)
@@ -60,14 +60,14 @@ def _custom_root_without_primitive(solve: _compat.Solve) -> list[Any]:
         return _with_state(solve)
 
 
-def _with_state(solve: _compat.Solve) -> list[Any]:
+def _with_state(solve: _jax.Solve) -> list[Any]:
     """(consts of each function, rest) -> (slots + consts of each, rest)."""
     reads, writes = state_of_all(solve.functions.values())
     for name, jaxpr in solve.functions.items():
         consts = solve.consts[name]
-        bear(jaxpr, [*consts, *[None] * (len(_compat.invars(jaxpr)) - len(consts))])
+        bear(jaxpr, [*consts, *[None] * (len(_jax.invars(jaxpr)) - len(consts))])
     slots = read_all(reads + writes)
-    avals = [_compat.typeof(s) for s in slots]
+    avals = [_jax.typeof(s) for s in slots]
     functions = {
         name: thread(jaxpr, Thread(reads, writes, out=name in _HANDING_ON), avals)
         for name, jaxpr in solve.functions.items()

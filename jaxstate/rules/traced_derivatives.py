@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Thread,
@@ -36,7 +36,7 @@ from jaxstate.core.slots import Address, any_open
 from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
 
 
-def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
+def _call(function: Any, args: tuple[Any, ...], traced: _jax.Traced) -> Any:
     captured = tuple(c.address for c in traced.consts if isinstance(c, StateTracer))
     reads, writes = state_of(traced.jaxpr)
     touched = tuple(dict.fromkeys((*captured, *reads, *writes)))
@@ -49,7 +49,7 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
         values = list(map(undifferentiated, touched, read_all(touched)))
         rules = _Rules(function, Explicit(touched, writes))
         given = traced._replace(operands=())  # JAX may keep the function
-        call = _compat.like_traced_rules(
+        call = _jax.like_traced_rules(
             function, functools.partial(_explicit, given, touched), len(touched), rules.wrapped
         )
         out, written = call(*values, *args)
@@ -58,10 +58,10 @@ def _call(function: Any, args: tuple[Any, ...], traced: _compat.Traced) -> Any:
     return out
 
 
-_compat.wrap_traced_rules(any_open, _call)
+_jax.wrap_traced_rules(any_open, _call)
 
 
-def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]:
+def _refreshed(args: tuple[Any, ...], traced: _jax.Traced) -> tuple[Any, ...]:
     """The arguments, with captures among them as they are now."""
     operands = refreshed(traced.jaxpr, [*traced.consts, *traced.operands])[len(traced.consts) :]
     dynamic = [i for i in range(len(args)) if i not in traced.statics]
@@ -70,17 +70,17 @@ def _refreshed(args: tuple[Any, ...], traced: _compat.Traced) -> tuple[Any, ...]
     return tuple(new.get(i, x) for i, x in enumerate(args))
 
 
-def _explicit(traced: _compat.Traced, touched: Sequence[Address], *args: Any) -> Any:
+def _explicit(traced: _jax.Traced, touched: Sequence[Address], *args: Any) -> Any:
     """The function with the state as further arguments in front, and with what it writes as one
     more result."""
     state, args = args[: len(touched)], args[len(touched) :]
     reads, writes = uses = state_of(traced.jaxpr)
     values = dict(zip(touched, state, strict=True))
     slots = [values[address] for addresses in uses for address in addresses]
-    jaxpr = thread(traced.jaxpr, Thread(reads, writes, once=True), list(map(_compat.typeof, slots)))
+    jaxpr = thread(traced.jaxpr, Thread(reads, writes, once=True), list(map(_jax.typeof, slots)))
     consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
     operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
-    outs = _compat.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
+    outs = _jax.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)
     n = traced.out_tree.num_leaves
     return jax.tree.unflatten(traced.out_tree, outs[:n]), outs[n:]
 
@@ -104,7 +104,7 @@ class _Rules:
         out, written = self._run(state, jvp, *statics, primals, tangents)
         if not _is_pair(out):
             return out
-        zeros = [_compat.symbolic_zero_like(w) for w in written]
+        zeros = [_jax.symbolic_zero_like(w) for w in written]
         return (out[0], written), (out[1], zeros)
 
     def _fwd(self, fwd: Callable[..., Any], *args: Any) -> Any:
@@ -160,4 +160,4 @@ def _is_pair(out: Any) -> bool:
 
 
 def _resolved(out: Any) -> Any:
-    return jax.tree.map(_compat.resolved, out)
+    return jax.tree.map(_jax.resolved, out)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core import resolve
 from jaxstate.core.refs import ZeroCell, strong
 from jaxstate.core.slots import Address, Cell, open_holder
@@ -105,14 +105,14 @@ def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
     addresses, _ = _addresses("plant", name, value, tag, mode)
     planted = _tree(addresses[0].event, [resolve.read(address) for address in addresses])
     # A Python scalar, or what is computed from such only, gives way to the dtype of other operands.
-    return jax.tree.map(lambda x, y: _compat.weak(y) if _compat.is_weak(x) else y, value, planted)
+    return jax.tree.map(lambda x, y: _jax.weak(y) if _jax.is_weak(x) else y, value, planted)
 
 
 def _addresses(
     kind: Kind, name: str, value: Any, tag: str, mode: str
 ) -> tuple[list[SownAddress], list[Any]]:
     """The slots of a value that is sown, and what goes there."""
-    made = _compat.user_location()
+    made = _jax.user_location()
     leaves = _leaves(jax.tree.map(strong, value))
     event = Event(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves))
     if kind == "plant":
@@ -163,7 +163,7 @@ class _Reap(SownHolder):
         events: dict[Event, list[Any]] = {}
         for address, cell in self.cells.items():
             if cell.written is not None:
-                value = _compat.in_mesh(cell.written)
+                value = _jax.in_mesh(cell.written)
                 events.setdefault(address.event, []).append((address.leaf, value))
         values: dict[str, list[Any]] = {}
         for event, leaves in events.items():
@@ -241,9 +241,9 @@ class _Plant(SownHolder):
         value = self.values[event.name]
         if jax.tree.structure(value) != event.tree:
             raise _mismatch(event, value, address.made)
-        with _compat.set_current_trace(self.anchor):
-            leaf = _compat.as_array(_leaves(value)[address.leaf])
-            if _compat.is_weak(leaf) and jnp.result_type(leaf, wanted.dtype) == wanted.dtype:
+        with _jax.set_current_trace(self.anchor):
+            leaf = _jax.as_array(_leaves(value)[address.leaf])
+            if _jax.is_weak(leaf) and jnp.result_type(leaf, wanted.dtype) == wanted.dtype:
                 leaf = leaf.astype(wanted.dtype)
             stacked = _is_stacked(event, leaf, wanted)
             if leaf.dtype != wanted.dtype or leaf.shape[1 if stacked else 0 :] != wanted.shape:
@@ -289,7 +289,7 @@ def _mismatch(event: Event, value: Any, made: str) -> Exception:
             jaxstate.plant(f)({{{event.name!r}: 2 * sown[{event.name!r}]}}, x)    # of that type
             """,
             made=made,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -304,7 +304,7 @@ def _count_mismatch(event: Event, value: Any, times: str, made: str) -> Exceptio
             jaxstate.plant(f)({{{event.name!r}: jnp.stack(values)}}, x)    # one for each time
             """,
             made=made,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 

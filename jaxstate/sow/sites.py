@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.resolve import destination
 from jaxstate.core.slots import Address, AllLanes, Holder, holders
 from jaxstate.errors import (
@@ -68,7 +68,7 @@ class Event(NamedTuple):
 
     def over(self, *sizes: int) -> Event:
         """The event as seen from outside of loops or lanes."""
-        types = [_compat.ShapedArray((*sizes, *t.shape), t.dtype) for t in self.types]
+        types = [_jax.ShapedArray((*sizes, *t.shape), t.dtype) for t in self.types]
         return self._replace(types=tuple(types))
 
     def addresses(self, made: str) -> list[SownAddress]:
@@ -83,8 +83,8 @@ class Event(NamedTuple):
 
 def types_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """Shape and dtype of arrays, and nothing else of their types."""
-    avals = map(_compat.typeof, leaves)
-    return tuple(_compat.ShapedArray(aval.shape, aval.dtype) for aval in avals)
+    avals = map(_jax.typeof, leaves)
+    return tuple(_jax.ShapedArray(aval.shape, aval.dtype) for aval in avals)
 
 
 def holder_of(kind: Kind, tag: str, name: str) -> Holder | None:
@@ -167,7 +167,7 @@ class SownAddress(Address):
                 jaxstate.{what}(use)(...)           # or evaluate it inside, tag={self.event.tag!r}
                 """,
                 made=self.made,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -189,7 +189,7 @@ class SownAddress(Address):
                 jaxstate.sow({name!r}, value, mode={better})
                 """,
                 made=self.made,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -221,7 +221,7 @@ class SownAddress(Address):
                 {better}     # and with another name in the other
                 """,
                 made=self.made,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -234,9 +234,9 @@ class SownHolder(Holder):
 
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> AllLanes | None:
         assert isinstance(address, SownAddress)
-        if _compat.lanes_are_directions(trace):
+        if _jax.lanes_are_directions(trace):
             return None
-        return AllLanes(address.over(_compat.lane_count(trace)))
+        return AllLanes(address.over(_jax.lane_count(trace)))
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
         return UnsupportedPrimitiveError(
@@ -246,7 +246,7 @@ class SownHolder(Holder):
                 fix="""
                 jax.jacrev(f)(x)        # sows one value
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -277,7 +277,7 @@ def numbered(event: Event, made: str, leaf: int | None = None) -> Event:
       SowMismatchError: if it has been sown with another mode or type.
     """
     notes, vmaps = destination(SownAddress(event, 0, made).holder())
-    lanes = [_compat.lane_count(t) for t in vmaps if not _compat.lanes_are_directions(t)]
+    lanes = [_jax.lane_count(t) for t in vmaps if not _jax.lanes_are_directions(t)]
     outside = event.over(*reversed(lanes))._replace(n=0)
     key = "sown", event.kind, event.tag, event.name, event.reaps
     record = notes.get(key)
@@ -310,7 +310,7 @@ def _repeated(event: Event, record: _Record, made: str) -> Exception:
             """,
             made=record.made,
             again=made,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -330,6 +330,6 @@ def _mismatch(record: _Record, event: Event, made: str) -> Exception:
             """,
             made=record.made,
             again=made,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )

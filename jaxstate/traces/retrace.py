@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.refs import Slot, new_slot
 from jaxstate.core.resolve import read, read_p, state_effect
 from jaxstate.errors import TraceStateError, message
@@ -33,7 +33,7 @@ def with_one_condition(args: Any, params: Any) -> tuple[Any, Any]:
     stay; but then all that the loop carries needs the axis of the lanes, and the state has none.
     """
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    if not _compat.out_avals(cond)[0].shape:
+    if not _jax.out_avals(cond)[0].shape:
         return args, params
     n, m = params["cond_nconsts"], params["body_nconsts"]
     cond, body = _one_condition(cond, body, n, m)
@@ -41,25 +41,25 @@ def with_one_condition(args: Any, params: Any) -> tuple[Any, Any]:
     return [*args[:n], *args], params
 
 
-@_compat.weakref_lru_cache
+@_jax.weakref_lru_cache
 def _one_condition(cond: Any, body: Any, n: int, m: int) -> tuple[Any, Any]:
     def any_lane(*args: Any) -> Any:
-        return jax.numpy.any(*_compat.eval_closed_jaxpr(cond, *args))
+        return jax.numpy.any(*_jax.eval_closed_jaxpr(cond, *args))
 
     def lanes_that_go_on(*args: Any) -> list[Any]:
         carry = args[n + m :]
-        [goes_on] = _compat.eval_closed_jaxpr(cond, *args[:n], *carry)
+        [goes_on] = _jax.eval_closed_jaxpr(cond, *args[:n], *carry)
 
         def chosen(new: Any, old: Any) -> Any:
             dims = range(goes_on.ndim)
             return jax.lax.select(jax.lax.broadcast_in_dim(goes_on, new.shape, dims), new, old)
 
-        return [*map(chosen, _compat.eval_closed_jaxpr(body, *args[n:]), carry)]
+        return [*map(chosen, _jax.eval_closed_jaxpr(body, *args[n:]), carry)]
 
-    avals = _compat.in_avals(cond)[:n] + _compat.in_avals(body)
+    avals = _jax.in_avals(cond)[:n] + _jax.in_avals(body)
     return (
-        _compat.trace_flat(any_lane, _compat.in_avals(cond)),
-        _compat.trace_flat(lanes_that_go_on, avals),
+        _jax.trace_flat(any_lane, _jax.in_avals(cond)),
+        _jax.trace_flat(lanes_that_go_on, avals),
     )
 
 
@@ -71,41 +71,41 @@ def constants_in_slots(jaxpr: Any, may_close: bool) -> tuple[Any, tuple[Slot, ..
     """
 
     def moves(constant: Any) -> bool:
-        return not may_close or _compat.is_tracer(constant)
+        return not may_close or _jax.is_tracer(constant)
 
-    constants = [c for c in _compat.consts_of(jaxpr) if moves(c)]
+    constants = [c for c in _jax.consts_of(jaxpr) if moves(c)]
     if not constants:
         return jaxpr, ()
     slots = tuple(new_slot(c, name="a value that a trace closes over") for c in constants)
-    hoisted = _compat.hoist_constants(jaxpr, moves)
+    hoisted = _jax.hoist_constants(jaxpr, moves)
 
     def run(*args: Any) -> list[Any]:
-        return _compat.eval_closed_jaxpr(hoisted, *(read(s.address) for s in slots), *args)
+        return _jax.eval_closed_jaxpr(hoisted, *(read(s.address) for s in slots), *args)
 
-    return _compat.trace_flat(run, _compat.in_avals(jaxpr)), slots
+    return _jax.trace_flat(run, _jax.in_avals(jaxpr)), slots
 
 
 def without_unused_reads(jaxpr: Any) -> Any:
     """The jaxpr without reads of state that it then does nothing with."""
     if state_effect not in jaxpr.effects:
         return jaxpr
-    eqns = _compat.equations(jaxpr)
-    used = {v for eqn in eqns for v in eqn.invars if isinstance(v, _compat.Var)}
-    used.update(v for v in _compat.outvars(jaxpr) if isinstance(v, _compat.Var))
+    eqns = _jax.equations(jaxpr)
+    used = {v for eqn in eqns for v in eqn.invars if isinstance(v, _jax.Var)}
+    used.update(v for v in _jax.outvars(jaxpr) if isinstance(v, _jax.Var))
     kept = [e for e in eqns if e.primitive is not read_p or e.outvars[0] in used]
     if len(kept) == len(eqns):
         return jaxpr
     effects = jaxpr.effects
     if not any(state_effect in eqn.effects for eqn in kept):
         effects -= {state_effect}
-    invars, outvars = _compat.invars(jaxpr), _compat.outvars(jaxpr)
-    return _compat.remade(jaxpr, invars=invars, outvars=outvars, eqns=kept, effs=effects)
+    invars, outvars = _jax.invars(jaxpr), _jax.outvars(jaxpr)
+    return _jax.remade(jaxpr, invars=invars, outvars=outvars, eqns=kept, effs=effects)
 
 
 def check_results(primitive: Any, before: Any, after: Any) -> None:
     """The jaxprs of a loop or a branch return what they returned before."""
-    for a, b in zip(_compat.out_avals(before), _compat.out_avals(after), strict=True):
-        if not _compat.same_aval(a, b):
+    for a, b in zip(_jax.out_avals(before), _jax.out_avals(after), strict=True):
+        if not _jax.same_aval(a, b):
             raise TraceStateError(
                 message(
                     f"process_primitive made a value of type {b.str_short()} out of one of type"
@@ -114,6 +114,6 @@ def check_results(primitive: Any, before: Any, after: Any) -> None:
                     out = super().process_primitive(primitive, args, params)
                     out = out.astype(jnp.{a.dtype})      # the type that the operation has
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )

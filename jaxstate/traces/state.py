@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.refs import Slot, ZeroCell
 from jaxstate.core.resolve import read, write
 from jaxstate.core.specs import strong, typed
@@ -67,7 +67,7 @@ class Shared:
         """The slot of leaf number ``n``, as long as that is of this type."""
         slot = self.slots.get((n, aval))
         if slot is None:
-            with _compat.set_current_trace(self.place):
+            with _jax.set_current_trace(self.place):
                 slot = Slot(ZeroCell(self.place, aval), aval, f"leaf {n} of a trace", "")
                 slot.family = self.family
             self.slots[n, aval] = slot
@@ -98,7 +98,7 @@ class Entry:
     def store(cls, shared: Shared, state: Any, before: Entry | None = None) -> Entry:
         """Puts a state into slots: all of it that is not there since ``before``."""
         leaves, tree = jax.tree.flatten(state)
-        leaves = [_strong(_compat.resolved(x)) if is_array(x) else Static(x) for x in leaves]
+        leaves = [_strong(_jax.resolved(x)) if is_array(x) else Static(x) for x in leaves]
         kinds = tuple(x if isinstance(x, Static) else _slot_type(x) for x in leaves)
         check_hashable(kinds)
         entry = cls(shared, Form(tree, kinds))
@@ -133,12 +133,12 @@ def is_array(x: Any) -> bool:
 
 
 def _strong(x: Any) -> Any:
-    return strong(x) if _compat.is_weak(x) else x
+    return strong(x) if _jax.is_weak(x) else x
 
 
 def _slot_type(x: Any) -> Any:
-    aval = _compat.typeof(x)
-    return aval if _compat.is_typed_key(aval) else _compat.ShapedArray(aval.shape, aval.dtype)
+    aval = _jax.typeof(x)
+    return aval if _jax.is_typed_key(aval) else _jax.ShapedArray(aval.shape, aval.dtype)
 
 
 def check_hashable(leaves: tuple[Any, ...]) -> None:

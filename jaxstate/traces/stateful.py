@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import has_rule
 from jaxstate.core.refs import Slot
 from jaxstate.core.resolve import recaptured, same_trace, state_effect
@@ -55,10 +55,10 @@ _CALLED_BY_JAX = (
 )  # fmt: skip
 
 # These run their one jaxpr exactly once: the state may come out with another structure.
-_CALLS = (_compat.jit_p, _compat.remat_p, _compat.call_p)
+_CALLS = (_jax.jit_p, _jax.remat_p, _jax.call_p)
 
 
-class StatefulTrace(_compat.TransparentTrace):
+class StatefulTrace(_jax.TransparentTrace):
     """A trace that sees every operation and carries state: derive from it, and see `new_trace`.
 
     Override `process_primitive`. It is called once for every operation that runs, in program order,
@@ -131,7 +131,7 @@ class StatefulTrace(_compat.TransparentTrace):
           TraceStateError: inside a loop or a branch, if a method that overrides this one returns
             values of other types there.
         """
-        with _compat.set_current_trace(self.parent_trace):
+        with _jax.set_current_trace(self.parent_trace):
             return primitive.bind(*args, **params)
 
     def process_higher_order(self, primitive: Any, args: Any, params: Any, /) -> Any:
@@ -171,7 +171,7 @@ class StatefulTrace(_compat.TransparentTrace):
     # -- Jaxprs ------------------------------------------------------------------------------
 
     def _through_jaxprs(self, primitive: Any, args: Any, params: Any) -> Any:
-        if primitive is _compat.while_p:
+        if primitive is _jax.while_p:
             args, params = with_one_condition(args, params)
         with self._state_in_slots() as entry:
             ends: list[Form] = []
@@ -185,7 +185,7 @@ class StatefulTrace(_compat.TransparentTrace):
                 slots.extend(done.constants)
                 return done.jaxpr
 
-            params = _compat.with_jaxprs(params, processed)
+            params = _jax.with_jaxprs(params, processed)
             if primitive not in _CALLS and any(end != entry.form for end in ends):
                 raise _changed_structure(self, primitive, entry.form, ends)
             if ends:
@@ -194,9 +194,9 @@ class StatefulTrace(_compat.TransparentTrace):
 
     def _processed(self, primitive: Any, jaxpr: Any, start: Form) -> Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
-        may_close = _compat.is_closed(jaxpr) and primitive is not _compat.remat_p
+        may_close = _jax.is_closed(jaxpr) and primitive is not _jax.remat_p
         known = self._shared.processed.setdefault(jaxpr, {})
-        key = may_close, start, _compat.trace_context()
+        key = may_close, start, _jax.trace_context()
         done = known.get(key)
         if done is None:
             done = self._process(jaxpr, may_close, start)
@@ -210,17 +210,17 @@ class StatefulTrace(_compat.TransparentTrace):
 
         def run(*args: Any) -> list[Any]:
             nonlocal end
-            outs, end = inside.run(_compat.eval_closed_jaxpr, _compat.close(jaxpr), *args)
+            outs, end = inside.run(_jax.eval_closed_jaxpr, _jax.close(jaxpr), *args)
             return [
-                _compat.with_weak_type_of(aval, x)
-                for aval, x in zip(_compat.out_avals(jaxpr), outs, strict=True)
+                _jax.with_weak_type_of(aval, x)
+                for aval, x in zip(_jax.out_avals(jaxpr), outs, strict=True)
             ]
 
-        made = _compat.trace_flat(run, _compat.in_avals(jaxpr))
+        made = _jax.trace_flat(run, _jax.in_avals(jaxpr))
         made, constants = constants_in_slots(made, may_close)
         made = without_unused_reads(made)
-        if not _compat.is_closed(jaxpr):
-            made = _compat.opened(made)
+        if not _jax.is_closed(jaxpr):
+            made = _jax.opened(made)
         return Processed(made, end, constants)
 
     # -- Functions ---------------------------------------------------------------------------
@@ -233,10 +233,10 @@ class StatefulTrace(_compat.TransparentTrace):
 
             def on_top(fun: Any) -> Any:
                 def replaced(*args: Any) -> Any:
-                    _compat.reset_stores(fun)
+                    _jax.reset_stores(fun)
                     return inside.run(fun.call_wrapped, *args)[0]
 
-                return _compat.wrap_rule_function(fun, replaced)
+                return _jax.wrap_rule_function(fun, replaced)
 
             subfuns = (*map(on_top, functions), *kept)
             return primitive.bind(*args, **params, subfuns=subfuns)
@@ -244,9 +244,9 @@ class StatefulTrace(_compat.TransparentTrace):
     # -- The state ---------------------------------------------------------------------------
 
     def _check_place(self) -> None:
-        current = _compat.current_trace()
-        here = _compat.holding_trace(current)
-        if self.parent_trace is None or same_trace(here, _compat.holding_trace(self)):
+        current = _jax.current_trace()
+        here = _jax.holding_trace(current)
+        if self.parent_trace is None or same_trace(here, _jax.holding_trace(self)):
             return
         raise TraceStateError(
             message(
@@ -258,7 +258,7 @@ class StatefulTrace(_compat.TransparentTrace):
                     ...                     # use self.state here, or outside of the function
                 slot = new_slot(value)      # or keep that part in a slot: read(slot), write(...)
                 """,
-                used=_compat.user_location(),
+                used=_jax.user_location(),
             )
         )
 
@@ -268,7 +268,7 @@ class StatefulTrace(_compat.TransparentTrace):
 
         It runs under the parent trace. If it fails, the state is as before.
         """
-        with _compat.set_current_trace(self.parent_trace):
+        with _jax.set_current_trace(self.parent_trace):
             entry = self._entry or Entry.store(self._shared, self._value, self._stored)
             start = entry.form
             self._stored = None  # what the slots hold after an error is not known
@@ -288,7 +288,7 @@ class StatefulTrace(_compat.TransparentTrace):
     def _twin(self) -> StatefulTrace:
         """Another object with the attributes of this one: what is set on one is set on both."""
         twin = object.__new__(type(self))
-        _compat.TransparentTrace.__init__(twin)
+        _jax.TransparentTrace.__init__(twin)
         twin.__dict__ = self.__dict__
         return twin
 
@@ -308,7 +308,7 @@ def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def called(self: StatefulTrace, primitive: Any, /, *args: Any, **params: Any) -> Any:
-        with _compat.set_current_trace(self.parent_trace):
+        with _jax.set_current_trace(self.parent_trace):
             if takes_operations and has_rule(primitive):
                 return self.process_higher_order(primitive, *_with_captures(*args))
             return method(self, primitive, *args, **params)
@@ -319,7 +319,7 @@ def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_captures(args: Any, params: Any) -> tuple[Any, Any]:
     """The rule of a loop has to know which operands are slots that the loop writes."""
-    has_state = any(state_effect in jaxpr.effects for jaxpr in _compat.jaxprs_in(params))
+    has_state = any(state_effect in jaxpr.effects for jaxpr in _jax.jaxprs_in(params))
     return (recaptured(args) if has_state else args), params
 
 
@@ -341,11 +341,11 @@ class _Inside(NamedTuple):
         """Runs ``fun`` under a copy of the trace on top of the trace that is current, and hands the
         state that it leaves back to the slots. Returns the form of that too."""
         copy = self.trace._copy()
-        copy.parent_trace = _compat.current_trace()
+        copy.parent_trace = _jax.current_trace()
         before = copy._entry = Entry(copy._shared, self.form)
         attributes = dict(copy.__dict__)
         try:
-            with _compat.set_current_trace(copy):
+            with _jax.set_current_trace(copy):
                 out = fun(*args)
             _check_attributes(copy, attributes)
             if copy._entry is before:  # nobody has asked
@@ -371,7 +371,7 @@ def _check_attributes(copy: StatefulTrace, before: dict[str, Any]) -> None:
                     self.state = dict(self.state, {name}=...)     # what a program computes
                     self.table.append(...)      # or a list or dict, for what is known at trace time
                     """,
-                    used=_compat.user_location(),
+                    used=_jax.user_location(),
                 )
             )
 
@@ -390,7 +390,7 @@ def _changed_structure(trace: Any, primitive: Any, start: Form, ends: list[Form]
             with new_trace(cls, state={"ops": jnp.int32(0)}):     # arrays, of types that stay
                 ...
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -432,8 +432,8 @@ def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Ite
     if not (isinstance(cls, type) and issubclass(cls, StatefulTrace)):
         raise TypeError(f"new_trace wants a subclass of StatefulTrace, and was given {cls!r}.")
     trace = cls(*args, **kwargs)
-    trace.parent_trace = _compat.current_trace()
-    trace._shared.place = _compat.holding_trace(trace)
+    trace.parent_trace = _jax.current_trace()
+    trace._shared.place = _jax.holding_trace(trace)
     trace.state = jax.tree.map(lambda x: x, state)  # containers of its own
     check_hashable(tuple(Static(x) for x in jax.tree.leaves(state) if not is_array(x)))
     # JAX keeps whatever was current when it traced a derivative rule. It gets a twin, which has
@@ -441,7 +441,7 @@ def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Ite
     twin = trace._twin()
     trace._opened = weakref.ref(trace)
     try:
-        with _compat.set_current_trace(twin):
+        with _jax.set_current_trace(twin):
             yield trace
     finally:
         trace.parent_trace = None
@@ -468,7 +468,7 @@ def current_trace(cls: type[T] = StatefulTrace) -> T | None:
     >>> current_trace(Idle) is None
     True
     """
-    for trace in _compat.chain(_compat.current_trace()):
+    for trace in _jax.chain(_jax.current_trace()):
         if isinstance(trace, cls):
             opened = trace._opened and trace._opened()
             return opened if isinstance(opened, cls) else trace

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.slots import Address
 from jaxstate.tree import problems
 from jaxstate.tree.graph import Graph, Walk, first_difference
@@ -165,4 +165,4 @@ class NewLeaf(TreeAddress):
 
 
 FLAG = np.bool_(True)  # what is written to a `Shape`
-FLAG_TYPE = _compat.typeof(FLAG)
+FLAG_TYPE = _jax.typeof(FLAG)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.array import objects as objects_in_place
 from jaxstate.core import discharge, slots
 from jaxstate.core.slots import Holder, signature_changed
@@ -32,7 +32,7 @@ from jaxstate.tree.operands import (
 from jaxstate.tree.session import all_writable, is_object, publishes, sessions
 
 _TRACES = (
-    _compat.StagingTrace, _compat.BatchTrace, *_compat.DIFFERENTIATING, _compat.PartialTrace
+    _jax.StagingTrace, _jax.BatchTrace, *_jax.DIFFERENTIATING, _jax.PartialTrace
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def _enter(trace_: Any) -> list[Frame] | None:
     here = sessions()
     if not here or discharge.in_bind() or not isinstance(trace_, _TRACES):
         return None
-    if _compat.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
+    if _jax.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
         return None
     new = [s for s in here if not _is_in(s, trace_)]
     if not new:
@@ -55,7 +55,7 @@ def _enter(trace_: Any) -> list[Frame] | None:
 
 def _is_of_devices(trace_: Any) -> bool:
     """Whether a jaxpr is that of a shard_map: see `_function_inside`."""
-    return isinstance(trace_, _compat.StagingTrace) and _compat.traced_for(trace_) == "shard_map"
+    return isinstance(trace_, _jax.StagingTrace) and _jax.traced_for(trace_) == "shard_map"
 
 
 def _is_in(session: Any, trace_: Any) -> bool:
@@ -85,7 +85,7 @@ def _leave(frames: list[Frame], failed: bool) -> None:
 def _function_inside(holder: Holder) -> Iterator[None]:
     """A function that is given its state by a holder: it has frames of its own."""
     with discharge.out_of_bind():
-        current = _compat.current_trace()
+        current = _jax.current_trace()
         frames = [_begin(Frame(s, current, holder)) for s in sessions()]
         failed = True
         try:
@@ -105,7 +105,7 @@ class _around:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self.jax_only = _compat.calls_no_user(function)
+        self.jax_only = _jax.calls_no_user(function)
 
     def __enter__(self) -> None:
         self.before = publishes.graphs, publishes.jax_only, publishes.function
@@ -154,9 +154,7 @@ def _around_tracing(fun: Any) -> Any:
     return _around(fun)
 
 
-def _around_inference(
-    infer: Any, call: _compat.Jitted, args: Any, kwargs: Any, is_call: bool
-) -> Any:
+def _around_inference(infer: Any, call: _jax.Jitted, args: Any, kwargs: Any, is_call: bool) -> Any:
     if not sessions() or discharge.in_bind() or publishes.jax_only:
         return infer(call.fun, call.info, args, kwargs)
     with _around(call.fun):
@@ -181,10 +179,10 @@ def _operands(info: Any, args: Any, kwargs: Any) -> Any:
     return args, {**kwargs, **given[1]}
 
 
-def _call(jitted_: _compat.Jitted, args: Any, kwargs: Any) -> Any:
+def _call(jitted_: _jax.Jitted, args: Any, kwargs: Any) -> Any:
     """A call of a jitted function at top level, of which JAX is to keep nothing: the objects may be
     others the next time, and JAX would not ask."""
-    if not sessions() or _compat.calls_no_user(jitted_.fun):
+    if not sessions() or _jax.calls_no_user(jitted_.fun):
         return NotImplemented
     with _around(jitted_.fun):
         args, kwargs = _operands(jitted_.info, args, kwargs)
@@ -198,7 +196,7 @@ def _result_of(kind: str, result: Any) -> Any:
 
 
 def _notice_arguments(arguments: Any) -> None:
-    current = _compat.current_trace()
+    current = _jax.current_trace()
     for session in sessions():
         frame = session.frames[-1] if session.frames else None
         if frame is not None and frame.trace is current and not frame.stages:
@@ -208,12 +206,12 @@ def _notice_arguments(arguments: Any) -> None:
 @functools.cache
 def install() -> None:
     """Hooks into JAX, when the first tree is there."""
-    _compat.wrap_current_trace(_enter, _leave)
-    _compat.wrap_tracing(_around_tracing, _result_of)
-    _compat.wrap_copied_arguments(_notice_arguments)
-    _compat.wrap_control_flow(around_control_flow)
-    _compat.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
-    _compat.around_inference = _around_inference
+    _jax.wrap_current_trace(_enter, _leave)
+    _jax.wrap_tracing(_around_tracing, _result_of)
+    _jax.wrap_copied_arguments(_notice_arguments)
+    _jax.wrap_control_flow(around_control_flow)
+    _jax.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
+    _jax.around_inference = _around_inference
     objects_in_place.is_object = staticmethod(is_object)
     objects_in_place.writable = staticmethod(all_writable)
     slots.around_functions.append(_function_inside)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.capture import nowhere
 from jaxstate.tree import problems
 
 
-class Entry(_compat.Tracer):
+class Entry(_jax.Tracer):
     """An array as it was at the entry of a jaxpr, or of a function with a custom rule."""
 
     __slots__ = ("_frame", "_number", "_value")
@@ -53,10 +53,10 @@ class Entry(_compat.Tracer):
         return np.asarray(self.resolve(), *args, **kwargs)
 
     def _contents(self) -> list[tuple[str, Any]]:
-        return [("value", _compat.PERTURBED)] if _compat.has_tangent(self.aval) else []
+        return [("value", _jax.PERTURBED)] if _jax.has_tangent(self.aval) else []
 
 
-class Ended(_compat.Tracer):
+class Ended(_jax.Tracer):
     """An array of an object that a function under `mutate` was given, when that has ended."""
 
     __slots__ = ("_graph", "_number")
@@ -84,5 +84,5 @@ class Ended(_compat.Tracer):
         return self.resolve()
 
 
-_compat.register_tracer_type(Entry, Entry.resolve)
-_compat.register_tracer_type(Ended, Ended.resolve)
+_jax.register_tracer_type(Entry, Entry.resolve)
+_jax.register_tracer_type(Ended, Ended.resolve)

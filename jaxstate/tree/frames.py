@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.array import Writable, snapshot
 from jaxstate.core import resolve
 from jaxstate.core.capture import StateTracer, nowhere
@@ -63,7 +63,7 @@ class Frame:
         self.trace = trace_
         self.rule = rule
         self.function = publishes.function
-        self.stages = rule is not None or isinstance(trace_, _compat.StagingTrace)
+        self.stages = rule is not None or isinstance(trace_, _jax.StagingTrace)
         self.roots = list(session.roots)
         self.detached = list(session.detached)
         self.called = session.called
@@ -104,10 +104,10 @@ class Frame:
         if self.rule is not None:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
-        self._source = source = self._source or _compat.current_source()
-        captured = _compat.new_const(self.trace, StateTracer(address, aval), source)
+        self._source = source = self._source or _jax.current_source()
+        captured = _jax.new_const(self.trace, StateTracer(address, aval), source)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
-        (value,) = _compat.emit(
+        (value,) = _jax.emit(
             self.trace, resolve.read_p, (captured,), [aval], params, {resolve.state_effect}, source
         )
         return value
@@ -121,7 +121,7 @@ class Frame:
     def is_finished(self) -> bool:
         """Whether there is nothing to read any more. (A jaxpr is under construction for a little
         longer than its function runs.)"""
-        return not self.entries if self.rule is not None else _compat.is_finished(self.trace)
+        return not self.entries if self.rule is not None else _jax.is_finished(self.trace)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -222,12 +222,12 @@ class Frame:
         for i in range(len(self.entries)):
             is_there = i < len(after.leaves) and after.leaves[i] is self.entries[i]
             if not is_there and sys.getrefcount(self.entries[i]) > 2:
-                _compat.canonicalize(self.entries[i])
+                _jax.canonicalize(self.entries[i])
 
     def _write_leaf(self, after: Walk, i: int, renewed: tuple[int, ...]) -> None:
         aval = self.walk.avals[i]
-        value = _compat.canonicalize(fitted(after.leaves[i], aval))
-        if not _compat.same_type(value, aval):
+        value = _jax.canonicalize(fitted(after.leaves[i], aval))
+        if not _jax.same_type(value, aval):
             raise problems.type_changed(after.graph.label(i), value, aval)
         if isinstance(self.entries[i], Writable) and not self.runs_once:
             self.entries[i][...] = value  # the next turn reads it there
@@ -240,24 +240,24 @@ class Frame:
         self._stage(Shape(level, change), FLAG)
         for j, i in enumerate(change.leaves):
             if i is None:
-                value = _compat.canonicalize(fitted(after.leaves[j], after.avals[j]))
+                value = _jax.canonicalize(fitted(after.leaves[j], after.avals[j]))
                 self._stage(NewLeaf(level, change, j), value)
 
     def _stage(self, address: Any, value: Any) -> None:
         if self.rule is not None:
             self.writes.append((address, value))
             return
-        self._source = self._source or _compat.current_source()
+        self._source = self._source or _jax.current_source()
         params, effects = dict(address=address), {resolve.state_effect}
-        _compat.emit(self.trace, resolve.write_p, (value,), [], params, effects, self._source)
+        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, self._source)
 
     @property
     def runs_once(self) -> bool:
-        return self.rule is None and _compat.traced_for(self.trace) in _ONCE
+        return self.rule is None and _jax.traced_for(self.trace) in _ONCE
 
     @property
     def is_loop(self) -> bool:
-        return self.rule is None and _compat.traced_for(self.trace) in _LOOPS
+        return self.rule is None and _jax.traced_for(self.trace) in _LOOPS
 
     def _reaches(self, n: int) -> bool:
         """Whether the function that was traced has an object, and not from the objects."""
@@ -295,9 +295,9 @@ class Frame:
         walk = session.refresh()
         for i, leaf in enumerate(walk.leaves):
             x = snapshot(leaf)
-            if isinstance(x, _compat.Tracer) and x._trace is not nowhere and self._owns(x):
+            if isinstance(x, _jax.Tracer) and x._trace is not nowhere and self._owns(x):
                 value = self._lowered(walk.graph.label(i), x)
-                with _compat.set_current_trace(_compat.parent_of(self.trace)):
+                with _jax.set_current_trace(_jax.parent_of(self.trace)):
                     session.set(i, value)
 
     def _owns(self, x: Any) -> bool:
@@ -307,11 +307,11 @@ class Frame:
         )
 
     def _lowered(self, label: str, x: Any) -> Any:
-        if not isinstance(self.trace, _compat.BatchTrace):
+        if not isinstance(self.trace, _jax.BatchTrace):
             return x.primal
-        value, batch_dim = _compat.lane_value(self.trace, x)
+        value, batch_dim = _jax.lane_value(self.trace, x)
         if batch_dim is not None:
-            lanes = _compat.lane_count(self.trace)
+            lanes = _jax.lane_count(self.trace)
             raise problems.lanes_differ(label, self.session.made, lanes)
         return value
 
@@ -319,12 +319,12 @@ class Frame:
 def _likeness(walk: Walk, node: Node) -> Any:
     """What an object and a copy of it have in common: the class, and the arrays it is made of."""
     leaves = [e[1] for e in node.entries if e[0] is LEAF]
-    contents = [_compat.content(walk.leaves[i]) for i in leaves]
+    contents = [_jax.content(walk.leaves[i]) for i in leaves]
     contents = [x.value_if_used() if isinstance(x, Entry) else x for x in contents]
     return type(node.object), frozenset(map(id, contents))  # (JAX puts dicts in another order)
 
 
-_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _compat.Tracer, str)
+_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _jax.Tracer, str)
 
 
 def _reached(function: Any, walk: Walk) -> Iterator[Any]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.tree import objects
 from jaxstate.tree.objects import MADE, NODE, STATIC, children_names, kind_of, parts_of, put
 
@@ -234,10 +234,10 @@ class Walk:
         cls = type(x)
         if cls is str or x is None:
             return (STATIC, Static(x))
-        if _compat.is_plain_array(x) or isinstance(x, (jax.Array, _compat.Tracer)):
-            return self._leaf(x, _compat.typeof(x), node, place)
+        if _jax.is_plain_array(x) or isinstance(x, (jax.Array, _jax.Tracer)):
+            return self._leaf(x, _jax.typeof(x), node, place)
         if isinstance(x, _NUMBERS) and not static:
-            aval = None if isinstance(x, np.ndarray) and x.dtype == object else _compat.type_of(x)
+            aval = None if isinstance(x, np.ndarray) and x.dtype == object else _jax.type_of(x)
             if aval is not None:
                 return self._leaf(x, aval, node, place)
         kind = kind_of(x)
@@ -275,7 +275,7 @@ class Walk:
 
     def _node(self, x: Any, static: bool, parent: int, place: int, tree: bool) -> int:
         number = self._memo.get(id(x))
-        if number is not None and not (tree and _compat.children_of(x) is not None):
+        if number is not None and not (tree and _jax.children_of(x) is not None):
             return number
         number = self._memo[id(x)] = len(self.nodes)
         node = Node(x, parent, place)
@@ -324,12 +324,12 @@ class Walk:
         if entry[0] is LEAF:
             aval = self.avals[entry[1]]
             if isinstance(new, _NUMBERS):
-                found = None if isinstance(new, np.ndarray) else _compat.type_of(new)
+                found = None if isinstance(new, np.ndarray) else _jax.type_of(new)
                 if found is None or not can_hold(aval, new, found):
                     return False
-            elif not isinstance(new, (jax.Array, _compat.Tracer)):
+            elif not isinstance(new, (jax.Array, _jax.Tracer)):
                 return False
-            elif (found := _compat.typeof(new)) is not aval and found != aval:
+            elif (found := _jax.typeof(new)) is not aval and found != aval:
                 weak = getattr(found, "weak_type", False)
                 if not weak or not can_hold(aval, new, found):
                     return False
@@ -419,7 +419,7 @@ def _order(cls: type, names: list[str], keys: Any) -> list[int] | None:
 
 def can_hold(old: Any, value: Any, found: Any) -> bool:
     """Whether a number, or a weakly typed array, becomes an array of type ``old`` as it is."""
-    if found.shape != old.shape or _compat.is_typed_key(old):
+    if found.shape != old.shape or _jax.is_typed_key(old):
         return False
     return bool(jnp.result_type(old.dtype, value) == old.dtype)
 
@@ -430,10 +430,10 @@ def fitted(value: Any, aval: Any) -> Any:
     if found is not None and not getattr(found, "weak_type", False):
         return value
     if isinstance(value, (bool, int, float, complex)) or getattr(value, "weak_type", False):
-        array = _compat.as_array(value)
-        holds = can_hold(aval, value, _compat.typeof(array))
+        array = _jax.as_array(value)
+        holds = can_hold(aval, value, _jax.typeof(array))
         return jax.lax.convert_element_type(array, aval.dtype if holds else array.dtype)
-    return _compat.as_array(value)
+    return _jax.as_array(value)
 
 
 def has_leaves(entry: Entry) -> bool:

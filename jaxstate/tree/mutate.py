@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.array import Writable, snapshot
 from jaxstate.core.slots import open_holder
 from jaxstate.tree import boundaries, problems
@@ -104,7 +104,7 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     boundaries.install()
     given = _Given()
     roots = [_copied(tree, given.copy)]
-    session = Session(roots, _compat.user_location())
+    session = Session(roots, _jax.user_location())
     permit_assignments(session.walk)
     with open_holder(session):
         try:
@@ -201,7 +201,7 @@ def _without_objects_of(walk: Walk, out: Any) -> Any:
 def _check_leaves(walk: Walk) -> None:
     """Raises if a tracer is left in the objects that is worth nothing from here on."""
     for i, x in enumerate(walk.leaves):
-        if isinstance(x, _compat.Tracer) and _has_ended(x):
+        if isinstance(x, _jax.Tracer) and _has_ended(x):
             raise problems.tracer_left(walk.graph.label(i), x)
     for number, node in enumerate(walk.nodes):
         for place, (entry, value) in enumerate(zip(node.entries, node.values, strict=True)):
@@ -216,7 +216,7 @@ def _has_ended(x: Any) -> bool:
         return False  # it says so itself
     if isinstance(x, (Entry, Ended)):
         return not x.is_alive()
-    return _compat.has_ended(x) or _compat.is_of_finished_jaxpr(x)
+    return _jax.has_ended(x) or _jax.is_of_finished_jaxpr(x)
 
 
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
@@ -226,7 +226,7 @@ def _tracers_in(value: Any, depth: int = 3) -> Iterator[Any]:
     """The tracers that an object holds which keeps its parts where only Python's memory manager
     sees them."""
     for x in gc.get_referents(value):
-        if isinstance(x, _compat.Tracer):
+        if isinstance(x, _jax.Tracer):
             yield x
         elif depth and gc.is_tracked(x) and not isinstance(x, _OPAQUE):
             yield from _tracers_in(x, depth - 1)

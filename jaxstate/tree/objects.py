@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxstate import _compat
+from jaxstate import _jax
 
 # -- Kinds -----------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def kind_of(x: Any) -> str:
 
 def _kind(x: Any) -> str:
     cls = type(x)
-    if issubclass(cls, (*_ATOMS, _compat.Tracer)) or is_trace_note(x):
+    if issubclass(cls, (*_ATOMS, _jax.Tracer)) or is_trace_note(x):
         return STATIC
     if issubclass(cls, _CONTAINERS):
         return NODE
@@ -57,7 +57,7 @@ def _kind(x: Any) -> str:
     layout = layout_of(cls)
     is_object = layout.base in (object, types.SimpleNamespace)
     has_parts = is_object and (layout.has_dict or layout.slots)
-    if _compat.children_of(x) is not None:
+    if _jax.children_of(x) is not None:
         return NODE if has_parts and package not in _LIBRARIES else MADE
     if not has_parts or package in _LIBRARIES or _is_value(cls) or _is_its_own_copy(x):
         return STATIC
@@ -285,9 +285,9 @@ def children_names(x: Any, names: list[str], values: list[Any]) -> frozenset[str
     if found is None:
         marks: list[Any] = [object() for _ in names]
         try:
-            children = _compat.children_of(made_of(cls, names, marks)) or ()
+            children = _jax.children_of(made_of(cls, names, marks)) or ()
         except Exception:
-            marks, children = values, _compat.children_of(x) or ()
+            marks, children = values, _jax.children_of(x) or ()
         pairs = zip(names, marks, strict=True)
         found = frozenset(n for n, m in pairs if any(m is c for c in children))
         _children[key] = found

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.core.discharge import in_bind
 from jaxstate.core.slots import signature_changed
 from jaxstate.tree.graph import Walk
@@ -161,7 +161,7 @@ def _pairs(tree: Any) -> list[tuple[Any, Any]] | None:
     """The parts of a pytree with their keys; None for a leaf."""
     if type(tree) is dict:
         return list(tree.items())
-    children = _compat.children_of(tree)
+    children = _jax.children_of(tree)
     return None if children is None else list(enumerate(children))
 
 
@@ -299,7 +299,7 @@ def around_control_flow(name: str, plain: Callable[..., Any], args: Any, kwargs:
     """A call of a loop or of branches, with objects of sessions by reference where that can be."""
     if not sessions() or in_bind():
         return plain(*args, **kwargs)
-    if _compat.jit_is_disabled() and name != "scan":
+    if _jax.jit_is_disabled() and name != "scan":
         return plain(*args, **kwargs)  # Python calls the functions with what they are given
     if name in _CARRIES:
         return _loop(name, plain, args, kwargs, frozenset())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.errors import (
     ClosedStateError,
     CopyWriteError,
@@ -23,7 +23,7 @@ def structure_changed(label: str) -> Exception:
             fix="""
             tree.part = value       # before the loop
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -36,7 +36,7 @@ def held_outside(label: str) -> Exception:
             fix="""
             before = copy.copy(tree.part)      # a copy, before the loop
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -45,12 +45,12 @@ def type_changed(label: str, value: Any, aval: Any) -> Exception:
     return SlotTypeError(
         message(
             f"{label} has type {aval.str_short()}, and was assigned a value of type"
-            f" {_compat.typeof(value).str_short()} inside a loop, a branch or a jitted function,"
+            f" {_jax.typeof(value).str_short()} inside a loop, a branch or a jitted function,"
             " which has to leave it one type.",
             fix="""
             tree.x = jnp.asarray(value, dtype)
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -63,7 +63,7 @@ def closed(label: str) -> Exception:
             fix="""
             out, tree = jaxstate.mutate(fn)(tree)      # the new tree: use this
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -76,7 +76,7 @@ def read_before(label: str) -> Exception:
             fix="""
             return tree.x           # from the body, as a result
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -90,7 +90,7 @@ def tracer_left(label: str, value: Any) -> Exception:
             fix="""
             tree.part = value       # an attribute, or an item of a dict, list or deque
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )
 
@@ -104,7 +104,7 @@ def lanes_differ(label: str, made: str, lanes: int) -> Exception:
             jax.vmap(jaxstate.mutate(fn))(trees, xs)      # or a tree per lane
             """,
             made=made,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
             under=f"vmap over {lanes} lanes",
         )
     )
@@ -119,6 +119,6 @@ def copy_written(label: str, under: str) -> Exception:
             jax.vmap(jaxstate.mutate(fn))(tree)      # a tree per lane,
             jax.grad(lambda w: loss(w, tree))(w)     # or what is assigned to is no argument
             """,
-            used=_compat.user_location(),
+            used=_jax.user_location(),
         )
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jaxstate import _compat
+from jaxstate import _jax
 from jaxstate.arrays.array import Writable, activation, fresh, is_array, snapshot
 from jaxstate.core import slots
 from jaxstate.core.slots import Address, Holder, holders
@@ -43,7 +43,7 @@ class Session(Holder):
         self.level = sum(isinstance(h, Session) for h in holders())
         self.roots = roots
         self.detached: list[Any] = []
-        self.base = list(_compat.chain(_compat.current_trace()))
+        self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
         self.reading: Walk | None = None
         self.called: Walk | None = None
@@ -59,7 +59,7 @@ class Session(Holder):
 
     @property
     def anchor(self) -> Any:
-        return _compat.current_trace() if self.is_open else None
+        return _jax.current_trace() if self.is_open else None
 
     @anchor.setter
     def anchor(self, value: Any) -> None:
@@ -258,7 +258,7 @@ def writable(value: Any) -> Any:
     """An array, as one that can be written where an in-place function runs."""
     if activation() is None or isinstance(value, Writable) or not is_array(value):
         return value
-    return fresh(snapshot(_compat.canonicalize(value)))
+    return fresh(snapshot(_jax.canonicalize(value)))
 
 
 @contextmanager

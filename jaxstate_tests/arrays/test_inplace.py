@@ -13,7 +13,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxstate
-from jaxstate import _compat, inplace
+from jaxstate import _jax, inplace
 
 X = np.arange(12, dtype=np.float32)
 M = np.arange(20, dtype=np.float32).reshape(4, 5)
@@ -735,21 +735,21 @@ def test_the_rule_of_a_custom_jvp_in_an_inplace_function(rule, derivative):
 # -- Traces of other libraries ---------------------------------------------------------------
 
 
-class Metres(_compat.Tracer):
+class Metres(_jax.Tracer):
     """A value of another library's trace."""
 
     def __init__(self, trace, value):
-        super().__init__(trace, _compat.typeof(value))
+        super().__init__(trace, _jax.typeof(value))
         self.value = value
 
 
-class Units(_compat.Trace):
+class Units(_jax.Trace):
     def __init__(self, parent):
         super().__init__()
         self.parent_trace = parent
 
     def process_primitive(self, primitive, args, params, /):
-        with _compat.set_current_trace(self.parent_trace):
+        with _jax.set_current_trace(self.parent_trace):
             values = (x.value if isinstance(x, Metres) else x for x in args)
             out = primitive.bind(*values, **params)
         return [Metres(self, x) for x in out] if primitive.multiple_results else Metres(self, out)
@@ -757,8 +757,8 @@ class Units(_compat.Trace):
 
 def in_metres(f):
     def run(x):
-        trace = Units(_compat.current_trace())
-        with _compat.set_current_trace(trace):
+        trace = Units(_jax.current_trace())
+        with _jax.set_current_trace(trace):
             out = f(Metres(trace, x))
         assert all(type(x) is Metres for x in jax.tree.leaves(out))
         return jax.tree.map(lambda x: x.value, out)
