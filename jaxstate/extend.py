@@ -19,11 +19,11 @@ Random streams and parameters are clients of the same engine.
 """
 
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
+    discharge,
     read_all,
     register_rule,
     state_of,
-    thread,
     write_all,
     write_last,
 )
@@ -31,17 +31,17 @@ from jaxstate.core.refs import Slot, new_slot, read, write
 from jaxstate.traces.stateful import StatefulTrace, current_trace, new_trace
 
 __all__ = [
+    "Layout",
     "Slot",
     "StatefulTrace",
-    "Thread",
     "current_trace",
+    "discharge",
     "new_slot",
     "new_trace",
     "read",
     "read_all",
     "register_rule",
     "state_of",
-    "thread",
     "write",
     "write_all",
     "write_last",

@@ -201,8 +201,8 @@ def test_a_rule_makes_a_foreign_primitive_stateful():
     def rule(args, params):
         reads, writes = extend.state_of(params["jaxpr"])
         slots = extend.read_all(reads + writes)
-        how = extend.Thread(reads, writes)
-        jaxpr = extend.thread(params["jaxpr"], how, [jax.typeof(s) for s in slots])
+        how = extend.Layout(reads, writes)
+        jaxpr = extend.discharge(params["jaxpr"], how, [jax.typeof(s) for s in slots])
         outs = call_p.bind(*slots, *args, jaxpr=jaxpr)
         n = len(outs) - len(writes)
         extend.write_all(writes, outs[n:])
@@ -245,8 +245,8 @@ def test_a_foreign_primitive_under_derivatives_lanes_and_traces():
     def rule(args, params):
         reads, writes = extend.state_of(params["jaxpr"])
         slots = extend.read_all(reads + writes)
-        how = extend.Thread(reads, writes, out_at=0)
-        jaxpr = extend.thread(params["jaxpr"], how, [jax.typeof(s) for s in slots])
+        how = extend.Layout(reads, writes, out_at=0)
+        jaxpr = extend.discharge(params["jaxpr"], how, [jax.typeof(s) for s in slots])
         outs = twice_p.bind(*slots, *args, jaxpr=jaxpr)
         extend.write_all(writes, outs[: len(writes)])
         return outs[len(writes) :]

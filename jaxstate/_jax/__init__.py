@@ -2190,7 +2190,7 @@ def prepend_cotangents(cotangents: list[Any], out: Any) -> Any:
 # -- The user's program ----------------------------------------------------------------------
 
 # Frames of this package are not the user's: neither in tracebacks nor in `user_location`.
-_package = os.path.dirname(__file__) + os.sep
+_package = os.path.dirname(os.path.dirname(__file__)) + os.sep
 traceback_util.register_exclusion(_package)
 source_info_util.register_exclusion(_package)
 
@@ -2221,7 +2221,7 @@ def _described(trace: Any) -> str | None:
     if info is None:
         return None
     file = (info.func_src_info or "").rpartition(" at ")[2].rpartition(":")[0]
-    if os.path.dirname(__file__) == os.path.dirname(file):
+    if file.startswith(_package):
         return None
     user = source_info_util.is_user_filename(file)
     return f"{info.traced_for} of {info.func_src_info}" if user else info.traced_for

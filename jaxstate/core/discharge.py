@@ -1,4 +1,4 @@
-"""Threading: a jaxpr whose state is written becomes one with slots as inputs and outputs.
+"""Discharge: a jaxpr with state becomes one with slots as inputs and outputs.
 
     { lambda ; x. let n = state_read[count]          { lambda ; n x. let
                   k = fold_in key n           -->                k = fold_in key n
@@ -7,9 +7,9 @@
               in (y,) }
 
 Nothing is traced again: the results of ``state_read`` become inputs and the operand of the last
-``state_write`` of each slot becomes an output. `state_of` says which slots a jaxpr uses, `thread`
-makes the pure jaxpr; both are cached per jaxpr, so that a jaxpr used a thousand times is compiled
-once.
+``state_write`` of each slot becomes an output. `state_of` says which slots a jaxpr uses, and
+`discharge` makes the pure jaxpr; both are cached per jaxpr, so that a jaxpr used a thousand times
+is compiled once.
 
 A higher-order primitive becomes stateful with a rule: a function that is called instead of the
 bind when a jaxpr among the parameters has state. It reads the slots where it is called, binds the
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
-from jaxstate.core.initializers import addresses_of, birth_p
+from jaxstate.core.initializers import addresses_of, init_p
 from jaxstate.core.resolve import (
     begin_use,
     current_use,
@@ -45,13 +45,13 @@ from jaxstate.errors import (
     message,
 )
 
-__all__ = ["State", "read_all", "register_rule", "state_of", "thread", "write_all", "write_last"]
+__all__ = ["State", "discharge", "read_all", "register_rule", "state_of", "write_all", "write_last"]
 
 Addresses = tuple[Address, ...]
 
 
 class State(NamedTuple):
-    """The slots that a jaxpr uses and does not thread."""
+    """The slots that a jaxpr uses and that are no inputs or outputs of it yet."""
 
     reads: Addresses  # read, never written
     writes: Addresses  # written, and perhaps read
@@ -95,7 +95,7 @@ def _state_of(jaxpr: Any) -> State:
     for eqn in _jax.equations(jaxpr):
         if _reads_captured(eqn, captures):
             continue
-        if eqn.primitive is read_p or eqn.primitive is birth_p:
+        if eqn.primitive is read_p or eqn.primitive is init_p:
             reads.update(dict.fromkeys(addresses_of(eqn)))
         elif eqn.primitive is write_p:
             writes[eqn.params["address"]] = None
@@ -283,7 +283,7 @@ def uses_of(jaxprs: Sequence[Any]) -> Uses:
 def _replaced(jaxpr: Any) -> frozenset[Address]:
     """The slots that a jaxpr writes without having read them."""
     eqns = _jax.equations(jaxpr)
-    read = {a for e in eqns if e.primitive in (read_p, birth_p) for a in addresses_of(e)}
+    read = {a for e in eqns if e.primitive in (read_p, init_p) for a in addresses_of(e)}
     return frozenset(a for a in state_of(jaxpr).writes if a not in read)
 
 
@@ -317,7 +317,7 @@ def settle_jaxprs(jaxprs: Iterable[Any]) -> None:
 @_jax.weakref_lru_cache
 def in_order(jaxpr: Any) -> Addresses:
     """The slots that a jaxpr uses, in the order of first use."""
-    eqns = (e for e in _jax.equations(jaxpr) if e.primitive in (read_p, birth_p, write_p))
+    eqns = (e for e in _jax.equations(jaxpr) if e.primitive in (read_p, init_p, write_p))
     return tuple(dict.fromkeys(a for eqn in eqns for a in addresses_of(eqn)))
 
 
@@ -338,8 +338,8 @@ def _no_rule(name: str, jaxprs: Iterable[Any], used: str) -> Exception:
     )
 
 
-class Thread(NamedTuple):
-    """How to thread slots through a jaxpr.
+class Layout(NamedTuple):
+    """Where slots are among the inputs and outputs of a jaxpr.
 
     Attributes:
       reads: slots to come in, in front of the other inputs.
@@ -364,7 +364,7 @@ class Thread(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
+def discharge(jaxpr: Any, how: Layout, avals: Sequence[Any]) -> Any:
     """The jaxpr with slots as inputs and outputs, and without state equations.
 
     Args:
@@ -386,7 +386,7 @@ def thread(jaxpr: Any, how: Thread, avals: Sequence[Any]) -> Any:
 
 
 @_jax.weakref_lru_cache
-def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
+def _thread(jaxpr: Any, how: Layout, avals: tuple[Any, ...]) -> Any:
     addresses = how.reads + how.writes + how.lasts
     incoming = {a: _jax.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
@@ -419,7 +419,7 @@ def _thread(jaxpr: Any, how: Thread, avals: tuple[Any, ...]) -> Any:
     for eqn in _jax.equations(jaxpr):
         if _reads_captured(eqn, captures) and eqn.params["address"] not in written:
             renamed[eqn.outvars[0]] = rename(eqn.invars[0])
-        elif eqn.primitive is read_p or eqn.primitive is birth_p:
+        elif eqn.primitive is read_p or eqn.primitive is init_p:
             for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
                 _check_axes(address, current[address].aval, outvar.aval)
                 renamed[outvar] = in_mesh_of(outvar.aval, varying_like(outvar, current[address]))
@@ -592,19 +592,19 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
 
     Returns:
       A decorator for the rule. Typically a rule asks `state_of` which slots the jaxpr uses, takes
-      their values with `read_all`, makes a pure jaxpr with `thread`, binds the same primitive with
-      the values as further operands, and hands the further results to `write_all`.
+      their values with `read_all`, makes a pure jaxpr with `discharge`, binds the same primitive
+      with the values as further operands, and hands the further results to `write_all`.
 
     Here for a primitive that calls its jaxpr once:
 
-    >>> from jaxstate.extend import Thread, read_all, register_rule, state_of, thread, write_last
+    >>> from jaxstate.extend import Layout, discharge, read_all, register_rule, state_of, write_last
     >>> def rule_for(call_p):
     ...     @register_rule(call_p)
     ...     def rule(args, params):
     ...         reads, writes = state_of(params["jaxpr"])
     ...         slots = read_all(reads + writes)
-    ...         how = Thread(reads, writes, once=True)
-    ...         jaxpr = thread(params["jaxpr"], how, [jax.typeof(s) for s in slots])
+    ...         how = Layout(reads, writes, once=True)
+    ...         jaxpr = discharge(params["jaxpr"], how, [jax.typeof(s) for s in slots])
     ...         return write_last(writes, call_p.bind(*slots, *args, jaxpr=jaxpr))
     """
 

@@ -6,9 +6,9 @@ closes over decides how it gets there:
 
 * nothing but arrays: the jaxpr is part of the slot's address, and runs when the address is
   resolved;
-* values of the jaxpr under construction ("data"): a ``state_birth`` equation marks the place. When
+* values of the jaxpr under construction ("data"): a ``state_init`` equation marks the place. When
   that jaxpr is bound, the rule for its primitive computes the data from the operands of the bind
-  (`bear`), if they are known there. Data that comes out of a loop is not.
+  (`initialize`), if they are known there. Data that comes out of a loop is not.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ import jax
 from jaxstate import _jax
 from jaxstate.core.resolve import current_use, read, read_p, state_effect, write_p
 from jaxstate.core.slots import Address
-from jaxstate.core.specs import Form, all_arrays, form_of, takes_shape, typed
+from jaxstate.core.specs import Spec, all_arrays, spec_of, takes_shape, typed
 from jaxstate.errors import InitializerDataError, message
 
-__all__ = ["Birth", "bear", "birth_p", "born"]
+__all__ = ["TracedInit", "init_p", "initialize", "initializer_at", "trace_initializer"]
 
 
-class Birth:
+class TracedInit:
     """An initializer as a jaxpr of ``(*data, *keys)``; only a parameter's takes a key.
 
     Attributes:
       jaxpr: closed, and closed over arrays only.
       form: structure and types of the value.
-      jitted: what makes the value from a key and two words, if many slots share the birth.
+      jitted: what makes the value from a key and two words, if many slots share the initializer.
     """
 
-    __slots__ = ("_looks_at_key", "form", "jaxpr", "jitted")
+    __slots__ = ("_looks_at_key", "jaxpr", "jitted", "spec")
 
-    def __init__(self, jaxpr: Any, form: Form) -> None:
+    def __init__(self, jaxpr: Any, spec: Spec) -> None:
         self.jaxpr = jaxpr
-        self.form = form
+        self.spec = spec
         self.jitted: Callable[..., Any] | None = None
         self._looks_at_key = _looks_at_last_input(jaxpr)
 
@@ -74,14 +74,14 @@ def _looks_at_last_input(jaxpr: Any) -> bool:
     return any(v is last[0] for v in (*used, *_jax.outvars(jaxpr))) if last else False
 
 
-def born(
+def initializer_at(
     address: Any, init: Callable[..., Any], init_args: tuple[Any, ...], *key_avals: Any
-) -> tuple[Birth, list[Any]]:
+) -> tuple[TracedInit, list[Any]]:
     """What makes the entry at ``address``, and the tracers that it looks at."""
     if takes_shape(init, init_args, address.takes_key):
         maker = _Maker(type(address), init, init_args)
         if maker.is_hashable:
-            return _shared_birth(maker, key_avals, _jax.trace_context_without_state()), []
+            return _shared_init(maker, key_avals, _jax.trace_context_without_state()), []
     initial = address.initial
     return trace_initializer(address, lambda *keys: initial(init, init_args, *keys), *key_avals)
 
@@ -117,23 +117,25 @@ class _Maker:
 
 
 @functools.lru_cache(1024)
-def _shared_birth(maker: _Maker, key_avals: tuple[Any, ...], context: Any) -> Birth:
-    """A birth that is traced and compiled once, for all slots that are made like it."""
+def _shared_init(maker: _Maker, key_avals: tuple[Any, ...], context: Any) -> TracedInit:
+    """A traced initializer, made and compiled once, for all slots that are made like it."""
     initial, init, init_args = maker.kind.initial, maker.init, maker.init_args
-    birth, _ = trace_initializer(init, lambda *keys: initial(init, init_args, *keys), *key_avals)
+    traced_init, _ = trace_initializer(
+        init, lambda *keys: initial(init, init_args, *keys), *key_avals
+    )
 
     @jax.jit
     def initializer(key: Any, *words: Any) -> list[Any]:
-        return birth.run((), _folded(key, words))
+        return traced_init.run((), _folded(key, words))
 
-    birth.jitted = initializer
-    return birth
+    traced_init.jitted = initializer
+    return traced_init
 
 
 def trace_initializer(
     entry: Any, init: Callable[..., Any], *key_avals: Any
-) -> tuple[Birth, list[Any]]:
-    """The function ``init(*keys)`` of ``entry`` as a `Birth`, and the tracers it looks at."""
+) -> tuple[TracedInit, list[Any]]:
+    """The function ``init(*keys)`` of ``entry`` as a `TracedInit`, and the tracers it looks at."""
 
     def arrays(*keys: Any) -> Any:
         return all_arrays(init(*keys), entry)
@@ -160,7 +162,7 @@ def trace_initializer(
     data = [c for c in _jax.consts_of(closed) if _jax.is_tracer(c)]
     if data:
         closed = _jax.hoist_constants(closed, _jax.is_tracer)
-    return Birth(closed, form_of(shape)), [*data, *(read(a) for a in addresses)]
+    return TracedInit(closed, spec_of(shape)), [*data, *(read(a) for a in addresses)]
 
 
 def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
@@ -183,43 +185,45 @@ def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
     return made, [eqn.params["address"] for eqn in reads]
 
 
-# -- Births that look at data, inside a jaxpr ------------------------------------------------
+# -- Initializers that look at data, inside a jaxpr ------------------------------------------
 
-birth_p = _jax.Primitive("state_birth")
-birth_p.multiple_results = True
-birth_p.def_effectful_abstract_eval(
-    lambda *data, addresses, birth: (list(birth.form.avals), {state_effect})
+init_p = _jax.Primitive("state_init")
+init_p.multiple_results = True
+init_p.def_effectful_abstract_eval(
+    lambda *data, addresses, traced_init: (list(traced_init.spec.avals), {state_effect})
 )
 
 
-@birth_p.def_bind_with_trace
+@init_p.def_bind_with_trace
 def _bear_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-    """An interpreter evaluates a jaxpr whose births are not delivered yet."""
+    """An interpreter evaluates a jaxpr whose initializers are not run yet."""
     with _jax.set_current_trace(trace):
-        return bear_at(params["addresses"], params["birth"], args)
+        return initialize_at(params["addresses"], params["traced_init"], args)
 
 
-def bear_at(addresses: Sequence[Address], birth: Birth, data: Sequence[Any]) -> list[Any]:
+def initialize_at(
+    addresses: Sequence[Address], traced_init: TracedInit, data: Sequence[Any]
+) -> list[Any]:
     """Makes the slots of one parameter or variable, unless they exist, from data known here."""
-    return addresses[0].bear(addresses, birth, data)  # type: ignore[attr-defined]
+    return addresses[0].initialize(addresses, traced_init, data)  # type: ignore[attr-defined]
 
 
 @_jax.weakref_lru_cache
-def has_births(jaxpr: Any) -> bool:
+def has_inits(jaxpr: Any) -> bool:
     """Whether a jaxpr makes slots from data."""
-    return any(eqn.primitive is birth_p for eqn in _jax.equations(jaxpr))
+    return any(eqn.primitive is init_p for eqn in _jax.equations(jaxpr))
 
 
 class _Needs(NamedTuple):
-    """What a birth in a jaxpr needs, and the equations that compute its data from that."""
+    """What an initializer in a jaxpr needs, and the equations that compute its data from that."""
 
     inputs: tuple[int, ...]
     reads: tuple[Address, ...]
     jaxpr: Any
 
 
-def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = ()) -> None:
-    """Delivers the births in ``jaxpr`` in the place where it is about to be bound.
+def initialize(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = ()) -> None:
+    """Runs the initializers in ``jaxpr`` in the place where it is about to be bound.
 
     ``operands`` are its inputs, None for what is not known before (the carried values of a loop);
     ``loop_writes`` are slots that change while it runs.
@@ -228,9 +232,9 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
         return
     use = current_use()
     for eqn in _jax.equations(jaxpr):
-        if eqn.primitive is not birth_p:
+        if eqn.primitive is not init_p:
             continue
-        addresses, birth = eqn.params["addresses"], eqn.params["birth"]
+        addresses, traced_init = eqn.params["addresses"], eqn.params["traced_init"]
         needs = _needs(jaxpr, addresses[0])
         addresses = tuple(a.renewed(use) for a in addresses)
         values = [operands[i] for i in needs.inputs]
@@ -249,24 +253,24 @@ def bear(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Address] = (
             )
         reads = [read(a.renewed(use)) for a in needs.reads]
         data = _jax.eval_closed_jaxpr(needs.jaxpr, *values, *reads)
-        bear_at(addresses, birth, data)
+        initialize_at(addresses, traced_init, data)
 
 
 @_jax.weakref_lru_cache
 def _needs(jaxpr: Any, address: Address) -> _Needs:
-    """Slices the jaxpr for the data of the birth of ``address``."""
+    """Slices the jaxpr for the data of the initializer of ``address``."""
     eqns = list(_jax.equations(jaxpr))
     at = next(
         i for i, e in enumerate(eqns)
-        if e.primitive is birth_p and e.params["addresses"][0] == address
+        if e.primitive is init_p and e.params["addresses"][0] == address
     )  # fmt: skip
     outvars = eqns[at].invars
     sliced, needed = slice_equations(eqns[:at], outvars)
-    pure = [e for e in sliced if e.primitive not in (read_p, birth_p)]
+    pure = [e for e in sliced if e.primitive not in (read_p, init_p)]
     given = {
         v: address
         for e in sliced
-        if e.primitive in (read_p, birth_p)
+        if e.primitive in (read_p, init_p)
         for v, address in zip(e.outvars, addresses_of(e), strict=True)
     }
     inputs = tuple(i for i, v in enumerate(_jax.invars(jaxpr)) if v in needed)
@@ -282,7 +286,7 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
 
 def addresses_of(eqn: Any) -> tuple[Address, ...]:
     """The slots that a state equation reads, writes or makes."""
-    return eqn.params["addresses"] if eqn.primitive is birth_p else (eqn.params["address"],)
+    return eqn.params["addresses"] if eqn.primitive is init_p else (eqn.params["address"],)
 
 
 def sliced(jaxpr: Any) -> tuple[Any, list[int]]:

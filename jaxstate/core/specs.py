@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxstate import _jax
 
-__all__ = ["Form", "Leaf", "form_of", "same_structure", "wanted_form"]
+__all__ = ["Leaf", "Spec", "same_structure", "spec_of", "wanted_spec"]
 
 ONE_ARRAY = jax.tree.structure(0)
 
@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
 ONLY_LEAF = Leaf(0, ())
 
 
-class Form(NamedTuple):
+class Spec(NamedTuple):
     """What a parameter or variable looks like.
 
     Attributes:
@@ -58,19 +58,19 @@ class Form(NamedTuple):
         except Exception:  # a class that looks at what it is made of
             return str(self.tree)
 
-    def same(self, other: Form) -> bool:
+    def same(self, other: Spec) -> bool:
         """Whether values of the two forms have the same structure and types."""
         return self is other or (
             self.avals == other.avals and same_structure(self.tree, other.tree)
         )
 
-    def same_shapes(self, other: Form) -> bool:
+    def same_shapes(self, other: Spec) -> bool:
         if self is other:
             return True
-        shapes = [[a.shape for a in form.avals] for form in (self, other)]
+        shapes = [[a.shape for a in spec.avals] for spec in (self, other)]
         return shapes[0] == shapes[1] and same_structure(self.tree, other.tree)
 
-    def strong(self) -> Form:
+    def strong(self) -> Spec:
         """The form of the value made of arrays whose dtype no Python scalar can change."""
         avals = tuple(map(strong_type, self.avals))
         return self if avals == self.avals else self._replace(avals=avals)
@@ -86,11 +86,11 @@ class _Shown:
         return self.aval.str_short()
 
 
-def form_of(value: Any) -> Form:
+def spec_of(value: Any) -> Spec:
     """The form of a value, or of a tree of anything with shape and dtype."""
     pairs, tree = jax.tree_util.tree_flatten_with_path(value)
     leaves = tuple([Leaf(i, names_of(path)) for i, (path, _) in enumerate(pairs)])
-    return Form(tree, leaves, tuple(_jax.aval_of(x) for _, x in pairs))
+    return Spec(tree, leaves, tuple(_jax.aval_of(x) for _, x in pairs))
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple([jax.tree_util.keystr((key,), simple=True) for key in path])
 
 
-def contrast(found: Form, wanted: Form) -> tuple[str, str]:
+def contrast(found: Spec, wanted: Spec) -> tuple[str, str]:
     """Two forms as a message shows what tells them apart."""
     shown = str(found), str(wanted)
     if shown[0] == shown[1]:
@@ -170,23 +170,23 @@ def typed(x: Any) -> Any:
 # -- The form that an initializer makes ------------------------------------------------------
 
 
-def wanted_form(
+def wanted_spec(
     init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool, entry: Any
-) -> Form:
+) -> Spec:
     """The form of what ``init([key,] *init_args)`` makes for ``entry``, without making it."""
     if takes_shape(init, init_args, takes_key):
         shape, *dtype = init_args
         dtype = [d for d in dtype if d is not None] or _own_dtype(init)
         try:
-            return _array_form(tuple(shape), tuple(dtype), _jax.type_context())
+            return _array_spec(tuple(shape), tuple(dtype), _jax.type_context())
         except TypeError:  # a dtype that cannot be hashed
-            return _array_form.__wrapped__(tuple(shape), tuple(dtype), None)
+            return _array_spec.__wrapped__(tuple(shape), tuple(dtype), None)
 
-    def made(*keys: Any) -> Form:
+    def made(*keys: Any) -> Spec:
         def arrays(*keys: Any) -> Any:
             return all_arrays(init(*keys, *init_args), entry)
 
-        return form_of(jax.eval_shape(arrays, *keys))
+        return spec_of(jax.eval_shape(arrays, *keys))
 
     if not takes_key:
         return made()
@@ -231,9 +231,9 @@ def _own_dtype(init: Any) -> list[Any]:
 
 
 @functools.lru_cache(4096)
-def _array_form(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) -> Form:
+def _array_spec(shape: tuple[int, ...], dtype: tuple[Any, ...], context: Any) -> Spec:
     aval = _jax.ShapedArray(shape, jnp.result_type(*dtype or [float]))
-    return Form(ONE_ARRAY, (ONLY_LEAF,), (aval,))
+    return Spec(ONE_ARRAY, (ONLY_LEAF,), (aval,))
 
 
 _INT = frozenset([int])

@@ -15,19 +15,28 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from jaxstate import _jax
-from jaxstate.core.initializers import Birth
+from jaxstate.core.initializers import TracedInit
 from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read
 from jaxstate.core.slots import Address, Cell, Holder, holders
 from jaxstate.core.specs import (
     ONLY_LEAF,
-    Form,
     Leaf,
+    Spec,
     contrast,
     same_structure,
-    wanted_form,
+    wanted_spec,
 )
 from jaxstate.errors import ClosedStateError, StateError, message
-from jaxstate.params.paths import Home, Layer, Layers, Level, Origin, Path, ScopeStack, Token
+from jaxstate.params.paths import (
+    FrameId,
+    ModuleId,
+    NameTable,
+    NameTables,
+    Origin,
+    Path,
+    PathElement,
+    ScopeStack,
+)
 
 __all__ = [
     "Entry",
@@ -56,13 +65,13 @@ class EntryAddress(Address):
       used: ``file:line`` of the call that uses it.
       leaf: which array of the entry's value.
       form: of that value, once it is known.
-      birth: how to make the entry, if it is being initialized.
+      traced_init: how to make the entry, if it is being initialized.
       home: the jaxpr in which the address stands, if it stands in one.
       wanted: the type of the leaf, in an address that stands in a jaxpr.
       place: what ``levels`` are relative to, if that is not where the address is used.
     """
 
-    __slots__ = ("birth", "form", "home", "leaf", "levels", "name", "place", "used", "wanted")
+    __slots__ = ("home", "leaf", "levels", "name", "place", "spec", "traced_init", "used", "wanted")
 
     may_alias = True
 
@@ -73,15 +82,15 @@ class EntryAddress(Address):
     conflict_error: type[StateError]
 
     def __init__(self, name: str, used: str) -> None:
-        self.levels: tuple[Level, ...] = ()
+        self.levels: tuple[PathElement, ...] = ()
         self.name = name
         self.used = used
         self.leaf: Leaf = ONLY_LEAF
-        self.form: Form | None = None
-        self.birth: Birth | None = None
-        self.home: Home | None = None
+        self.spec: Spec | None = None
+        self.traced_init: TracedInit | None = None
+        self.home: FrameId | None = None
         self.wanted: Any = None
-        self.place: Home | None = None
+        self.place: FrameId | None = None
 
     def __init_subclass__(cls) -> None:
         cls._attributes = (*EntryAddress.__slots__, *cls.__slots__)
@@ -97,14 +106,14 @@ class EntryAddress(Address):
             setattr(new, name, value)
         return new
 
-    def leaves(self, form: Form, birth: Birth | None) -> list[Any]:
+    def leaves(self, spec: Spec, traced_init: TracedInit | None) -> list[Any]:
         """The addresses of the leaves of an entry of that form; its own, if there is only one."""
-        if form.is_array:
-            self.birth, self.form, self.wanted = birth, form, form.avals[0]
+        if spec.is_array:
+            self.traced_init, self.spec, self.wanted = traced_init, spec, spec.avals[0]
             return [self]
         return [
-            self.having(leaf=leaf, birth=birth, form=form, wanted=aval)
-            for leaf, aval in zip(form.leaves, form.avals, strict=True)
+            self.having(leaf=leaf, traced_init=traced_init, spec=spec, wanted=aval)
+            for leaf, aval in zip(spec.leaves, spec.avals, strict=True)
         ]
 
     def _meaning(self) -> tuple[Any, ...]:
@@ -165,19 +174,19 @@ class EntryAddress(Address):
             use = self.store().layers().layers[0].renewed
         here = current_origin()
 
-        def renew(token: Token | None) -> Token | None:
+        def renew(token: ModuleId | None) -> ModuleId | None:
             if token is None or token.home is not home:
                 return token
             if token not in use:
                 if token.parent is not None:
-                    use[token] = Token(here.home, renew(token.parent), token.key, here.run)
+                    use[token] = ModuleId(here.home, renew(token.parent), token.key, here.run)
                 else:
                     if home not in use:
                         use[home] = here.next_key("use")
                     use[token] = here.token((use[home], token.key))
             return use[token]
 
-        return self.having(levels=tuple(Level(v.base, renew(v.token)) for v in self.levels))
+        return self.having(levels=tuple(PathElement(v.base, renew(v.token)) for v in self.levels))
 
     def meaning_here(self) -> Hashable:
         return self.store().meaning_of(self)
@@ -206,9 +215,9 @@ class EntryAddress(Address):
         """What the initializer makes."""
         return init(*keys, *init_args)
 
-    def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
+    def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Spec:
         """The form of what the initializer makes, without making it."""
-        return wanted_form(init, init_args, self.takes_key, self)
+        return wanted_spec(init, init_args, self.takes_key, self)
 
     def as_stored(self, value: Any) -> Any:
         """What is kept of a value that the user gives."""
@@ -218,8 +227,10 @@ class EntryAddress(Address):
         """The type of what is kept of a value of type ``aval``."""
         return aval
 
-    def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
-        return self.store().bear(addresses, birth, data)
+    def initialize(
+        self, addresses: Sequence[Any], traced_init: TracedInit, data: Sequence[Any]
+    ) -> list[Any]:
+        return self.store().initialize(addresses, traced_init, data)
 
     def changed(self, wanted: Any, value: Any) -> Exception:
         store = self.store()
@@ -245,9 +256,9 @@ class EntryAddress(Address):
             )
         )
 
-    def conflict(self, path: Path, made: str, first: Form, form: Form) -> Exception:
+    def conflict(self, path: Path, made: str, first: Spec, spec: Spec) -> Exception:
         """The error for one name in one scope that is used for two entries."""
-        shown = contrast(first, form)
+        shown = contrast(first, spec)
         function = "param" if self.kind == "parameter" else "variable"
         return self.conflict_error(
             message(
@@ -267,18 +278,18 @@ class EntryAddress(Address):
 
 # -- Places ----------------------------------------------------------------------------------
 
-_OUTSIDE = Home()  # outside of any boundary: directly in the store
+_OUTSIDE = FrameId()  # outside of any boundary: directly in the store
 
 
-def home_of(boundary: Any) -> Home:
+def home_of(boundary: Any) -> FrameId:
     """The home of what is made inside a boundary; None stands for the store itself."""
     if boundary is None:
         return _OUTSIDE
     extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
-    return extra.setdefault(Home, Home())
+    return extra.setdefault(FrameId, FrameId())
 
 
-def current_home() -> Home | None:
+def current_home() -> FrameId | None:
     """The home of what is made here; None outside of any jaxpr under construction."""
     for trace in _jax.chain(_jax.current_trace()):
         if isinstance(trace, _jax.StagingTrace):
@@ -302,7 +313,7 @@ def current_origin() -> Origin:
     return Origin(home, parent, scopes, counts, run)
 
 
-def current_place(store: Store, is_here: bool) -> tuple[Home, tuple[Level, ...]]:
+def current_place(store: Store, is_here: bool) -> tuple[FrameId, tuple[PathElement, ...]]:
     """Where in the tree the program is: levels, and what they are relative to.
 
     ``is_here`` says that `Store.is_here` is known to be true.
@@ -325,14 +336,14 @@ class Entry:
     The form is None if only a leaf was used so far, by a jaxpr that expects a form.
     """
 
-    __slots__ = ("__weakref__", "cells", "expected", "form", "initial", "kind", "path", "used")
+    __slots__ = ("__weakref__", "cells", "expected", "initial", "kind", "path", "spec", "used")
 
     def __init__(
-        self, kind: str, path: Path, form: Form | None, expected: Form | None, used: str
+        self, kind: str, path: Path, spec: Spec | None, expected: Spec | None, used: str
     ) -> None:
         self.kind = kind
         self.path = path
-        self.form = form
+        self.spec = spec
         self.expected = expected
         self.used = used
         self.cells: dict[Leaf, Cell] = {}
@@ -349,7 +360,7 @@ class Located(NamedTuple):
     """
 
     here: bool
-    layers: Layers
+    layers: NameTables
     path: Path
 
 
@@ -362,7 +373,7 @@ class Use(NamedTuple):
       entry: the entry, if the store is here (`Store.is_here`) and has the cells of all leaves.
     """
 
-    form: Form
+    spec: Spec
     addresses: list[Any]
     entry: Entry | None
 
@@ -380,12 +391,12 @@ class Store(Holder):
     # Whether variables may be written.
     writable = True
 
-    def __init__(self, root: Token) -> None:
+    def __init__(self, root: ModuleId) -> None:
         super().__init__()
-        self.layer = Layer()
+        self.layer = NameTable()
         self.layer.paths[root] = ()
         self.scopes = ScopeStack()
-        self.call_of_root: Any = self.scopes.entered(Level("", root), None)
+        self.call_of_root: Any = self.scopes.entered(PathElement("", root), None)
         self.home = current_home()
         self.run = object()  # of which this store is, or for which it stands
         self.mesh = _jax.abstract_mesh()
@@ -393,7 +404,7 @@ class Store(Holder):
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
 
-    def entered(self, level: Level) -> Any:
+    def entered(self, level: PathElement) -> Any:
         """A context in which the program is in ``level``."""
         return self.scopes.entered(level, place_of(self))
 
@@ -411,20 +422,20 @@ class Store(Holder):
                 return False
         return False
 
-    def layers(self) -> Layers:
+    def layers(self) -> NameTables:
         """The names visible here: of the boundaries around the program, then the store's own."""
-        return Layers([*(self.layer_of(b) for b in boundaries(self)), self.layer])
+        return NameTables([*(self.layer_of(b) for b in boundaries(self)), self.layer])
 
-    def layer_of(self, boundary: Any) -> Layer:
+    def layer_of(self, boundary: Any) -> NameTable:
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
-        return extra.setdefault(self, Layer())
+        return extra.setdefault(self, NameTable())
 
     def without_values(self) -> RuleStore:
         return RuleStore(self)
 
     def located(self, address: EntryAddress) -> Located:
         here = self.is_here()
-        layers = Layers([self.layer]) if here else self.layers()
+        layers = NameTables([self.layer]) if here else self.layers()
         if here and address.place is None and not address.levels:
             path = (*self.scopes.own_path(layers), address.name)
         elif here and address.place is _OUTSIDE:
@@ -433,10 +444,10 @@ class Store(Holder):
             path = self.path(layers, address)
         return Located(here, layers, path)
 
-    def path(self, layers: Layers, address: EntryAddress) -> Path:
+    def path(self, layers: NameTables, address: EntryAddress) -> Path:
         return (*layers.path_of(self._above(address) + address.levels), address.name)
 
-    def _above(self, address: EntryAddress) -> tuple[Level, ...]:
+    def _above(self, address: EntryAddress) -> tuple[PathElement, ...]:
         """The levels around the place that an address is relative to."""
         around = boundaries(self)
         if address.place is None:
@@ -467,14 +478,14 @@ class Store(Holder):
     def entry_at(self, place: Located, address: EntryAddress) -> Entry:
         entry = place.layers.entry(place.path, address.kind)
         if entry is None:
-            form = address.birth and address.birth.form
-            expected = form or address.form
-            entry = Entry(address.kind, place.path, form, expected, address.used)
+            spec = address.traced_init and address.traced_init.spec
+            expected = spec or address.spec
+            entry = Entry(address.kind, place.path, spec, expected, address.used)
             place.layers.add_entry(place.path, address.kind, entry)
         elif entry.expected is None:
-            entry.expected = address.form
-        elif address.form and not same_structure(entry.expected.tree, address.form.tree):
-            raise address.conflict(place.path, entry.used, entry.expected, address.form)
+            entry.expected = address.spec
+        elif address.spec and not same_structure(entry.expected.tree, address.spec.tree):
+            raise address.conflict(place.path, entry.used, entry.expected, address.spec)
         return entry
 
     def known_cell(self, address: EntryAddress) -> Cell | None:
@@ -496,7 +507,7 @@ class Store(Holder):
         cell = entry.cells.get(address.leaf)
         if cell is None:
             # Its name is given out by the store, whatever jaxprs are around the program.
-            path = place.path if place.here else self.path(Layers([self.layer]), address)
+            path = place.path if place.here else self.path(NameTables([self.layer]), address)
             cell = self.new_cell(entry, address, path)
         return cell
 
@@ -512,7 +523,9 @@ class Store(Holder):
         """The use of an entry by the program, here."""
         raise NotImplementedError
 
-    def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
+    def initialize(
+        self, addresses: Sequence[Any], traced_init: TracedInit, data: Sequence[Any]
+    ) -> list[Any]:
         """Makes an entry from data: here if the store is here, else in the jaxpr around."""
         raise NotImplementedError
 
@@ -524,7 +537,7 @@ class RuleStore(Store):
     """Stands for a store in a custom derivative rule, which is given the values as operands."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(Token(None))
+        super().__init__(ModuleId(None))
         self.writable = store.writable
         self.run = store.run
         self.home = store.home
@@ -538,13 +551,13 @@ class RuleStore(Store):
         return address
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
-        form = address.form_of_initial(init, init_args)
-        leaves = address.leaves(form, None)
-        types = tuple(map(_type_given, leaves, form.avals))
-        if types != form.avals:  # of other dtypes than the initializer makes
-            form = form._replace(avals=types)
-            leaves = address.leaves(form, None)
-        return Use(form, leaves, None)
+        spec = address.form_of_initial(init, init_args)
+        leaves = address.leaves(spec, None)
+        types = tuple(map(_type_given, leaves, spec.avals))
+        if types != spec.avals:  # of other dtypes than the initializer makes
+            spec = spec._replace(avals=types)
+            leaves = address.leaves(spec, None)
+        return Use(spec, leaves, None)
 
 
 def _type_given(address: EntryAddress, wanted: Any) -> Any:

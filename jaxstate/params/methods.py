@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxstate import _jax
 from jaxstate.params.entries import current_home, current_origin
-from jaxstate.params.paths import Origin, Token
+from jaxstate.params.paths import ModuleId, Origin
 
 __all__ = ["PerInstance", "note_instances_of"]
 
@@ -31,7 +31,7 @@ class _Made(NamedTuple):
         here = current_origin()
         return cls(here._replace(counts={}), here.next_key("instance", kind.__qualname__))
 
-    def token(self, fn: Any) -> Token:
+    def token(self, fn: Any) -> ModuleId:
         return self.origin.token((self.key, getattr(fn, "__qualname__", None)))
 
 
@@ -39,11 +39,11 @@ class PerInstance:
     """The modules that one method is, by the identity of the instance, as long as that lives."""
 
     def __init__(self) -> None:
-        self._tokens: dict[int, tuple[Any, Token]] = {}
+        self._tokens: dict[int, tuple[Any, ModuleId]] = {}
         self._without_weakrefs: dict[int, list[Any]] = {}
         self._enough = 16
 
-    def token(self, instance: Any, method: Any) -> Token:
+    def token(self, instance: Any, method: Any) -> ModuleId:
         entry = self._tokens.get(id(instance))
         if entry is None:
             try:
@@ -52,7 +52,7 @@ class PerInstance:
                 self._drop_forgotten()
                 alive = self._without_weakrefs[id(instance)] = [instance]
             made = _made_when(instance)
-            token = Token(current_home()) if made is None else made.token(method)
+            token = ModuleId(current_home()) if made is None else made.token(method)
             entry = self._tokens[id(instance)] = (alive, token)
         return entry[1]
 

@@ -10,7 +10,7 @@
 
 * ``init`` traces the function, keeps of the jaxpr what the initial values need, and runs that.
   The initial value of a parameter depends on the key and on its path, not on the order of
-  execution, so it can be born in any loop body, branch, custom rule or solver.
+  execution, so it can be made in any loop body, branch, custom rule or solver.
 * ``apply`` opens the given parameters for the time of the call. A parameter is only read, so it is
   captured (`jaxstate.core.capture`): an explicit operand of whatever transformation stands between.
 * A parametrized object is a module: its identity is that of its parameters. Called inside another
@@ -45,7 +45,7 @@ from jaxstate.errors import (
 from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
 from jaxstate.params.methods import PerInstance, note_instances_of
-from jaxstate.params.paths import Level, Path, Token
+from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
 from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.params.stores import ApplyStore, InitStore
@@ -123,7 +123,7 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
         )
     address = ParamAddress(name, used)
     use = address.store().declare(address, init, init_args)
-    return use.form.tree.unflatten(use.values())
+    return use.spec.tree.unflatten(use.values())
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def scope(name: str) -> Iterator[None]:
     if store is None:
         yield
         return
-    with store.entered(Level(name, None)):
+    with store.entered(PathElement(name, None)):
         yield
 
 
@@ -165,7 +165,7 @@ class Parametrized(Reusable, Summarizable):
         self._instances = PerInstance()
         functools.update_wrapper(self, fn, updated=())  # not the attributes of a callable object
 
-    def _new_token(self) -> Token:
+    def _new_token(self) -> ModuleId:
         """Says which module this is; in every call of the module that makes it the same one."""
         here = current_origin()
         return here.token(here.next_key(self.name, getattr(self.fn, "__code__", type(self.fn))))
@@ -175,7 +175,7 @@ class Parametrized(Reusable, Summarizable):
         store = innermost_store()
         if store is None:
             return self.fn(*args, **kwargs)
-        with store.entered(Level(self.name, self._token)):
+        with store.entered(PathElement(self.name, self._token)):
             return store.call(self, args, kwargs)
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -452,7 +452,7 @@ class _BoundMethod(Parametrized):
         self._method = method
         super().__init__(types.MethodType(method.fn, instance), name)
 
-    def _new_token(self) -> Token:
+    def _new_token(self) -> ModuleId:
         return self._method._instances.token(self.fn.__self__, self._method.fn)
 
     def __copy__(self) -> _BoundMethod:
@@ -511,7 +511,7 @@ def _not_all_were_made(base: Path, n: int, of: int) -> Exception:
     )
 
 
-def _store_for_init(root: Token, key: Any, given: Reused | None) -> InitStore:
+def _store_for_init(root: ModuleId, key: Any, given: Reused | None) -> InitStore:
     return InitStore(root, key) if given is None else ReusingStore(root, key, given)
 
 

@@ -7,8 +7,8 @@ used, with a suffix on a clash: ``dense``, ``dense_1``.
 A jaxpr must not fix the names: it may be cached and bound again in another scope, and JAX traces
 some bodies twice and throws one away. So an address in a jaxpr has levels relative to that jaxpr,
 and whatever names are needed while it is built (to look up the type of a parameter) go to a
-`Layer` that ends with it. The names that count are given out where the holder itself resolves the
-address.
+`NameTable` that ends with it. The names that count are given out where the holder itself resolves
+the address.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from typing import Any, NamedTuple
 from jaxstate import _jax
 from jaxstate.errors import NameClashError, message
 
-__all__ = ["Home", "Layer", "Layers", "Level", "Origin", "Path", "ScopeStack", "Token"]
+__all__ = [
+    "FrameId",
+    "ModuleId",
+    "NameTable",
+    "NameTables",
+    "Origin",
+    "Path",
+    "PathElement",
+    "ScopeStack",
+]
 
 Path = tuple[str, ...]
 
 
-class Home:
+class FrameId:
     """The jaxpr under construction in which a module was made.
 
     Every use of that jaxpr makes the module anew, as running its function again would.
@@ -40,7 +49,7 @@ class Home:
         self.counts: dict[Hashable, int] = {}
 
 
-class Token:
+class ModuleId:
     """The identity of a module. (Not the module itself: a cached jaxpr may keep its token.)
 
     Two tokens are equal if they are one, or if two calls of one module made them, in one ``init``
@@ -57,8 +66,8 @@ class Token:
 
     def __init__(
         self,
-        home: Home | None,
-        parent: Token | None = None,
+        home: FrameId | None,
+        parent: ModuleId | None = None,
         key: Hashable = None,
         run: object = None,
     ) -> None:
@@ -71,7 +80,7 @@ class Token:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        if self.parent is None or not isinstance(other, Token) or self.run is not other.run:
+        if self.parent is None or not isinstance(other, ModuleId) or self.run is not other.run:
             return False
         return self.key == other.key and self.parent == other.parent
 
@@ -83,14 +92,14 @@ class Token:
         """Whether it was made by no program that runs."""
         return self.home is None and self.parent is None
 
-    def inside(self, home: Home, run: object) -> Token:
+    def inside(self, home: FrameId, run: object) -> ModuleId:
         """The same module of this run, such that every use of the jaxpr ``home`` looks it up."""
         if self.parent is None or self.run is not run or self.home is home:
             return self
-        return Token(home, self.parent.inside(home, run), self.key, run)
+        return ModuleId(home, self.parent.inside(home, run), self.key, run)
 
-    def __deepcopy__(self, memo: Any) -> Token:
-        return Token(self.home)
+    def __deepcopy__(self, memo: Any) -> ModuleId:
+        return ModuleId(self.home)
 
 
 class Origin(NamedTuple):
@@ -104,8 +113,8 @@ class Origin(NamedTuple):
       run: the ``init`` or ``apply`` that is in progress.
     """
 
-    home: Home | None
-    parent: Token | None
+    home: FrameId | None
+    parent: ModuleId | None
     scopes: tuple[str, ...]
     counts: dict[Hashable, int]
     run: object
@@ -116,53 +125,53 @@ class Origin(NamedTuple):
         n = self.counts[kind] = self.counts.get(kind, 0) + 1
         return kind, n
 
-    def token(self, key: Hashable) -> Token:
+    def token(self, key: Hashable) -> ModuleId:
         """The module with that key."""
-        return Token(self.home, self.parent, key, self.run)
+        return ModuleId(self.home, self.parent, key, self.run)
 
 
-class Level:
+class PathElement:
     """One step of a path: a module, or a scope opened by hand (no token)."""
 
     __slots__ = ("base", "token")
 
-    def __init__(self, base: str, token: Token | None) -> None:
+    def __init__(self, base: str, token: ModuleId | None) -> None:
         self.base = base
         self.token = token
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Level) or self.token != other.token:
+        if not isinstance(other, PathElement) or self.token != other.token:
             return False
         return self.token is not None or self.base == other.base
 
     def __hash__(self) -> int:
         return hash(self.base if self.token is None else self.token)
 
-    def inside(self, home: Home, run: object) -> Level:
-        """The same level; see `Token.inside`."""
+    def inside(self, home: FrameId, run: object) -> PathElement:
+        """The same level; see `ModuleId.inside`."""
         token = self.token
         if token is None or token.parent is None:
             return self
-        return Level(self.base, token.inside(home, run))
+        return PathElement(self.base, token.inside(home, run))
 
     def __repr__(self) -> str:
         return self.base
 
 
-class Layer:
+class NameTable:
     """Names given out by one piece of the program."""
 
     def __init__(self) -> None:
-        self.paths: dict[Token, Path] = {}
+        self.paths: dict[ModuleId, Path] = {}
         self.taken: dict[Path, str] = {}  # what each name is given to, see `_WHAT`
         self.numbers: dict[Path, int] = {}  # the first suffix that may be free
         self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
         self.renewed: dict[Any, Any] = {}  # see `Address.renewed`
         self.made: dict[Path, int] = {}  # how many modules of a name the program itself made
 
-    def of_lasting_modules(self) -> Layer:
+    def of_lasting_modules(self) -> NameTable:
         """The names of modules that were not made by the program that was run."""
-        names = Layer()
+        names = NameTable()
         for token, path in self.paths.items():
             if token.is_lasting:
                 names.paths[token] = path
@@ -171,13 +180,13 @@ class Layer:
         return names
 
 
-class Layers:
+class NameTables:
     """The layers that are visible at one place, innermost first. New names go to the innermost."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[NameTable]) -> None:
         self.layers = layers
 
-    def path_of(self, levels: Sequence[Level]) -> Path:
+    def path_of(self, levels: Sequence[PathElement]) -> Path:
         """The path of ``levels``; names are given out for modules that have none.
 
         A module that has a path already keeps it, wherever it is used from.
@@ -193,12 +202,12 @@ class Layers:
             path = self.entered(path, level)
         return path
 
-    def entered(self, scope: Path, level: Level) -> Path:
+    def entered(self, scope: Path, level: PathElement) -> Path:
         """The path of ``level`` in ``scope``. (A module that calls itself is there already.)"""
         known = self.known(level.token)
         return (*scope, self.enter(scope, level)) if known is None else known
 
-    def known(self, token: Token | None) -> Path | None:
+    def known(self, token: ModuleId | None) -> Path | None:
         """The path of a module, if it has one already."""
         if token is not None:
             for layer in self.layers:
@@ -207,7 +216,7 @@ class Layers:
                     return path
         return None
 
-    def known_path_of(self, levels: Sequence[Level]) -> Path:
+    def known_path_of(self, levels: Sequence[PathElement]) -> Path:
         """The path of ``levels`` without giving out names: the bases stand for those to come."""
         for i in range(len(levels) - 1, -1, -1):
             known = self.known(levels[i].token)
@@ -235,7 +244,7 @@ class Layers:
         self.layers[0].taken[path] = kind
         self.layers[0].entries[path] = entry
 
-    def enter(self, scope: Path, level: Level) -> str:
+    def enter(self, scope: Path, level: PathElement) -> str:
         """The name of ``level`` in ``scope``, given out now."""
         base = (*scope, level.base)
         if level.token is None:
@@ -262,7 +271,7 @@ class Layers:
             name = f"{base}_{n}"
         return name, n
 
-    def expected_path_of(self, levels: Sequence[Level]) -> Path:
+    def expected_path_of(self, levels: Sequence[PathElement]) -> Path:
         """What `path_of` would be, without giving out names."""
         path: Path = ()
         for level in levels:
@@ -314,7 +323,7 @@ class ScopeStack(threading.local):
     def __init__(self) -> None:
         self.entries: list[_Entered] = []
 
-    def inside(self, *boundaries: Any) -> tuple[Level, ...]:
+    def inside(self, *boundaries: Any) -> tuple[PathElement, ...]:
         """The levels entered directly inside one of ``boundaries``, outermost first."""
         if len(boundaries) == 1:
             (boundary,) = boundaries
@@ -332,8 +341,8 @@ class ScopeStack(threading.local):
                 scopes.append(entered.level.base)
         return None, tuple(scopes)
 
-    def own_path(self, layers: Layers) -> Path:
-        """The path of the program where no boundary is around it; see `Layers.path_of`.
+    def own_path(self, layers: NameTables) -> Path:
+        """The path of the program where no boundary is around it; see `NameTables.path_of`.
 
         Each level keeps its path, so that this takes as long at every depth.
         """
@@ -353,7 +362,7 @@ class ScopeStack(threading.local):
                 entered.path = path = layers.entered(path, entered.level)
         return path
 
-    def entered(self, level: Level, boundary: Any) -> _Entered:
+    def entered(self, level: PathElement, boundary: Any) -> _Entered:
         """A context in which the program is in ``level``."""
         return _Entered(self.entries, level, boundary)
 
@@ -368,7 +377,7 @@ class _Entered:
 
     __slots__ = ("boundary", "counts", "entries", "level", "path")
 
-    def __init__(self, entries: list[_Entered], level: Level, boundary: Any) -> None:
+    def __init__(self, entries: list[_Entered], level: PathElement, boundary: Any) -> None:
         self.entries = entries
         self.level = level
         self.boundary = boundary

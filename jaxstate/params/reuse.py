@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxstate import _jax
 from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
-from jaxstate.core.specs import ONE_ARRAY, Form, contrast, form_of
+from jaxstate.core.specs import ONE_ARRAY, Spec, contrast, spec_of
 from jaxstate.errors import (
     MissingParameterError,
     ParameterMismatchError,
@@ -39,7 +39,7 @@ from jaxstate.errors import (
 )
 from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import Entry, home_of
-from jaxstate.params.paths import Home, Layer, Path, Token
+from jaxstate.params.paths import FrameId, ModuleId, NameTable, Path
 from jaxstate.params.stores import InitStore, flattened
 from jaxstate.random import StreamAddress
 
@@ -53,7 +53,7 @@ class Reusable:
 
     fn: Callable[..., Any]
     name: str
-    _token: Token
+    _token: ModuleId
     init: Callable[..., Any]
     apply: Callable[..., Any]
 
@@ -90,10 +90,10 @@ class Reusable:
         {'scale': {'factor': Array(2., dtype=float32, weak_type=True)}}
         """
         found = reused(self, reuse, args, kwargs)
-        missing = [path for path in found.forms if path not in found.values]
+        missing = [path for path in found.specs if path not in found.values]
         if missing:
             raise _uncovered(self.name, missing, found)
-        return nested({path: _as_arrays(found.values[path]) for path in found.forms})
+        return nested({path: _as_arrays(found.values[path]) for path in found.specs})
 
     def apply_from(
         self,
@@ -214,14 +214,14 @@ class Reused:
       values: those that are reused: path -> tree of arrays.
     """
 
-    def __init__(self, forms: dict[Path, Form], values: dict[Path, Any]) -> None:
-        self.forms = forms
+    def __init__(self, specs: dict[Path, Spec], values: dict[Path, Any]) -> None:
+        self.specs = specs
         self.values = values
 
     def joined_with(self, made: Mapping[Path, Any]) -> dict[Path, Any]:
         """The reused parameters and those that were ``made``, in the order of ``init``."""
         reused = {path: _as_arrays(value) for path, value in self.values.items()}
-        ordered = {p: made.get(p, reused.get(p)) for p in self.forms if p in made or p in reused}
+        ordered = {p: made.get(p, reused.get(p)) for p in self.specs if p in made or p in reused}
         return {**ordered, **made}
 
 
@@ -260,20 +260,20 @@ def reused(
     for path, identity in names.identities.items():
         for part in reversed(parts):
             if identity in part.values:
-                values[path] = part.checked(identity, path, names.forms[path])
+                values[path] = part.checked(identity, path, names.specs[path])
                 break
     if every_part:
         known = set(names.identities.values())
         for part in parts:
             if known.isdisjoint(part.values):
                 raise _nothing_in_common(part, net)
-    return Reused(names.forms, values)
+    return Reused(names.specs, values)
 
 
 class ReusingStore(InitStore):
     """Parameters being made, where some are given: initializers of the others see these."""
 
-    def __init__(self, root: Token, key: Any, reused: Reused) -> None:
+    def __init__(self, root: ModuleId, key: Any, reused: Reused) -> None:
         super().__init__(root, key)
         self.reused = reused
 
@@ -334,8 +334,8 @@ class _Part:
         """Finds out what the paths of the given parameters mean."""
         names = _Names(self.module, args, kwargs, self._lasting)
         for path, identity in names.identities.items():
-            value = self._at(path, names.forms[path])
-            self.values.setdefault(identity, self._checked(value, path, names.forms[path]))
+            value = self._at(path, names.specs[path])
+            self.values.setdefault(identity, self._checked(value, path, names.specs[path]))
         self.is_traced = True
 
     def trace_as_larger_network(self, net: Any, args: Any, kwargs: Any) -> None:
@@ -355,7 +355,7 @@ class _Part:
                 )
             ) from error
 
-    def _at(self, path: Path, form: Form) -> Any:
+    def _at(self, path: Path, spec: Spec) -> Any:
         node: Any = self.params
         for i, name in enumerate(path):
             if not isinstance(node, Mapping) or name not in node:
@@ -370,27 +370,27 @@ class _Part:
                         params = {self.module.name}.init(key, *its_args)     # makes all it uses
                         net.parameters_from({{{self.module.name}: params}}, x)
                         """,
-                        wanted=str(form),
+                        wanted=str(spec),
                         used=_jax.user_location(),
                     )
                 )
             node = node[name]
         return node
 
-    def checked(self, identity: Identity, path: Path, form: Form) -> Any:
-        return self._checked(self.values[identity], path, form)
+    def checked(self, identity: Identity, path: Path, spec: Spec) -> Any:
+        return self._checked(self.values[identity], path, spec)
 
-    def _checked(self, value: Any, path: Path, form: Form) -> Any:
+    def _checked(self, value: Any, path: Path, spec: Spec) -> Any:
         """The value, if it is of that structure and these shapes."""
-        leaves, tree = flattened(value, form.tree)
+        leaves, tree = flattened(value, spec.tree)
         if not all(map(_jax.is_array_like, leaves)):
-            shown, wanted = type(value).__name__ if tree == ONE_ARRAY else str(tree), str(form)
+            shown, wanted = type(value).__name__ if tree == ONE_ARRAY else str(tree), str(spec)
         else:
             value = tree.unflatten(leaves)
-            found = form_of(tree.unflatten(map(_jax.typeof, leaves)))
-            if found.same_shapes(form):
+            found = spec_of(tree.unflatten(map(_jax.typeof, leaves)))
+            if found.same_shapes(spec):
                 return value
-            shown, wanted = contrast(found, form)
+            shown, wanted = contrast(found, spec)
         raise ParameterMismatchError(
             message(
                 f"Parameter {'/'.join(path)!r}, reused from {self.module.name!r}, is"
@@ -424,11 +424,11 @@ class _Lasting:
 
     def __init__(self) -> None:
         chain = _jax.chain(_jax.current_trace())
-        self._homes: list[Home | None] = [
+        self._homes: list[FrameId | None] = [
             home_of(t) for t in chain if isinstance(t, _jax.StagingTrace)
         ]
 
-    def __contains__(self, token: Token) -> bool:
+    def __contains__(self, token: ModuleId) -> bool:
         return token.home is None or any(token.home is home for home in self._homes)
 
 
@@ -440,7 +440,7 @@ class _Names:
       identities: path of each parameter -> identity.
     """
 
-    forms: dict[Path, Form]
+    specs: dict[Path, Spec]
     identities: dict[Path, Identity]
 
     def __init__(
@@ -468,7 +468,7 @@ class _Names:
                 with jax.disable_jit(False):  # every branch is traced
                     key = jax.eval_shape(lambda make=make: make(0))
                     shapes = jax.eval_shape(forward, key, arrays)
-                self.forms = {path: form_of(x) for path, x in shapes.items()}
+                self.specs = {path: spec_of(x) for path, x in shapes.items()}
                 return
             except StateError:
                 raise
@@ -481,7 +481,7 @@ class _Names:
 class _NamingStore(InitStore):
     """Parameters that are made to see their names, and thrown away."""
 
-    def __init__(self, root: Token, key: Any, parts: Sequence[_Part]) -> None:
+    def __init__(self, root: ModuleId, key: Any, parts: Sequence[_Part]) -> None:
         super().__init__(root, key)
         self.parts = parts
         self._traced = object()
@@ -497,7 +497,9 @@ class _NamingStore(InitStore):
         return super().call(module, args, kwargs)
 
 
-def _identities(layer: Layer, paths: Mapping[Path, Any], lasting: _Lasting) -> dict[Path, Identity]:
+def _identities(
+    layer: NameTable, paths: Mapping[Path, Any], lasting: _Lasting
+) -> dict[Path, Identity]:
     tokens = {path: token for token, path in layer.paths.items()}
     made_anew: dict[Path, list[Path]] = {}  # by scope, in the order of first use
     for path, token in tokens.items():
@@ -558,7 +560,7 @@ def _stream() -> dict[str, Any]:
 
 
 def _uncovered(name: str, missing: list[Path], found: Reused) -> Exception:
-    shown = [f"{'/'.join(p)!r} ({found.forms[p]})" for p in missing[:5]]
+    shown = [f"{'/'.join(p)!r} ({found.specs[p]})" for p in missing[:5]]
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     return UncoveredParameterError(
         message(

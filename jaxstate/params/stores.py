@@ -19,13 +19,13 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.initializers import Birth, bear_at, birth_p, born
+from jaxstate.core.initializers import TracedInit, init_p, initialize_at, initializer_at
 from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read, same_trace
 from jaxstate.core.slots import Cell, Holder, holders, signature_changed
-from jaxstate.core.specs import ONE_ARRAY, Form, Leaf, contrast, form_of, names_of, same_structure
+from jaxstate.core.specs import ONE_ARRAY, Leaf, Spec, contrast, names_of, same_structure, spec_of
 from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.params.entries import Entry, EntryAddress, Store, Use
-from jaxstate.params.paths import Layers, Level, Path, Token
+from jaxstate.params.paths import ModuleId, NameTables, Path, PathElement
 
 __all__ = ["ApplyStore", "InitStore", "flattened"]
 
@@ -33,7 +33,7 @@ __all__ = ["ApplyStore", "InitStore", "flattened"]
 class InitStore(Store):
     """Parameters and variables being made."""
 
-    def __init__(self, root: Token, key: Any) -> None:
+    def __init__(self, root: ModuleId, key: Any) -> None:
         super().__init__(root)
         self.key = key
         self.key_aval = _jax.typeof(key)
@@ -42,9 +42,9 @@ class InitStore(Store):
         return ("init", self.key_aval)
 
     def aval(self, address: EntryAddress) -> Any:  # type: ignore[override]
-        form = self.entry(address).form
-        assert form is not None
-        return form.avals[form.leaves.index(address.leaf)]
+        spec = self.entry(address).spec
+        assert spec is not None
+        return spec.avals[spec.leaves.index(address.leaf)]
 
     def varies_over(self, address: EntryAddress, read: Any) -> frozenset[Any]:  # type: ignore[override]
         """All there are: to read would be to make it, and nobody sees what ``init`` computes."""
@@ -52,57 +52,63 @@ class InitStore(Store):
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         with _jax.out_of_devices(self.mesh):
-            birth, data = born(address, init, init_args, *[self.key_aval] * address.takes_key)
-        address.birth = birth
+            traced_init, data = initializer_at(
+                address, init, init_args, *[self.key_aval] * address.takes_key
+            )
+        address.traced_init = traced_init
         place = self.located(address)
         entry = place.layers.entry(place.path, address.kind)
         if entry is not None:
-            if not entry.form.same(birth.form):
-                raise address.conflict(place.path, entry.used, entry.form, birth.form)
+            if not entry.spec.same(traced_init.spec):
+                raise address.conflict(place.path, entry.used, entry.spec, traced_init.spec)
         elif data:
-            bear_at(address.leaves(birth.form, birth), birth, data)
+            initialize_at(address.leaves(traced_init.spec, traced_init), traced_init, data)
         elif place.here:
             entry = self.entry_at(place, address)
-        addresses = address.leaves(birth.form, birth)
+        addresses = address.leaves(traced_init.spec, traced_init)
         if entry is None or not place.here:
-            return Use(birth.form, addresses, None)
+            return Use(traced_init.spec, addresses, None)
         if not entry.cells:
             self.make(entry, address, (), place.path)
-        return Use(birth.form, addresses, entry)
+        return Use(traced_init.spec, addresses, entry)
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
         self.make(entry, address, (), path)
         return entry.cells[address.leaf]
 
     def make(self, entry: Entry, address: EntryAddress, data: Sequence[Any], path: Path) -> None:
-        """Makes an entry from the birth in its address."""
-        birth = address.birth
-        assert birth is not None
+        """Makes an entry from the initializer in its address."""
+        traced_init = address.traced_init
+        assert traced_init is not None
         with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
             if address.takes_key:
-                values = birth.run_with_key(data, self.key, _words(path))
+                values = traced_init.run_with_key(data, self.key, _words(path))
             else:
-                values = birth.run(data)
+                values = traced_init.run(data)
             leaves = [_jax.in_mesh(_jax.as_array(value), self.mesh) for value in values]
-        entry.initial = dict(zip(birth.form.leaves, leaves, strict=True))
+        entry.initial = dict(zip(traced_init.spec.leaves, leaves, strict=True))
         entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
 
-    def bear(self, addresses: Sequence[Any], birth: Birth, data: Sequence[Any]) -> list[Any]:
-        address = addresses[0].having(birth=birth)
+    def initialize(
+        self, addresses: Sequence[Any], traced_init: TracedInit, data: Sequence[Any]
+    ) -> list[Any]:
+        address = addresses[0].having(traced_init=traced_init)
         place = self.located(address)
         if place.layers.entry(place.path, address.kind) is None:
             entry = self.entry_at(place, address)
             data = [_lowered(d, address, self.anchor) for d in map(_jax.canonicalize, data)]
             boundary = boundary_of(self)
             if boundary is None:
-                self.make(entry, address, data, self.path(Layers([self.layer]), address))
+                self.make(entry, address, data, self.path(NameTables([self.layer]), address))
             elif isinstance(boundary, Holder):
                 raise _data_in_custom_rule(address)
             elif self._devices_are_inside():
                 raise _data_on_devices(address)
             else:
                 keys = tuple(a.seen_from(boundary) for a in addresses)
-                leaves = _jax.stage(boundary, birth_p, data, dict(addresses=keys, birth=birth))
+                leaves = _jax.stage(
+                    boundary, init_p, data, dict(addresses=keys, traced_init=traced_init)
+                )
                 notes_of(boundary).values.update(zip(keys, leaves, strict=True))
         return [read(a) for a in addresses]
 
@@ -114,7 +120,7 @@ class InitStore(Store):
     def initial_values(self, kind: str) -> dict[Path, Any]:
         """What all entries of a kind start with: path -> value."""
         return {
-            path: entry.form.tree.unflatten(entry.initial.values())
+            path: entry.spec.tree.unflatten(entry.initial.values())
             for path, entry in self.layer.entries.items()
             if entry.kind == kind and entry.initial
         }
@@ -156,7 +162,7 @@ class ApplyStore(Store):
 
     def __init__(
         self,
-        root: Token,
+        root: ModuleId,
         params: Mapping[str, Any],
         state: Mapping[str, Any] | None = None,
         writable: bool = False,
@@ -181,7 +187,7 @@ class ApplyStore(Store):
             return self._signature
         return self._signature, self._types_here
 
-    def entered(self, level: Level) -> Any:
+    def entered(self, level: PathElement) -> Any:
         context = super().entered(level)
         return _InOtherTypes(self, context) if self._mixed() else context
 
@@ -226,31 +232,31 @@ class ApplyStore(Store):
             raise address.not_given()
         wanted = address.form_of_initial(init, init_args)
         place = self.located(address)
-        address.form = wanted
+        address.spec = wanted
         entry = self.entry_at(place, address)
-        if entry.form is None:
+        if entry.spec is None:
             if place.layers.layers[0] is self.layer:
-                entry.form = self._found(entry, address, wanted)
+                entry.spec = self._found(entry, address, wanted)
             else:
-                entry.form = self._guess(address, place.path, wanted)
-        elif not entry.form.same_shapes(wanted):
-            raise address.conflict(place.path, entry.used, entry.form, wanted)
-        addresses = address.leaves(entry.form, None)
+                entry.spec = self._guess(address, place.path, wanted)
+        elif not entry.spec.same_shapes(wanted):
+            raise address.conflict(place.path, entry.used, entry.spec, wanted)
+        addresses = address.leaves(entry.spec, None)
         has_cells = place.here and len(entry.cells) == len(addresses)
-        return Use(entry.form, addresses, entry if has_cells else None)
+        return Use(entry.spec, addresses, entry if has_cells else None)
 
     def aval(self, address: EntryAddress) -> Any:  # type: ignore[override]
-        form = self.entry(address).form
-        return form.avals[form.leaves.index(address.leaf)] if form else address.wanted
+        spec = self.entry(address).spec
+        return spec.avals[spec.leaves.index(address.leaf)] if spec else address.wanted
 
     def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
-        form = address.form
-        assert form is not None
-        given = self._given_leaves(address, path, form)
+        spec = address.spec
+        assert spec is not None
+        given = self._given_leaves(address, path, spec)
         value, aval = given[address.leaf.index]
         if aval.shape != address.wanted.shape:
-            found = form._replace(avals=tuple([aval for _, aval in given]))
-            raise address.mismatch(path, str(found), str(form))
+            found = spec._replace(avals=tuple([aval for _, aval in given]))
+            raise address.mismatch(path, str(found), str(spec))
         is_stored = address.type_as_stored(aval) is aval
         return _add_cell(entry, address, address.leaf, value, is_stored)
 
@@ -279,7 +285,7 @@ class ApplyStore(Store):
                 leaves[leaf.index] = _jax.in_mesh(cell.value)
         return tree.unflatten(leaves)
 
-    def _found(self, entry: Entry, address: EntryAddress, wanted: Form) -> Form:
+    def _found(self, entry: Entry, address: EntryAddress, wanted: Spec) -> Spec:
         """Makes the cells of an entry, and gives the form of what was given; an error if it is not
         of the wanted structure and shapes."""
         if not wanted.leaves:
@@ -299,7 +305,7 @@ class ApplyStore(Store):
                 _add_cell(entry, address, leaf, value, stored is aval)
         return found
 
-    def _guess(self, address: EntryAddress, path: Path, wanted: Form) -> Form:
+    def _guess(self, address: EntryAddress, path: Path, wanted: Spec) -> Spec:
         """The form of what was given, as far as a jaxpr under construction can know it.
 
         The names that count are given out when that jaxpr is bound, and what is found then is
@@ -324,7 +330,7 @@ class ApplyStore(Store):
         return wanted._replace(avals=tuple(avals))
 
     def _given_leaves(
-        self, address: EntryAddress, path: Path, wanted: Form
+        self, address: EntryAddress, path: Path, wanted: Spec
     ) -> list[tuple[Any, Any]]:
         """The arrays of what was given at ``path``, and their types; an error if nothing was given,
         or something of another structure."""
@@ -344,12 +350,12 @@ class ApplyStore(Store):
         return list(zip(leaves, avals, strict=True))
 
     def _other_structure(
-        self, address: EntryAddress, path: Path, found: Any, wanted: Form
+        self, address: EntryAddress, path: Path, found: Any, wanted: Spec
     ) -> Exception:
         """The error for what is no tree of arrays of the wanted structure."""
         structure = jax.tree.structure(found)
         if all(map(_jax.is_array_like, jax.tree.leaves(found))):
-            return address.mismatch(path, *contrast(form_of(found), wanted))
+            return address.mismatch(path, *contrast(spec_of(found), wanted))
         return address.mismatch(
             path, repr(found) if structure == ONE_ARRAY else str(structure), str(wanted)
         )

@@ -20,7 +20,7 @@ from jaxstate import _jax
 from jaxstate.core.resolve import boundaries
 from jaxstate.core.slots import open_holder
 from jaxstate.params.arguments import split_arrays
-from jaxstate.params.paths import Path, Token
+from jaxstate.params.paths import ModuleId, Path
 from jaxstate.params.reuse import AnyStream, nested
 from jaxstate.params.stores import InitStore
 from jaxstate.random import check_key
@@ -159,7 +159,7 @@ class Summarizable:
     """What a parametrized object can say of itself before there are parameters."""
 
     fn: Callable[..., Any]
-    _token: Token
+    _token: ModuleId
 
     def summary(self, key: Any, *args: Any, **kwargs: Any) -> Summary:
         """The parameters that ``init`` would make, and the outputs of all modules.
@@ -213,7 +213,7 @@ class Summarizable:
 class _SummaryStore(InitStore):
     """Parameters that are made to see their types, and thrown away."""
 
-    def __init__(self, root: Token, key: Any, calls: list[tuple[Path, Any]]) -> None:
+    def __init__(self, root: ModuleId, key: Any, calls: list[tuple[Path, Any]]) -> None:
         super().__init__(root, key)
         self.calls = calls
         self._traced = object()

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxstate import _jax
 from jaxstate.core.resolve import read, write
-from jaxstate.core.specs import Form, contrast, form_of, same_structure, strong, strong_type
+from jaxstate.core.specs import Spec, contrast, same_structure, spec_of, strong, strong_type
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -96,7 +96,7 @@ class VariableAddress(EntryAddress):
     def initial(init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
         return jax.tree.map(strong, init(*init_args))
 
-    def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Form:
+    def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Spec:
         return super().form_of_initial(init, init_args).strong()
 
     def as_stored(self, value: Any) -> Any:
@@ -145,12 +145,12 @@ class VariableAddress(EntryAddress):
 class Variable:
     """A handle of a variable: see `variable`."""
 
-    __slots__ = ("__weakref__", "_addresses", "_entry", "_form", "_run", "name")
+    __slots__ = ("__weakref__", "_addresses", "_entry", "_run", "_spec", "name")
 
     def __init__(self, name: str, store: Store, use: Use):
         self.name = name
         self._run = store.run
-        self._form = use.form
+        self._spec = use.spec
         home, levels = current_place(store, is_here=use.entry is not None)
         self._addresses = use.addresses
         for address in use.addresses:
@@ -172,19 +172,19 @@ class Variable:
         """
         cells = self._cells_here(self._store())
         if cells is None:
-            return self._form.tree.unflatten([read(a) for a in self._addresses])
-        return self._form.tree.unflatten([cells[a.leaf].value for a in self._addresses])
+            return self._spec.tree.unflatten([read(a) for a in self._addresses])
+        return self._spec.tree.unflatten([cells[a.leaf].value for a in self._addresses])
 
     @value.setter
     def value(self, value: Any) -> None:
         store = self._store()
         if not store.writable:
             raise self._read_only()
-        if _jax.is_plain_array(value) and self._form.is_array:
+        if _jax.is_plain_array(value) and self._spec.is_array:
             leaves = [value]
         else:
             leaves, tree = jax.tree.flatten(value)
-            if not same_structure(tree, self._form.tree):
+            if not same_structure(tree, self._spec.tree):
                 raise self._wrong_structure(value, tree)
         values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
         cells = self._cells_here(store)
@@ -236,18 +236,18 @@ class Variable:
 
     def _wrong_structure(self, value: Any, tree: Any) -> Exception:
         try:
-            return self._wrong_type(*contrast(form_of(value), self._form))
+            return self._wrong_type(*contrast(spec_of(value), self._spec))
         except TypeError:  # not all of it is arrays
-            return self._wrong_type(str(tree), str(self._form.tree))
+            return self._wrong_type(str(tree), str(self._spec.tree))
 
-    def _wrong_type(self, found: str, form: str | None = None) -> Exception:
+    def _wrong_type(self, found: str, spec: str | None = None) -> Exception:
         example = "value"
-        if self._form.is_array:
-            (aval,) = self._form.avals
+        if self._spec.is_array:
+            (aval,) = self._spec.avals
             example = f"jnp.asarray(value, jnp.{aval.dtype}).reshape({aval.shape})"
         return SlotTypeError(
             message(
-                f"Variable {self.name!r} is {form or self._form}, and was written with {found}."
+                f"Variable {self.name!r} is {spec or self._spec}, and was written with {found}."
                 " Its first value fixes its structure, shapes and dtypes.",
                 fix=f"""
                 {self.name} = jaxstate.variable("{self.name}", lambda: value)   # start like that
@@ -272,7 +272,7 @@ class Variable:
         )
 
     def __repr__(self) -> str:
-        return f"<variable {self.name!r}: {self._form}>"
+        return f"<variable {self.name!r}: {self._spec}>"
 
 
 def variable(
@@ -328,10 +328,10 @@ def variable(
     address.threaded = store.writable
     use = store.declare(address, init, init_args)
     # To declare it is to use it: it gets its name here, and `init` makes it.
-    types = use.form.avals
+    types = use.spec.avals
     if use.entry is None:
         types = tuple(map(_jax.typeof, use.values()))
-    if types != use.form.avals:
+    if types != use.spec.avals:
         addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
-        use = use._replace(form=use.form._replace(avals=types), addresses=addresses)
+        use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
     return Variable(name, store, use)

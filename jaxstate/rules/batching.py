@@ -21,15 +21,15 @@ import jax
 from jaxstate import _jax
 from jaxstate.core import slots
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
+    discharge,
     read_all,
     refreshed,
     register_rule,
     state_of,
-    thread,
     write_last,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import Address, Cell
 from jaxstate.errors import UnsupportedPrimitiveError, message
@@ -141,7 +141,7 @@ _jax.wrap_bind_with_trace(_jax.custom_vmap_p, _with_state_of_rule)
 def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
     """(consts, args) -> (slots + consts, args)."""
     reads, writes = state_of(params["call"])
-    bear(params["call"], args)
+    initialize(params["call"], args)
     args = refreshed(params["call"], args, writes=writes)
     values = read_all(reads + writes)
     avals = [_jax.typeof(v) for v in values]
@@ -152,7 +152,7 @@ def _custom_vmap(args: Any, params: dict[str, Any]) -> list[Any]:
     outs = out_tree.unflatten(range(out_tree.num_leaves))
     threaded = dict(
         params,
-        call=thread(params["call"], Thread(reads, writes), avals),
+        call=discharge(params["call"], Layout(reads, writes), avals),
         rule=_Rule(params["rule"], n, given, writes),
         in_tree=_jax.operand_tree(([*values, *consts], operands)),
         out_tree=jax.tree.structure((outs, writes)) if writes else out_tree,

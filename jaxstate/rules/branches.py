@@ -7,17 +7,17 @@ from typing import Any
 
 from jaxstate import _jax
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
     check_place,
+    discharge,
     read_all,
     refreshed,
     register_rule,
     state_of,
-    thread,
     uses_of,
     write_last,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.slots import Address
 
 
@@ -27,13 +27,13 @@ def _cond(args: Any, params: dict[str, Any]) -> list[Any]:
     index, *operands = args
     uses = reads, writes, outs = uses_of(params["branches"])
     for branch in params["branches"]:
-        bear(branch, operands)
+        initialize(branch, operands)
         operands = refreshed(branch, operands, writes=uses.results)
         _check_absent(writes, branch)
     slots = read_all(uses.ins)
     avals = [_jax.typeof(s) for s in slots]
-    how = Thread(reads, writes, outs=outs, once=True)
-    branches = tuple(thread(j, how, avals) for j in params["branches"])
+    how = Layout(reads, writes, outs=outs, once=True)
+    branches = tuple(discharge(j, how, avals) for j in params["branches"])
     _check_places(uses.results, branches)
     if _jax.device_axes():
         axes = _axes(uses.results, branches, index)

@@ -12,15 +12,15 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
+    discharge,
     read_all,
     refreshed,
     register_rule,
-    thread,
     uses_of,
     write_last,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 
 
 def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:
@@ -29,11 +29,11 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
 
     def rule(args: Any, params: dict[str, Any]) -> list[Any]:
         uses = reads, writes, outs = uses_of([params[name]])
-        bear(params[name], args)
+        initialize(params[name], args)
         args = refreshed(params[name], args, writes=uses.results)
         slots = read_all(uses.ins)
-        how = Thread(reads, writes, outs=outs, once=True)
-        jaxpr = thread(params[name], how, [_jax.typeof(s) for s in slots])
+        how = Layout(reads, writes, outs=outs, once=True)
+        jaxpr = discharge(params[name], how, [_jax.typeof(s) for s in slots])
         threaded = dict(params, **{name: jaxpr})
         if "out_memory_spaces" in params:
             spaces = (jax.memory.Space.Device,) * len(uses.results)

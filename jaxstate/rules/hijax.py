@@ -16,35 +16,35 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
+    discharge,
     read_all,
     register_hidden_rule,
     state_of,
-    thread,
     uses_of,
     write_all,
     write_last,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 
 
 @register_hidden_rule(_jax.RematTraced)
 def _checkpoint(args: Any, prim: Any) -> list[Any]:
     uses = reads, writes, outs = uses_of([prim.jaxpr])
-    bear(prim.jaxpr, args)
+    initialize(prim.jaxpr, args)
     slots = read_all(uses.ins)
-    how = Thread(reads, writes, outs=outs, once=True)
-    jaxpr = thread(prim.jaxpr, how, list(map(_jax.typeof, slots)))
+    how = Layout(reads, writes, outs=outs, once=True)
+    jaxpr = discharge(prim.jaxpr, how, list(map(_jax.typeof, slots)))
     return write_last(uses.results, _jax.remat_with(prim, jaxpr, len(slots))(*slots, *args))
 
 
 @register_hidden_rule(_jax.Scan3)
 def _scan(args: Any, prim: Any) -> list[Any]:
     reads, writes = state_of(prim.jaxpr)
-    bear(prim.jaxpr, args)
+    initialize(prim.jaxpr, args)
     n = len(reads)
     slots = read_all(reads + writes)
-    jaxpr = thread(prim.jaxpr, Thread(reads, writes), list(map(_jax.typeof, slots)))
+    jaxpr = discharge(prim.jaxpr, Layout(reads, writes), list(map(_jax.typeof, slots)))
     refs = list(map(jax.new_ref, slots[n:]))
 
     def body(*operands: Any) -> list[Any]:

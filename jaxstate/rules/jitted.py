@@ -27,10 +27,11 @@ from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Addresses,
-    Thread,
+    Layout,
     Uses,
     captured_inputs,
     check_type,
+    discharge,
     in_order,
     read_all,
     read_as_stored,
@@ -38,12 +39,11 @@ from jaxstate.core.discharge import (
     register_rule,
     settle,
     state_of,
-    thread,
     uses_of,
     write_all,
     write_last,
 )
-from jaxstate.core.initializers import bear, has_births
+from jaxstate.core.initializers import has_inits, initialize
 from jaxstate.core.resolve import begin_use, check_captured
 from jaxstate.core.slots import any_open
 from jaxstate.errors import AheadOfTimeError, message
@@ -52,7 +52,7 @@ from jaxstate.errors import AheadOfTimeError, message
 @register_rule(_jax.jit_p)
 def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
     uses = uses_of([params["jaxpr"]])
-    bear(params["jaxpr"], args)
+    initialize(params["jaxpr"], args)
     args = refreshed(params["jaxpr"], args, writes=uses.results)
     slots = read_all(uses.ins)
     threaded = _threaded(params, uses, [_jax.typeof(s) for s in slots])
@@ -65,7 +65,7 @@ def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[
     more_in, more_out = len(avals), len(uses.results)
     return dict(
         params,
-        jaxpr=thread(params["jaxpr"], Thread(reads, writes, outs=outs, once=True), avals),
+        jaxpr=discharge(params["jaxpr"], Layout(reads, writes, outs=outs, once=True), avals),
         in_shardings=(_jax.UNSPECIFIED,) * more_in + params["in_shardings"],
         in_layouts=(None,) * more_in + params["in_layouts"],
         donated_invars=(False,) * more_in + params["donated_invars"],
@@ -119,14 +119,14 @@ _jax.wrap_jitted_calls(_call_like_last, _call_at_top_level)
 
 
 def _looks_at_operands(call: _jax.JitCall) -> bool:
-    """Whether the operands say what the state is: a birth's data, or a tracer among them.
+    """Whether the operands say what the state is: an initializer's data, or a tracer among them.
 
     (A function that somebody has converted to an object has its captures in the object. And arrays
     that can be written are tracers.) Or whether it is known only when operations are expanded.
     Such a call is bound, as an equation is.
     """
     jaxpr = call.params["jaxpr"]
-    if has_births(jaxpr) or any(map(_jax.is_tracer, call.operands)):
+    if has_inits(jaxpr) or any(map(_jax.is_tracer, call.operands)):
         return True
     if _jax.is_high(jaxpr) and any_open():
         return True

@@ -14,15 +14,15 @@ from typing import Any
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
+    discharge,
     read_all,
     refreshed,
     register_rule,
     settle,
     state_of_all,
-    thread,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import Address, any_open
 from jaxstate.errors import UnsupportedPrimitiveError, message
@@ -66,7 +66,7 @@ def _explicit(
     reads, writes = state_of_all([callee, transpose])
     if writes:
         raise _written(writes[0])
-    bear(callee, args)
+    initialize(callee, args)
     args = refreshed(callee, args)
     captures = {i: c.address for i, c in enumerate(transpose_consts) if type(c) is StateTracer}
     read = (*captures.values(), *reads)
@@ -94,7 +94,7 @@ def _with_residuals(
     and for ``reads``. Its own captures are not in front any more: ``own`` says what takes the place
     of which input."""
     n = len(avals) - len(reads)
-    threaded = thread(jaxpr, Thread(reads, ()), avals[n:])
+    threaded = discharge(jaxpr, Layout(reads, ()), avals[n:])
     slots, inputs = _split(_jax.invars(threaded), len(reads))
     front, linear = _split(inputs, at)
     captures = list(map(_jax.Var, avals[:n]))

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from jaxstate import _jax
 from jaxstate.core.discharge import (
     Addresses,
-    Thread,
+    Layout,
+    discharge,
     read_all,
     refreshed,
     register_rule,
     state_of,
     state_of_all,
     superseded,
-    thread,
     write_all,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.slots import Address, any_open
 
 
@@ -40,14 +40,14 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     reads, xs = _split(state.reads)
     writes, ys = _split(state.writes)
     n_consts, _ = _jax.scan_arity(params)
-    bear(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
+    initialize(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
     slots = _read_all(reads, writes)
     steps = _read_steps(xs, params["length"])
     avals = [_jax.typeof(s) for s in slots] + [a.aval() for a in xs]
     consts = refreshed(params["jaxpr"], args[:n_consts], writes=writes)
     dropped = superseded(params["jaxpr"], writes)
-    how = Thread(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys, dropped=dropped)
-    jaxpr = thread(params["jaxpr"], how, avals)
+    how = Layout(reads, writes, at=n_consts, out_at=0, lasts=xs, outs=ys, dropped=dropped)
+    jaxpr = discharge(params["jaxpr"], how, avals)
     more_consts = len(reads) - len(dropped)
     threaded = _jax.scan_params_with(params, more_consts, len(writes), len(xs), len(ys))
     constants, carried = slots[: len(reads)], slots[len(reads) :]
@@ -120,8 +120,8 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
     carry = args[n_cond + n_body :]
     reads, writes = state_of_all((cond, body))
-    bear(cond, [*cond_consts, *[None] * len(carry)], writes)
-    bear(body, [*body_consts, *[None] * len(carry)], writes)
+    initialize(cond, [*cond_consts, *[None] * len(carry)], writes)
+    initialize(body, [*body_consts, *[None] * len(carry)], writes)
     slots = _read_all(reads, writes)
     avals = [_jax.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
@@ -130,11 +130,11 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     cond_consts = refreshed(cond, cond_consts, writes=writes)
     body_consts = refreshed(body, body_consts, writes=writes)
 
-    how = Thread(reads, writes, at=n_body, out_at=0, dropped=in_body)
-    body = thread(body, how, avals)
+    how = Layout(reads, writes, at=n_body, out_at=0, dropped=in_body)
+    body = discharge(body, how, avals)
     out_at = 0 if cond_writes else None
-    how = Thread(reads, writes, at=n_cond, out_at=out_at, out=cond_writes, dropped=in_cond)
-    cond = thread(cond, how, avals)
+    how = Layout(reads, writes, at=n_cond, out_at=out_at, out=cond_writes, dropped=in_cond)
+    cond = discharge(cond, how, avals)
     cond_consts, body_consts = _without(in_cond, cond_consts), _without(in_body, body_consts)
     n_cond, n_body = len(cond_consts), len(body_consts)
     if not cond_writes:

@@ -14,16 +14,16 @@ from typing import Any
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
     Uses,
+    discharge,
     read_all,
     register_rule,
     settle,
-    thread,
     uses_of,
     write_last,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import any_open
 from jaxstate.rules.linear_calls import Settled, without_state
@@ -62,7 +62,7 @@ def _explicit(args: Any, params: dict[str, Any]) -> tuple[list[Any], dict[str, A
     captured = tuple(c.address for c in _jax.consts_of(fun) if type(c) is StateTracer)
     fun = _jax.hoist_constants(fun, lambda c: type(c) is StateTracer)
     uses = uses_of([fwd, fun])
-    bear(fwd, args)
+    initialize(fwd, args)
     settle((*captured, *uses.ins), uses.results)
     captures, slots = read_all(captured), read_all(uses.ins)
     avals = list(map(_jax.typeof, slots))
@@ -81,8 +81,8 @@ def _threaded(
     order: Callable[[list[Any], list[Any]], list[Any]],
 ) -> Any:
     """The jaxpr with slots as inputs, in the order ``order(slots, other inputs)``, and outputs."""
-    how = Thread(uses.reads, uses.writes, outs=uses.outs, once=True)
-    threaded = thread(jaxpr, how, avals)
+    how = Layout(uses.reads, uses.writes, outs=uses.outs, once=True)
+    threaded = discharge(jaxpr, how, avals)
     inputs, n = list(_jax.invars(threaded)), len(avals)
     return _jax.remade(
         threaded, invars=order(inputs[:n], inputs[n:]), outvars=_jax.outvars(threaded),

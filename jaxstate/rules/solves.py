@@ -16,16 +16,16 @@ from typing import Any
 
 from jaxstate import _jax
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
+    discharge,
     read_all,
     refreshed,
     register_hidden_rule,
     register_rule,
     state_of_all,
-    thread,
     write_last,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import one_use, state_effect
 from jaxstate.core.slots import any_open
 
@@ -65,11 +65,11 @@ def _with_state(solve: _jax.Solve) -> list[Any]:
     reads, writes = state_of_all(solve.functions.values())
     for name, jaxpr in solve.functions.items():
         consts = solve.consts[name]
-        bear(jaxpr, [*consts, *[None] * (len(_jax.invars(jaxpr)) - len(consts))])
+        initialize(jaxpr, [*consts, *[None] * (len(_jax.invars(jaxpr)) - len(consts))])
     slots = read_all(reads + writes)
     avals = [_jax.typeof(s) for s in slots]
     functions = {
-        name: thread(jaxpr, Thread(reads, writes, out=name in _HANDING_ON), avals)
+        name: discharge(jaxpr, Layout(reads, writes, out=name in _HANDING_ON), avals)
         for name, jaxpr in solve.functions.items()
     }
     consts = {

@@ -21,16 +21,16 @@ import jax
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
-    Thread,
+    Layout,
     captured_inputs,
+    discharge,
     read_all,
     refreshed,
     settle,
     state_of,
-    thread,
     write_all,
 )
-from jaxstate.core.initializers import bear
+from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import one_use
 from jaxstate.core.slots import Address, any_open
 from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
@@ -43,7 +43,7 @@ def _call(function: Any, args: tuple[Any, ...], traced: _jax.Traced) -> Any:
     if not touched and not captured_inputs(traced.jaxpr):
         return NotImplemented
     with one_use():
-        bear(traced.jaxpr, [*traced.consts, *traced.operands])
+        initialize(traced.jaxpr, [*traced.consts, *traced.operands])
         args = _refreshed(args, traced)
         settle(touched, writes)
         values = list(map(undifferentiated, touched, read_all(touched)))
@@ -77,7 +77,7 @@ def _explicit(traced: _jax.Traced, touched: Sequence[Address], *args: Any) -> An
     reads, writes = uses = state_of(traced.jaxpr)
     values = dict(zip(touched, state, strict=True))
     slots = [values[address] for addresses in uses for address in addresses]
-    jaxpr = thread(traced.jaxpr, Thread(reads, writes, once=True), list(map(_jax.typeof, slots)))
+    jaxpr = discharge(traced.jaxpr, Layout(reads, writes, once=True), list(map(_jax.typeof, slots)))
     consts = [values[c.address] if isinstance(c, StateTracer) else c for c in traced.consts]
     operands = jax.tree.leaves([x for i, x in enumerate(args) if i not in traced.statics])
     outs = _jax.eval_closed_jaxpr(jaxpr, *slots, *consts, *operands)

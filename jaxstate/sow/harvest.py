@@ -27,8 +27,8 @@ from jaxstate.core.refs import ZeroCell, strong
 from jaxstate.core.slots import Address, Cell, open_holder
 from jaxstate.errors import PlantMismatchError, message
 from jaxstate.sow.sites import (
-    Event,
     Kind,
+    Site,
     SownAddress,
     SownHolder,
     holder_of,
@@ -103,7 +103,7 @@ def _collect(name: str, value: Any, tag: str, mode: str) -> None:
 
 def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
     addresses, _ = _addresses("plant", name, value, tag, mode)
-    planted = _tree(addresses[0].event, [resolve.read(address) for address in addresses])
+    planted = _tree(addresses[0].site, [resolve.read(address) for address in addresses])
     # A Python scalar, or what is computed from such only, gives way to the dtype of other operands.
     return jax.tree.map(lambda x, y: _jax.weak(y) if _jax.is_weak(x) else y, value, planted)
 
@@ -114,12 +114,12 @@ def _addresses(
     """The slots of a value that is sown, and what goes there."""
     made = _jax.user_location()
     leaves = _leaves(jax.tree.map(strong, value))
-    event = Event(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves))
+    site = Site(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves))
     if kind == "plant":
         holder = holder_of(kind, tag, name)
         assert holder is not None
-        event = event._replace(reaps=reaps_inside(holder, tag))
-    return numbered(event, made).addresses(made), leaves
+        site = site._replace(reaps=reaps_inside(holder, tag))
+    return numbered(site, made).addresses(made), leaves
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -127,8 +127,8 @@ def _leaves(value: Any) -> list[Any]:
     return jax.tree.leaves(value) or [np.False_]
 
 
-def _tree(event: Event, leaves: list[Any]) -> Any:
-    return event.tree.unflatten(leaves[: event.tree.num_leaves])
+def _tree(site: Site, leaves: list[Any]) -> Any:
+    return site.tree.unflatten(leaves[: site.tree.num_leaves])
 
 
 # -- Reap ------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class _Reap(SownHolder):
     def knows(self, address: Address) -> bool:
         if not isinstance(address, SownAddress):
             return False
-        return address.event.kind == "reap" and address.event.tag == self.tag
+        return address.site.kind == "reap" and address.site.tag == self.tag
 
     def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
         if address not in self.cells:
@@ -160,15 +160,15 @@ class _Reap(SownHolder):
 
     def collected(self) -> dict[str, Any]:
         """What was sown, by name, in the order of the first of each name."""
-        events: dict[Event, list[Any]] = {}
+        sites: dict[Site, list[Any]] = {}
         for address, cell in self.cells.items():
             if cell.written is not None:
                 value = _jax.in_mesh(cell.written)
-                events.setdefault(address.event, []).append((address.leaf, value))
+                sites.setdefault(address.site, []).append((address.leaf, value))
         values: dict[str, list[Any]] = {}
-        for event, leaves in events.items():
+        for site, leaves in sites.items():
             ordered = [leaf for _, leaf in sorted(leaves, key=lambda pair: pair[0])]
-            values.setdefault(event.name, []).append(_tree(event, ordered))
+            values.setdefault(site.name, []).append(_tree(site, ordered))
         return {
             name: several[0] if len(several) == 1 else jax.tree.map(_stack, *several)
             for name, several in values.items()
@@ -233,38 +233,38 @@ class _Plant(SownHolder):
     def knows(self, address: Address) -> bool:
         if not isinstance(address, SownAddress):
             return False
-        event = address.event
-        return event.kind == "plant" and event.tag == self.tag and event.name in self.values
+        site = address.site
+        return site.kind == "plant" and site.tag == self.tag and site.name in self.values
 
     def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
-        event, wanted = address.event, address.aval()
-        value = self.values[event.name]
-        if jax.tree.structure(value) != event.tree:
-            raise _mismatch(event, value, address.made)
+        site, wanted = address.site, address.aval()
+        value = self.values[site.name]
+        if jax.tree.structure(value) != site.tree:
+            raise _mismatch(site, value, address.made)
         with _jax.set_current_trace(self.anchor):
             leaf = _jax.as_array(_leaves(value)[address.leaf])
             if _jax.is_weak(leaf) and jnp.result_type(leaf, wanted.dtype) == wanted.dtype:
                 leaf = leaf.astype(wanted.dtype)
-            stacked = _is_stacked(event, leaf, wanted)
+            stacked = _is_stacked(site, leaf, wanted)
             if leaf.dtype != wanted.dtype or leaf.shape[1 if stacked else 0 :] != wanted.shape:
-                raise _mismatch(event, value, address.made)
-            if event.n >= (leaf.shape[0] if stacked else 1):
-                raise _count_mismatch(event, value, f"at least {event.n + 1} times", address.made)
-            return Cell(leaf[event.n] if stacked else leaf)
+                raise _mismatch(site, value, address.made)
+            if site.n >= (leaf.shape[0] if stacked else 1):
+                raise _count_mismatch(site, value, f"at least {site.n + 1} times", address.made)
+            return Cell(leaf[site.n] if stacked else leaf)
 
     def check_counts(self) -> None:
         """Raises if more values were planted than sown."""
         for name, value in self.values.items():
             records = [r for r in self.extra.values() if r.outside.name == name]
             for record in records:
-                event = record.outside
-                for i, wanted in enumerate(event.types):
+                site = record.outside
+                for i, wanted in enumerate(site.types):
                     leaf = _leaves(value)[i]
-                    if not _is_stacked(event, leaf, wanted):
+                    if not _is_stacked(site, leaf, wanted):
                         continue
                     count = max(r.count for r in records)
                     if jnp.shape(leaf)[0] != count:
-                        raise _count_mismatch(event, value, f"{count} times", record.made)
+                        raise _count_mismatch(site, value, f"{count} times", record.made)
 
     def without_values(self) -> _Plant:
         return _Plant(self.tag, dict.fromkeys(self.values))
@@ -273,20 +273,20 @@ class _Plant(SownHolder):
         return "plant", self.tag, frozenset(self.values)
 
 
-def _is_stacked(event: Event, leaf: Any, wanted: Any) -> bool:
+def _is_stacked(site: Site, leaf: Any, wanted: Any) -> bool:
     """Whether a planted leaf has one value for each time that the name is sown."""
-    return event.mode == "append" and jnp.ndim(leaf) > len(wanted.shape)
+    return site.mode == "append" and jnp.ndim(leaf) > len(wanted.shape)
 
 
-def _mismatch(event: Event, value: Any, made: str) -> Exception:
-    found = Event("plant", "", "", "", jax.tree.structure(value), types_of(_leaves(value)))
+def _mismatch(site: Site, value: Any, made: str) -> Exception:
+    found = Site("plant", "", "", "", jax.tree.structure(value), types_of(_leaves(value)))
     return PlantMismatchError(
         message(
-            f"The value planted as {event.name!r} is {found.shown()}, and what is sown there is"
-            f" {event.shown()}.",
+            f"The value planted as {site.name!r} is {found.shown()}, and what is sown there is"
+            f" {site.shown()}.",
             fix=f"""
             out, sown = jaxstate.reap(f)(x)
-            jaxstate.plant(f)({{{event.name!r}: 2 * sown[{event.name!r}]}}, x)    # of that type
+            jaxstate.plant(f)({{{site.name!r}: 2 * sown[{site.name!r}]}}, x)    # of that type
             """,
             made=made,
             used=_jax.user_location(),
@@ -294,14 +294,14 @@ def _mismatch(event: Event, value: Any, made: str) -> Exception:
     )
 
 
-def _count_mismatch(event: Event, value: Any, times: str, made: str) -> Exception:
+def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
     planted = jax.tree.leaves(value)[0]
     return PlantMismatchError(
         message(
-            f"{event.name!r} is sown {times} with mode='append' as {event.shown()}, and a value of"
+            f"{site.name!r} is sown {times} with mode='append' as {site.shown()}, and a value of"
             f" shape {jnp.shape(planted)} was planted.",
             fix=f"""
-            jaxstate.plant(f)({{{event.name!r}: jnp.stack(values)}}, x)    # one for each time
+            jaxstate.plant(f)({{{site.name!r}: jnp.stack(values)}}, x)    # one for each time
             """,
             made=made,
             used=_jax.user_location(),

@@ -7,7 +7,7 @@ carries slots carries sown values. Four things are special about them:
 
 * The type is part of the address, so a slot exists before anything is written. Then it is zero.
 * Going outwards, an address changes: a vmap, and with ``mode="append"`` a scan, gives the type a
-  leading axis (`Event.over`), and the event gets the number that is next where the jaxpr is bound
+  leading axis (`Site.over`), and the event gets the number that is next where the jaxpr is bound
   (`SownAddress.renewed`).
 * How often an event may happen is checked where it is numbered, and by loops and branches
   (`Address.check_repeats`, `Address.check_absence`).
@@ -33,7 +33,7 @@ from jaxstate.errors import (
 )
 
 __all__ = [
-    "Event",
+    "Site",
     "SownAddress",
     "SownHolder",
     "holder_of",
@@ -46,7 +46,7 @@ Kind = Literal["reap", "plant"]
 CLOBBER = ("clobber", "cond_clobber")
 
 
-class Event(NamedTuple):
+class Site(NamedTuple):
     """One use of ``sow``, as seen by one ``reap`` or ``plant``.
 
     Attributes:
@@ -66,7 +66,7 @@ class Event(NamedTuple):
     n: int = 0
     reaps: int = 0
 
-    def over(self, *sizes: int) -> Event:
+    def over(self, *sizes: int) -> Site:
         """The event as seen from outside of loops or lanes."""
         types = [_jax.ShapedArray((*sizes, *t.shape), t.dtype) for t in self.types]
         return self._replace(types=tuple(types))
@@ -89,13 +89,13 @@ def types_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 def holder_of(kind: Kind, tag: str, name: str) -> Holder | None:
     """The innermost ``reap`` or ``plant`` that is open and wants what is sown."""
-    address = SownAddress(Event(kind, tag, name, "", None, ()), 0, "")
+    address = SownAddress(Site(kind, tag, name, "", None, ()), 0, "")
     return next((holder for holder in holders() if holder.knows(address)), None)
 
 
 def reaps_inside(plant: Holder, tag: str) -> int:
     """How many calls of ``reap`` that take what is sown under the tag are inside of ``plant``."""
-    address = SownAddress(Event("reap", tag, "", "", None, ()), 0, "")
+    address = SownAddress(Site("reap", tag, "", "", None, ()), 0, "")
     return sum(h.knows(address) for h in itertools.takewhile(lambda h: h is not plant, holders()))
 
 
@@ -111,60 +111,60 @@ class _Shown(str):
 class SownAddress(Address):
     """One leaf of an event. ``made`` says where, for messages."""
 
-    __slots__ = ("event", "leaf", "made")
+    __slots__ = ("leaf", "made", "site")
 
     threaded = True
     given_if_read = True
     may_be_resharded = True  # before the first value a slot is zero, and sharded in no way
 
-    def __init__(self, event: Event, leaf: int, made: str) -> None:
-        self.event = event
+    def __init__(self, site: Site, leaf: int, made: str) -> None:
+        self.site = site
         self.leaf = leaf
         self.made = made
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SownAddress):
             return False
-        return self.leaf == other.leaf and self.event == other.event
+        return self.leaf == other.leaf and self.site == other.site
 
     def __hash__(self) -> int:
-        return hash((self.event, self.leaf))
+        return hash((self.site, self.leaf))
 
     def __repr__(self) -> str:
-        return f"the value sown as {self.event.name!r}"
+        return f"the value sown as {self.site.name!r}"
 
     @property
     def per_step(self) -> Hashable:  # type: ignore[override]
-        event = self.event
-        if event.mode != "append":
+        site = self.site
+        if site.mode != "append":
             return None
-        return event.kind, event.tag, event.name, event.reaps, self.leaf
+        return site.kind, site.tag, site.name, site.reaps, self.leaf
 
     def aval(self) -> Any:
-        return self.event.types[self.leaf]
+        return self.site.types[self.leaf]
 
     def over(self, *sizes: int) -> SownAddress:
-        return SownAddress(self.event.over(*sizes), self.leaf, self.made)
+        return SownAddress(self.site.over(*sizes), self.leaf, self.made)
 
     def renewed(self, use: dict[Any, Any] | None) -> SownAddress:
         """The address with the event's number in the place where its jaxpr is used."""
-        key = "sown", self.event
-        event = use.get(key) if use is not None else None
-        if event is None:
-            event = numbered(self.event, self.made, None if use is not None else self.leaf)
+        key = "sown", self.site
+        site = use.get(key) if use is not None else None
+        if site is None:
+            site = numbered(self.site, self.made, None if use is not None else self.leaf)
         if use is not None:
-            use[key] = event
-        return SownAddress(event, self.leaf, self.made)
+            use[key] = site
+        return SownAddress(site, self.leaf, self.made)
 
     def missing(self) -> Exception:
-        what = "reap" if self.event.kind == "reap" else "plant"
+        what = "reap" if self.site.kind == "reap" else "plant"
         return ClosedStateError(
             message(
-                f"A jaxpr that was made inside jaxstate.{what}, and sows {self.event.name!r}, is"
+                f"A jaxpr that was made inside jaxstate.{what}, and sows {self.site.name!r}, is"
                 " used outside of it.",
                 fix=f"""
                 jaxpr = jax.make_jaxpr(f)(x)        # outside, where sow does nothing,
-                jaxstate.{what}(use)(...)           # or evaluate it inside, tag={self.event.tag!r}
+                jaxstate.{what}(use)(...)           # or evaluate it inside, tag={self.site.tag!r}
                 """,
                 made=self.made,
                 used=_jax.user_location(),
@@ -172,7 +172,7 @@ class SownAddress(Address):
         )
 
     def check_repeats(self) -> None:
-        mode, name = self.event.mode, self.event.name
+        mode, name = self.site.mode, self.site.name
         if mode in CLOBBER:
             return
         if mode == "strict":
@@ -194,12 +194,12 @@ class SownAddress(Address):
         )
 
     def check_absence(self, others: Sequence[Address]) -> None:
-        mode, name = self.event.mode, self.event.name
-        found = (a.event for a in others if isinstance(a, SownAddress))
-        key = self.event._replace(types=(), tree=None, n=0)
+        mode, name = self.site.mode, self.site.name
+        found = (a.site for a in others if isinstance(a, SownAddress))
+        key = self.site._replace(types=(), tree=None, n=0)
         same = (e for e in found if e._replace(types=(), tree=None, n=0) == key)
         other = next(
-            (e for e in same if (e.tree, e.types) != (self.event.tree, self.event.types)), None
+            (e for e in same if (e.tree, e.types) != (self.site.tree, self.site.types)), None
         )
         if mode == "cond_clobber" and other is None:
             return
@@ -210,7 +210,7 @@ class SownAddress(Address):
         better = f'jaxstate.sow({name + "_1"!r}, value, mode="cond_clobber")'
         raise BranchSowError(
             message(
-                f"{name!r} was sown with mode={mode!r} as {self.event.shown()} in one branch of a"
+                f"{name!r} was sown with mode={mode!r} as {self.site.shown()} in one branch of a"
                 f" cond or switch, {absent}.",
                 fix=f"""
                 {clobber}     # zeros if no branch sows it
@@ -257,16 +257,16 @@ class SownHolder(Holder):
 class _Record:
     """The events of one name in one place."""
 
-    def __init__(self, event: Event, outside: Event, made: str) -> None:
-        self.mode = event.mode
-        self.tree = event.tree
+    def __init__(self, site: Site, outside: Site, made: str) -> None:
+        self.mode = site.mode
+        self.tree = site.tree
         self.outside = outside
         self.made = made
         self.count = 0
-        self.last: tuple[Event, int] | None = None
+        self.last: tuple[Site, int] | None = None
 
 
-def numbered(event: Event, made: str, leaf: int | None = None) -> Event:
+def numbered(site: Site, made: str, leaf: int | None = None) -> Site:
     """The event with the number that is next in the place where its slots are.
 
     ``leaf`` is given for one leaf of an event in a jaxpr that is evaluated equation by equation:
@@ -276,37 +276,37 @@ def numbered(event: Event, made: str, leaf: int | None = None) -> Event:
       RepeatedSowError: if the name has been sown before, and may not be again.
       SowMismatchError: if it has been sown with another mode or type.
     """
-    notes, vmaps = destination(SownAddress(event, 0, made).holder())
+    notes, vmaps = destination(SownAddress(site, 0, made).holder())
     lanes = [_jax.lane_count(t) for t in vmaps if not _jax.lanes_are_directions(t)]
-    outside = event.over(*reversed(lanes))._replace(n=0)
-    key = "sown", event.kind, event.tag, event.name, event.reaps
+    outside = site.over(*reversed(lanes))._replace(n=0)
+    key = "sown", site.kind, site.tag, site.name, site.reaps
     record = notes.get(key)
     if record is None:
-        record = notes[key] = _Record(event, outside, made)
+        record = notes[key] = _Record(site, outside, made)
     if outside != record.outside:
         raise _mismatch(record, outside, made)
     if leaf is not None:
-        last, record.last = record.last, (event, leaf)
-        if last is not None and last[0] == event and last[1] < leaf:
-            return event._replace(n=max(record.count - 1, 0))
-    if event.mode in CLOBBER:
-        return event._replace(n=0)
-    if event.mode == "strict" and event.reaps:
-        return event._replace(n=0)  # the ``reap`` counts
-    if event.mode == "strict" and record.count:
-        raise _repeated(event, record, made)
+        last, record.last = record.last, (site, leaf)
+        if last is not None and last[0] == site and last[1] < leaf:
+            return site._replace(n=max(record.count - 1, 0))
+    if site.mode in CLOBBER:
+        return site._replace(n=0)
+    if site.mode == "strict" and site.reaps:
+        return site._replace(n=0)  # the ``reap`` counts
+    if site.mode == "strict" and record.count:
+        raise _repeated(site, record, made)
     record.count += 1
-    return event._replace(n=record.count - 1)
+    return site._replace(n=record.count - 1)
 
 
-def _repeated(event: Event, record: _Record, made: str) -> Exception:
+def _repeated(site: Site, record: _Record, made: str) -> Exception:
     return RepeatedSowError(
         message(
-            f"{event.name!r} was sown twice with mode='strict'.",
+            f"{site.name!r} was sown twice with mode='strict'.",
             fix=f"""
-            jaxstate.sow({event.name!r}, value, mode="append")      # keeps all values, stacked
-            jaxstate.sow({event.name!r}, value, mode="clobber")     # keeps the last
-            jaxstate.sow({event.name + "_1"!r}, value)              # another name
+            jaxstate.sow({site.name!r}, value, mode="append")      # keeps all values, stacked
+            jaxstate.sow({site.name!r}, value, mode="clobber")     # keeps the last
+            jaxstate.sow({site.name + "_1"!r}, value)              # another name
             """,
             made=record.made,
             again=made,
@@ -315,18 +315,18 @@ def _repeated(event: Event, record: _Record, made: str) -> Exception:
     )
 
 
-def _mismatch(record: _Record, event: Event, made: str) -> Exception:
+def _mismatch(record: _Record, site: Site, made: str) -> Exception:
     before = record.outside
-    if before.mode != event.mode:
-        what = f"with mode={before.mode!r} and with mode={event.mode!r}"
+    if before.mode != site.mode:
+        what = f"with mode={before.mode!r} and with mode={site.mode!r}"
     else:
-        what = f"as {before.shown()} and as {event.shown()}"
+        what = f"as {before.shown()} and as {site.shown()}"
     return SowMismatchError(
         message(
-            f"{event.name!r} was sown {what}.",
+            f"{site.name!r} was sown {what}.",
             fix=f"""
-            jaxstate.sow({event.name!r}, value, mode={before.mode!r})     # of one type
-            jaxstate.sow({event.name + "_1"!r}, value)                    # or another name
+            jaxstate.sow({site.name!r}, value, mode={before.mode!r})     # of one type
+            jaxstate.sow({site.name + "_1"!r}, value)                    # or another name
             """,
             made=record.made,
             again=made,

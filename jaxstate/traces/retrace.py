@@ -10,7 +10,7 @@ from jaxstate import _jax
 from jaxstate.core.refs import Slot, new_slot
 from jaxstate.core.resolve import read, read_p, state_effect
 from jaxstate.errors import TraceStateError, message
-from jaxstate.traces.state import Form
+from jaxstate.traces.state import Spec
 
 
 class Processed(NamedTuple):
@@ -22,7 +22,7 @@ class Processed(NamedTuple):
     """
 
     jaxpr: Any
-    end: Form
+    end: Spec
     constants: tuple[Slot, ...]
 
 

@@ -43,7 +43,7 @@ class _Shown(str):
         return str(self)
 
 
-class Form(NamedTuple):
+class Spec(NamedTuple):
     """The static part of a state: its structure and, for each leaf, a type or a static value."""
 
     tree: Any
@@ -89,9 +89,9 @@ class Entry:
       values: the arrays that were stored or loaded, where they are known.
     """
 
-    def __init__(self, shared: Shared, form: Form) -> None:
+    def __init__(self, shared: Shared, spec: Spec) -> None:
         self.shared = shared
-        self.form = form
+        self.spec = spec
         self.values: dict[Slot, Any] = {}
 
     @classmethod
@@ -101,7 +101,7 @@ class Entry:
         leaves = [_strong(_jax.resolved(x)) if is_array(x) else Static(x) for x in leaves]
         kinds = tuple(x if isinstance(x, Static) else _slot_type(x) for x in leaves)
         check_hashable(kinds)
-        entry = cls(shared, Form(tree, kinds))
+        entry = cls(shared, Spec(tree, kinds))
         known = {} if before is None else before.values
         for n, x in enumerate(leaves):
             if not isinstance(x, Static):
@@ -112,15 +112,15 @@ class Entry:
         return entry
 
     def _slots(self) -> list[Slot | None]:
-        leaves = enumerate(self.form.leaves)
+        leaves = enumerate(self.spec.leaves)
         return [None if isinstance(x, Static) else self.shared.slot(n, x) for n, x in leaves]
 
     def load(self) -> Any:
         """The state, as it is in the slots here and now."""
         slots = self._slots()
         self.values = {slot: read(slot.address) for slot in slots if slot is not None}
-        leaves = zip(self.form.leaves, slots, strict=True)
-        return self.form.tree.unflatten(
+        leaves = zip(self.spec.leaves, slots, strict=True)
+        return self.spec.tree.unflatten(
             [x.value if s is None else self.values[s] for x, s in leaves]
         )
 

@@ -16,7 +16,7 @@ How an operation inside a jaxpr gets there:
 * A jit, a loop, a branch ... is not an operation but many. Its jaxprs are traced again, each under
   a copy of the stateful trace on top of the jaxpr builder. The copy takes the state from slots, and
   hands it back to them (`_Inside`); so the new jaxpr reads and writes slots, and the rules in
-  `jaxstate.rules` thread it like any other.
+  `jaxstate.rules` discharge it like any other.
 * A function with a custom derivative rule, or one of shard_map, is a Python function that JAX
   calls under some trace: there it runs under a copy on top of that trace, in the same way.
 """
@@ -43,7 +43,7 @@ from jaxstate.traces.retrace import (
     with_one_condition,
     without_unused_reads,
 )
-from jaxstate.traces.state import Entry, Form, Shared, Static, check_hashable, is_array
+from jaxstate.traces.state import Entry, Shared, Spec, Static, check_hashable, is_array
 
 __all__ = ["StatefulTrace", "current_trace", "new_trace"]
 
@@ -161,7 +161,7 @@ class StatefulTrace(_jax.TransparentTrace):
 
     def process_shard_map(self, primitive: Any, fun: Any, args: Any, /, **params: Any) -> Any:
         with self._state_in_slots() as entry:
-            inside = self._inside(primitive, entry.form)
+            inside = self._inside(primitive, entry.spec)
 
             def on_devices(*operands: Any) -> Any:
                 return inside.run(fun, *operands)[0]
@@ -174,11 +174,11 @@ class StatefulTrace(_jax.TransparentTrace):
         if primitive is _jax.while_p:
             args, params = with_one_condition(args, params)
         with self._state_in_slots() as entry:
-            ends: list[Form] = []
+            ends: list[Spec] = []
             slots: list[Slot] = []  # alive as long as the new jaxprs are
 
             def processed(jaxpr: Any) -> Any:
-                done = self._processed(primitive, jaxpr, entry.form)
+                done = self._processed(primitive, jaxpr, entry.spec)
                 if primitive not in _CALLS:
                     check_results(primitive, jaxpr, done.jaxpr)
                 ends.append(done.end)
@@ -186,13 +186,13 @@ class StatefulTrace(_jax.TransparentTrace):
                 return done.jaxpr
 
             params = _jax.with_jaxprs(params, processed)
-            if primitive not in _CALLS and any(end != entry.form for end in ends):
-                raise _changed_structure(self, primitive, entry.form, ends)
+            if primitive not in _CALLS and any(end != entry.spec for end in ends):
+                raise _changed_structure(self, primitive, entry.spec, ends)
             if ends:
-                entry.form = ends[0]
+                entry.spec = ends[0]
             return primitive.bind(*args, **params)
 
-    def _processed(self, primitive: Any, jaxpr: Any, start: Form) -> Processed:
+    def _processed(self, primitive: Any, jaxpr: Any, start: Spec) -> Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
         may_close = _jax.is_closed(jaxpr) and primitive is not _jax.remat_p
         known = self._shared.processed.setdefault(jaxpr, {})
@@ -204,7 +204,7 @@ class StatefulTrace(_jax.TransparentTrace):
                 known[key] = done
         return done
 
-    def _process(self, jaxpr: Any, may_close: bool, start: Form) -> Processed:
+    def _process(self, jaxpr: Any, may_close: bool, start: Spec) -> Processed:
         inside = self._inside(None, start)
         end = start
 
@@ -229,7 +229,7 @@ class StatefulTrace(_jax.TransparentTrace):
         self, primitive: Any, functions: tuple[Any, ...], args: Any, params: Any, kept: Any = ()
     ) -> Any:
         with self._state_in_slots() as entry:
-            inside = self._inside(primitive, entry.form)
+            inside = self._inside(primitive, entry.spec)
 
             def on_top(fun: Any) -> Any:
                 def replaced(*args: Any) -> Any:
@@ -270,10 +270,10 @@ class StatefulTrace(_jax.TransparentTrace):
         """
         with _jax.set_current_trace(self.parent_trace):
             entry = self._entry or Entry.store(self._shared, self._value, self._stored)
-            start = entry.form
+            start = entry.spec
             self._stored = None  # what the slots hold after an error is not known
             yield entry
-            if entry.form != start or entry.changed():
+            if entry.spec != start or entry.changed():
                 self._value, self._entry = entry.load(), None
             self._stored = entry
 
@@ -292,8 +292,8 @@ class StatefulTrace(_jax.TransparentTrace):
         twin.__dict__ = self.__dict__
         return twin
 
-    def _inside(self, primitive: Any, form: Form) -> _Inside:
-        return _Inside(self._copy(), primitive, form)
+    def _inside(self, primitive: Any, spec: Spec) -> _Inside:
+        return _Inside(self._copy(), primitive, spec)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
@@ -335,27 +335,27 @@ class _Inside(NamedTuple):
 
     trace: StatefulTrace
     primitive: Any
-    form: Form
+    spec: Spec
 
-    def run(self, fun: Callable[..., Any], *args: Any) -> tuple[Any, Form]:
+    def run(self, fun: Callable[..., Any], *args: Any) -> tuple[Any, Spec]:
         """Runs ``fun`` under a copy of the trace on top of the trace that is current, and hands the
         state that it leaves back to the slots. Returns the form of that too."""
         copy = self.trace._copy()
         copy.parent_trace = _jax.current_trace()
-        before = copy._entry = Entry(copy._shared, self.form)
+        before = copy._entry = Entry(copy._shared, self.spec)
         attributes = dict(copy.__dict__)
         try:
             with _jax.set_current_trace(copy):
                 out = fun(*args)
             _check_attributes(copy, attributes)
             if copy._entry is before:  # nobody has asked
-                return out, self.form
+                return out, self.spec
             after = copy._entry or Entry.store(copy._shared, copy._value, copy._stored)
         finally:
             copy.__dict__ = {}  # JAX may keep it, as the parent of a trace of a derivative rule
-        if self.primitive is not None and after.form != self.form:
-            raise _changed_structure(self.trace, self.primitive, self.form, [after.form])
-        return out, after.form
+        if self.primitive is not None and after.spec != self.spec:
+            raise _changed_structure(self.trace, self.primitive, self.spec, [after.spec])
+        return out, after.spec
 
 
 def _check_attributes(copy: StatefulTrace, before: dict[str, Any]) -> None:
@@ -379,7 +379,7 @@ def _check_attributes(copy: StatefulTrace, before: dict[str, Any]) -> None:
 _OWN_ATTRIBUTES = frozenset({"parent_trace", "_value", "_entry", "_stored"})
 
 
-def _changed_structure(trace: Any, primitive: Any, start: Form, ends: list[Form]) -> Exception:
+def _changed_structure(trace: Any, primitive: Any, start: Spec, ends: list[Spec]) -> Exception:
     end = next(end for end in ends if end != start)
     return TraceStateError(
         message(
