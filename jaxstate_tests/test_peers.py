@@ -229,8 +229,7 @@ FORWARD = {
     "numpyro, nuts": samples(with_numpyro),
 }
 SOLVERS = REVERSE | FORWARD
-FAST = {"diffrax, recursive checkpoint", "optimistix, Gauss-Newton", "optax, adam",
-        "lineax, cg", "odeint", "optax, lbfgs with zoom", "blackjax, hmc",
+FAST = {"diffrax, recursive checkpoint", "optax, adam", "lineax, cg", "odeint", "blackjax, hmc",
         "fixed point with a custom_vjp"}  # fmt: skip
 solvers = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SOLVERS]
 

@@ -174,8 +174,8 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("turn", TURNS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda f: f.__name__)
 def test_reads_see_the_writes_of_other_converted_functions(solver, turn):
-    converts = by_closure_convert, by_make_jaxpr
-    for convert, writer_first in itertools.product(converts, (True, False)):
+    writer_first = (TURNS.index(turn) + SOLVERS.index(solver)) % 2 == 0
+    for convert in (by_closure_convert, by_make_jaxpr):
         run = in_place(convert, writer_first, turn, solver)
         for transform in TRANSFORMATIONS.values():
             want = transform(lambda x, a: by_hand(turn, x, a))(X, A)

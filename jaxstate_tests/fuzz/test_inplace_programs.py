@@ -1,6 +1,6 @@
 """Random NumPy programs give NumPy's results: eagerly, jitted, with loops of `jax.lax`, per lane.
 
-`make test` runs 300 of them, the same every time. ``make fuzz PROGRAMS=numpy`` runs new ones for as
+`make test` runs 200 of them, the same every time. ``make fuzz PROGRAMS=numpy`` runs new ones for as
 long as asked, and prints the seed; a counterexample becomes a test.
 """
 
@@ -15,7 +15,7 @@ from jaxstate_tests.fuzz.fuzzing import drawn, fuzz
 from jaxstate_tests.fuzz.numpy_programs import LAX, NUMPY, PYTHON, initial, programs, run
 
 LANES = 2
-EXAMPLES = 300
+EXAMPLES = 200
 
 
 def in_jax(program, way):

@@ -118,12 +118,17 @@ def check(key, solver, with_param, by_hand):
 
 
 @pytest.mark.leaks_allowed("equinox and optimistix keep tracers in the frames of their own caches")
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name",
+    # A slow one of the same package is in `test_peers`.
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "diffeqsolve")) for n in PROBLEMS],
+)
 def test_a_solver_finds_the_parameters_of_its_function(key, name):
     solver, problem = PROBLEMS[name]
     check(key, solver, problem(weight), lambda p: problem(lambda: p["w"]))
 
 
+@pytest.mark.slow
 @pytest.mark.leaks_allowed("equinox and optimistix keep tracers in the frames of their own caches")
 def test_functions_without_a_closure(key):
     check(key, diffeqsolve, module_level_field, lambda p: lambda t, y, a: jnp.tanh(p["w"] @ y))
