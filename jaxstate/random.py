@@ -93,6 +93,7 @@ __all__ = [
 
 Shape = Sequence[int]
 Sharding = NamedSharding | PartitionSpec
+KeyLike = jax.Array | np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPEN = np.False_
@@ -403,7 +404,7 @@ class Stream:
 
 @contextmanager
 def rng_stream(
-    key: ArrayLike,
+    key: KeyLike,
     name: str = "default",
     *,
     vmap: Literal["split", "share"] = "split",
@@ -532,6 +533,10 @@ def _check_count(count: Any) -> Any:
     if not 0 <= count < 2**31:
         raise ValueError(f"rng_stream: count is from 0 to 2**31 - 1, not {count}.")
     return np.int32(count)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 # -- Samplers --------------------------------------------------------------------------------
