@@ -1,7 +1,8 @@
 """State for JAX: random streams, parameters, variables, arrays written in place, sown values and
 slots that go through every transformation."""
 
-from jaxstate import extend, random, rules
+from jaxstate import extend, random
+from jaxstate import rules as _rules  # noqa: F401  they register themselves
 from jaxstate.arrays.inplace import array, inplace
 from jaxstate.errors import (
     AheadOfTimeError,
@@ -100,10 +101,13 @@ __all__ = [
     "random",
     "reap",
     "rng_stream",
-    "rules",
     "scope",
     "sow",
     "stack",
     "summary",
     "variable",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

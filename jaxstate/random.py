@@ -25,13 +25,15 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxstate import _jax
 from jaxstate.core.resolve import is_inside, read, write
@@ -45,21 +47,54 @@ from jaxstate.errors import (
     nearest,
 )
 
-# The samplers of jax.random: functions whose first argument is a key, and which make no keys.
-_SAMPLERS = [
-    name
-    for name in (
-        "ball", "bernoulli", "beta", "binomial", "bits", "categorical", "cauchy", "chisquare",
-        "choice", "dirichlet", "double_sided_maxwell", "exponential", "f", "gamma",
-        "generalized_normal", "geometric", "gumbel", "laplace", "loggamma", "logistic",
-        "lognormal", "maxwell", "multinomial", "multivariate_normal", "normal", "orthogonal",
-        "pareto", "permutation", "poisson", "rademacher", "randint", "rayleigh", "t",
-        "triangular", "truncated_normal", "uniform", "wald", "weibull_min",
-    )
-    if hasattr(jax.random, name)
-]  # fmt: skip
+__all__ = [
+    "Stream",
+    "ball",
+    "bernoulli",
+    "beta",
+    "binomial",
+    "bits",
+    "categorical",
+    "cauchy",
+    "chisquare",
+    "choice",
+    "dirichlet",
+    "double_sided_maxwell",
+    "exponential",
+    "f",
+    "gamma",
+    "generalized_normal",
+    "geometric",
+    "gumbel",
+    "laplace",
+    "loggamma",
+    "logistic",
+    "lognormal",
+    "maxwell",
+    "multinomial",
+    "multivariate_normal",
+    "next_key",
+    "normal",
+    "orthogonal",
+    "pareto",
+    "permutation",
+    "poisson",
+    "rademacher",
+    "randint",
+    "rayleigh",
+    "rng_stream",
+    "t",
+    "triangular",
+    "truncated_normal",
+    "uniform",
+    "wald",
+    "weibull_min",
+]
 
-__all__ = ["Stream", "next_key", "rng_stream"]
+Shape = Sequence[int]
+Sharding = NamedSharding | PartitionSpec
+KeyLike = jax.Array | np.ndarray
+F = TypeVar("F", bound=Callable[..., Any])
 
 _OPEN = np.False_
 
@@ -351,7 +386,7 @@ class Stream:
         return self._get("key")
 
     @property
-    def count(self) -> Any:
+    def count(self) -> jax.Array:
         """The number of keys drawn so far, an int32 scalar."""
         return self._get("count")
 
@@ -369,11 +404,11 @@ class Stream:
 
 @contextmanager
 def rng_stream(
-    key: jax.Array,
+    key: KeyLike,
     name: str = "default",
     *,
     vmap: Literal["split", "share"] = "split",
-    count: Any = 0,
+    count: int | jax.Array = 0,
 ) -> Iterator[Stream]:
     """Opens a random stream for the code inside the ``with`` block, and all it calls.
 
@@ -500,25 +535,31 @@ def _check_count(count: Any) -> Any:
     return np.int32(count)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 # -- Samplers --------------------------------------------------------------------------------
 
 
-def _sampler(name: str) -> Callable[..., jax.Array]:
-    with_key = getattr(jax.random, name)
-    signature = inspect.signature(with_key)
-    stream = inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default="default")
+def _sampler(declared: F) -> F:
+    """The function of `jax.random` with the name of ``declared``, keyed from a stream.
 
+    What is declared is what type checkers see. The signature is that of the JAX that is installed,
+    whose older versions lack some options.
+    """
+    name = declared.__name__
+    with_key = getattr(jax.random, name)
+    declared_signature = inspect.signature(declared)
+    first, *_ = declared_signature.parameters
+
+    @functools.wraps(declared)
     def sample(*args: Any, stream: str = "default", **kwargs: Any) -> jax.Array:
         if "key" in kwargs or (args and _is_a_key(args[0])):
-            first = next(iter(sample.__signature__.parameters))  # type: ignore[attr-defined]
             raise _no_key_wanted(f"jaxstate.random.{name}", f"jaxstate.random.{name}({first}=...)")
         return with_key(next_key(stream), *args, **kwargs)
 
-    sample.__name__ = sample.__qualname__ = name
-    sample.__module__ = __name__
-    sample.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*list(signature.parameters.values())[1:], stream]
-    )
+    sample.__signature__ = _without_key(with_key, declared_signature)  # type: ignore[attr-defined]
     sample.__doc__ = (
         f"`jax.random.{name}` with the next key of the random stream called ``stream``.\n\n"
         f"All other arguments, the result and the distribution are those of"
@@ -527,7 +568,18 @@ def _sampler(name: str) -> Callable[..., jax.Array]:
         "  TypeError: if the first argument is a random key. (An array that only looks like one,\n"
         "    of the type of a raw key, has to be passed by name.)\n"
     )
-    return sample
+    return cast(F, sample)
+
+
+def _without_key(with_key: Any, declared: inspect.Signature) -> inspect.Signature:
+    """The parameters that the function of JAX has after its key, and ``stream``."""
+    _, *installed = inspect.signature(with_key).parameters.values()
+    known = declared.parameters
+    parameters = [
+        p.replace(annotation=known[p.name].annotation if p.name in known else p.empty)
+        for p in installed
+    ]
+    return declared.replace(parameters=[*parameters, known["stream"]])
 
 
 def _is_a_key(x: Any) -> bool:
@@ -539,4 +591,232 @@ def _is_a_key(x: Any) -> bool:
     return x.dtype == jnp.uint32 and x.shape == _raw_key_shape(_default_kind())
 
 
-globals().update({name: _sampler(name) for name in _SAMPLERS})
+# fmt: off
+@_sampler
+def ball(
+    d: int, p: ArrayLike = 2, shape: Shape = (), dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def bernoulli(
+    p: ArrayLike = 0.5, shape: Shape | None = None, mode: str = "low", *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def beta(
+    a: ArrayLike, b: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def binomial(
+    n: ArrayLike, p: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def bits(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def categorical(
+    logits: ArrayLike, axis: int = -1, shape: Shape | None = None, replace: bool = True,
+    mode: str | None = None, *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def cauchy(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def chisquare(
+    df: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def choice(
+    a: ArrayLike, shape: Shape = (), replace: bool = True, p: ArrayLike | None = None,
+    axis: int = 0, mode: str | None = None, *, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def dirichlet(
+    alpha: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def double_sided_maxwell(
+    loc: ArrayLike, scale: ArrayLike, shape: Shape = (), dtype: DTypeLike | None = None, *,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def exponential(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def f(
+    dfnum: ArrayLike, dfden: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def gamma(
+    a: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def generalized_normal(
+    p: ArrayLike, shape: Shape = (), dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def geometric(
+    p: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def gumbel(
+    shape: Shape = (), dtype: DTypeLike | None = None, mode: str | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def laplace(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def loggamma(
+    a: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def logistic(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def lognormal(
+    sigma: ArrayLike = np.float32(1.0), shape: Shape | None = None, dtype: DTypeLike | None = None,  # noqa: B008
+    *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def maxwell(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def multinomial(
+    n: ArrayLike, p: ArrayLike, *, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    unroll: int | bool = 1, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def multivariate_normal(
+    mean: ArrayLike, cov: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    method: str = "cholesky", *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def normal(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def orthogonal(
+    n: int, shape: Shape = (), dtype: DTypeLike | None = None, m: int | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def pareto(
+    b: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def permutation(
+    x: ArrayLike, axis: int = 0, independent: bool = False, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def poisson(
+    lam: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def rademacher(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def randint(
+    shape: Shape, minval: ArrayLike, maxval: ArrayLike, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def rayleigh(
+    scale: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def t(
+    df: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def triangular(
+    left: ArrayLike, mode: ArrayLike, right: ArrayLike, shape: Shape | None = None,
+    dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def truncated_normal(
+    lower: ArrayLike, upper: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def uniform(
+    shape: Shape = (), dtype: DTypeLike | None = None, minval: ArrayLike = 0.0,
+    maxval: ArrayLike = 1.0, *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def wald(
+    mean: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def weibull_min(
+    scale: ArrayLike, concentration: ArrayLike, shape: Shape = (), dtype: DTypeLike | None = None,
+    *, stream: str = "default",
+) -> jax.Array: ...

@@ -26,7 +26,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
 
@@ -42,7 +42,7 @@ from jaxstate.errors import (
     ParameterMismatchError,
     message,
 )
-from jaxstate.params.arguments import split_arrays
+from jaxstate.params.arguments import Shape, split_arrays
 from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
 from jaxstate.params.methods import PerInstance, note_instances_of
 from jaxstate.params.paths import ModuleId, Path, PathElement
@@ -50,9 +50,18 @@ from jaxstate.params.pickling import found_by_name, name_of_global
 from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
-from jaxstate.random import check_key, rng_stream
+from jaxstate.random import KeyLike, check_key, rng_stream
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Owner = TypeVar("Owner")
+Rest = ParamSpec("Rest")
+Keys = KeyLike | Mapping[str, KeyLike]
+Tree = dict[str, Any]
+TreeLike = Mapping[str, Any]
 
 
 # -- Addresses -------------------------------------------------------------------------------
@@ -89,7 +98,7 @@ class ParamAddress(EntryAddress):
 # -- The public functions --------------------------------------------------------------------
 
 
-def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
+def param(name: str, init: Callable[..., T], *init_args: Any) -> T:
     """A parameter of the module (or `scope`) that the program is in.
 
     Args:
@@ -149,10 +158,10 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized(Reusable, Summarizable):
+class Parametrized(Reusable[P, R], Summarizable):
     """A function with parameters: see `parametrized`."""
 
-    def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
+    def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
         if not callable(fn):
             raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
         check_runs_when_called(fn)
@@ -170,7 +179,7 @@ class Parametrized(Reusable, Summarizable):
         here = current_origin()
         return here.token(here.next_key(self.name, getattr(self.fn, "__code__", type(self.fn))))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
         if store is None:
@@ -182,15 +191,38 @@ class Parametrized(Reusable, Summarizable):
         """As a method: an instance is a module from when it is made, not from its first call."""
         note_instances_of(owner)
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+
+    @overload
+    def __get__(
+        self: Parametrized[Concatenate[Owner, Rest], R],
+        instance: Owner,
+        owner: type | None = None,
+    ) -> Parametrized[Rest, R]: ...
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Parametrized[..., Any]:
         """As a method: every instance of the class is its own module."""
         if instance is None:
             return self
         return _BoundMethod(self, instance)
 
+    # A signature cannot have keywords of its own next to those of the function, so there is an
+    # overload for them, in which the arguments of the function are not checked.
+    @overload
+    def init(self, key: Keys, *args: P.args, **kwargs: P.kwargs) -> Tree: ...
+
+    @overload
+    def init(self, key: Keys, shape: Shape, /, *args: Any, **kwargs: Any) -> Tree: ...
+
+    @overload
+    def init(
+        self, key: Keys, *args: Any, reuse: Mapping[Any, Any] | None, **kwargs: Any
+    ) -> Tree: ...
+
     def init(
         self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    ) -> Tree:
         """The initial parameters.
 
         Nothing of the function itself is computed: it is traced, and of the jaxpr only what the
@@ -215,9 +247,24 @@ class Parametrized(Reusable, Summarizable):
         """
         return self._init(("parameter",), key, reuse, args, kwargs)[0]
 
+    @overload
+    def init_with_state(
+        self, key: Keys, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Tree, Tree]: ...
+
+    @overload
+    def init_with_state(
+        self, key: Keys, shape: Shape, /, *args: Any, **kwargs: Any
+    ) -> tuple[Tree, Tree]: ...
+
+    @overload
+    def init_with_state(
+        self, key: Keys, *args: Any, reuse: Mapping[Any, Any] | None, **kwargs: Any
+    ) -> tuple[Tree, Tree]: ...
+
     def init_with_state(
         self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[Tree, Tree]:
         """The initial parameters, and the values that the variables start with.
 
         Nothing of the function itself is computed, see `init`: no variable is written.
@@ -259,12 +306,28 @@ class Parametrized(Reusable, Summarizable):
             values[0] = given.joined_with(values[0])
         return [nested(x) for x in values]
 
+    @overload
+    def apply(self, params: TreeLike, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
     def apply(
         self,
-        params: Mapping[str, Any],
+        params: TreeLike,
         *args: Any,
-        key: Any = None,
-        state: Mapping[str, Any] | None = None,
+        key: Keys | None,
+        state: TreeLike | None = None,
+        **kwargs: Any,
+    ) -> R: ...
+
+    @overload
+    def apply(self, params: TreeLike, *args: Any, state: TreeLike | None, **kwargs: Any) -> R: ...
+
+    def apply(
+        self,
+        params: TreeLike,
+        *args: Any,
+        key: Keys | None = None,
+        state: TreeLike | None = None,
         **kwargs: Any,
     ) -> Any:
         """The function, with the given parameters: pure in all its arguments.
@@ -291,14 +354,24 @@ class Parametrized(Reusable, Summarizable):
             self._check_state(state)
         return self._apply(params, state, False, key, args, kwargs)[0]
 
+    @overload
+    def apply_with_state(
+        self, params: TreeLike, state: TreeLike, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[R, Tree]: ...
+
+    @overload
+    def apply_with_state(
+        self, params: TreeLike, state: TreeLike, *args: Any, key: Keys | None, **kwargs: Any
+    ) -> tuple[R, Tree]: ...
+
     def apply_with_state(
         self,
-        params: Mapping[str, Any],
-        state: Mapping[str, Any],
+        params: TreeLike,
+        state: TreeLike,
         *args: Any,
-        key: Any = None,
+        key: Keys | None = None,
         **kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, Tree]:
         """The function, with the given parameters and variables: pure in all its arguments.
 
         Args:
@@ -358,11 +431,11 @@ class Parametrized(Reusable, Summarizable):
                 f" {type(given).__name__}.\nTo mend it:\n    {fix}"
             )
 
-    def __copy__(self) -> Parametrized:
+    def __copy__(self) -> Self:
         """A module of its own, as a deep copy is."""
         return self.__deepcopy__({}, lambda value, memo: value)
 
-    def __deepcopy__(self, memo: Any, part: Any = copy.deepcopy) -> Parametrized:
+    def __deepcopy__(self, memo: Any, part: Any = copy.deepcopy) -> Self:
         new = memo[id(self)] = object.__new__(type(self))
         vars(new).update({name: part(value, memo) for name, value in vars(self).items()})
         new._token, new._instances = new._new_token(), PerInstance()
@@ -372,11 +445,25 @@ class Parametrized(Reusable, Summarizable):
         """A module is pickled as a function is: by its name."""
         return found_by_name, name_of_global(self, self.fn)
 
+    def __dir__(self) -> list[str]:
+        """What is public, and the names of Python."""
+        return [name for name in super().__dir__() if name[0] != "_" or name[:2] == "__"]
+
     def __repr__(self) -> str:
         return f"<parametrized {self.name}>"
 
 
-def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = None) -> Any:
+@overload
+def parametrized(fn: Callable[P, R], *, name: str | None = None) -> Parametrized[P, R]: ...
+
+
+@overload
+def parametrized(
+    fn: None = None, *, name: str | None = None
+) -> Callable[[Callable[P, R]], Parametrized[P, R]]: ...
+
+
+def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     """Makes a function with parameters out of one that calls `param`.
 
     Args:
@@ -442,10 +529,10 @@ def _name_of(fn: Any) -> str:
 # -- Methods ---------------------------------------------------------------------------------
 
 
-class _BoundMethod(Parametrized):
+class _BoundMethod(Parametrized[P, R]):
     """A parametrized method of one instance."""
 
-    def __init__(self, method: Parametrized, instance: Any) -> None:
+    def __init__(self, method: Parametrized[..., R], instance: Any) -> None:
         name = method._explicit_name
         if name is None and method.name == "__call__":
             name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(instance).__name__).lower()
@@ -455,10 +542,10 @@ class _BoundMethod(Parametrized):
     def _new_token(self) -> ModuleId:
         return self._method._instances.token(self.fn.__self__, self._method.fn)
 
-    def __copy__(self) -> _BoundMethod:
+    def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self, memo: Any) -> _BoundMethod:  # type: ignore[override]
+    def __deepcopy__(self, memo: Any) -> Self:  # type: ignore[override]
         return type(self)(self._method, copy.deepcopy(self.fn.__self__, memo))
 
     def __reduce__(self) -> Any:

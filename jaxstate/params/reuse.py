@@ -20,7 +20,7 @@ the names. A module that is made anew whenever the function runs is known by its
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -46,9 +46,11 @@ from jaxstate.random import StreamAddress
 __all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
 
 Identity = Hashable
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Reusable:
+class Reusable(Generic[P, R]):
     """What a parametrized object can do with the parameters of others."""
 
     fn: Callable[..., Any]
@@ -102,7 +104,7 @@ class Reusable:
         key: Any = None,
         state: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> R:
         """``apply`` with the parameters that `parameters_from` takes from others.
 
         Args:
@@ -130,7 +132,7 @@ class Reusable:
         params = self.parameters_from(reuse, *args, **kwargs)
         return self.apply(params, *args, key=key, state=state, **kwargs)
 
-    def shaped(self, *args: Any, **kwargs: Any) -> Shaped:
+    def shaped(self, *args: Any, **kwargs: Any) -> Shaped[R]:
         """This network with example inputs, so that they need not be given again.
 
         Args:
@@ -151,7 +153,7 @@ class Reusable:
         return Shaped(self, args, kwargs)
 
 
-class Shaped:
+class Shaped(Generic[R]):
     """A parametrized object with example inputs: see `Parametrized.shaped`.
 
     As a key of ``reuse`` it says with which arguments its parameters were made.
@@ -183,7 +185,7 @@ class Shaped:
         key: Any = None,
         state: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> R:
         """See `Parametrized.apply`; the inputs are those given here, not the example."""
         return self.net.apply(params, *args, key=key, state=state, **kwargs)
 
@@ -194,7 +196,7 @@ class Shaped:
         key: Any = None,
         state: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> R:
         """See `Parametrized.apply_from`: the parts are found with the example inputs, and the
         function is called with the inputs given here."""
         return self.apply(self.parameters_from(reuse), *args, key=key, state=state, **kwargs)
@@ -226,7 +228,7 @@ class Reused:
 
 
 def reused(
-    net: Reusable,
+    net: Reusable[..., Any],
     reuse: Mapping[Any, Mapping[str, Any]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

@@ -12,7 +12,7 @@ it is with variables: they are one variable of the stack, made in a loop over th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,16 @@ from jaxstate.params.variables import Variable, variable
 
 __all__ = ["Stack", "stack"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class Stack(Parametrized):
+
+class Stack(Parametrized[P, R]):
     """A stack of blocks: see `stack`."""
 
     def __init__(
         self,
-        block: Parametrized,
+        block: Parametrized[P, R],
         n: int,
         checkpoint: bool | Callable[..., Any] = False,
         unroll: int = 1,
@@ -62,7 +65,7 @@ class Stack(Parametrized):
             variables.value = state
         return x
 
-    def _entries(self, *args: Any, **kwargs: Any) -> tuple[Any, Variable | None]:
+    def _entries(self, *args: Any, **kwargs: Any) -> tuple[Any, Variable[Any] | None]:
         """The parameters of all layers, and their variables if the block has any."""
         has_variables = False
 
@@ -132,13 +135,13 @@ class Stack(Parametrized):
 
 
 def stack(
-    block: Parametrized,
+    block: Parametrized[P, R],
     n: int,
     *,
     checkpoint: bool | Callable[..., Any] = False,
     unroll: int = 1,
     name: str = "stack",
-) -> Stack:
+) -> Stack[P, R]:
     """``block`` applied ``n`` times, each time with parameters of its own.
 
     Args:

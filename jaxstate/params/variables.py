@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxstate import _jax
 from jaxstate.core.resolve import read, write
@@ -43,6 +44,8 @@ from jaxstate.params.entries import EntryAddress, Store, Use, current_place, inn
 from jaxstate.params.parametrized import check_name
 
 __all__ = ["Variable", "variable"]
+
+T = TypeVar("T")
 
 
 class VariableAddress(EntryAddress):
@@ -142,7 +145,7 @@ class VariableAddress(EntryAddress):
         """
 
 
-class Variable:
+class Variable(Generic[T]):
     """A handle of a variable: see `variable`."""
 
     __slots__ = ("__weakref__", "_addresses", "_entry", "_run", "_spec", "name")
@@ -159,7 +162,7 @@ class Variable:
         self._entry = None if use.entry is None else weakref.ref(use.entry)
 
     @property
-    def value(self) -> Any:
+    def value(self) -> T:
         """The current value. Assign to it to write.
 
         A Python scalar that is assigned takes the dtype of the variable, as in arithmetic with it.
@@ -176,7 +179,7 @@ class Variable:
         return self._spec.tree.unflatten([cells[a.leaf].value for a in self._addresses])
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: T | ArrayLike) -> None:
         store = self._store()
         if not store.writable:
             raise self._read_only()
@@ -277,10 +280,10 @@ class Variable:
 
 def variable(
     name: str,
-    init: Callable[..., Any],
+    init: Callable[..., T],
     *init_args: Any,
     reduce: Callable[..., Any] | None = None,
-) -> Variable:
+) -> Variable[T]:
     """A variable of the module (or `scope`) that the program is in.
 
     Args:

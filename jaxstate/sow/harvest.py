@@ -14,8 +14,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +41,14 @@ from jaxstate.sow.sites import (
 
 __all__ = ["plant", "reap", "sow"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 Mode = Literal["strict", "append", "clobber", "cond_clobber"]
 _MODES = ("strict", "append", "clobber", "cond_clobber")
 
 
-def sow(name: str, value: Any, *, tag: str = "sown", mode: Mode = "strict") -> Any:
+def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
     """Marks a value, anywhere in a program, for `reap` to collect and `plant` to replace.
 
     Args:
@@ -179,7 +184,7 @@ def _stack(*leaves: Any) -> Any:
     return jnp.stack(leaves)
 
 
-def reap(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., tuple[Any, dict[str, Any]]]:
+def reap(fn: Callable[P, R], tag: str = "sown") -> Callable[P, tuple[R, dict[str, Any]]]:
     """Makes a function that also returns the values that are sown while it runs.
 
     Args:
@@ -210,7 +215,7 @@ def reap(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., tuple[Any, 
     """
 
     @functools.wraps(fn)
-    def reaped(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def reaped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
         holder = _Reap(tag)
         with open_holder(holder):
             out = fn(*args, **kwargs)
@@ -309,7 +314,7 @@ def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
     )
 
 
-def plant(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., Any]:
+def plant(fn: Callable[P, R], tag: str = "sown") -> Callable[Concatenate[Mapping[str, Any], P], R]:
     """Makes a function in which values that are sown are replaced by given ones.
 
     Args:
@@ -339,7 +344,8 @@ def plant(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., Any]:
     10.0
     """
 
-    def planted(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(fn)
+    def planted(values: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> R:
         if not isinstance(values, Mapping):
             raise TypeError(f"plant wants a dict from names to values first, not {values!r}.")
         holder = _Plant(tag, values)
@@ -348,4 +354,12 @@ def plant(fn: Callable[..., Any], tag: str = "sown") -> Callable[..., Any]:
             holder.check_counts()
             return out
 
+    with suppress(TypeError, ValueError):  # not every function has a signature
+        planted.__signature__ = _with_values(inspect.signature(fn))  # type: ignore[attr-defined]
     return planted
+
+
+def _with_values(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a function that is given the planted values first."""
+    values = inspect.Parameter("values", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[values, *signature.parameters.values()])
