@@ -24,7 +24,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,13 +44,14 @@ from jaxstate.errors import (
 )
 from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
+from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
 from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
-from jaxstate.random import check_key, rng_stream
+from jaxstate.random import FoldedStreams, check_key, rng_stream
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
 
@@ -89,7 +90,7 @@ class ParamAddress(EntryAddress):
 # -- The public functions --------------------------------------------------------------------
 
 
-def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
+def param(name: str, init: Callable[..., Any], *init_args: Any, metadata: Any = None) -> Any:
     """A parameter of the module (or `scope`) that the program is in.
 
     Args:
@@ -98,12 +99,14 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
         types (tuples, dataclasses, modules of other packages). The initializers of
         `jax.nn.initializers` fit: ``param("w", jax.nn.initializers.lecun_normal(), (3, 4))``.
       *init_args: static values or arrays.
+      metadata: any static value that goes with the parameter, a dict for example:
+        ``{"axes": ("embed", "mlp")}``. `Parametrized.metadata` gives that of all parameters.
 
     Returns:
       The value: during ``init`` what the initializer makes, during ``apply`` what was given.
 
     Raises:
-      TypeError: if ``name`` is not a name or ``init`` not a function.
+      TypeError: if ``name`` is not a name, ``init`` not a function, or ``metadata`` has arrays.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -121,7 +124,9 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
             f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
             f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
         )
-    address = ParamAddress(name, used)
+    if metadata is not None:
+        metadata = checked(metadata, name)
+    address = ParamAddress(name, used, metadata)
     use = address.store().declare(address, init, init_args)
     return use.spec.tree.unflatten(use.values())
 
@@ -149,7 +154,7 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized(Reusable, Summarizable):
+class Parametrized(Reusable, Describable, Summarizable):
     """A function with parameters: see `parametrized`."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
@@ -199,7 +204,9 @@ class Parametrized(Reusable, Summarizable):
         Args:
           key: one random key. It also seeds the random stream "default". A dict
             ``{name: key}`` seeds several streams; the parameters take the key of "params", or
-            that of "default" if there is none.
+            that of "default" if there is none. Of every other stream that is not open, the key is
+            that of the parameters, with the first 8 bytes of the SHA-256 digest of ``"/" + name``
+            folded in.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
           reuse: ``{module: params}``, parameters that are taken instead of made: see
             `parameters_from`.
@@ -246,7 +253,7 @@ class Parametrized(Reusable, Summarizable):
         def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
             store = _store_for_init(self._token, param_key, given)
-            with open_holder(store), _open_streams(streams):
+            with open_holder(store), open_holder(FoldedStreams(param_key)), _open_streams(streams):
                 self.fn(*args, **kwargs)
             return [store.initial_values(kind) for kind in kinds]
 
@@ -297,6 +304,7 @@ class Parametrized(Reusable, Summarizable):
         state: Mapping[str, Any],
         *args: Any,
         key: Any = None,
+        mutable: bool | str | Collection[str] = True,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """The function, with the given parameters and variables: pure in all its arguments.
@@ -304,19 +312,22 @@ class Parametrized(Reusable, Summarizable):
         Args:
           params: as for `apply`, like all other arguments.
           state: the variables, as ``init_with_state`` and ``apply_with_state`` return them.
+          mutable: which variables may be written: all, none, or those of one or several
+            collections. ``variable(..., metadata={"collection": "cache"})`` is in the collection
+            "cache".
 
         Returns:
           ``(out, state)``: what the function returns, and all variables after it, those that it
           did not write unchanged, as a new nested dict.
 
-        Raises what `apply` raises; but variables may be written.
+        Raises what `apply` raises; but variables may be written, those that are ``mutable``.
         """
         self._check_state(state)
-        out, store = self._apply(params, state, True, key, args, kwargs)
+        out, store = self._apply(params, state, _writable(mutable), key, args, kwargs)
         return out, store.state()
 
     def _apply(
-        self, params: Any, state: Any, writable: bool, key: Any, args: Any, kwargs: Any
+        self, params: Any, state: Any, writable: Any, key: Any, args: Any, kwargs: Any
     ) -> tuple[Any, ApplyStore]:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
         streams = {} if key is None else _keys(key, "apply")[1]
@@ -485,6 +496,20 @@ def _keys(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
             'To mend it:\n    net.init({"params": key, "dropout": other_key}, x)'
         )
     return streams.get("params", streams.get("default")), streams
+
+
+def _writable(mutable: Any) -> bool | frozenset[str]:
+    """Which variables may be written, as a store is told."""
+    if isinstance(mutable, bool):
+        return mutable
+    if isinstance(mutable, str):
+        mutable = [mutable]
+    if not isinstance(mutable, Collection) or any(not isinstance(x, str) for x in mutable):
+        raise TypeError(
+            "apply_with_state: mutable is True, False or names of collections, and was given"
+            f' {mutable!r}.\nTo mend it:\n    net.apply_with_state(..., mutable=["statistics"])'
+        )
+    return frozenset(mutable)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
+from jaxstate.core.slots import open_holder
 from jaxstate.core.specs import ONE_ARRAY, Spec, contrast, spec_of
 from jaxstate.errors import (
     MissingParameterError,
@@ -41,9 +41,18 @@ from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import Entry, home_of
 from jaxstate.params.paths import FrameId, ModuleId, NameTable, Path
 from jaxstate.params.stores import InitStore, flattened
-from jaxstate.random import StreamAddress
+from jaxstate.random import FoldedStreams
 
-__all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
+__all__ = [
+    "ObservingStore",
+    "Reusable",
+    "Reused",
+    "ReusingStore",
+    "Shaped",
+    "nested",
+    "observe",
+    "reused",
+]
 
 Identity = Hashable
 
@@ -175,6 +184,14 @@ class Shaped:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The same with the variables; see `Parametrized.init_with_state`."""
         return self.net.init_with_state(key, *self.args, reuse=reuse, **self.kwargs)
+
+    def metadata(self) -> dict[str, Any]:
+        """The metadata of the parameters; see `Parametrized.metadata`."""
+        return self.net.metadata(*self.args, **self.kwargs)
+
+    def metadata_with_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same with the variables; see `Parametrized.metadata_with_state`."""
+        return self.net.metadata_with_state(*self.args, **self.kwargs)
 
     def apply(
         self,
@@ -451,44 +468,69 @@ class _Names:
         lasting: _Lasting,
         parts: Sequence[_Part] = (),
     ) -> None:
-        arrays, rebuild, _ = split_arrays((args, kwargs))
-
-        def forward(key: Any, arrays: Any) -> dict[Path, Any]:
-            args, kwargs = rebuild(arrays)
-            store = _NamingStore(module._token, key, parts)
-            with open_holder(store), open_holder(AnyStream()):
-                module.fn(*args, **kwargs)
+        def see(store: InitStore) -> dict[Path, Any]:
             values = store.initial_values("parameter")
             self.identities = _identities(store.layer, values, lasting)
             return values
 
-        first: Exception | None = None
-        for make in (jax.random.key, jax.random.PRNGKey):  # an initializer may want a raw key
-            try:
-                with jax.disable_jit(False):  # every branch is traced
-                    key = jax.eval_shape(lambda make=make: make(0))
-                    shapes = jax.eval_shape(forward, key, arrays)
-                self.specs = {path: spec_of(x) for path, x in shapes.items()}
-                return
-            except StateError:
-                raise
-            except Exception as error:
-                first = first or error
-        assert first is not None
-        raise first
+        shapes = observe(
+            module, args, kwargs, lambda key: _NamingStore(module._token, key, parts), see
+        )
+        self.specs = {path: spec_of(x) for path, x in shapes.items()}
 
 
-class _NamingStore(InitStore):
-    """Parameters that are made to see their names, and thrown away."""
+def observe(
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    store_with: Callable[[Any], Any],
+    see: Callable[[Any], Any],
+) -> Any:
+    """What ``see(store)`` gives after a module has run with ``store = store_with(key)``.
 
-    def __init__(self, root: ModuleId, key: Any, parts: Sequence[_Part]) -> None:
+    Nothing is computed: the module is traced.
+    """
+    arrays, rebuild, _ = split_arrays((args, kwargs))
+
+    def forward(key: Any, arrays: Any) -> Any:
+        args, kwargs = rebuild(arrays)
+        store = store_with(key)
+        with open_holder(store), open_holder(FoldedStreams(key)):
+            module.fn(*args, **kwargs)
+        return see(store)
+
+    first: Exception | None = None
+    for make in (jax.random.key, jax.random.PRNGKey):  # an initializer may want a raw key
+        try:
+            with jax.disable_jit(False):  # every branch is traced
+                key = jax.eval_shape(lambda make=make: make(0))
+                return jax.eval_shape(forward, key, arrays)
+        except StateError:
+            raise
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+class ObservingStore(InitStore):
+    """Entries that are made to look at them, and thrown away."""
+
+    def __init__(self, root: ModuleId, key: Any) -> None:
         super().__init__(root, key)
-        self.parts = parts
         self._traced = object()
 
     def signature(self) -> Hashable:
         """No jaxpr that was traced before is used: modules are seen when their function runs."""
-        return ("names", self._traced)
+        return "observed", self._traced
+
+
+class _NamingStore(ObservingStore):
+    """Parameters that are made to see their names."""
+
+    def __init__(self, root: ModuleId, key: Any, parts: Sequence[_Part]) -> None:
+        super().__init__(root, key)
+        self.parts = parts
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         for part in self.parts:
@@ -513,47 +555,6 @@ def _identities(
         return (identity(path[:-1]), step)
 
     return {path: identity(path) for path in paths}
-
-
-class AnyStream(Holder):
-    """Every random stream that is not open: what is drawn is thrown away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = {name: Cell(value) for name, value in _stream().items()}
-
-    def knows(self, address: Address) -> bool:
-        if not isinstance(address, StreamAddress) or address.identity is not None:
-            return False
-        others = (h for h in holders() if not isinstance(h, AnyStream) and not h.is_boundary)
-        return not any(h.knows(address) for h in others)
-
-    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
-        return self.cells[address.part]
-
-    def lane(  # type: ignore[override]
-        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
-    ) -> Lane:
-        if self not in notes:
-            notes[self] = {name: Lane(value, None) for name, value in _stream().items()}
-        return notes[self][address.part]
-
-    def differs_by_device(self, address: Address) -> bool:
-        return True
-
-    def device_cell(  # type: ignore[override]
-        self, address: StreamAddress, notes: Any, outside: Any, index: Any
-    ) -> Cell:
-        if self not in notes:
-            notes[self] = {name: Cell(value) for name, value in _stream().items()}
-        return notes[self][address.part]
-
-    def without_values(self) -> AnyStream:
-        return self
-
-
-def _stream() -> dict[str, Any]:
-    return {"key": jax.random.key(0), "count": np.int32(0)}
 
 
 # -- Errors ----------------------------------------------------------------------------------
