@@ -39,6 +39,7 @@ from jaxstate.errors import (
 )
 from jaxstate.params.ensemble import Ensemble, ensemble
 from jaxstate.params.metadata import Metadata
+from jaxstate.params.names import flatten_names, unflatten_names
 from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
 from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack
@@ -96,6 +97,7 @@ __all__ = [
     "array",
     "ensemble",
     "extend",
+    "flatten_names",
     "inplace",
     "is_writable",
     "mutate",
@@ -111,5 +113,6 @@ __all__ = [
     "sow",
     "stack",
     "summary",
+    "unflatten_names",
     "variable",
 ]

@@ -25,8 +25,8 @@ FLOORS = {
     "random": [],
     "sow": ["sites", "harvest"],
     "params": [
-        "paths", "entries", "stores", "arguments", "reuse", "metadata", "summary", "methods",
-        "pickling", "parametrized", "variables", "copies", "stack", "ensemble",
+        "paths", "entries", "stores", "arguments", "names", "reuse", "metadata", "summary",
+        "methods", "pickling", "parametrized", "variables", "copies", "stack", "ensemble",
     ],
     "arrays": [
         "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",

@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec
 from jaxstate.core.slots import Cell
 from jaxstate.errors import message
 from jaxstate.params.entries import Entry, EntryAddress, Located, Use, innermost_store
-from jaxstate.params.reuse import ObservingStore, nested, observe
+from jaxstate.params.names import nested
+from jaxstate.params.reuse import ObservingStore, observe
 
 __all__ = ["Describable", "Metadata", "PerArray", "checked", "collection_of", "of_copies"]
 

@@ -46,9 +46,10 @@ from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
 from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
+from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
-from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
+from jaxstate.params.reuse import Reusable, Reused, ReusingStore, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
 from jaxstate.random import FoldedStreams, check_key, rng_stream
@@ -208,8 +209,8 @@ class Parametrized(Reusable, Describable, Summarizable):
             that of the parameters, with the first 8 bytes of the SHA-256 digest of ``"/" + name``
             folded in.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
-          reuse: ``{module: params}``, parameters that are taken instead of made: see
-            `parameters_from`.
+          reuse: ``{module: params}`` or ``{"encoder/dense": params}``, parameters that are taken
+            instead of made: see `parameters_from`.
 
         Returns:
           A new nested dict with string keys, and what the initializers made.
@@ -217,7 +218,8 @@ class Parametrized(Reusable, Describable, Summarizable):
         Raises:
           TypeError: if ``key`` is not a key.
           InitializerDataError: if an initializer needs data of which only the shape was given.
-          UnusedReuseError: if an entry of ``reuse`` has nothing in common with the function.
+          UnusedReuseError: if a module in ``reuse`` has nothing in common with the function, or a
+            name is that of no parameter.
           Whatever `param` and `parameters_from` raise.
         """
         return self._init(("parameter",), key, reuse, args, kwargs)[0]

@@ -20,8 +20,9 @@ from jaxstate import _jax
 from jaxstate.core.resolve import boundaries
 from jaxstate.core.slots import open_holder
 from jaxstate.params.arguments import split_arrays
+from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path
-from jaxstate.params.reuse import ObservingStore, nested
+from jaxstate.params.reuse import ObservingStore
 from jaxstate.random import FoldedStreams, check_key
 
 __all__ = ["ParameterRow", "ScopeRow", "Summarizable", "Summary", "summary"]
