@@ -38,11 +38,14 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
+from jaxstate.params.ensemble import Ensemble, ensemble
+from jaxstate.params.metadata import Metadata
+from jaxstate.params.names import flatten_names, unflatten_names
 from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
 from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack
 from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
-from jaxstate.params.variables import Variable, variable
+from jaxstate.params.variables import Variable, is_writable, variable
 from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.sow.harvest import plant, reap, sow
 from jaxstate.tree.mutate import mutate
@@ -57,9 +60,11 @@ __all__ = [
     "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
+    "Ensemble",
     "InitializerDataError",
     "LaneWriteError",
     "MaskedWriteError",
+    "Metadata",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -91,8 +96,11 @@ __all__ = [
     "VariableConflictError",
     "VariableMismatchError",
     "array",
+    "ensemble",
     "extend",
+    "flatten_names",
     "inplace",
+    "is_writable",
     "mutate",
     "next_key",
     "param",
@@ -105,6 +113,7 @@ __all__ = [
     "sow",
     "stack",
     "summary",
+    "unflatten_names",
     "variable",
 ]
 

@@ -12,6 +12,8 @@ Under ``vmap`` a ``"split"`` stream (the default) gives every lane a stream of i
 outside draws one key for the whole vmap region, and lane i starts at ``fold_in(that key, i)`` with
 count 0. In a ``"share"`` stream all lanes see the same keys.
 
+``init`` opens every stream that nobody has opened, with a key made from its own (`FoldedStreams`).
+
 Under ``shard_map`` and ``pmap`` the stream outside draws one key for the whole region too. With
 ``"split"`` the device with index i along the mapped axes starts at ``fold_in(that key, i)``, with
 ``"share"`` every device starts at that key; all with count 0.
@@ -36,6 +38,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxstate import _jax
+from jaxstate.core.initializers import folded, words_of
 from jaxstate.core.resolve import is_inside, read, write
 from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.errors import (
@@ -352,6 +355,70 @@ class _StreamHolder(Holder):
         return self._signature
 
 
+class FoldedStreams(Holder):
+    """Every stream that is not open: of each name one, whose key is made from one key and the name.
+
+    The key of the stream "dropout" is the given one, with the first 8 bytes of the SHA-256 digest
+    of "/dropout" folded in. (The path of no parameter begins with a slash.)
+    """
+
+    def __init__(self, key: Any) -> None:
+        super().__init__()
+        self.key, self.key_type = _key_and_type(key, "init")
+        self.mesh = _jax.abstract_mesh()
+        self.streams: dict[str, _StreamHolder] = {}
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, StreamAddress) or address.identity is not None:
+            return False
+        return not any(isinstance(h, _StreamHolder) and h.knows(address) for h in holders())
+
+    def stream(self, name: str) -> _StreamHolder:
+        """The stream of that name; it gets its key when the key is asked for."""
+        if name not in self.streams:
+            new = _StreamHolder(None, self.key_type, name, "split", np.int32(0), "")
+            self.streams[name] = new.without_values()
+        return self.streams[name]
+
+    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
+        stream = self.stream(address.name)
+        if not stream.cells:
+            with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
+                key = folded(self.key, words_of(f"/{address.name}"))
+            stream.cells = {"key": Cell(key), "count": _Count(np.int32(0), key)}
+        return stream.cell(address)
+
+    def aval(self, address: StreamAddress) -> Any:  # type: ignore[override]
+        return self.stream(address.name).aval(address)
+
+    def lane(  # type: ignore[override]
+        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
+    ) -> Lane | None:
+        if _jax.lanes_are_directions(trace):
+            return None  # whoever opens the stream will say vmap="share"
+        return self.stream(address.name).lane(address, trace, notes)
+
+    def differs_by_device(self, address: Address) -> bool:
+        return True
+
+    def device_cell(  # type: ignore[override]
+        self, address: StreamAddress, notes: Any, from_outside: Any, index: Any
+    ) -> Cell:
+        return self.stream(address.name).device_cell(address, notes, from_outside, index)
+
+    def without_values(self) -> FoldedStreams:
+        copy = FoldedStreams.__new__(FoldedStreams)
+        streams = {name: stream.without_values() for name, stream in self.streams.items()}
+        copy.__dict__.update(self.__dict__, key=None, streams=streams, anchor=None, lane_tables={})
+        return copy
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return self.stream(address.name).refuse_lanes(address, trace)  # type: ignore[attr-defined]
+
+    def signature(self) -> Hashable:
+        return "every stream", self.key_type
+
+
 class Stream:
     """A handle of an open stream: what ``with rng_stream(...) as stream`` gives.
 
@@ -442,20 +509,45 @@ def rng_stream(
         yield Stream(holder)
 
 
-def next_key(name: str = "default") -> jax.Array:
+_REQUIRED: Any = object()
+
+
+def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:
     """Draws the next key from the innermost open stream called ``name``.
 
     Draw number n (from 0) is ``jax.random.fold_in(key, n)``.
+
+    Args:
+      name: of the stream.
+      default: what is returned if no stream of that name is open. (Under ``init``, every stream is
+        open.) Whether one is open is known when a function is traced, and is part of the keys of
+        JAX's caches.
 
     Returns:
       A key of the kind the stream was opened with.
 
     Raises:
-      MissingStreamError: if no stream of that name is open.
+      MissingStreamError: if no stream of that name is open, and there is no ``default``.
       TypeError: if ``name`` is no string: the key comes from the stream, and is not passed.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> @jax.jit
+    ... def dropout(x, rate):
+    ...     key = jaxstate.next_key("dropout", default=None)
+    ...     if key is None:
+    ...         return x
+    ...     return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0, x / (1 - rate))
+    >>> dropout(jnp.ones(3), 0.5)
+    Array([1., 1., 1.], dtype=float32)
+    >>> with jaxstate.rng_stream(jax.random.key(0), "dropout"):
+    ...     y = dropout(jnp.ones(3), 1.0)
+    >>> y
+    Array([0., 0., 0.], dtype=float32)
     """
     if not isinstance(name, str):
         raise _no_key_wanted("next_key", 'jaxstate.next_key("dropout")')
+    if default is not _REQUIRED and StreamAddress(name, "key").known_holder() is None:
+        return default
     return _draw(name, None)
 
 

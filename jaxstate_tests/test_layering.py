@@ -28,8 +28,8 @@ FLOORS = {
     "random": [],
     "sow": ["sites", "harvest"],
     "params": [
-        "paths", "entries", "stores", "arguments", "reuse", "summary", "methods", "pickling",
-        "parametrized", "variables", "stack",
+        "paths", "entries", "stores", "arguments", "names", "reuse", "metadata", "summary",
+        "methods", "pickling", "parametrized", "variables", "copies", "stack", "ensemble",
     ],
     "arrays": [
         "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",

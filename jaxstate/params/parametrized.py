@@ -24,7 +24,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
@@ -44,13 +44,15 @@ from jaxstate.errors import (
 )
 from jaxstate.params.arguments import Shape, split_arrays
 from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
+from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
+from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
-from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
+from jaxstate.params.reuse import Reusable, Reused, ReusingStore, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
-from jaxstate.random import KeyLike, check_key, rng_stream
+from jaxstate.random import FoldedStreams, KeyLike, check_key, rng_stream
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
 
@@ -98,7 +100,7 @@ class ParamAddress(EntryAddress):
 # -- The public functions --------------------------------------------------------------------
 
 
-def param(name: str, init: Callable[..., T], *init_args: Any) -> T:
+def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = None) -> T:
     """A parameter of the module (or `scope`) that the program is in.
 
     Args:
@@ -107,12 +109,14 @@ def param(name: str, init: Callable[..., T], *init_args: Any) -> T:
         types (tuples, dataclasses, modules of other packages). The initializers of
         `jax.nn.initializers` fit: ``param("w", jax.nn.initializers.lecun_normal(), (3, 4))``.
       *init_args: static values or arrays.
+      metadata: any static value that goes with the parameter, a dict for example:
+        ``{"axes": ("embed", "mlp")}``. `Parametrized.metadata` gives that of all parameters.
 
     Returns:
       The value: during ``init`` what the initializer makes, during ``apply`` what was given.
 
     Raises:
-      TypeError: if ``name`` is not a name or ``init`` not a function.
+      TypeError: if ``name`` is not a name, ``init`` not a function, or ``metadata`` has arrays.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -130,7 +134,9 @@ def param(name: str, init: Callable[..., T], *init_args: Any) -> T:
             f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
             f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
         )
-    address = ParamAddress(name, used)
+    if metadata is not None:
+        metadata = checked(metadata, name)
+    address = ParamAddress(name, used, metadata)
     use = address.store().declare(address, init, init_args)
     return use.spec.tree.unflatten(use.values())
 
@@ -158,7 +164,7 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized(Reusable[P, R], Summarizable):
+class Parametrized(Reusable[P, R], Describable, Summarizable):
     """A function with parameters: see `parametrized`."""
 
     def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
@@ -231,10 +237,12 @@ class Parametrized(Reusable[P, R], Summarizable):
         Args:
           key: one random key. It also seeds the random stream "default". A dict
             ``{name: key}`` seeds several streams; the parameters take the key of "params", or
-            that of "default" if there is none.
+            that of "default" if there is none. Of every other stream that is not open, the key is
+            that of the parameters, with the first 8 bytes of the SHA-256 digest of ``"/" + name``
+            folded in.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
-          reuse: ``{module: params}``, parameters that are taken instead of made: see
-            `parameters_from`.
+          reuse: ``{module: params}`` or ``{"encoder/dense": params}``, parameters that are taken
+            instead of made: see `parameters_from`.
 
         Returns:
           A new nested dict with string keys, and what the initializers made.
@@ -242,7 +250,8 @@ class Parametrized(Reusable[P, R], Summarizable):
         Raises:
           TypeError: if ``key`` is not a key.
           InitializerDataError: if an initializer needs data of which only the shape was given.
-          UnusedReuseError: if an entry of ``reuse`` has nothing in common with the function.
+          UnusedReuseError: if a module in ``reuse`` has nothing in common with the function, or a
+            name is that of no parameter.
           Whatever `param` and `parameters_from` raise.
         """
         return self._init(("parameter",), key, reuse, args, kwargs)[0]
@@ -293,7 +302,7 @@ class Parametrized(Reusable[P, R], Summarizable):
         def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
             store = _store_for_init(self._token, param_key, given)
-            with open_holder(store), _open_streams(streams):
+            with open_holder(store), open_holder(FoldedStreams(param_key)), _open_streams(streams):
                 self.fn(*args, **kwargs)
             return [store.initial_values(kind) for kind in kinds]
 
@@ -361,7 +370,13 @@ class Parametrized(Reusable[P, R], Summarizable):
 
     @overload
     def apply_with_state(
-        self, params: TreeLike, state: TreeLike, *args: Any, key: Keys | None, **kwargs: Any
+        self,
+        params: TreeLike,
+        state: TreeLike,
+        *args: Any,
+        key: Keys | None = None,
+        mutable: bool | str | Collection[str] = True,
+        **kwargs: Any,
     ) -> tuple[R, Tree]: ...
 
     def apply_with_state(
@@ -370,6 +385,7 @@ class Parametrized(Reusable[P, R], Summarizable):
         state: TreeLike,
         *args: Any,
         key: Keys | None = None,
+        mutable: bool | str | Collection[str] = True,
         **kwargs: Any,
     ) -> tuple[Any, Tree]:
         """The function, with the given parameters and variables: pure in all its arguments.
@@ -377,19 +393,22 @@ class Parametrized(Reusable[P, R], Summarizable):
         Args:
           params: as for `apply`, like all other arguments.
           state: the variables, as ``init_with_state`` and ``apply_with_state`` return them.
+          mutable: which variables may be written: all, none, or those of one or several
+            collections. ``variable(..., metadata={"collection": "cache"})`` is in the collection
+            "cache".
 
         Returns:
           ``(out, state)``: what the function returns, and all variables after it, those that it
           did not write unchanged, as a new nested dict.
 
-        Raises what `apply` raises; but variables may be written.
+        Raises what `apply` raises; but variables may be written, those that are ``mutable``.
         """
         self._check_state(state)
-        out, store = self._apply(params, state, True, key, args, kwargs)
+        out, store = self._apply(params, state, _writable(mutable), key, args, kwargs)
         return out, store.state()
 
     def _apply(
-        self, params: Any, state: Any, writable: bool, key: Any, args: Any, kwargs: Any
+        self, params: Any, state: Any, writable: Any, key: Any, args: Any, kwargs: Any
     ) -> tuple[Any, ApplyStore]:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
         streams = {} if key is None else _keys(key, "apply")[1]
@@ -572,6 +591,20 @@ def _keys(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
             'To mend it:\n    net.init({"params": key, "dropout": other_key}, x)'
         )
     return streams.get("params", streams.get("default")), streams
+
+
+def _writable(mutable: Any) -> bool | frozenset[str]:
+    """Which variables may be written, as a store is told."""
+    if isinstance(mutable, bool):
+        return mutable
+    if isinstance(mutable, str):
+        mutable = [mutable]
+    if not isinstance(mutable, Collection) or any(not isinstance(x, str) for x in mutable):
+        raise TypeError(
+            "apply_with_state: mutable is True, False or names of collections, and was given"
+            f' {mutable!r}.\nTo mend it:\n    net.apply_with_state(..., mutable=["statistics"])'
+        )
+    return frozenset(mutable)
 
 
 @contextmanager
