@@ -37,7 +37,9 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
+from jaxstate.params.interception import Intercepted, intercept
 from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
+from jaxstate.params.places import path
 from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack
 from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
@@ -57,6 +59,7 @@ __all__ = [
     "CustomRuleStateError",
     "DeviceWriteError",
     "InitializerDataError",
+    "Intercepted",
     "LaneWriteError",
     "MaskedWriteError",
     "MissingParameterError",
@@ -92,10 +95,12 @@ __all__ = [
     "array",
     "extend",
     "inplace",
+    "intercept",
     "mutate",
     "next_key",
     "param",
     "parametrized",
+    "path",
     "plant",
     "random",
     "reap",

@@ -23,11 +23,11 @@ FLOORS = {
     "traces": ["state", "retrace", "stateful"],
     "extend": [],
     "random": [],
-    "sow": ["sites", "harvest"],
     "params": [
-        "paths", "entries", "stores", "arguments", "reuse", "summary", "methods", "pickling",
-        "parametrized", "variables", "stack",
+        "paths", "entries", "places", "interception", "stores", "arguments", "reuse", "summary",
+        "methods", "pickling", "parametrized", "variables", "stack",
     ],
+    "sow": ["sites", "harvest"],
     "arrays": [
         "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",
     ],

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxstate import _jax
-from jaxstate.params.entries import innermost_store
+from jaxstate.params.entries import innermost_store, level_entered
 from jaxstate.params.parametrized import Parametrized, param
+from jaxstate.params.paths import PathElement
 from jaxstate.params.variables import Variable, variable
 
 __all__ = ["Stack", "stack"]
@@ -49,9 +50,10 @@ class Stack(Parametrized):
 
         def turn(x: Any, layer: Any) -> Any:
             params, state = layer
-            if writes:
-                return self.block.apply_with_state(params, state, x, *args, **kwargs)
-            return self.block.apply(params, x, *args, state=state, **kwargs), None
+            with _in_layers():
+                if writes:
+                    return self.block.apply_with_state(params, state, x, *args, **kwargs)
+                return self.block.apply(params, x, *args, state=state, **kwargs), None
 
         if self._checkpoint:
             policy = None if self._checkpoint is True else self._checkpoint
@@ -70,7 +72,8 @@ class Stack(Parametrized):
             def layer(i: Any) -> Any:
                 nonlocal has_variables
                 layer_key = jax.random.fold_in(key, i)
-                params, state = self.block.init_with_state(layer_key, *args, **kwargs)
+                with _in_layers():
+                    params, state = self.block.init_with_state(layer_key, *args, **kwargs)
                 has_variables = bool(state)
                 return params
 
@@ -81,7 +84,8 @@ class Stack(Parametrized):
                 _, params = turn
                 key = {"params": jax.random.key(0)}  # makes nothing: every parameter is given
                 given = {self.block: params} if params else None
-                return self.block.init_with_state(key, *args, reuse=given, **kwargs)[1]
+                with _in_layers():
+                    return self.block.init_with_state(key, *args, reuse=given, **kwargs)[1]
 
             return jax.lax.map(layer, (jnp.arange(self.n), layers))
 
@@ -189,6 +193,11 @@ def stack(
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"stack: the number of layers is an integer from 1, not {n!r}.")
     return Stack(block, n, checkpoint, unroll, name)
+
+
+def _in_layers() -> Any:
+    """A context in which the program is in the layers, as far as its path goes."""
+    return level_entered(None, PathElement("layers", None))
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

@@ -40,6 +40,7 @@ from jaxstate.errors import (
     message,
 )
 from jaxstate.params.entries import EntryAddress, Store, Use, current_place, innermost_store
+from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.parametrized import check_name
 
 __all__ = ["Variable", "variable"]
@@ -323,15 +324,23 @@ def variable(
                 f"variable({name!r}, ...) wants a function {role}, and was given {fn!r}.\n"
                 f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
             )
-    address = VariableAddress(name, _jax.user_location(), reduce)
-    store = address.store()
-    address.threaded = store.writable
-    use = store.declare(address, init, init_args)
-    # To declare it is to use it: it gets its name here, and `init` makes it.
-    types = use.spec.avals
-    if use.entry is None:
-        types = tuple(map(_jax.typeof, use.values()))
-    if types != use.spec.avals:
-        addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
-        use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
-    return Variable(name, store, use)
+    used = _jax.user_location()
+
+    def handle(init: Any, *init_args: Any) -> Variable:
+        address = VariableAddress(name, used, reduce)
+        store = address.store()
+        address.threaded = store.writable
+        use = store.declare(address, init, init_args)
+        # To declare it is to use it: it gets its name here, and `init` makes it.
+        types = use.spec.avals
+        if use.entry is None:
+            types = tuple(map(_jax.typeof, use.values()))
+        if types != use.spec.avals:
+            addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
+            use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
+        return Variable(name, store, use)
+
+    around = interceptions("variable")
+    if not around:
+        return handle(init, *init_args)
+    return intercepted(around, "variable", name, handle, (init, *init_args))
