@@ -196,7 +196,7 @@ class NameTable:
         self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
         self.renewed: dict[Any, Any] = {}  # see `Address.renewed`
         self.made: dict[Path, int] = {}  # how many modules of a name the program itself made
-        self.shown: dict[ModuleId, Path] = {}  # of modules without a name, see `path_now`
+        self.shown: dict[tuple[Path, ModuleId], Path] = {}  # of what has no name, see `path_now`
 
     def without_entries(self) -> NameTable:
         """The same names, now and later."""
@@ -330,17 +330,32 @@ class NameTables:
         """
         path: Path = ()
         for level in levels:
-            token = level.token
-            known = self.known(token)
-            if known is None and token is not None:
-                known = next((x.shown[token] for x in self.layers if token in x.shown), None)
+            known = self.known(level.token)
             if known is not None:
                 path = known
-            elif token is None:
+            elif level.token is None:
                 path = (*path, level.base)
             else:
-                path = (*path, self._name_to_show(path, level.base, is_given))
-                self.layers[0].shown[token] = path
+                path = self._path_to_show(path, level, is_given)
+        return path
+
+    def _path_to_show(
+        self, scope: Path, level: PathElement, is_given: Callable[[Path], bool]
+    ) -> Path:
+        token = level.token
+        assert token is not None
+        shown = [layer.shown for layer in self.layers]
+        path = next((x[scope, token] for x in shown if (scope, token) in x), None)
+        if path is None:
+            name, n = self._free_name(scope, level.base)
+            path = (*scope, name)
+            if not is_given(path):
+                taken = {path for x in shown for path in x.values()}
+                while path in taken:
+                    n += 1
+                    path = (*scope, f"{level.base}_{n}")
+            # What the program makes in a jaxpr is made anew in the next one.
+            shown[-1 if token.is_lasting else 0][scope, token] = path
         return path
 
     def title_of(self, scope: Path, level: PathElement) -> Path:
@@ -349,15 +364,6 @@ class NameTables:
             return (*scope, level.base)
         known = self.known(level.token)
         return (*scope, self._free_name(scope, level.base)[0]) if known is None else known
-
-    def _name_to_show(self, scope: Path, base: str, is_given: Callable[[Path], bool]) -> str:
-        name, n = self._free_name(scope, base)
-        if is_given((*scope, name)):
-            return name
-        while (*scope, name) in {path for layer in self.layers for path in layer.shown.values()}:
-            n += 1
-            name = f"{base}_{n}"
-        return name
 
     def _kind(self, path: Path) -> str | None:
         for layer in self.layers:
@@ -474,11 +480,13 @@ class Entered:
       module: the parametrized object, if it is one.
       path: of the level, once it is known; only in the holder's own place.
       title: its path as far as it could be known when it was entered, for the names of operations.
+      told: what `path` is in it, if that is known from before.
       counts: see `Origin`.
     """
 
     __slots__ = (
         "_name_scope", "boundary", "counts", "entries", "level", "module", "path", "store", "title",
+        "told",
     )  # fmt: skip
 
     def __init__(
@@ -496,6 +504,7 @@ class Entered:
         self.module = module
         self.path: Path | None = None
         self.title: Path = ()
+        self.told: Path | None = None
         self.counts: dict[Hashable, int] = {}
         self._name_scope: Any = None
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from jaxstate.core.resolve import innermost_boundary
-from jaxstate.core.slots import signature_changed, signature_parts
-from jaxstate.params.paths import Entered, Path, Root, program
+from jaxstate.core.slots import Holder, around_functions, signature_changed, signature_parts
+from jaxstate.params.paths import Entered, Path, PathElement, Root, program
 
-__all__ = ["following", "path", "path_of"]
+__all__ = ["following", "path", "path_of", "path_since"]
 
 
 def path() -> tuple[str, ...]:
@@ -53,7 +54,12 @@ def path_of(entries: Sequence[Entered]) -> Path:
     """The names of levels that the program is in, of all there are from the outermost."""
     names: Path = ()
     start = 0
-    for i in range(1, len(entries) + 1):
+    for i in range(len(entries), 0, -1):
+        told = entries[i - 1].told
+        if told is not None:
+            names, start = told, i
+            break
+    for i in range(start + 1, len(entries) + 1):
         if i < len(entries):
             store = entries[i].store
             if store is entries[start].store and not isinstance(entries[i].level, Root):
@@ -87,6 +93,34 @@ def following() -> Iterator[None]:
     finally:
         program.followers -= 1
         signature_changed()
+
+
+# The functions of a custom derivative rule run when JAX likes, and are where they are first called.
+_places: WeakKeyDictionary[Holder, list[Entered]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _as_first_called(holder: Holder) -> Iterator[None]:
+    now, known = program.entries, _places.get(holder)
+    if known is None:
+        if program.is_followed and now:
+            _places[holder] = [_told(path_of(now[: i + 1])) for i in range(len(now))]
+        yield
+        return
+    program.entries = list(known)
+    try:
+        yield
+    finally:
+        program.entries = now
+
+
+def _told(path: Path) -> Entered:
+    entered = Entered(None, PathElement("", None), None)
+    entered.told = path
+    return entered
+
+
+around_functions.append(_as_first_called)
 
 
 def _signature() -> Hashable:
