@@ -39,9 +39,11 @@ from jaxstate.errors import (
     VariableMismatchError,
 )
 from jaxstate.params.ensemble import Ensemble, ensemble
+from jaxstate.params.interception import Intercepted, intercept
 from jaxstate.params.metadata import Metadata
 from jaxstate.params.names import flatten_names, unflatten_names
 from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
+from jaxstate.params.places import path
 from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack
 from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
@@ -62,6 +64,7 @@ __all__ = [
     "DeviceWriteError",
     "Ensemble",
     "InitializerDataError",
+    "Intercepted",
     "LaneWriteError",
     "MaskedWriteError",
     "Metadata",
@@ -100,11 +103,13 @@ __all__ = [
     "extend",
     "flatten_names",
     "inplace",
+    "intercept",
     "is_writable",
     "mutate",
     "next_key",
     "param",
     "parametrized",
+    "path",
     "plant",
     "random",
     "reap",

@@ -26,11 +26,12 @@ FLOORS = {
     "traces": ["state", "retrace", "stateful"],
     "extend": [],
     "random": [],
-    "sow": ["sites", "harvest"],
     "params": [
-        "paths", "entries", "stores", "arguments", "names", "reuse", "metadata", "summary",
-        "methods", "pickling", "parametrized", "variables", "copies", "stack", "ensemble",
+        "paths", "entries", "places", "interception", "stores", "arguments", "names", "reuse",
+        "metadata", "summary", "methods", "pickling", "parametrized", "variables", "copies",
+        "stack", "ensemble",
     ],
+    "sow": ["sites", "harvest"],
     "arrays": [
         "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",
     ],

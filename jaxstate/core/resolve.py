@@ -261,7 +261,8 @@ def boundaries(holder: Holder) -> list[Any]:
     """
     found: list[Any] = []
     trace = _jax.current_trace()
-    open_holders = stack()
+    bottom = [holder] if holder is _OUTERMOST else []
+    open_holders = bottom + stack()
     if trace is holder.anchor and open_holders and open_holders[-1] is holder:
         return found
     while open_holders:
@@ -273,7 +274,7 @@ def boundaries(holder: Holder) -> list[Any]:
         # re-enters its trace there.)
         ends_by_itself = inner is not holder and not inner.is_boundary
         if ends_by_itself:
-            open_holders = list(inner.below)
+            open_holders = bottom + list(inner.below)
         for t in _jax.chain(trace):
             if not ends_by_itself and same_trace(t, inner.anchor):
                 break
@@ -290,6 +291,15 @@ def boundaries(holder: Holder) -> list[Any]:
 def boundary_of(holder: Holder) -> Any:
     """The innermost boundary between here and the holder, or None."""
     return next(iter(boundaries(holder)), None)
+
+
+def innermost_boundary() -> Any:
+    """The innermost boundary of all, or None."""
+    return next(iter(boundaries(_OUTERMOST)), None)
+
+
+# Stands for a holder that is outside of all.
+_OUTERMOST = Holder()
 
 
 def is_inside(holder: Holder, boundary: Any) -> bool:

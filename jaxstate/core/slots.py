@@ -425,8 +425,15 @@ _signatures: WeakValueDictionary[tuple[Hashable, ...], _Signature] = WeakValueDi
 _signatures_lock = threading.Lock()
 
 
+# What else can shape a trace: each is called, and says None for nothing.
+signature_parts: list[Callable[[], Hashable]] = []
+
+
 def _publish_signature(stack: list[Holder]) -> None:
     signatures = tuple([s for holder in stack if (s := holder.signature()) is not None])
+    for part in signature_parts:
+        if (signature := part()) is not None:
+            signatures += (signature,)
     if signatures == _thread.published:
         return
     token = None

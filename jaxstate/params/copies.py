@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxstate import _jax
-from jaxstate.params.entries import innermost_store
+from jaxstate.params.entries import innermost_store, level_entered
 from jaxstate.params.metadata import of_copies
 from jaxstate.params.parametrized import Parametrized, param
+from jaxstate.params.paths import PathElement
 from jaxstate.params.variables import Variable, variable
 
 __all__ = ["Copies", "check_block", "shape_of"]
@@ -59,7 +60,8 @@ class Copies(Parametrized[P, R]):
             def one(i: Any, args: Any) -> Any:
                 nonlocal has_variables
                 own_key = jax.random.fold_in(key, i)
-                params, state = self.block.init_with_state(own_key, *args, **kwargs)
+                with self._in_copies():
+                    params, state = self.block.init_with_state(own_key, *args, **kwargs)
                 has_variables = bool(state)
                 return params
 
@@ -70,7 +72,8 @@ class Copies(Parametrized[P, R]):
                 i, params = copy
                 keys = {"params": jax.random.fold_in(key, i)}
                 given = {self.block: params} if params else None
-                return self.block.init_with_state(keys, *args, reuse=given, **kwargs)[1]
+                with self._in_copies():
+                    return self.block.init_with_state(keys, *args, reuse=given, **kwargs)[1]
 
             return self._each(one, (numbers, params), args)
 
@@ -95,9 +98,14 @@ class Copies(Parametrized[P, R]):
         """One copy: what the block returns, and its variables if they may be written."""
         params, state = copy
         writable = self._writes(state)
-        if not writable:
-            return self.block.apply(params, *args, state=state, **kwargs), None
-        return self.block.apply_with_state(params, state, *args, mutable=writable, **kwargs)
+        with self._in_copies():
+            if not writable:
+                return self.block.apply(params, *args, state=state, **kwargs), None
+            return self.block.apply_with_state(params, state, *args, mutable=writable, **kwargs)
+
+    def _in_copies(self) -> Any:
+        """A context in which the program is in the copies, as far as its path goes."""
+        return level_entered(None, PathElement(self.copies, None))
 
     def _write(self, variables: Variable | None, state: Any) -> None:
         if variables is not None and self._writes(variables):

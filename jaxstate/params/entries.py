@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 
 from jaxstate import _jax
 from jaxstate.core.initializers import TracedInit
-from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read
+from jaxstate.core.resolve import (
+    boundaries,
+    boundary_of,
+    innermost_boundary,
+    notes_of,
+    read,
+)
 from jaxstate.core.slots import Address, Cell, Holder, holders
 from jaxstate.core.specs import (
     ONLY_LEAF,
@@ -28,6 +34,7 @@ from jaxstate.core.specs import (
 )
 from jaxstate.errors import ClosedStateError, StateError, message
 from jaxstate.params.paths import (
+    Entered,
     FrameId,
     ModuleId,
     NameTable,
@@ -35,6 +42,7 @@ from jaxstate.params.paths import (
     Origin,
     Path,
     PathElement,
+    Root,
     ScopeStack,
 )
 
@@ -46,6 +54,7 @@ __all__ = [
     "current_origin",
     "current_place",
     "innermost_store",
+    "level_entered",
     "place_of",
 ]
 
@@ -421,17 +430,26 @@ class Store(Holder):
         self.layer = NameTable()
         self.layer.paths[root] = ()
         self.scopes = ScopeStack()
-        self.call_of_root: Any = self.scopes.entered(PathElement("", root), None)
+        self.call_of_root: Any = Entered(None, PathElement("", root), None)
         self.home = current_home()
+        self.place = innermost_boundary()
         self.run = object()  # of which this store is, or for which it stands
         self.mesh = _jax.abstract_mesh()
 
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
 
-    def entered(self, level: PathElement) -> Any:
-        """A context in which the program is in ``level``."""
-        return self.scopes.entered(level, place_of(self))
+    def entered(self, level: PathElement, module: Any = None) -> Any:
+        """A context in which the program is in ``level``, the given module if it is one."""
+        return Entered(self.scopes.entries, level, place_of(self), self, module)
+
+    def root_entered(self, module: Any) -> Any:
+        """A context in which the program is in the network itself, which is in no path."""
+        return Entered(None, Root(module.name, module._token, self.layer), None, self, module)
+
+    def is_given(self, path: Path) -> bool:
+        """Whether ``apply`` was given something in a module of that path."""
+        return False
 
     def is_here(self) -> bool:
         """Whether nothing of JAX stands between the program and the store.
@@ -566,6 +584,7 @@ class RuleStore(Store):
         self.writable = store.writable
         self.run = store.run
         self.home = store.home
+        self.place = None
         self.call_of_root = None
         self._signature = store.signature()
 
@@ -593,6 +612,13 @@ def _type_given(address: EntryAddress, wanted: Any) -> Any:
     except StateError:
         return wanted
     return found if found.shape == wanted.shape else wanted
+
+
+def level_entered(store: Store | None, level: PathElement, module: Any = None) -> Any:
+    """A context in which the program is in ``level``: of the store, or outside of any."""
+    if store is None:
+        return Entered(None, level, innermost_boundary(), None, module)
+    return store.entered(level, module)
 
 
 def innermost_store() -> Store | None:

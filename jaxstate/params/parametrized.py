@@ -43,7 +43,13 @@ from jaxstate.errors import (
     message,
 )
 from jaxstate.params.arguments import Shape, split_arrays
-from jaxstate.params.entries import EntryAddress, current_origin, innermost_store
+from jaxstate.params.entries import (
+    EntryAddress,
+    current_origin,
+    innermost_store,
+    level_entered,
+)
+from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
 from jaxstate.params.names import nested
@@ -136,16 +142,24 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
         )
     if metadata is not None:
         metadata = checked(metadata, name)
-    address = ParamAddress(name, used, metadata)
-    use = address.store().declare(address, init, init_args)
-    return use.spec.tree.unflatten(use.values())
+
+    def value(init: Any, *init_args: Any) -> Any:
+        address = ParamAddress(name, used, metadata)
+        use = address.store().declare(address, init, init_args)
+        return use.spec.tree.unflatten(use.values())
+
+    around = interceptions("parameter")
+    if not around:
+        return value(init, *init_args)
+    return intercepted(around, "parameter", name, value, (init, *init_args))
 
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """Opens a level of the tree of parameters and variables by hand.
 
-    The same name opens the same level again. Outside ``init`` and ``apply`` it does nothing.
+    The same name opens the same level again. Outside ``init`` and ``apply`` it is a level of the
+    paths of sown values (`reap`) and of `path`.
 
     >>> import jax, jaxstate
     >>> @jaxstate.parametrized
@@ -157,10 +171,7 @@ def scope(name: str) -> Iterator[None]:
     """
     check_name(name, "scope")
     store = innermost_store()
-    if store is None:
-        yield
-        return
-    with store.entered(PathElement(name, None)):
+    with level_entered(store, PathElement(name, None)):
         yield
 
 
@@ -188,10 +199,16 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
-        if store is None:
-            return self.fn(*args, **kwargs)
-        with store.entered(PathElement(self.name, self._token)):
-            return store.call(self, args, kwargs)
+        with level_entered(store, PathElement(self.name, self._token), self):
+            return self._call(store, args, kwargs)
+
+    def _call(self, store: Any, args: Any, kwargs: Any) -> Any:
+        """Runs the function where the program is in this module."""
+        around = interceptions("module")
+        if around:
+            fn = self.fn if store is None else functools.partial(_called, store, self)
+            return intercepted(around, "module", self.name, fn, args, kwargs)
+        return self.fn(*args, **kwargs) if store is None else store.call(self, args, kwargs)
 
     def __set_name__(self, owner: type, name: str) -> None:
         """As a method: an instance is a module from when it is made, not from its first call."""
@@ -302,8 +319,13 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
             store = _store_for_init(self._token, param_key, given)
-            with open_holder(store), open_holder(FoldedStreams(param_key)), _open_streams(streams):
-                self.fn(*args, **kwargs)
+            with (
+                open_holder(store),
+                open_holder(FoldedStreams(param_key)),
+                _open_streams(streams),
+                store.root_entered(self),
+            ):
+                self._call(None, args, kwargs)
             return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
@@ -417,8 +439,8 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             return ApplyStore(self._token, params, state, writable)
 
         def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
-            with open_holder(store), _open_streams(streams):
-                return self.fn(*args, **kwargs), store
+            with open_holder(store), _open_streams(streams), store.root_entered(self):
+                return self._call(None, args, kwargs), store
 
         if not _jax.jit_is_disabled():
             return run(store())
@@ -508,6 +530,10 @@ def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     if fn is None:
         return functools.partial(parametrized, name=name)
     return Parametrized(fn, name)
+
+
+def _called(store: Any, module: Parametrized, /, *args: Any, **kwargs: Any) -> Any:
+    return store.call(module, args, kwargs)
 
 
 def check_name(name: Any, where: str) -> None:

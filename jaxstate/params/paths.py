@@ -14,13 +14,17 @@ the address.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxstate import _jax
+from jaxstate.core.slots import signature_changed
 from jaxstate.errors import NameClashError, message
 
 __all__ = [
+    "Entered",
     "FrameId",
     "ModuleId",
     "NameTable",
@@ -28,7 +32,9 @@ __all__ = [
     "Origin",
     "Path",
     "PathElement",
+    "Root",
     "ScopeStack",
+    "program",
 ]
 
 Path = tuple[str, ...]
@@ -158,6 +164,28 @@ class PathElement:
         return self.base
 
 
+class Root(PathElement):
+    """Where the paths of one ``init`` or ``apply`` begin: the network itself.
+
+    Attributes:
+      names: what is given out there. (Of a `NameTable` without its entries, which hold arrays.)
+    """
+
+    __slots__ = ("names",)
+
+    def __init__(self, base: str, token: ModuleId, names: NameTable) -> None:
+        super().__init__(base, token)
+        self.names = names.without_entries()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Root) and self.token == other.token
+
+    __hash__ = PathElement.__hash__
+
+    def inside(self, home: FrameId, run: object) -> PathElement:
+        return self
+
+
 class NameTable:
     """Names given out by one piece of the program."""
 
@@ -168,6 +196,13 @@ class NameTable:
         self.entries: dict[Path, Any] = {}  # what a store notes of a parameter or variable
         self.renewed: dict[Any, Any] = {}  # see `Address.renewed`
         self.made: dict[Path, int] = {}  # how many modules of a name the program itself made
+        self.shown: dict[tuple[Path, ModuleId], Path] = {}  # of what has no name, see `path_now`
+
+    def without_entries(self) -> NameTable:
+        """The same names, now and later."""
+        names = NameTable()
+        names.paths, names.taken, names.numbers = self.paths, self.taken, self.numbers
+        return names
 
     def of_lasting_modules(self) -> NameTable:
         """The names of modules that were not made by the program that was run."""
@@ -260,6 +295,8 @@ class NameTables:
         if not level.token.is_lasting:
             layer.made[base] = layer.made.get(base, 0) + 1
         layer.paths[level.token] = (*scope, name)
+        if program.is_followed:
+            signature_changed()
         return name
 
     def _free_name(self, scope: Path, base: str) -> tuple[str, int]:
@@ -283,6 +320,50 @@ class NameTables:
             else:
                 path = (*path, self._free_name(path, level.base)[0])
         return path
+
+    def path_now(self, levels: Sequence[PathElement], is_given: Callable[[Path], bool]) -> Path:
+        """What is told to the program as the path of ``levels``, without giving out names.
+
+        A module gets its name with its first parameter or variable; until then (or for ever, if it
+        has none) it is told the name that it would get, and no other module is told that: unless
+        ``is_given`` says that parameters of that name are there.
+        """
+        path: Path = ()
+        for level in levels:
+            known = self.known(level.token)
+            if known is not None:
+                path = known
+            elif level.token is None:
+                path = (*path, level.base)
+            else:
+                path = self._path_to_show(path, level, is_given)
+        return path
+
+    def _path_to_show(
+        self, scope: Path, level: PathElement, is_given: Callable[[Path], bool]
+    ) -> Path:
+        token = level.token
+        assert token is not None
+        shown = [layer.shown for layer in self.layers]
+        path = next((x[scope, token] for x in shown if (scope, token) in x), None)
+        if path is None:
+            name, n = self._free_name(scope, level.base)
+            path = (*scope, name)
+            if not is_given(path):
+                taken = {path for x in shown for path in x.values()}
+                while path in taken:
+                    n += 1
+                    path = (*scope, f"{level.base}_{n}")
+            # What the program makes in a jaxpr is made anew in the next one.
+            shown[-1 if token.is_lasting else 0][scope, token] = path
+        return path
+
+    def title_of(self, scope: Path, level: PathElement) -> Path:
+        """The path of ``level`` in ``scope``, as far as it can be known now."""
+        if level.token is None:
+            return (*scope, level.base)
+        known = self.known(level.token)
+        return (*scope, self._free_name(scope, level.base)[0]) if known is None else known
 
     def _kind(self, path: Path) -> str | None:
         for layer in self.layers:
@@ -314,14 +395,39 @@ def _clash(path: Path, wanted: str, found: str) -> NameClashError:
     )
 
 
+class _Program(threading.local):
+    """Where the program is.
+
+    Attributes:
+      entries: the modules and scopes that it is in, of all stores and of none, outermost first.
+      followers: how much of what is open looks at the path of the program, so that what is traced
+        depends on it.
+    """
+
+    # Whether all that is traced depends on the path, in all threads.
+    always_followed = False
+
+    def __init__(self) -> None:
+        self.entries: list[Entered] = []
+        self.followers = 0
+
+    @property
+    def is_followed(self) -> bool:
+        return self.followers > 0 or self.always_followed
+
+
+program = _Program()
+
+
 class ScopeStack(threading.local):
-    """The levels that the program is in, each with the boundary inside which it was entered.
+    """The levels of one store that the program is in, each with the boundary inside which it was
+    entered.
 
     A boundary is a jaxpr under construction or a custom rule; None is the holder's own place.
     """
 
     def __init__(self) -> None:
-        self.entries: list[_Entered] = []
+        self.entries: list[Entered] = []
 
     def inside(self, *boundaries: Any) -> tuple[PathElement, ...]:
         """The levels entered directly inside one of ``boundaries``, outermost first."""
@@ -330,7 +436,7 @@ class ScopeStack(threading.local):
             return tuple([e.level for e in self.entries if e.boundary is boundary])
         return tuple([e.level for e in self.entries if any(e.boundary is b for b in boundaries)])
 
-    def call_in(self, boundary: Any) -> tuple[_Entered | None, tuple[str, ...]]:
+    def call_in(self, boundary: Any) -> tuple[Entered | None, tuple[str, ...]]:
         """The innermost call of a module that was begun directly inside a boundary, and the scopes
         that were opened by hand since."""
         scopes: list[str] = []
@@ -362,34 +468,88 @@ class ScopeStack(threading.local):
                 entered.path = path = layers.entered(path, entered.level)
         return path
 
-    def entered(self, level: PathElement, boundary: Any) -> _Entered:
-        """A context in which the program is in ``level``."""
-        return _Entered(self.entries, level, boundary)
 
-
-class _Entered:
+class Entered:
     """One level that the program is in, while it is.
 
     Attributes:
+      level: the module or scope.
+      boundary: inside which it was entered: see `ScopeStack`.
+      store: in which it is a level; None outside of ``init`` and ``apply``. There, ``boundary`` is
+        the innermost one of all.
+      module: the parametrized object, if it is one.
       path: of the level, once it is known; only in the holder's own place.
+      title: its path as far as it could be known when it was entered, for the names of operations.
+      told: what `path` is in it, if that is known from before.
       counts: see `Origin`.
     """
 
-    __slots__ = ("boundary", "counts", "entries", "level", "path")
+    __slots__ = (
+        "_name_scope", "boundary", "counts", "entries", "level", "module", "path", "store", "title",
+        "told",
+    )  # fmt: skip
 
-    def __init__(self, entries: list[_Entered], level: PathElement, boundary: Any) -> None:
+    def __init__(
+        self,
+        entries: list[Entered] | None,
+        level: PathElement,
+        boundary: Any,
+        store: Any = None,
+        module: Any = None,
+    ) -> None:
         self.entries = entries
         self.level = level
         self.boundary = boundary
+        self.store = store
+        self.module = module
         self.path: Path | None = None
+        self.title: Path = ()
+        self.told: Path | None = None
         self.counts: dict[Hashable, int] = {}
+        self._name_scope: Any = None
+
+    @property
+    def place(self) -> Any:
+        """The innermost boundary of all in which it was entered, or None."""
+        store = self.store
+        return self.boundary if self.boundary is not None or store is None else store.place
 
     def __enter__(self) -> None:
-        self.entries.append(self)
+        if not _jax.at_top_level():
+            self._name_operations()
+        if self.entries is not None:
+            self.entries.append(self)
+        program.entries.append(self)
+        if program.is_followed:
+            signature_changed()
 
-    def __exit__(self, *_: object) -> None:
-        entries = self.entries
-        for i in range(len(entries) - 1, -1, -1):  # a generator may leave it late
-            if entries[i] is self:
-                del entries[i]
-                break
+    def __exit__(self, *error: Any) -> None:
+        for entries in (self.entries, program.entries):
+            if entries is not None:
+                _remove(entries, self)
+        if self._name_scope is not None:
+            self._name_scope.__exit__(*error)
+        if program.is_followed:
+            signature_changed()
+
+    def _name_operations(self) -> None:
+        """Gives operations the name of the level, in compiled programs and profiles."""
+        if self.entries:
+            self.title = self.entries[-1].title
+        if self.store is None:
+            name = self.level.base
+        elif self.entries is None:  # the network itself, which is in no path
+            name = "" if program.entries else self.level.base
+        else:
+            self.title = self.store.layers().title_of(self.title, self.level)
+            name = self.title[-1] if self.title else ""
+        if name:
+            self._name_scope = jax.named_scope(name)
+            self._name_scope.__enter__()
+
+
+def _remove(entries: list[Entered], entered: Entered) -> None:
+    for i in range(len(entries) - 1, -1, -1):  # a generator may leave it late
+        if entries[i] is entered:
+            del entries[i]
+            break

@@ -190,9 +190,12 @@ class ApplyStore(Store):
             return self._signature
         return self._signature, self._types_here
 
-    def entered(self, level: PathElement) -> Any:
-        context = super().entered(level)
+    def entered(self, level: PathElement, module: Any = None) -> Any:
+        context = super().entered(level, module)
         return _InOtherTypes(self, context) if self._mixed() else context
+
+    def is_given(self, path: Path) -> bool:
+        return any(self._scope(kind, path) is not None for kind in self._given)
 
     def _mixed(self) -> list[tuple[Path, Any]]:
         """The paths and types of arrays of one name and shape that are not all of one type.

@@ -41,6 +41,7 @@ from jaxstate.errors import (
     message,
 )
 from jaxstate.params.entries import EntryAddress, Store, Use, current_place, innermost_store
+from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import PerArray, checked, collection_of
 from jaxstate.params.parametrized import check_name
 
@@ -405,15 +406,23 @@ def variable(
             )
     if metadata is not None:
         metadata = checked(metadata, name)
-    address = VariableAddress(name, _jax.user_location(), metadata, reduce, takes_key)
-    store = address.store()
-    address.threaded = bool(store.writable)  # one that only some may write, too
-    use = store.declare(address, init, init_args)
-    # To declare it is to use it: it gets its name here, and `init` makes it.
-    types = use.spec.avals
-    if use.entry is None:
-        types = tuple(map(_jax.typeof, use.values()))
-    if types != use.spec.avals:
-        addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
-        use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
-    return Variable(name, store, use, metadata)
+    used = _jax.user_location()
+
+    def handle(init: Any, *init_args: Any) -> Variable[Any]:
+        address = VariableAddress(name, used, metadata, reduce, takes_key)
+        store = address.store()
+        address.threaded = bool(store.writable)  # one that only some may write, too
+        use = store.declare(address, init, init_args)
+        # To declare it is to use it: it gets its name here, and `init` makes it.
+        types = use.spec.avals
+        if use.entry is None:
+            types = tuple(map(_jax.typeof, use.values()))
+        if types != use.spec.avals:
+            addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
+            use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
+        return Variable(name, store, use, metadata)
+
+    around = interceptions("variable")
+    if not around:
+        return handle(init, *init_args)
+    return intercepted(around, "variable", name, handle, (init, *init_args))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -26,15 +26,18 @@ import numpy as np
 from jaxstate import _jax
 from jaxstate.core import resolve
 from jaxstate.core.refs import ZeroCell, strong
-from jaxstate.core.slots import Address, Cell, open_holder
-from jaxstate.errors import PlantMismatchError, message
+from jaxstate.core.slots import Cell
+from jaxstate.errors import NameClashError, PlantMismatchError, message
+from jaxstate.params.paths import Path
 from jaxstate.sow.sites import (
     Kind,
+    Scope,
     Site,
     SownAddress,
     SownHolder,
     holder_of,
     numbered,
+    placed_like,
     reaps_inside,
     types_of,
 )
@@ -93,21 +96,21 @@ def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
         raise TypeError(f"sow: a name is a string, not {name!r}.")
     if mode not in _MODES:
         raise ValueError(f"sow: mode is one of {', '.join(map(repr, _MODES))}, not {mode!r}.")
-    if holder_of("plant", tag, name) is not None:
-        value = _replaced(name, value, tag, mode)
-    if holder_of("reap", tag, name) is not None:
-        _collect(name, value, tag, mode)
+    planted = _addresses("plant", name, value, tag, mode)
+    if planted is not None:
+        value = _replaced(planted[0], value)
+    reaped = _addresses("reap", name, value, tag, mode)
+    if reaped is not None:
+        _collect(*reaped)
     return value
 
 
-def _collect(name: str, value: Any, tag: str, mode: str) -> None:
-    addresses, leaves = _addresses("reap", name, value, tag, mode)
+def _collect(addresses: list[SownAddress], leaves: list[Any]) -> None:
     for address, leaf in zip(addresses, leaves, strict=True):
         resolve.write(address, leaf)
 
 
-def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
-    addresses, _ = _addresses("plant", name, value, tag, mode)
+def _replaced(addresses: list[SownAddress], value: Any) -> Any:
     planted = _tree(addresses[0].site, [resolve.read(address) for address in addresses])
     # A Python scalar, or what is computed from such only, gives way to the dtype of other operands.
     return jax.tree.map(lambda x, y: _jax.weak(y) if _jax.is_weak(x) else y, value, planted)
@@ -115,14 +118,18 @@ def _replaced(name: str, value: Any, tag: str, mode: str) -> Any:
 
 def _addresses(
     kind: Kind, name: str, value: Any, tag: str, mode: str
-) -> tuple[list[SownAddress], list[Any]]:
-    """The slots of a value that is sown, and what goes there."""
+) -> tuple[list[SownAddress], list[Any]] | None:
+    """The slots of a value that is sown, and what goes there; None if nobody wants it."""
+    found = holder_of(kind, tag, name)
+    if found is None:
+        return None
+    holder, at = found
     made = _jax.user_location()
     leaves = _leaves(jax.tree.map(strong, value))
-    site = Site(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves))
+    site = Site(kind, tag, name, mode, jax.tree.structure(value), types_of(leaves), at=at)
+    if holder.scope.nested:
+        site = site._replace(path=holder.path())
     if kind == "plant":
-        holder = holder_of(kind, tag, name)
-        assert holder is not None
         site = site._replace(reaps=reaps_inside(holder, tag))
     return numbered(site, made).addresses(made), leaves
 
@@ -142,15 +149,11 @@ def _tree(site: Site, leaves: list[Any]) -> Any:
 class _Reap(SownHolder):
     """Collects what is sown under a tag."""
 
-    def __init__(self, tag: str) -> None:
-        super().__init__()
-        self.tag = tag
-        self.cells: dict[SownAddress, ZeroCell] = {}
+    kind = "reap"
 
-    def knows(self, address: Address) -> bool:
-        if not isinstance(address, SownAddress):
-            return False
-        return address.site.kind == "reap" and address.site.tag == self.tag
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope)
+        self.cells: dict[SownAddress, ZeroCell] = {}
 
     def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
         if address not in self.cells:
@@ -158,38 +161,72 @@ class _Reap(SownHolder):
         return self.cells[address]
 
     def without_values(self) -> _Reap:
-        return _Reap(self.tag)
+        return placed_like(self, _Reap(self.scope))
 
     def signature(self) -> Hashable:
-        return "reap", self.tag
+        return "reap", self.scope
 
     def collected(self) -> dict[str, Any]:
-        """What was sown, by name, in the order of the first of each name."""
+        """What was sown, by name or path, in the order of the first of each."""
         sites: dict[Site, list[Any]] = {}
         for address, cell in self.cells.items():
             if cell.written is not None:
                 value = _jax.in_mesh(cell.written)
                 sites.setdefault(address.site, []).append((address.leaf, value))
-        values: dict[str, list[Any]] = {}
+        values: dict[Path, list[Any]] = {}
         for site, leaves in sites.items():
             ordered = [leaf for _, leaf in sorted(leaves, key=lambda pair: pair[0])]
-            values.setdefault(site.name, []).append(_tree(site, ordered))
-        return {
-            name: several[0] if len(several) == 1 else jax.tree.map(_stack, *several)
-            for name, several in values.items()
-        }
+            path = (*(site.path or ()), site.name)
+            values.setdefault(path, []).append(_tree(site, ordered))
+        tree: dict[str, Any] = {}
+        modules: set[Path] = {()}
+        for path, several in values.items():
+            node = tree
+            for i, name in enumerate(path[:-1]):
+                if path[: i + 1] in values:
+                    raise _module_and_value(path[: i + 1])
+                modules.add(path[: i + 1])
+                node = node.setdefault(name, {})
+            if path in modules:
+                raise _module_and_value(path)
+            node[path[-1]] = several[0] if len(several) == 1 else jax.tree.map(_stack, *several)
+        return tree
+
+
+def _module_and_value(path: Path) -> Exception:
+    return NameClashError(
+        message(
+            f"{'/'.join(path)!r} is a value that is sown, and a module or scope with others.",
+            fix=f"""
+            jaxstate.sow("{path[-1]}_value", value)      # another name
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def _stack(*leaves: Any) -> Any:
     return jnp.stack(leaves)
 
 
-def reap(fn: Callable[P, R], tag: str = "sown") -> Callable[P, tuple[R, dict[str, Any]]]:
+def reap(
+    fn: Callable[P, R],
+    tag: str = "sown",
+    *,
+    nested: bool = False,
+    allow: Iterable[str | Path] | None = None,
+    block: Iterable[str | Path] | None = None,
+) -> Callable[P, tuple[R, dict[str, Any]]]:
     """Makes a function that also returns the values that are sown while it runs.
 
     Args:
       fn: a function that calls `sow`, at any depth, inside any transformation.
       tag: which of them to collect.
+      nested: whether to give a nested dict by the path of modules and scopes, as ``init`` does for
+        parameters: then each has its own names. (Functions are traced for each scope then.)
+      allow: collects only these: a name, or the path of a module, scope or value as a string with
+        slashes or a tuple, relative to ``fn``.
+      block: does not collect these.
 
     Returns:
       A function with the arguments of ``fn`` that returns ``(fn(...), {name: value})``. It is pure,
@@ -202,6 +239,8 @@ def reap(fn: Callable[P, R], tag: str = "sown") -> Callable[P, tuple[R, dict[str
       Of two nested calls of ``reap`` with one tag, the inner one takes what is sown in it.
 
     Raises:
+      NameClashError: if a path is that of a value and of a module.
+      TypeError: if ``allow`` or ``block`` is no list of names and paths.
       Whatever `sow` raises, when the function is called.
 
     >>> import jax, jax.numpy as jnp, jaxstate
@@ -212,12 +251,22 @@ def reap(fn: Callable[P, R], tag: str = "sown") -> Callable[P, tuple[R, dict[str
     >>> out, sown = jaxstate.reap(jax.jit(f))(1.0)
     >>> float(out), sown["x"].tolist()
     (8.0, [2.0, 4.0, 8.0])
+
+    >>> def g(x):
+    ...     with jaxstate.scope("first"):
+    ...         x = jaxstate.sow("h", x + 1)
+    ...     with jaxstate.scope("second"):
+    ...         return jaxstate.sow("h", x * 10)
+    >>> out, sown = jaxstate.reap(g, nested=True)(1)
+    >>> jax.tree.map(int, sown)
+    {'first': {'h': 2}, 'second': {'h': 20}}
     """
+    scope = Scope.given("reap", tag, nested, allow, block)
 
     @functools.wraps(fn)
     def reaped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
-        holder = _Reap(tag)
-        with open_holder(holder):
+        holder = _Reap(scope)
+        with holder.opened():
             out = fn(*args, **kwargs)
             return out, holder.collected()
 
@@ -230,20 +279,34 @@ def reap(fn: Callable[P, R], tag: str = "sown") -> Callable[P, tuple[R, dict[str
 class _Plant(SownHolder):
     """Has values for what is sown under a tag."""
 
-    def __init__(self, tag: str, values: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.tag = tag
+    kind = "plant"
+
+    def __init__(self, scope: Scope, values: Mapping[str, Any]) -> None:
+        super().__init__(scope)
         self.values = dict(values)
 
-    def knows(self, address: Address) -> bool:
-        if not isinstance(address, SownAddress):
+    def may_want(self, name: str) -> bool:
+        return self.scope.nested or name in self.values
+
+    def wants(self, name: str) -> bool:
+        if not super().wants(name):
             return False
-        site = address.site
-        return site.kind == "plant" and site.tag == self.tag and site.name in self.values
+        return not self.scope.nested or name in self._values_at(self.path())
+
+    def _values_at(self, path: Path) -> Mapping[str, Any]:
+        node: Any = self.values
+        for name in path:
+            node = node.get(name)
+            if not isinstance(node, Mapping):
+                return {}
+        return node
+
+    def _value(self, site: Site) -> Any:
+        return self._values_at(site.path or ())[site.name]
 
     def cell(self, address: SownAddress) -> Cell:  # type: ignore[override]
         site, wanted = address.site, address.aval()
-        value = self.values[site.name]
+        value = self._value(site)
         if jax.tree.structure(value) != site.tree:
             raise _mismatch(site, value, address.made)
         with _jax.set_current_trace(self.anchor):
@@ -259,23 +322,36 @@ class _Plant(SownHolder):
 
     def check_counts(self) -> None:
         """Raises if more values were planted than sown."""
-        for name, value in self.values.items():
-            records = [r for r in self.extra.values() if r.outside.name == name]
-            for record in records:
-                site = record.outside
-                for i, wanted in enumerate(site.types):
-                    leaf = _leaves(value)[i]
-                    if not _is_stacked(site, leaf, wanted):
-                        continue
-                    count = max(r.count for r in records)
-                    if jnp.shape(leaf)[0] != count:
-                        raise _count_mismatch(site, value, f"{count} times", record.made)
+        records = list(self.extra.values())
+        for record in records:
+            site = record.outside
+            value = self._value(site)
+            same = (r for r in records if r.outside.full_name() == site.full_name())
+            count = max(r.count for r in same)
+            for leaf, wanted in zip(_leaves(value), site.types, strict=False):
+                if _is_stacked(site, leaf, wanted) and jnp.shape(leaf)[0] != count:
+                    raise _count_mismatch(site, value, f"{count} times", record.made)
 
     def without_values(self) -> _Plant:
-        return _Plant(self.tag, dict.fromkeys(self.values))
+        return placed_like(self, _Plant(self.scope, _names_in(self.values)))
 
     def signature(self) -> Hashable:
-        return "plant", self.tag, frozenset(self.values)
+        names = _names_in(self.values) if self.scope.nested else frozenset(self.values)
+        return "plant", self.scope, _hashable(names) if self.scope.nested else names
+
+
+def _names_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict without its values."""
+    return {
+        name: _names_in(value) if isinstance(value, Mapping) else None
+        for name, value in values.items()
+    }
+
+
+def _hashable(names: Mapping[str, Any] | None) -> Hashable:
+    if names is None:
+        return None
+    return frozenset((name, _hashable(inner)) for name, inner in names.items())
 
 
 def _is_stacked(site: Site, leaf: Any, wanted: Any) -> bool:
@@ -287,8 +363,8 @@ def _mismatch(site: Site, value: Any, made: str) -> Exception:
     found = Site("plant", "", "", "", jax.tree.structure(value), types_of(_leaves(value)))
     return PlantMismatchError(
         message(
-            f"The value planted as {site.name!r} is {found.shown()}, and what is sown there is"
-            f" {site.shown()}.",
+            f"The value planted as {site.full_name()!r} is {found.shown()}, and what is sown there"
+            f" is {site.shown()}.",
             fix=f"""
             out, sown = jaxstate.reap(f)(x)
             jaxstate.plant(f)({{{site.name!r}: 2 * sown[{site.name!r}]}}, x)    # of that type
@@ -303,8 +379,8 @@ def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
     planted = jax.tree.leaves(value)[0]
     return PlantMismatchError(
         message(
-            f"{site.name!r} is sown {times} with mode='append' as {site.shown()}, and a value of"
-            f" shape {jnp.shape(planted)} was planted.",
+            f"{site.full_name()!r} is sown {times} with mode='append' as {site.shown()}, and a"
+            f" value of shape {jnp.shape(planted)} was planted.",
             fix=f"""
             jaxstate.plant(f)({{{site.name!r}: jnp.stack(values)}}, x)    # one for each time
             """,
@@ -314,12 +390,22 @@ def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
     )
 
 
-def plant(fn: Callable[P, R], tag: str = "sown") -> Callable[Concatenate[Mapping[str, Any], P], R]:
+def plant(
+    fn: Callable[P, R],
+    tag: str = "sown",
+    *,
+    nested: bool = False,
+    allow: Iterable[str | Path] | None = None,
+    block: Iterable[str | Path] | None = None,
+) -> Callable[Concatenate[Mapping[str, Any], P], R]:
     """Makes a function in which values that are sown are replaced by given ones.
 
     Args:
       fn: a function that calls `sow`, at any depth, inside any transformation.
       tag: which of them to replace.
+      nested: whether the values are in a nested dict, as `reap` with ``nested=True`` gives it.
+      allow: replaces only these; as for `reap`.
+      block: does not replace these.
 
     Returns:
       A function ``(values, *args, **kwargs) -> fn(*args, **kwargs)``, where ``values`` is a dict
@@ -333,7 +419,7 @@ def plant(fn: Callable[P, R], tag: str = "sown") -> Callable[Concatenate[Mapping
     Raises:
       PlantMismatchError: if a value has another structure, shape or dtype than what is sown, or
         another number of values with ``mode="append"``.
-      TypeError: if ``values`` is no dict.
+      TypeError: if ``values`` is no dict, or ``allow`` or ``block`` no list of names and paths.
 
     >>> import jax, jax.numpy as jnp, jaxstate
     >>> def f(x):
@@ -344,12 +430,14 @@ def plant(fn: Callable[P, R], tag: str = "sown") -> Callable[Concatenate[Mapping
     10.0
     """
 
+    scope = Scope.given("plant", tag, nested, allow, block)
+
     @functools.wraps(fn)
     def planted(values: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> R:
         if not isinstance(values, Mapping):
             raise TypeError(f"plant wants a dict from names to values first, not {values!r}.")
-        holder = _Plant(tag, values)
-        with open_holder(holder):
+        holder = _Plant(scope, values)
+        with holder.opened():
             out = fn(*args, **kwargs)
             holder.check_counts()
             return out

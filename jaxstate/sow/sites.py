@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 from jaxstate import _jax
 from jaxstate.core.resolve import destination
-from jaxstate.core.slots import Address, AllLanes, Holder, holders
+from jaxstate.core.slots import Address, AllLanes, Holder, holders, open_holder
 from jaxstate.errors import (
     BranchSowError,
     ClosedStateError,
@@ -31,13 +32,17 @@ from jaxstate.errors import (
     UnsupportedPrimitiveError,
     message,
 )
+from jaxstate.params.paths import Path, program
+from jaxstate.params.places import following, path_since
 
 __all__ = [
+    "Scope",
     "Site",
     "SownAddress",
     "SownHolder",
     "holder_of",
     "numbered",
+    "placed_like",
     "reaps_inside",
     "types_of",
 ]
@@ -55,6 +60,9 @@ class Site(NamedTuple):
       n: how many events of the name were before it in the same place.
       reaps: for ``plant``, how many calls of ``reap`` inside of it are around the event. What they
         hand on may be sown again, as another event.
+      path: of the module or scope that sows, for a ``reap`` or ``plant`` that is nested.
+      at: the `SownHolder.ordinal` of that ``reap`` or ``plant``, if it is not the innermost one
+        that may want the name.
     """
 
     kind: Kind
@@ -65,6 +73,8 @@ class Site(NamedTuple):
     types: tuple[Any, ...]
     n: int = 0
     reaps: int = 0
+    path: Path | None = None
+    at: int | None = None
 
     def over(self, *sizes: int) -> Site:
         """The event as seen from outside of loops or lanes."""
@@ -75,10 +85,62 @@ class Site(NamedTuple):
         """One address per leaf."""
         return [SownAddress(self, leaf, made) for leaf in range(len(self.types))]
 
+    def full_name(self) -> str:
+        """The name, after the path if there is one."""
+        return "/".join((*(self.path or ()), self.name))
+
     def shown(self) -> str:
         """The value's structure, with the types of the leaves."""
         leaves = [_Shown(t.str_short()) for t in self.types]
         return str(self.tree.unflatten(leaves[: self.tree.num_leaves]))
+
+
+class Scope(NamedTuple):
+    """What a ``reap`` or ``plant`` is about.
+
+    Attributes:
+      tag: which calls of ``sow``.
+      nested: whether values are in a nested dict, by path.
+      allow: paths that are wanted, or None for all.
+      block: paths that are not.
+    """
+
+    tag: str
+    nested: bool
+    allow: tuple[Path, ...] | None
+    block: tuple[Path, ...]
+
+    @classmethod
+    def given(cls, function: str, tag: str, nested: bool, allow: Any, block: Any) -> Scope:
+        """From the arguments of ``reap`` or ``plant``."""
+        return cls(
+            tag,
+            nested,
+            None if allow is None else _paths(function, "allow", allow),
+            () if block is None else _paths(function, "block", block),
+        )
+
+    @property
+    def chooses(self) -> bool:
+        return self.allow is not None or bool(self.block)
+
+    def wants(self, path: Path) -> bool:
+        """Whether a value of that path and name is wanted."""
+
+        def is_listed(paths: tuple[Path, ...]) -> bool:
+            return any(p == path[-1:] or p == path[: len(p)] for p in paths)
+
+        return (self.allow is None or is_listed(self.allow)) and not is_listed(self.block)
+
+
+def _paths(function: str, argument: str, given: Any) -> tuple[Path, ...]:
+    paths = None if isinstance(given, str) else tuple(given)
+    if paths is None or not all(isinstance(p, (str, tuple)) for p in paths):
+        raise TypeError(
+            f"{function} wants a list of names and paths as {argument}, and was given {given!r}.\n"
+            f'To mend it:\n    jaxstate.{function}(f, {argument}=["hidden", "encoder/dense"])'
+        )
+    return tuple([tuple(p.split("/")) if isinstance(p, str) else p for p in paths])
 
 
 def types_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -87,10 +149,18 @@ def types_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(_jax.ShapedArray(aval.shape, aval.dtype) for aval in avals)
 
 
-def holder_of(kind: Kind, tag: str, name: str) -> Holder | None:
-    """The innermost ``reap`` or ``plant`` that is open and wants what is sown."""
-    address = SownAddress(Site(kind, tag, name, "", None, ()), 0, "")
-    return next((holder for holder in holders() if holder.knows(address)), None)
+def holder_of(kind: Kind, tag: str, name: str) -> tuple[SownHolder, int | None] | None:
+    """The innermost ``reap`` or ``plant`` that is open and wants what is sown here, and `Site.at`.
+
+    It is asked where the value is sown: only there is all of its path known.
+    """
+    passed = False
+    for holder in holders():
+        if isinstance(holder, SownHolder) and (holder.kind, holder.tag) == (kind, tag):
+            if holder.wants(name):
+                return holder, holder.ordinal if passed else None
+            passed = passed or holder.may_want(name)
+    return None
 
 
 def reaps_inside(plant: Holder, tag: str) -> int:
@@ -131,14 +201,14 @@ class SownAddress(Address):
         return hash((self.site, self.leaf))
 
     def __repr__(self) -> str:
-        return f"the value sown as {self.site.name!r}"
+        return f"the value sown as {self.site.full_name()!r}"
 
     @property
     def per_step(self) -> Hashable:  # type: ignore[override]
         site = self.site
         if site.mode != "append":
             return None
-        return site.kind, site.tag, site.name, site.reaps, self.leaf
+        return site.kind, site.tag, site.path, site.at, site.name, site.reaps, self.leaf
 
     def aval(self) -> Any:
         return self.site.types[self.leaf]
@@ -230,7 +300,51 @@ class SownHolder(Holder):
     """What ``reap`` and ``plant`` have in common.
 
     In a vmap every lane sows its own value, and outside all of them are one slot.
+
+    Attributes:
+      depth: in how many modules and scopes the program was when it was opened.
+      ordinal: how many of its kind and tag were open before.
     """
+
+    kind: Kind
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.scope = scope
+        self.tag = scope.tag
+        self.depth = len(program.entries)
+        same = (self.kind, self.tag)
+        self.ordinal = sum(isinstance(h, SownHolder) and (h.kind, h.tag) == same for h in holders())
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, SownAddress):
+            return False
+        site = address.site
+        if (site.kind, site.tag) != (self.kind, self.tag):
+            return False
+        return self.may_want(site.name) if site.at is None else site.at == self.ordinal
+
+    def may_want(self, name: str) -> bool:
+        """Whether it wants the name, wherever it is sown."""
+        return True
+
+    def wants(self, name: str) -> bool:
+        """Whether it wants the name, sown here."""
+        if not self.may_want(name):
+            return False
+        return not self.scope.chooses or self.scope.wants((*self.path(), name))
+
+    def path(self) -> Path:
+        """The path of the program, relative to where the function was called."""
+        return path_since(self.depth)
+
+    def opened(self) -> ExitStack:
+        """A context in which it is open."""
+        stack = ExitStack()
+        stack.enter_context(open_holder(self))
+        if self.scope.nested or self.scope.chooses:
+            stack.enter_context(following())
+        return stack
 
     def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> AllLanes | None:
         assert isinstance(address, SownAddress)
@@ -249,6 +363,12 @@ class SownHolder(Holder):
                 used=_jax.user_location(),
             )
         )
+
+
+def placed_like(holder: SownHolder, copy: Any) -> Any:
+    """``copy``, which stands for ``holder`` elsewhere."""
+    copy.depth, copy.ordinal = holder.depth, holder.ordinal
+    return copy
 
 
 # -- Numbers ---------------------------------------------------------------------------------
@@ -279,7 +399,7 @@ def numbered(site: Site, made: str, leaf: int | None = None) -> Site:
     notes, vmaps = destination(SownAddress(site, 0, made).holder())
     lanes = [_jax.lane_count(t) for t in vmaps if not _jax.lanes_are_directions(t)]
     outside = site.over(*reversed(lanes))._replace(n=0)
-    key = "sown", site.kind, site.tag, site.name, site.reaps
+    key = "sown", site.kind, site.tag, site.path, site.at, site.name, site.reaps
     record = notes.get(key)
     if record is None:
         record = notes[key] = _Record(site, outside, made)

@@ -1,0 +1,135 @@
+"""Where the program is, for the program: `path`, and what follows the path.
+
+The modules and scopes that the program is in are known to it by name before their names are given
+out (`paths.NameTables.path_now`). A jaxpr that was traced in one scope may be used in another. So
+what depends on the path makes it a part of JAX's cache keys, as long as it is open (`following`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from jaxstate.core.resolve import innermost_boundary
+from jaxstate.core.slots import Holder, around_functions, signature_changed, signature_parts
+from jaxstate.params.paths import Entered, Path, PathElement, Root, program
+
+__all__ = ["following", "path", "path_of", "path_since"]
+
+
+def path() -> tuple[str, ...]:
+    """The modules and scopes that the program is in, by name, outermost first.
+
+    In ``init`` and ``apply`` it begins with those that the program was in when it called them; what
+    comes then is the path of the parameters that the program makes there. The layers of a `stack`
+    are in ``(..., "stack", "layers")``.
+
+    A module that has not used a parameter or variable yet has no name. It is told the one that it
+    would get, which is another one only if a module of the same name comes before it with its
+    first parameter.
+
+    >>> import jax, jaxstate
+    >>> @jaxstate.parametrized
+    ... def layer(x):
+    ...     print("/".join(jaxstate.path()))
+    ...     return x * jaxstate.param("w", jax.nn.initializers.ones, ())
+    >>> @jaxstate.parametrized
+    ... def net(x):
+    ...     with jaxstate.scope("encoder"):
+    ...         return layer(x)
+    >>> y = net.apply({"encoder": {"layer": {"w": 2.0}}}, 1.0)
+    encoder/layer
+    """
+    entries = program.entries
+    if entries and not program.is_followed:
+        boundary = innermost_boundary()
+        if any(entered.place is not boundary for entered in entries):
+            # This jaxpr may be used in another scope: from now on, it is traced again there.
+            type(program).always_followed = True
+    return path_of(entries)
+
+
+def path_of(entries: Sequence[Entered]) -> Path:
+    """The names of levels that the program is in, of all there are from the outermost."""
+    names: Path = ()
+    start = 0
+    for i in range(len(entries), 0, -1):
+        told = entries[i - 1].told
+        if told is not None:
+            names, start = told, i
+            break
+    for i in range(start + 1, len(entries) + 1):
+        if i < len(entries):
+            store = entries[i].store
+            if store is entries[start].store and not isinstance(entries[i].level, Root):
+                continue
+        names += _names_in_store(entries[start:i])
+        start = i
+    return names
+
+
+def _names_in_store(entries: Sequence[Entered]) -> Path:
+    levels = [entered.level for entered in entries]
+    if not levels or entries[0].store is None:
+        return tuple([level.base for level in levels])
+    store = entries[0].store
+    return store.layers().path_now(levels, store.is_given)
+
+
+def path_since(n: int) -> Path:
+    """The path, relative to where the program was when it was in ``n`` levels."""
+    before, now = path_of(program.entries[:n]), path_of(program.entries)
+    return now[len(before) :] if now[: len(before)] == before else now
+
+
+@contextmanager
+def following() -> Iterator[None]:
+    """For a while, functions are traced for each scope in which they are used."""
+    program.followers += 1
+    signature_changed()
+    try:
+        yield
+    finally:
+        program.followers -= 1
+        signature_changed()
+
+
+# The functions of a custom derivative rule run when JAX likes, and are where they are first called.
+_places: WeakKeyDictionary[Holder, list[Entered]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _as_first_called(holder: Holder) -> Iterator[None]:
+    now, known = program.entries, _places.get(holder)
+    if known is None:
+        if program.is_followed and now:
+            _places[holder] = [_told(path_of(now[: i + 1])) for i in range(len(now))]
+        yield
+        return
+    program.entries = list(known)
+    try:
+        yield
+    finally:
+        program.entries = now
+
+
+def _told(path: Path) -> Entered:
+    entered = Entered(None, PathElement("", None), None)
+    entered.told = path
+    return entered
+
+
+around_functions.append(_as_first_called)
+
+
+def _signature() -> Hashable:
+    if not program.is_followed or not program.entries:
+        return None
+    store = program.entries[-1].store
+    # A jitted function that makes a module makes another one in its next call.
+    n = 0 if store is None else sum(len(layer.paths) for layer in store.layers().layers)
+    return "path", path_of(program.entries), n
+
+
+signature_parts.append(_signature)
