@@ -137,7 +137,8 @@ class Node:
     """One object as it was when it was looked at."""
 
     __slots__ = (
-        "entries", "keys", "names", "object", "order", "parent", "place", "values", "with_leaves"
+        "entries", "keys", "names", "object", "order", "parent", "place", "ranks", "values",
+        "with_leaves",
     )  # fmt: skip
 
     def __init__(self, x: Any, parent: int, place: int) -> None:
@@ -149,12 +150,14 @@ class Node:
         self.values: list[Any] = []
         self.entries: list[Entry] = []
         self.order: list[int] | None = None  # in which the graph has the parts
+        self.ranks: list[int] | None = None  # the places of the parts in this order
         self.with_leaves: list[int] = []  # the parts that are, or are made of, arrays
 
     def copy(self) -> Node:
         other = Node(self.object, self.parent, self.place)
         other.names, other.keys, other.values = self.names, self.keys, self.values[:]
-        other.entries, other.order, other.with_leaves = self.entries, self.order, self.with_leaves
+        other.entries, other.with_leaves = self.entries, self.with_leaves
+        other.order, other.ranks = self.order, self.ranks
         return other
 
     def entry_of(self, names: Any, keys: Any, place: int) -> Entry | None:
@@ -223,8 +226,8 @@ class Walk:
         return Record(type(node.object), tuple(names), keys, tuple(entries), node.parent, place)
 
     def _rank(self, number: int, place: int) -> int:
-        order = self.nodes[number].order if number >= 0 else None
-        return order.index(place) if order else place
+        ranks = self.nodes[number].ranks if number >= 0 else None
+        return ranks[place] if ranks else place
 
     def label_of_part(self, number: int, place: int) -> str:
         """How the program gets to the part number ``place`` of an object."""
@@ -284,6 +287,8 @@ class Walk:
         n = len(node.names)
         children = children_names(x, node.names, node.values) if n else ()
         node.order = order = _order(type(x), node.names, node.keys)
+        if order:
+            node.ranks = sorted(range(len(order)), key=order.__getitem__)
         node.entries = [(STATIC,)] * len(node.values)
         for i in order or range(len(node.values)):
             is_static = static or (i < n and node.names[i] not in children)
