@@ -168,7 +168,8 @@ class Frame:
         if not found.nodes or not self.walk.nodes:
             return
         known = {_likeness(self.walk, node) for node in self.walk.nodes if node.with_leaves}
-        copies = [n.object for n in found.nodes if n.with_leaves and _likeness(found, n) in known]
+        others = [n for n in found.nodes if self.session.walk.find(n.object) is None]
+        copies = [n.object for n in others if n.with_leaves and _likeness(found, n) in known]
         if copies:
             self.copies.append(Walk(copies))
             self.session.detached = [*self.session.detached, *copies]

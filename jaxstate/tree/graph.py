@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.tree import objects
+from jaxstate.tree import objects, problems
 from jaxstate.tree.objects import MADE, NODE, STATIC, children_names, kind_of, parts_of, put
 
 LEAF = "leaf"
@@ -190,8 +191,8 @@ class Walk:
     """
 
     __slots__ = (
-        "_before", "_clock", "_memo", "avals", "graph", "leaves", "nodes", "notes", "places",
-        "roots", "versions",
+        "_before", "_clock", "_memo", "_weak", "avals", "graph", "leaves", "nodes", "notes",
+        "places", "roots", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -205,7 +206,9 @@ class Walk:
         self.avals: list[Any] = []
         self._before = before
         self._memo: dict[int, int] = {}
+        self._weak: list[tuple[int, int]] = []
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
+        self._find_referents()
         records = [self._record(node) for node in self.nodes]
         places = tuple([(n, self._rank(n, place)) for n, place in self.places])
         self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals), places)
@@ -252,7 +255,19 @@ class Walk:
         if objects.is_trace_note(x):
             self.notes.append((node, place))
             return (STATIC, TraceNote(x))
+        if isinstance(x, objects.WEAK) and node >= 0:
+            self._weak.append((node, place))
         return (STATIC, Static(x))
+
+    def _find_referents(self) -> None:
+        """Weak references to the objects are to them, also in a copy."""
+        for n, place in self._weak:
+            x = self.nodes[n].values[place]
+            if type(x) is not weakref.ref:
+                if any(self.find(y) for y in objects.referents(x)):
+                    raise problems.held_weakly(type(x))
+            elif (number := self.number_of(x())) is not None:
+                self.nodes[n].entries[place] = (MADE, objects.Weak(), ((NODE, number),))
 
     def _leaf(self, x: Any, aval: Any, node: int, place: int) -> Entry:
         if getattr(aval, "weak_type", False):

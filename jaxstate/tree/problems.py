@@ -95,6 +95,14 @@ def tracer_left(label: str, value: Any) -> Exception:
     )
 
 
+def held_weakly(cls: type) -> Exception:
+    return TypeError(
+        f"mutate copies the objects of the tree, and cannot copy a {cls.__name__} of them.\n"
+        "To mend it:\n    parent.child = weakref.ref(child)      # a weak reference, or a plain"
+        " container"
+    )
+
+
 def lanes_differ(label: str, made: str, lanes: int) -> Exception:
     return LaneWriteError(
         message(
