@@ -173,6 +173,14 @@ class Node:
         except (ValueError, IndexError, AttributeError):
             return None
 
+    def changed_part(self) -> str | None:
+        """How a program writes a part of the object that is another one by now, or is gone."""
+        names, keys, values = parts_of(self.object)
+        before = {objects.label(self.names, self.keys, i): x for i, x in enumerate(self.values)}
+        after = {objects.label(names, keys, i): x for i, x in enumerate(values)}
+        parts = [p for p in {**before, **after} if before.get(p, self) is not after.get(p, self)]
+        return parts[0] if parts else None
+
     def fill(self, values: list[Any]) -> None:
         objects.fill(self.object, self.names, self.keys, values)
 
