@@ -2351,9 +2351,8 @@ def wrap_copied_arguments(
         if isinstance(trace, DIFFERENTIATING):
             if caller.f_globals is ad.__dict__:
                 notice(tree, None)
-        elif isinstance(trace, StagingTrace) and traced_for(trace) == "closure_convert":
-            if caller.f_globals is pe.__dict__:
-                notice(tree, caller)
+        elif isinstance(trace, StagingTrace) and caller.f_globals is pe.__dict__:
+            notice(tree, caller)
         return tree
 
     def noticing(plain: Any) -> Any:

@@ -40,6 +40,8 @@ class Copy(NamedTuple):
 def note_arguments(session: Session, arguments: Any, call: Any) -> None:
     """JAX calls a function with these arguments. Copies of objects among them are noted."""
     frame = session.frames[-1] if session.frames else None
+    if frame is not None and frame.stages and not frame.hands_copies:
+        return
     found = Walk([arguments])
     if not any(node.with_leaves for node in found.nodes):
         return
@@ -48,11 +50,11 @@ def note_arguments(session: Session, arguments: Any, call: Any) -> None:
     classes = {type(n.object) for n in nodes}
     known = [
         (walk.graph.label_of_node(i), n)
-        for i, n in enumerate(walk.nodes)
+        for i, n in reversed(list(enumerate(walk.nodes)))  # the first counts, if some are alike
         if n.with_leaves and type(n.object) in classes
     ]
     labels = {_contents(walk, n): label for label, n in known}
-    if frame is not None and frame.hands_copies:
+    if frame is not None and frame.stages:
         labels |= {_structure(n): label for label, n in known}
     copies = []
     for n in nodes:

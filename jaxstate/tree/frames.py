@@ -41,7 +41,13 @@ _ONCE = {
     "custom_jvp fun", "custom_vjp fun",
 }  # fmt: skip
 
-_WITH_COPIES = {"closure_convert", "custom_jvp fun", "custom_vjp fun"}
+# Functions that get copies of objects that are operands. (Those of loops and branches get the
+# objects themselves, and what `make_jaxpr` and `eval_shape` trace is not run.)
+_WITH_COPIES = {
+    "closure_convert", "custom_jvp fun", "custom_jvp jvp", "custom_vjp fun", "custom_vjp fwd",
+    "custom_gradient fwd", "custom_vmap fun", "custom_vmap rule", "linear_transpose",
+    "linear_call fun", "compute_on",
+}  # fmt: skip
 _LOOPS = {"scan", "while_body", "while_cond", "fori_loop"}
 
 
