@@ -36,7 +36,8 @@ FLOORS = {
         "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",
     ],
     "tree": [
-        "objects", "problems", "graph", "addresses", "entry", "session", "frames", "operands",
+        "objects", "problems", "graph", "addresses", "entry", "session", "copies", "frames",
+        "operands",
         "boundaries", "frozen", "mutate",
     ],
     "": [],

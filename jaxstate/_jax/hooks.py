@@ -17,12 +17,16 @@ import numpy as np
 from jax._src import (
     ad_checkpoint,
     api,
+    api_util,
     config,
     core,
+    custom_batching,
     custom_derivatives,
     dispatch,
     dtypes,
     pjit,
+    pmap,
+    shard_map,
     sharding_impls,
     stages,
     tree_util,
@@ -622,22 +626,60 @@ def wrap_checkpoint_operands(convert: Callable[[Any], Any]) -> None:
     )
 
 
-def wrap_copied_arguments(notice: Callable[[Any], None]) -> None:
-    """Calls ``notice(arguments)`` with the arguments that JAX puts together of the tracers of a
-    derivative or a vmap, before it calls a function with them."""
+def wrap_copied_arguments(
+    notice: Callable[[Any, Any], None], notice_result: Callable[[Any, Any], None]
+) -> None:
+    """Calls ``notice(arguments, call)`` with the arguments that JAX puts together for a function
+    that it differentiates, maps, converts or runs on devices, or that has a rule of its own, before
+    it calls the function, and ``notice_result(result, call)`` after that. ``call`` is the frame
+    that does so, and None (without a second call) where the function is differentiated or mapped.
+    """
     cls = tree_util.FlatTree if flattree is None else flattree.FlatTree
-    unflatten, tree_unflatten = cls.unflatten, batching.tree_unflatten
+    plain_unflatten = cls.unflatten
 
-    def flat_tree_unflatten(flat: Any, *args: Any, **kwargs: Any) -> Any:
-        tree = unflatten(flat, *args, **kwargs)
-        if isinstance(core.trace_ctx.trace, DIFFERENTIATING):
-            notice(tree)
+    def unflatten(flat: Any, *args: Any, **kwargs: Any) -> Any:
+        tree = plain_unflatten(flat, *args, **kwargs)
+        trace, caller = core.trace_ctx.trace, sys._getframe(1)
+        if isinstance(trace, DIFFERENTIATING):
+            if caller.f_globals is ad.__dict__:
+                notice(tree, None)
+        elif isinstance(trace, StagingTrace) and caller.f_globals is pe.__dict__:
+            notice(tree, caller)
         return tree
 
-    def unflatten_for_vmap(*args: Any) -> Any:
-        tree = tree_unflatten(*args)
-        if isinstance(core.trace_ctx.trace, BatchTrace):
-            notice(tree)
-        return tree
+    def noticing(plain: Any) -> Any:
+        def noticing_unflatten(*args: Any) -> Any:
+            tree = plain(*args)
+            caller = sys._getframe(1)
+            if caller.f_code.co_name in _WITH_ARGUMENTS:
+                notice(tree, None if caller.f_globals is batching.__dict__ else caller)
+            return tree
 
-    cls.unflatten, batching.tree_unflatten = flat_tree_unflatten, unflatten_for_vmap
+        return noticing_unflatten
+
+    def noticing_result(plain: Any) -> Any:
+        def noticing_flatten(tree: Any, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            others = caller.f_locals if caller.f_code.co_name in _OF_TWO_RESULTS else {}
+            notice_result((tree, others.get("res"), others.get("py_tangents_out")), caller)
+            return plain(tree, *args, **kwargs)
+
+        return noticing_flatten
+
+    cls.unflatten = unflatten
+    for module in (api_util, batching, custom_derivatives, custom_batching, pmap, shard_map):
+        module.tree_unflatten = noticing(module.tree_unflatten)
+        if module not in (shard_map, batching):
+            module.tree_flatten = noticing_result(module.tree_flatten)
+    for module in (shard_map, pe):
+        name = "ft" if hasattr(module, "ft") else "FlatTree"
+        plain = getattr(module, name)
+        setattr(module, name, _Wrapped(plain, flatten=noticing_result(plain.flatten)))
+
+
+# Functions of JAX that call those of the program, and put the arguments of these together.
+_WITH_ARGUMENTS = {
+    "flatten_fun", "flatten_fun_nokwargs", "_flatten_fun_nokwargs", "flatten_fun_for_vmap",
+    "_flatten_jvp", "_flatten_fwd", "custom_vmap_batching", "f_wrapped", "_fun",
+}  # fmt: skip
+_OF_TWO_RESULTS = {"_flatten_jvp", "_flatten_fwd"}

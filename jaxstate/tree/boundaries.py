@@ -21,6 +21,7 @@ from jaxstate.arrays.array import objects as objects_in_place
 from jaxstate.core import discharge, slots
 from jaxstate.core.slots import Holder, signature_changed
 from jaxstate.rules import jitted
+from jaxstate.tree.copies import note_arguments, note_result
 from jaxstate.tree.frames import Frame
 from jaxstate.tree.operands import (
     around_control_flow,
@@ -195,12 +196,12 @@ def _result_of(kind: str, result: Any) -> Any:
     return result_of_trace(kind, result)
 
 
-def _notice_arguments(arguments: Any) -> None:
-    current = _jax.current_trace()
-    for session in sessions():
-        frame = session.frames[-1] if session.frames else None
-        if frame is not None and frame.trace is current and not frame.stages:
-            frame.note_arguments(arguments)
+def _of_every_session(do: Any) -> Any:
+    def of_every(*args: Any) -> None:
+        for session in sessions():
+            do(session, *args)
+
+    return of_every
 
 
 @functools.cache
@@ -208,7 +209,7 @@ def install() -> None:
     """Hooks into JAX, when the first tree is there."""
     _jax.wrap_current_trace(_enter, _leave)
     _jax.wrap_tracing(_around_tracing, _result_of)
-    _jax.wrap_copied_arguments(_notice_arguments)
+    _jax.wrap_copied_arguments(_of_every_session(note_arguments), _of_every_session(note_result))
     _jax.wrap_control_flow(around_control_flow)
     _jax.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
     _jax.around_inference(_around_inference)

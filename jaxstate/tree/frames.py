@@ -31,7 +31,7 @@ from jaxstate.core.slots import Holder
 from jaxstate.tree import problems
 from jaxstate.tree.addresses import FLAG, Change, LeafAddress, NewLeaf, Shape
 from jaxstate.tree.entry import Entry
-from jaxstate.tree.graph import LEAF, Node, TraceNote, Walk, first_difference, fitted, mentions
+from jaxstate.tree.graph import TraceNote, Walk, first_difference, fitted, mentions
 from jaxstate.tree.objects import MADE
 from jaxstate.tree.session import Session, publishes
 
@@ -41,8 +41,14 @@ _ONCE = {
     "custom_jvp fun", "custom_vjp fun",
 }  # fmt: skip
 
+# Functions that get copies of objects that are operands. (Those of loops and branches get the
+# objects themselves, and what `make_jaxpr` and `eval_shape` trace is not run.)
+_WITH_COPIES = {
+    "closure_convert", "custom_jvp fun", "custom_jvp jvp", "custom_vjp fun", "custom_vjp fwd",
+    "custom_gradient fwd", "custom_vmap fun", "custom_vmap rule", "linear_transpose",
+    "linear_call fun", "compute_on",
+}  # fmt: skip
 _LOOPS = {"scan", "while_body", "while_cond", "fori_loop"}
-_UNDER = "a loop, a derivative or a vmap"
 
 
 class Frame:
@@ -55,7 +61,6 @@ class Frame:
       walk: the objects at the beginning.
       entries: what was put in the place of the arrays then.
       writes: what the function has written, for the rule.
-      copies: of objects, which the function was given instead of these.
     """
 
     def __init__(self, session: Session, trace_: Any, rule: Holder | None = None) -> None:
@@ -69,10 +74,10 @@ class Frame:
         self.called = session.called
         self.walk = walk = session.refresh()
         if not walk.graph.has_structure_of(session.graph):
-            raise problems.closed("the tree")  # a rule that runs after `mutate`
+            raise problems.another_structure("the tree")
         self._source: Any = None
         self._numbers: dict[int, int] | None = None
-        self.copies: list[Walk] = []
+        self._copies = len(session.copies)
         self.writes: list[Any] = []
         if self.stages and rule is None:
             resolve.notes_of(trace_)
@@ -104,6 +109,7 @@ class Frame:
         if self.rule is not None:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
+        address.holder()  # which a kernel refuses
         self._source = source = self._source or _jax.current_source()
         captured = _jax.new_const(self.trace, StateTracer(address, aval), source)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
@@ -140,7 +146,8 @@ class Frame:
                 return
             replaced: list[int] = []
             try:
-                self._check_copies()
+                for copy in self.session.copies[self._copies :]:
+                    copy.check()
                 if self.stages:
                     replaced = self._write()
                 else:
@@ -157,30 +164,10 @@ class Frame:
                     raise problems.held_outside(self.walk.graph.label_of_node(n))
         finally:
             self.session.called, self.session.added = self.called, []
-            self.copies, self.writes, self.function = [], [], None
+            self.writes, self.function = [], None
+            del self.session.copies[self._copies :]
             if self.stages:
                 self.entries = []  # or they would keep each other alive
-
-    def note_arguments(self, arguments: Any) -> None:
-        """A derivative or a vmap gives its function copies of its arguments. What the function
-        assigns to a copy of one of the objects would be lost."""
-        found = Walk([arguments])
-        if not found.nodes or not self.walk.nodes:
-            return
-        known = {_likeness(self.walk, node) for node in self.walk.nodes if node.with_leaves}
-        copies = [n.object for n in found.nodes if n.with_leaves and _likeness(found, n) in known]
-        if copies:
-            self.copies.append(Walk(copies))
-            self.session.detached = [*self.session.detached, *copies]
-
-    def _check_copies(self) -> None:
-        for walk in self.copies:
-            leaves = list(walk.leaves)
-            if not walk.is_current(walk.roots):
-                raise problems.copy_written(first_difference(walk, Walk(walk.roots)), _UNDER)
-            for i, (old, new) in enumerate(zip(leaves, walk.leaves, strict=True)):
-                if old is not new:
-                    raise problems.copy_written(walk.graph.label(i), _UNDER)
 
     def restore(self) -> None:
         """Makes the objects what they were at the beginning."""
@@ -247,6 +234,7 @@ class Frame:
         if self.rule is not None:
             self.writes.append((address, value))
             return
+        address.holder()
         self._source = self._source or _jax.current_source()
         params, effects = dict(address=address), {resolve.state_effect}
         _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, self._source)
@@ -254,6 +242,13 @@ class Frame:
     @property
     def runs_once(self) -> bool:
         return self.rule is None and _jax.traced_for(self.trace) in _ONCE
+
+    @property
+    def hands_copies(self) -> bool:
+        """Whether the function gets copies of objects that are operands, and no references."""
+        if self.rule is not None:
+            return True
+        return self.stages and _jax.traced_for(self.trace) in _WITH_COPIES
 
     @property
     def is_loop(self) -> bool:
@@ -314,14 +309,6 @@ class Frame:
             lanes = _jax.lane_count(self.trace)
             raise problems.lanes_differ(label, self.session.made, lanes)
         return value
-
-
-def _likeness(walk: Walk, node: Node) -> Any:
-    """What an object and a copy of it have in common: the class, and the arrays it is made of."""
-    leaves = [e[1] for e in node.entries if e[0] is LEAF]
-    contents = [_jax.content(walk.leaves[i]) for i in leaves]
-    contents = [x.value_if_used() if isinstance(x, Entry) else x for x in contents]
-    return type(node.object), frozenset(map(id, contents))  # (JAX puts dicts in another order)
 
 
 _OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _jax.Tracer, str)

@@ -69,8 +69,14 @@ def _guarded(original: Any, plain: Any) -> Any:
     def guarded(self: Any, *args: Any) -> None:
         try:
             original(self, *args)
-        except AttributeError:
+        except AttributeError as error:
             if not _is_live(self):
+                if sessions():
+                    error.add_note(
+                        "The object is none that jaxstate.mutate has given, but a copy of one, as"
+                        " jax.tree.map makes it.\nTo mend it:\n    assign to the object of the"
+                        " tree, which the function closes over"
+                    )
                 raise
             plain(self, *args)
 

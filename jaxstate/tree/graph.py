@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.tree import objects
+from jaxstate.tree import objects, problems
 from jaxstate.tree.objects import MADE, NODE, STATIC, children_names, kind_of, parts_of, put
 
 LEAF = "leaf"
@@ -137,7 +138,8 @@ class Node:
     """One object as it was when it was looked at."""
 
     __slots__ = (
-        "entries", "keys", "names", "object", "order", "parent", "place", "values", "with_leaves"
+        "entries", "keys", "names", "object", "order", "parent", "place", "ranks", "values",
+        "with_leaves",
     )  # fmt: skip
 
     def __init__(self, x: Any, parent: int, place: int) -> None:
@@ -149,12 +151,14 @@ class Node:
         self.values: list[Any] = []
         self.entries: list[Entry] = []
         self.order: list[int] | None = None  # in which the graph has the parts
+        self.ranks: list[int] | None = None  # the places of the parts in this order
         self.with_leaves: list[int] = []  # the parts that are, or are made of, arrays
 
     def copy(self) -> Node:
         other = Node(self.object, self.parent, self.place)
         other.names, other.keys, other.values = self.names, self.keys, self.values[:]
-        other.entries, other.order, other.with_leaves = self.entries, self.order, self.with_leaves
+        other.entries, other.with_leaves = self.entries, self.with_leaves
+        other.order, other.ranks = self.order, self.ranks
         return other
 
     def entry_of(self, names: Any, keys: Any, place: int) -> Entry | None:
@@ -168,6 +172,14 @@ class Node:
             return self.entries[len(self.names) + place]
         except (ValueError, IndexError, AttributeError):
             return None
+
+    def changed_part(self) -> str | None:
+        """How a program writes a part of the object that is another one by now, or is gone."""
+        names, keys, values = parts_of(self.object)
+        before = {objects.label(self.names, self.keys, i): x for i, x in enumerate(self.values)}
+        after = {objects.label(names, keys, i): x for i, x in enumerate(values)}
+        parts = [p for p in {**before, **after} if before.get(p, self) is not after.get(p, self)]
+        return parts[0] if parts else None
 
     def fill(self, values: list[Any]) -> None:
         objects.fill(self.object, self.names, self.keys, values)
@@ -187,8 +199,8 @@ class Walk:
     """
 
     __slots__ = (
-        "_before", "_clock", "_memo", "avals", "graph", "leaves", "nodes", "notes", "places",
-        "roots", "versions",
+        "_before", "_clock", "_memo", "_weak", "avals", "graph", "leaves", "nodes", "notes",
+        "places", "roots", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -202,7 +214,9 @@ class Walk:
         self.avals: list[Any] = []
         self._before = before
         self._memo: dict[int, int] = {}
+        self._weak: list[tuple[int, int]] = []
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
+        self._find_referents()
         records = [self._record(node) for node in self.nodes]
         places = tuple([(n, self._rank(n, place)) for n, place in self.places])
         self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals), places)
@@ -223,8 +237,8 @@ class Walk:
         return Record(type(node.object), tuple(names), keys, tuple(entries), node.parent, place)
 
     def _rank(self, number: int, place: int) -> int:
-        order = self.nodes[number].order if number >= 0 else None
-        return order.index(place) if order else place
+        ranks = self.nodes[number].ranks if number >= 0 else None
+        return ranks[place] if ranks else place
 
     def label_of_part(self, number: int, place: int) -> str:
         """How the program gets to the part number ``place`` of an object."""
@@ -249,7 +263,19 @@ class Walk:
         if objects.is_trace_note(x):
             self.notes.append((node, place))
             return (STATIC, TraceNote(x))
+        if isinstance(x, objects.WEAK) and node >= 0:
+            self._weak.append((node, place))
         return (STATIC, Static(x))
+
+    def _find_referents(self) -> None:
+        """Weak references to the objects are to them, also in a copy."""
+        for n, place in self._weak:
+            x = self.nodes[n].values[place]
+            if type(x) is not weakref.ref:
+                if any(self.find(y) for y in objects.referents(x)):
+                    raise problems.held_weakly(type(x))
+            elif (number := self.number_of(x())) is not None:
+                self.nodes[n].entries[place] = (MADE, objects.Weak(), ((NODE, number),))
 
     def _leaf(self, x: Any, aval: Any, node: int, place: int) -> Entry:
         if getattr(aval, "weak_type", False):
@@ -284,6 +310,8 @@ class Walk:
         n = len(node.names)
         children = children_names(x, node.names, node.values) if n else ()
         node.order = order = _order(type(x), node.names, node.keys)
+        if order:
+            node.ranks = sorted(range(len(order)), key=order.__getitem__)
         node.entries = [(STATIC,)] * len(node.values)
         for i in order or range(len(node.values)):
             is_static = static or (i < n and node.names[i] not in children)

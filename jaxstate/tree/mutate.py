@@ -185,8 +185,25 @@ def _copied(tree: Any, leaf: Callable[[Any, Any], Any], before: Walk | None = No
 
 def _remade(tree: Any) -> Any:
     """The tree as its classes make it of leaves."""
-    leaves, structure = jax.tree.flatten(tree)
+    try:
+        leaves, structure = jax.tree.flatten(tree)
+    except ValueError:
+        leaves, structure = jax.tree.flatten(tree, is_leaf=_has_no_order)
+        for x in leaves:
+            if _has_no_order(x):
+                x.update({k: _remade(v) for k, v in x.items()})
     return structure.unflatten(leaves)
+
+
+def _has_no_order(x: Any) -> bool:
+    """Whether ``x`` is a dict that is no node for JAX, which cannot sort its keys."""
+    if not isinstance(x, dict):
+        return False
+    try:
+        sorted(x)
+    except TypeError:
+        return True
+    return False
 
 
 # -- The end ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import enum
 import functools
 import sys
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from typing import Any, NamedTuple
 
@@ -331,6 +332,25 @@ class Partial(NamedTuple):
         n = self.count
         keywords = dict(zip(self.names, parts[n:], strict=True))
         return self.cls(*parts[:n], **keywords)
+
+
+class Weak(NamedTuple):
+    """Of a weak reference to an object."""
+
+    def make(self, parts: list[Any]) -> Any:
+        return weakref.ref(parts[0])
+
+
+WEAK = (weakref.ref, weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
+
+
+def referents(x: Any) -> list[Any]:
+    """The objects that a weak reference, or a container of such, refers to."""
+    if isinstance(x, weakref.ref):
+        return [x()]
+    if isinstance(x, weakref.WeakSet):
+        return list(x)
+    return [y for pair in x.items() for y in pair]
 
 
 class Tree(NamedTuple):

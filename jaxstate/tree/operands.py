@@ -22,10 +22,11 @@ import jax
 from jaxstate import _jax
 from jaxstate.core.discharge import in_bind
 from jaxstate.core.slots import signature_changed
+from jaxstate.tree import copies
 from jaxstate.tree.graph import Walk
 from jaxstate.tree.objects import NODE, kind_of
 from jaxstate.tree.problems import closed
-from jaxstate.tree.session import Session, publishes, sessions
+from jaxstate.tree.session import Session, is_object, publishes, sessions
 
 
 class Reference:
@@ -89,7 +90,7 @@ def _noted_copy(value: Any) -> Any:
     outside = _calls.stack[-1].frames if _calls.stack else []
     for session in sessions():
         if session.frames and session.frames[-1] not in outside:
-            session.frames[-1].copies.append(Walk([value]))
+            session.copies += [copies.Copy(None, "tree", n) for n in Walk([value]).nodes]
             break
     return value
 
@@ -169,6 +170,17 @@ def _like(tree: Any, parts: list[Any]) -> Any:
     if type(tree) is dict:
         return dict(zip(tree, parts, strict=True))
     return jax.tree.structure(tree, is_leaf=lambda x: x is not tree).unflatten(parts)
+
+
+def as_copies(tree: Any) -> Any:
+    """Objects that a loop goes along: each turn gets parts of their arrays."""
+
+    def copy(x: Any, _: Any) -> Any:
+        if isinstance(x, Copy):
+            return x
+        return Copy(x) if is_object(x) else None
+
+    return referred(tree, copy)
 
 
 def as_operands(tree: Any, by_value: frozenset[Any] = frozenset()) -> Any:
@@ -309,6 +321,10 @@ def around_control_flow(name: str, plain: Callable[..., Any], args: Any, kwargs:
 def _loop(name: str, plain: Any, args: Any, kwargs: Any, paths: frozenset[Any]) -> Any:
     place, keyword = _CARRIES[name]
     call = _Call(name, paths)
+    if name == "scan" and len(args) > 2:
+        args = (*args[:2], as_copies(args[2]), *args[3:])
+    elif name == "scan" and "xs" in kwargs:
+        kwargs = {**kwargs, "xs": as_copies(kwargs["xs"])}
     if len(args) > place:
         call.carry = as_operands(args[place], paths)
         new_args, new_kwargs = (*args[:place], call.carry, *args[place + 1 :]), kwargs

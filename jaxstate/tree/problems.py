@@ -68,6 +68,20 @@ def closed(label: str) -> Exception:
     )
 
 
+def another_structure(label: str) -> Exception:
+    return ClosedStateError(
+        message(
+            f"{label} is used by a function that was traced before (by jax.closure_convert or"
+            " jax.make_jaxpr, or to be differentiated), when the tree had another structure.",
+            fix="""
+            tree.part = value                           # first,
+            f, consts = jax.closure_convert(f, x)       # then what traces the function
+            """,
+            used=_jax.user_location(),
+        )
+    )
+
+
 def read_before(label: str) -> Exception:
     return ClosedStateError(
         message(
@@ -95,6 +109,14 @@ def tracer_left(label: str, value: Any) -> Exception:
     )
 
 
+def held_weakly(cls: type) -> Exception:
+    return TypeError(
+        f"mutate copies the objects of the tree, and cannot copy a {cls.__name__} of them.\n"
+        "To mend it:\n    parent.child = weakref.ref(child)      # a weak reference, or a plain"
+        " container"
+    )
+
+
 def lanes_differ(label: str, made: str, lanes: int) -> Exception:
     return LaneWriteError(
         message(
@@ -110,11 +132,11 @@ def lanes_differ(label: str, made: str, lanes: int) -> Exception:
     )
 
 
-def copy_written(label: str, under: str) -> Exception:
+def copy_written(label: str) -> Exception:
     return CopyWriteError(
         message(
-            f"{label} was assigned, but the object is a copy that {under} has made of the tree: the"
-            " assignment would be lost.",
+            f"{label} was assigned, but the object is a copy that the function was given as an"
+            " argument, and does not return: the assignment would be lost.",
             fix="""
             jax.vmap(jaxstate.mutate(fn))(tree)      # a tree per lane,
             jax.grad(lambda w: loss(w, tree))(w)     # or what is assigned to is no argument

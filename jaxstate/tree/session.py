@@ -20,7 +20,7 @@ from jaxstate.core.slots import Address, Holder, holders
 from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, NewLeaf, Shape, TreeAddress
 from jaxstate.tree.graph import Walk, fitted, value_of
 from jaxstate.tree.objects import NODE, Blank, fill, kind_of
-from jaxstate.tree.problems import closed, structure_changed
+from jaxstate.tree.problems import another_structure, structure_changed
 
 
 class Session(Holder):
@@ -31,6 +31,7 @@ class Session(Holder):
       detached: objects that are no longer part of the tree, and that somebody holds.
       base: the traces that the call is made under.
       frames: the boundaries that the program is in (`jaxstate.tree.frames`), outermost first.
+      copies: of objects, which functions were called with (`jaxstate.tree.copies`).
       reading: the objects as they were, for reads while that is set.
       called: the objects as they were when something was last called with some of them.
       renewed: the objects that the bind in progress has replaced.
@@ -45,6 +46,7 @@ class Session(Holder):
         self.detached: list[Any] = []
         self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
+        self.copies: list[Any] = []
         self.reading: Walk | None = None
         self.called: Walk | None = None
         self.renewed: Any = None
@@ -88,7 +90,7 @@ class Session(Holder):
         if address.graph is graph or self._checked == (id(address.graph), id(graph)):
             return
         if not graph.has_structure_of(address.graph):
-            raise closed(address.label)
+            raise another_structure(address.label)
         self._checked = id(address.graph), id(graph)
 
     def version(self, number: int) -> int:
@@ -117,8 +119,8 @@ class Session(Holder):
     def without_values(self) -> Session:
         rest = copy.copy(self)
         rest.frames, rest.base, rest.reading, rest.called, rest.added = [], [], None, None, []
-        rest.extra, rest.lane_tables = {}, {}
-        rest._graph, rest._walk, rest._pending = self.walk.graph, None, None
+        rest.extra, rest.lane_tables, rest.copies = {}, {}, []
+        rest._graph, rest._walk, rest._pending = self.refresh().graph, None, None
         rest.is_open = True
         return rest
 
@@ -157,6 +159,9 @@ class Session(Holder):
             assert before is not None
             return before
         self.called = None
+        if self._graph is not None:  # without values: nothing of it may be another one
+            self._walk = Walk(self.everything())
+            return self._walk
         walk = Walk(self.roots, before)
         known = {id(n.object) for f in self.frames for n in f.walk.nodes}
         others = {id(x): x for x in self.detached}

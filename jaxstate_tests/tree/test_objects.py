@@ -10,6 +10,7 @@ import functools
 import heapq
 import threading
 import types
+import weakref
 from typing import Any
 
 import jax
@@ -331,6 +332,18 @@ class Plain:
         return jnp.sqrt(self.n)
 
 
+class Family:
+    """A parent whose child knows it by a weak reference."""
+
+    def __init__(self, parent=None):
+        self.n = f32(1)
+        self.parent = None if parent is None else weakref.ref(parent)
+        self.child = Family(self) if parent is None else None
+
+    def grow(self):
+        self.parent().n = self.parent().n + self.n
+
+
 def push_left(t):
     t["q"].appendleft(t["x"])
     jax.jit(lambda: t["q"].append(2 * t["x"]))()
@@ -392,6 +405,18 @@ CONTAINERS = {
         lambda new: (float(new["p"].root), float(new["p"].n)),
         (2.0, 6.0),
     ),
+    "weak reference to a parent": (
+        Family,
+        lambda t: (loop(2, lambda i: t.child.grow()), jax.jit(t.child.grow)()),
+        lambda new: (float(new.n), float(new.child.parent().n)),
+        (4.0, 4.0),
+    ),
+    "keys without an order": (
+        lambda: {"k": {1: Cell(f32(1)), "a": f32(2), None: f32(3)}},
+        lambda t: loop(2, lambda i: t["k"][1].add(t["k"][None])),
+        lambda new: [float(new["k"][1].n), float(new["k"]["a"])],
+        [7.0, 2.0],
+    ),
     "heap": (
         lambda: {"h": [3.0, 7.0]},
         lambda t: heapq.heappush(t["h"], 1.0),
@@ -447,6 +472,29 @@ class _Missing:
 
 
 SENTINEL = _Missing()
+
+
+def test_weak_containers_of_objects_are_refused():
+    cell = Cell(f32(1))
+    names = weakref.WeakValueDictionary(c=cell)
+    with pytest.raises(TypeError, match="cannot copy a WeakValueDictionary"):
+        mutate(lambda t: None)({"names": types.SimpleNamespace(all=names), "c": cell})
+    _, new = mutate(lambda t: t["c"].add(1.0))({"names": weakref.WeakSet(), "c": cell})
+    assert new["c"].n == 2
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.checkpoint])
+def test_what_a_jitted_function_returns_in_a_transformation_is_the_object(transform):
+    def f(t):
+        def g(x):
+            same = jax.jit(lambda: t["c"])()
+            same.add(x)
+            return x if same is t["c"] else x * 100
+
+        return transform(g)(2.0)
+
+    out, new = mutate(f)({"c": Cell(f32(1))})
+    assert out in (1.0, 2.0) and numbers(new) == [3.0]
 
 
 # -- What escapes ----------------------------------------------------------------------------
@@ -542,6 +590,184 @@ def test_what_is_assigned_to_a_copy_is_an_error(transform, run):
     for f in (writes, in_a_loop):
         with pytest.raises(jaxstate.CopyWriteError, match=r"tree\['calls'\].*would be lost"):
             run(lambda t, f=f: COPIES[transform](f)(t))(tree)
+
+
+def with_rule(f):
+    """A function with a rule, of the argument alone."""
+    f = jax.custom_vjp(f)
+    f.defvjp(lambda c: (c.n * 2, c), lambda c, g: (jax.tree.map(lambda x: g * 2, c),))
+    return f
+
+
+def with_tangents(f):
+    f = jax.custom_jvp(f)
+    f.defjvp(lambda primals, tangents: (primals[0].n * 2, tangents[0].n * 2))
+    return f
+
+
+def converted(f):
+    def call(cell):
+        g, consts = jax.closure_convert(f, cell)
+        return g(cell, *consts)
+
+    return call
+
+
+def on_devices(f):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec()
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+def with_lanes(f):
+    f = jax.custom_batching.custom_vmap(f)
+    f.def_vmap(lambda size, batched, cell: (cell.n * 2, batched[0].n))
+    return f
+
+
+# Functions with an argument that JAX hands out as a copy.
+HANDED = {
+    "custom_vjp": with_rule,
+    "custom_jvp": with_tangents,
+    "custom_vmap": with_lanes,
+    "closure_convert": converted,
+    "shard_map": on_devices,
+    "custom_vjp in grad": lambda f: lambda c: (jax.grad(with_rule(f))(c), with_rule(f)(c))[1],
+}
+
+
+@leaks_allowed
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("how", HANDED)
+def test_what_a_function_assigns_to_its_argument_is_lost_or_returned(how, run):
+    transform, run = HANDED[how], RUNS[run]
+
+    def reads(cell):
+        return cell.n * 2
+
+    def writes(cell):
+        cell.add(1.0)
+        return cell.n * 2
+
+    def scratch(cell):
+        other = Cell(cell.n)  # an object of its own
+        other.add(1.0)
+        return cell.n * 2
+
+    example = {"c": Cell(f32(3)), "d": Cell(f32(5))}
+    for f in (reads, scratch):
+        out, new = run(lambda t, f=f: transform(f)(t["c"]))(example)
+        assert out == 6 and numbers(new) == [3.0, 5.0]
+    with pytest.raises(jaxstate.CopyWriteError, match=r"tree\['c'\]\.n was assigned"):
+        run(lambda t: transform(writes)(t["c"]) and None)(example)
+
+    def fresh(t):  # an object that is none of the tree
+        transform(writes)(Cell(f32(1), 7))
+        return t["c"].n
+
+    if how != "custom_vjp in grad":
+        assert run(fresh)(example)[0] == 3
+
+
+@leaks_allowed
+@pytest.mark.parametrize("run", RUNS)
+def test_a_copy_that_is_returned_is_what_the_function_hands_back(run):
+    def returns(cell):
+        cell.add(1.0)
+        return cell
+
+    def f(t):
+        t["c"] = on_devices(returns)(t["c"])
+        t["d"] = converted(returns)(t["d"])
+        loop(2, lambda i: t["c"].add(1.0))
+
+    _, new = RUNS[run](f)({"c": Cell(f32(3)), "d": Cell(f32(5))})
+    assert numbers(new) == [6.0, 6.0]
+
+
+@leaks_allowed
+@pytest.mark.parametrize("how", ["scan", "map"])
+def test_the_turns_of_a_scan_get_parts_of_their_own(how):
+    def total(cell):
+        return cell.n.sum()
+
+    def writes(cell):
+        cell.add(1.0)
+        return cell.n.sum()
+
+    def over(f):
+        if how == "map":
+            return lambda t: jax.lax.map(f, t["c"])
+        return lambda t: jax.lax.scan(lambda c, x: (c, f(x)), None, xs=t["c"])[1]
+
+    tree = {"c": Cell(jnp.arange(3.0))}
+    assert mutate(over(total))(tree)[0].tolist() == [0.0, 1.0, 2.0]
+    with pytest.raises(jaxstate.CopyWriteError, match=r"\.n was assigned"):
+        mutate(over(writes))(tree)
+
+
+@leaks_allowed
+def test_gradients_of_functions_with_rules_with_respect_to_objects():
+    def f(t):
+        return jax.grad(lambda c: with_rule(lambda c: c.n * 2)(c) * t["a"])(t["c"]).n
+
+    for run in RUNS.values():
+        assert run(f)({"a": f32(3), "c": Cell(f32(5))})[0] == 6.0
+
+
+@leaks_allowed
+def test_a_frozen_copy_says_what_it_is():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Fixed:
+        n: Any
+
+    def f(t):
+        t["c"].n = t["c"].n + 1
+        jax.tree.map(lambda x: x, t["c"]).n = f32(0)
+
+    with pytest.raises(dataclasses.FrozenInstanceError) as error:
+        mutate(f)({"c": Fixed(f32(1))})
+    assert "a copy of one, as jax.tree.map makes it" in error.value.__notes__[0]
+
+
+@leaks_allowed
+@pytest.mark.parametrize("trace", ["closure_convert", "make_jaxpr"])
+def test_what_was_traced_for_another_structure_says_so(trace):
+    def f(t, x):
+        if trace == "closure_convert":
+            g, consts = jax.closure_convert(lambda x: x * t["c"].n, x)
+            t["new"] = Cell(f32(1))
+            return g(x, *consts)
+        jaxpr = jax.make_jaxpr(lambda x: x * t["c"].n)(x)
+        t["new"] = Cell(f32(1))
+        return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x)
+
+    with pytest.raises(jaxstate.ClosedStateError, match="the tree had another structure"):
+        mutate(f)({"c": Cell(f32(2))}, f32(3))
+
+
+@leaks_allowed
+def test_kernels_and_exports_refuse_objects():
+    def kernel(use):
+        def f(t):
+            def body(x_ref, y_ref):
+                y_ref[...] = x_ref[...] * 2
+                use(t)
+
+            shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+            return pl.pallas_call(body, out_shape=shape, interpret=True)(jnp.ones(2))
+
+        return f
+
+    pl = pytest.importorskip("jax.experimental.pallas")
+    tree = {"c": Cell(f32(2))}
+    assert mutate(kernel(lambda t: None))(tree)[0].tolist() == [2.0, 2.0]
+    for use in (lambda t: t["c"].n * 2, lambda t: setattr(t["c"], "n", f32(1))):
+        with pytest.raises(jaxstate.UnsupportedPrimitiveError, match=r"tree\['c'\].n.*Pallas"):
+            mutate(kernel(use))(tree)
+    with pytest.raises(jaxstate.AheadOfTimeError, match=r"tree\['c'\].n"):
+        mutate(lambda t: jax.export.export(jax.jit(lambda: t["c"].add(1.0)))())(tree)
 
 
 @leaks_allowed
