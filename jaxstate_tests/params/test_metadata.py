@@ -241,7 +241,10 @@ def writes(x):
 
 
 @pytest.mark.parametrize(("mutable", "names"), IN_COLLECTION)
-@pytest.mark.parametrize("where", ["here", "jit", "scan", "cond", "grad", "checkpoint", "stack"])
+@pytest.mark.parametrize("where", [
+    "here", "scan", "stack",
+    *(pytest.param(w, marks=pytest.mark.slow) for w in ("jit", "cond", "grad", "checkpoint")),
+])  # fmt: skip
 def test_what_is_mutable_is_written(where, mutable, names):
     block = jaxstate.parametrized(lambda x: x + writes(x), name="block")
     deep = jaxstate.stack(block, 2)
