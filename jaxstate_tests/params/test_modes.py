@@ -114,6 +114,24 @@ def test_apply_draws_if_it_is_given_a_key(key):
         np.testing.assert_allclose(apply(params, X, key={"dropout": key}), wanted, rtol=1e-6)
 
 
+@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
+def test_a_kernel_draws_nothing_and_says_so_if_it_should(key):
+    def add(x, y):
+        k = jaxstate.next_key("dropout", default=None)
+        return x + y if k is None else x * y
+
+    def total(x):
+        return lax.reduce(x, np.float32(0), add, (0,))
+
+    with jaxstate.rng_stream(key):
+        np.testing.assert_allclose(total(X), X.sum(), rtol=1e-6)
+    with (
+        jaxstate.rng_stream(key, "dropout"),
+        pytest.raises(jaxstate.UnsupportedPrimitiveError, match="which is a kernel"),
+    ):
+        total(X)
+
+
 # -- Keys of init ----------------------------------------------------------------------------
 
 
