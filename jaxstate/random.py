@@ -546,9 +546,13 @@ def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:
     """
     if not isinstance(name, str):
         raise _no_key_wanted("next_key", 'jaxstate.next_key("dropout")')
-    if default is not _REQUIRED and StreamAddress(name, "key").known_holder() is None:
-        return default
-    return _draw(name, None)
+    return _draw(name, None) if default is _REQUIRED or _is_open(name) else default
+
+
+def _is_open(name: str) -> bool:
+    """Whether there is a stream of that name, be it one that cannot be drawn from here."""
+    address, kinds = StreamAddress(name, "key"), (_StreamHolder, FoldedStreams)
+    return any(isinstance(h, kinds) and h.knows(address) for h in holders())
 
 
 def _draw(name: str, identity: Any) -> jax.Array:

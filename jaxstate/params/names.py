@@ -1,8 +1,10 @@
 """Names of arrays in trees of parameters: ``"encoder/dense/w"``.
 
-flat = jaxstate.flatten_names(params)           # as safetensors has them
-params = jaxstate.unflatten_names(flat)
-params = net.init(key, x, reuse=flat)           # some of them, and the rest is made
+    flat = jaxstate.flatten_names(params)           # as safetensors has them
+    params = jaxstate.unflatten_names(flat)
+    params = net.init(key, x, reuse=flat)           # some of them, and the rest is made
+
+A name is the path of an array, joined with slashes.
 """
 
 from __future__ import annotations
