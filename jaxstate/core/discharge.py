@@ -34,7 +34,7 @@ from jaxstate.core.resolve import (
     read_p,
     read_since,
     state_effect,
-    write,
+    write_each,
     write_p,
 )
 from jaxstate.core.slots import Address, any_open
@@ -555,8 +555,7 @@ def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
       values: one array per address.
     """
     use = current_use()
-    for address, value in zip(addresses, values, strict=True):
-        write(address.renewed(use), value)
+    write_each([address.renewed(use) for address in addresses], values)
 
 
 def write_last(addresses: Sequence[Address], outs: Sequence[Any]) -> list[Any]:

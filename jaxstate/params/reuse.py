@@ -456,8 +456,8 @@ class _Names:
         def forward(key: Any, arrays: Any) -> dict[Path, Any]:
             args, kwargs = rebuild(arrays)
             store = _NamingStore(module._token, key, parts)
-            with open_holder(store), open_holder(AnyStream()):
-                module.fn(*args, **kwargs)
+            with open_holder(store), open_holder(AnyStream()), store.root_entered(module):
+                module.call_here(None, args, kwargs)
             values = store.initial_values("parameter")
             self.identities = _identities(store.layer, values, lasting)
             return values

@@ -18,7 +18,7 @@ alone.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.resolve import read, write
-from jaxstate.core.specs import Spec, contrast, same_structure, spec_of, strong, strong_type
+from jaxstate.core.resolve import read, write_each
+from jaxstate.core.slots import Joint
+from jaxstate.core.specs import (
+    ONLY_LEAF,
+    Spec,
+    contrast,
+    same_structure,
+    spec_of,
+    strong,
+    strong_type,
+)
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -52,9 +61,10 @@ class VariableAddress(EntryAddress):
     Attributes:
       threaded: whether the variable may be written. Where it may not, it is captured.
       reduce: makes one value of the lanes' values, or None.
+      joint: the same for all arrays of the value together.
     """
 
-    __slots__ = ("reduce", "threaded")
+    __slots__ = ("joint", "reduce", "threaded")
 
     kind = "variable"
     takes_key = False
@@ -63,10 +73,11 @@ class VariableAddress(EntryAddress):
     mismatch_error = VariableMismatchError
     conflict_error = VariableConflictError
 
-    def __init__(self, name: str, used: str, reduce: Callable[..., Any] | None = None) -> None:
+    def __init__(self, name: str, used: str) -> None:
         super().__init__(name, used)
         self.threaded = True
-        self.reduce = reduce
+        self.reduce: Callable[..., Any] | None = None
+        self.joint: Joint | None = None
 
     def missing(self) -> Exception:
         return MissingStoreError(
@@ -108,7 +119,11 @@ class VariableAddress(EntryAddress):
 
     def reduced(self, values: Any) -> Any:
         assert self.reduce is not None
-        value = strong(self.reduce(values, axis=0))
+        return self.checked(self.reduce(values, axis=0))
+
+    def checked(self, value: Any) -> Any:
+        """One value that was made of the lanes' values."""
+        value = strong(value)
         if not _jax.same_type(value, self.wanted):
             raise SlotTypeError(
                 message(
@@ -141,6 +156,97 @@ class VariableAddress(EntryAddress):
     fix_by_init = """
         params, state = net.init_with_state(key, x)   # with inputs of the shapes of apply
         """
+
+
+class _Merge(Joint):
+    """Makes one value of the lanes' values by the method ``merge`` of the value's class."""
+
+    def whole(self, address: VariableAddress) -> Any:  # type: ignore[override]
+        return address.having(leaf=ONLY_LEAF)
+
+    def reduced(self, pairs: Any) -> list[Any]:
+        tree = pairs[0][0].spec.tree
+        leaves: list[Any] = [None] * len(pairs)
+        for address, values in pairs:
+            leaves[address.leaf.index] = values
+        values = tree.unflatten(leaves)
+        while (n := leaves[0].shape[0]) > 1:  # neighbours, so that their order is kept
+            first, second = (_every_second(values, n, i) for i in (0, 1))
+            merged = jax.vmap(lambda a, b: a.merge(b))(first, second)
+            if n % 2:
+                last = jax.tree.map(lambda x: x[-1:], values)
+                merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), merged, last)
+            values = merged
+            leaves, structure = jax.tree.flatten(values)
+            if not same_structure(structure, tree):
+                raise _wrong_merge(pairs[0][0], str(structure))
+        return [address.checked(leaves[address.leaf.index][0]) for address, _ in pairs]
+
+
+def _every_second(values: Any, n: int, start: int) -> Any:
+    return jax.tree.map(lambda x: x[start : n - n % 2 : 2], values)
+
+
+def _wrong_merge(address: VariableAddress, found: str) -> Exception:
+    assert address.spec is not None
+    return SlotTypeError(
+        message(
+            f"{address.kind} {address.name!r} is {address.spec}, and its merge makes {found}.",
+            fix="""
+            def merge(self, other): return type(self)(self.total + other.total)  # the same class
+            """,
+            used=address.used,
+        )
+    )
+
+
+def _set_reduce(addresses: Sequence[VariableAddress], spec: Spec, reduce: Any) -> None:
+    """What becomes of the lanes' values, for the addresses of a variable's leaves."""
+    name = addresses[0].name if addresses else ""
+    if isinstance(reduce, str):
+        value = None if spec.is_array else spec.tree.unflatten(spec.avals)
+        if reduce != "merge" or not callable(getattr(value, "merge", None)):
+            raise _no_reduce(name, f"has no method {reduce!r}", reduce, spec)
+        for address in addresses:
+            address.reduce, address.joint = _never_called, _Merge()
+    elif reduce is not None:
+        try:
+            functions = _per_leaf(reduce, spec)
+        except (TypeError, ValueError):
+            raise _no_reduce(name, "is of another structure", reduce, spec) from None
+        for address, function in zip(addresses, functions, strict=True):
+            if function is not None and not callable(function):
+                raise _no_reduce(name, f"has {function!r} in it", reduce, spec)
+            address.reduce = function
+
+
+def _per_leaf(reduce: Any, spec: Spec) -> list[Any]:
+    """The function of each leaf, of a function for all or a tree with one for each part."""
+    if callable(reduce):
+        return [reduce] * len(spec.avals)
+    found: list[Any] = [None] * len(spec.avals)
+
+    def of_part(function: Any, part: Any) -> None:
+        for i in jax.tree.leaves(part):
+            found[i] = function
+
+    parts = spec.tree.unflatten(range(len(found)))
+    jax.tree.map(of_part, reduce, parts, is_leaf=lambda x: x is None)
+    return found
+
+
+def _never_called(values: Any, axis: int) -> Any:
+    raise AssertionError("the leaves of the value are merged together")
+
+
+def _no_reduce(name: str, what: str, reduce: Any, spec: Spec) -> Exception:
+    return TypeError(
+        f"variable({name!r}, ...) is {spec}, and {what}: reduce={reduce!r}.\nTo mend it:\n"
+        f'    jaxstate.variable("{name}", ..., reduce=jnp.sum)     # called as (values, axis=0),\n'
+        f'    jaxstate.variable("{name}", ..., reduce={{"total": jnp.sum, "most": jnp.max}})'
+        "  # or for each part,\n"
+        f'    jaxstate.variable("{name}", ..., reduce="merge")     # or value.merge(other)'
+    )
 
 
 class Variable:
@@ -189,11 +295,11 @@ class Variable:
                 raise self._wrong_structure(value, tree)
         values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
         cells = self._cells_here(store)
-        used = _jax.user_location() if cells is None else ""
-        for address, x in zip(self._addresses, values, strict=True):
-            if cells is None:
-                write(address.having(used=used), x)
-            else:
+        if cells is None:
+            used = _jax.user_location()
+            write_each([address.having(used=used) for address in self._addresses], values)
+        else:
+            for address, x in zip(self._addresses, values, strict=True):
                 cells[address.leaf].value = x
 
     def _cells_here(self, store: Store) -> Any:
@@ -280,7 +386,7 @@ def variable(
     name: str,
     init: Callable[..., Any],
     *init_args: Any,
-    reduce: Callable[..., Any] | None = None,
+    reduce: Any = None,
 ) -> Variable:
     """A variable of the module (or `scope`) that the program is in.
 
@@ -291,13 +397,16 @@ def variable(
       *init_args: static values or arrays.
       reduce: what becomes of different values that the lanes of a `vmap` write:
         ``reduce(values, axis=0)``, for each array of the value, is what the variable is outside of
-        the `vmap`. Inside, each lane goes on with its own. ``jnp.mean``, for example.
+        the `vmap`. Inside, each lane goes on with its own. ``jnp.mean``, for example. Or a tree
+        with a function for each part of the value: ``{"total": jnp.sum, "most": jnp.max}``. Or
+        ``"merge"``: the value's own method, called as ``value.merge(other)``, which returns a value
+        of its kind and is associative. The same for devices of a `shard_map`.
 
     Returns:
       A `Variable`. Read and write its ``value``.
 
     Raises:
-      TypeError: if ``name`` is not a name, ``init`` or ``reduce`` not a function.
+      TypeError: if ``name`` is not a name, ``init`` not a function, or ``reduce`` none of these.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingVariableError, VariableMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -318,19 +427,19 @@ def variable(
     (4.0, {'calls': Array(2, dtype=int32)})
     """
     check_name(name, "variable")
-    for role, fn in (("init(*init_args)", init), ("reduce(values, axis=0)", reduce)):
-        if not callable(fn) and not (fn is None and fn is reduce):
-            raise TypeError(
-                f"variable({name!r}, ...) wants a function {role}, and was given {fn!r}.\n"
-                f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
-            )
+    if not callable(init):
+        raise TypeError(
+            f"variable({name!r}, ...) wants a function init(*init_args), and was given {init!r}.\n"
+            f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
+        )
     used = _jax.user_location()
 
     def handle(init: Any, *init_args: Any) -> Variable:
-        address = VariableAddress(name, used, reduce)
+        address = VariableAddress(name, used)
         store = address.store()
         address.threaded = store.writable
         use = store.declare(address, init, init_args)
+        _set_reduce(use.addresses, use.spec, reduce)
         # To declare it is to use it: it gets its name here, and `init` makes it.
         types = use.spec.avals
         if use.entry is None:

@@ -372,8 +372,8 @@ def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
     planted = jax.tree.leaves(value)[0]
     return PlantMismatchError(
         message(
-            f"{site.full_name()!r} is sown {times} with mode='append' as {site.shown()}, and a value"
-            f" of shape {jnp.shape(planted)} was planted.",
+            f"{site.full_name()!r} is sown {times} with mode='append' as {site.shown()}, and a"
+            f" value of shape {jnp.shape(planted)} was planted.",
             fix=f"""
             jaxstate.plant(f)({{{site.name!r}: jnp.stack(values)}}, x)    # one for each time
             """,
