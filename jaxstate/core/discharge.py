@@ -30,6 +30,7 @@ from jaxstate.core.initializers import addresses_of, init_p
 from jaxstate.core.resolve import (
     begin_use,
     current_use,
+    end_use,
     read,
     read_p,
     read_since,
@@ -678,7 +679,7 @@ def _one_use_per_bind(
             try:
                 return bind_around(args, params)
             finally:
-                uses.pop()
+                end_use(uses)
         finally:
             _binds.depth -= runs_jaxprs
 

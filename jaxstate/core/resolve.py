@@ -599,7 +599,7 @@ def recaptured(operands: Sequence[Any]) -> list[Any]:
 
 
 def begin_use(operands: Sequence[Any]) -> list[Any]:
-    """Begins one use of each jaxpr of an equation, which ends by ``pop`` of the result."""
+    """Begins one use of each jaxpr of an equation, which ends by `end_use` of the result."""
     captured: dict[int, Address] = {}
     if StateTracer in map(type, operands):
         tracers = ((i, x) for i, x in enumerate(operands) if type(x) is StateTracer)
@@ -607,6 +607,17 @@ def begin_use(operands: Sequence[Any]) -> list[Any]:
     uses = _uses.stack
     uses.append(({}, captured))
     return uses
+
+
+# Called when the outermost use of a jaxpr has ended.
+after_uses: list[Callable[[], None]] = []
+
+
+def end_use(uses: list[Any]) -> None:
+    uses.pop()
+    if not uses:
+        for notice in after_uses:
+            notice()
 
 
 @contextmanager
@@ -618,7 +629,7 @@ def one_use(use: dict[Any, Any] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        uses.pop()
+        end_use(uses)
 
 
 def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -631,7 +642,7 @@ def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return bind(*args, **params)
         finally:
-            uses.pop()
+            end_use(uses)
 
     return bound
 

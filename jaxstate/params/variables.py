@@ -206,17 +206,17 @@ def _set_reduce(addresses: Sequence[VariableAddress], spec: Spec, reduce: Any) -
     if isinstance(reduce, str):
         value = None if spec.is_array else spec.tree.unflatten(spec.avals)
         if reduce != "merge" or not callable(getattr(value, "merge", None)):
-            raise _no_reduce(name, f"has no method {reduce!r}", reduce, spec)
+            raise _no_reduce(name, reduce, spec)
         for address in addresses:
             address.reduce, address.joint = _never_called, _Merge()
     elif reduce is not None:
         try:
             functions = _per_leaf(reduce, spec)
         except (TypeError, ValueError):
-            raise _no_reduce(name, "is of another structure", reduce, spec) from None
+            raise _no_reduce(name, reduce, spec) from None
         for address, function in zip(addresses, functions, strict=True):
             if function is not None and not callable(function):
-                raise _no_reduce(name, f"has {function!r} in it", reduce, spec)
+                raise _no_reduce(name, reduce, spec)
             address.reduce = function
 
 
@@ -239,13 +239,13 @@ def _never_called(values: Any, axis: int) -> Any:
     raise AssertionError("the leaves of the value are merged together")
 
 
-def _no_reduce(name: str, what: str, reduce: Any, spec: Spec) -> Exception:
+def _no_reduce(name: str, reduce: Any, spec: Spec) -> Exception:
     return TypeError(
-        f"variable({name!r}, ...) is {spec}, and {what}: reduce={reduce!r}.\nTo mend it:\n"
-        f'    jaxstate.variable("{name}", ..., reduce=jnp.sum)     # called as (values, axis=0),\n'
+        f"variable({name!r}, ...) wants a function reduce(values, axis=0), or a tree with one for"
+        ' each part of the value, or "merge" if the value has that method. The value is'
+        f" {spec}, and reduce is {reduce!r}.\nTo mend it:\n"
+        f'    jaxstate.variable("{name}", ..., reduce=jnp.sum)\n'
         f'    jaxstate.variable("{name}", ..., reduce={{"total": jnp.sum, "most": jnp.max}})'
-        "  # or for each part,\n"
-        f'    jaxstate.variable("{name}", ..., reduce="merge")     # or value.merge(other)'
     )
 
 
