@@ -471,15 +471,20 @@ def _write_lanes(
         for key in keys:
             written.pop(key, None)
         return _write_at(addresses, holder, levels, i + 1, base, [x for x, _ in lowered])
-    if first.reduce is None:
-        raise holder.refuse_lanes(first, trace)
     n = _jax.lane_count(trace)
+    ones = [x for x, _ in lowered]
+    stacked: dict[int, Any] = {}
     with _jax.set_current_trace(_jax.parent_of(trace)):
-        stacked = [
-            jnp.broadcast_to(x, (n, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-            for x, dim in lowered
-        ]
-        ones = one_of_each(addresses, stacked)
+        for k, (address, (x, dim)) in enumerate(zip(addresses, lowered, strict=True)):
+            if address.reduce is not None:
+                if dim is None:
+                    x = jnp.broadcast_to(x, (n, *x.shape))
+                stacked[k] = jnp.moveaxis(x, dim or 0, 0)
+            elif dim is not None:
+                raise holder.refuse_lanes(address, trace)
+        reduced = one_of_each([addresses[k] for k in stacked], list(stacked.values()))
+    for k, one in zip(stacked, reduced, strict=True):
+        ones[k] = one
     _write_at(addresses, holder, levels, i + 1, base, ones)
     for key, value in zip(keys, values, strict=True):
         written[key] = _take_apart(value, levels[i:])

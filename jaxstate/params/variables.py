@@ -158,11 +158,18 @@ class VariableAddress(EntryAddress):
         """
 
 
-class _Merge(Joint):
-    """Makes one value of the lanes' values by the method ``merge`` of the value's class."""
+class _Together(Joint):
+    """The arrays of one value: if lanes wrote different ones into some, one is made of all."""
 
     def whole(self, address: VariableAddress) -> Any:  # type: ignore[override]
         return address.having(leaf=ONLY_LEAF)
+
+    def reduced(self, pairs: Any) -> list[Any]:
+        return [address.reduced(values) for address, values in pairs]
+
+
+class _Merge(_Together):
+    """Makes one value of the lanes' values by the method ``merge`` of the value's class."""
 
     def reduced(self, pairs: Any) -> list[Any]:
         tree = pairs[0][0].spec.tree
@@ -191,7 +198,7 @@ def _wrong_merge(address: VariableAddress, found: str) -> Exception:
     assert address.spec is not None
     return SlotTypeError(
         message(
-            f"{address.kind} {address.name!r} is {address.spec}, and its merge makes {found}.",
+            f"Variable {address.name!r} is {address.spec}, and its merge makes {found}.",
             fix="""
             def merge(self, other): return type(self)(self.total + other.total)  # the same class
             """,
@@ -218,6 +225,7 @@ def _set_reduce(addresses: Sequence[VariableAddress], spec: Spec, reduce: Any) -
             if function is not None and not callable(function):
                 raise _no_reduce(name, reduce, spec)
             address.reduce = function
+            address.joint = _Together() if len(addresses) > 1 else None
 
 
 def _per_leaf(reduce: Any, spec: Spec) -> list[Any]:
@@ -400,7 +408,8 @@ def variable(
         the `vmap`. Inside, each lane goes on with its own. ``jnp.mean``, for example. Or a tree
         with a function for each part of the value: ``{"total": jnp.sum, "most": jnp.max}``. Or
         ``"merge"``: the value's own method, called as ``value.merge(other)``, which returns a value
-        of its kind and is associative. The same for devices of a `shard_map`.
+        of its kind and is associative. If lanes write different values into a part, one is made of
+        all parts. The same for devices of a `shard_map`.
 
     Returns:
       A `Variable`. Read and write its ``value``.

@@ -344,7 +344,9 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hashable(names: Mapping[str, Any] | None) -> Hashable:
-    return names and frozenset([(name, _hashable(inner)) for name, inner in names.items()])
+    if names is None:
+        return None
+    return frozenset([(name, _hashable(inner)) for name, inner in names.items()])
 
 
 def _is_stacked(site: Site, leaf: Any, wanted: Any) -> bool:
