@@ -75,8 +75,11 @@ format: $(LINT)/installed
 	$(LINT)/bin/ruff check --fix .
 	$(LINT)/bin/ruff format .
 
+# The package, and programs as users write them.
 types: $(LINT)/installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python --project jaxstate_tests/typed_programs
+	$(LINT)/bin/mypy
 
 PROGRAMS ?= state numpy sequences libraries objects
 FUZZ_state := jaxstate_tests/fuzz/test_random_programs.py

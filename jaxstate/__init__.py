@@ -1,7 +1,8 @@
 """State for JAX: random streams, parameters, variables, arrays written in place, sown values and
 slots that go through every transformation."""
 
-from jaxstate import extend, random, rules
+from jaxstate import extend, random
+from jaxstate import rules as _rules  # noqa: F401  they register themselves
 from jaxstate.arrays.inplace import array, inplace
 from jaxstate.errors import (
     AheadOfTimeError,
@@ -37,13 +38,16 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
+from jaxstate.params.ensemble import Ensemble, ensemble
 from jaxstate.params.interception import Intercepted, intercept
+from jaxstate.params.metadata import Metadata
+from jaxstate.params.names import flatten_names, unflatten_names
 from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
 from jaxstate.params.places import path
 from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack
 from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
-from jaxstate.params.variables import Variable, variable
+from jaxstate.params.variables import Variable, is_writable, variable
 from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.sow.harvest import plant, reap, sow
 from jaxstate.tree.mutate import mutate
@@ -58,10 +62,12 @@ __all__ = [
     "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
+    "Ensemble",
     "InitializerDataError",
     "Intercepted",
     "LaneWriteError",
     "MaskedWriteError",
+    "Metadata",
     "MissingParameterError",
     "MissingStoreError",
     "MissingStreamError",
@@ -93,9 +99,12 @@ __all__ = [
     "VariableConflictError",
     "VariableMismatchError",
     "array",
+    "ensemble",
     "extend",
+    "flatten_names",
     "inplace",
     "intercept",
+    "is_writable",
     "mutate",
     "next_key",
     "param",
@@ -105,10 +114,14 @@ __all__ = [
     "random",
     "reap",
     "rng_stream",
-    "rules",
     "scope",
     "sow",
     "stack",
     "summary",
+    "unflatten_names",
     "variable",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -46,3 +46,7 @@ __all__ = [
     "write_all",
     "write_last",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

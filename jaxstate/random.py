@@ -12,6 +12,8 @@ Under ``vmap`` a ``"split"`` stream (the default) gives every lane a stream of i
 outside draws one key for the whole vmap region, and lane i starts at ``fold_in(that key, i)`` with
 count 0. In a ``"share"`` stream all lanes see the same keys.
 
+``init`` opens every stream that nobody has opened, with a key made from its own (`FoldedStreams`).
+
 Under ``shard_map`` and ``pmap`` the stream outside draws one key for the whole region too. With
 ``"split"`` the device with index i along the mapped axes starts at ``fold_in(that key, i)``, with
 ``"share"`` every device starts at that key; all with count 0.
@@ -25,15 +27,18 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxstate import _jax
+from jaxstate.core.initializers import folded, words_of
 from jaxstate.core.resolve import is_inside, read, write
 from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
 from jaxstate.errors import (
@@ -45,21 +50,54 @@ from jaxstate.errors import (
     nearest,
 )
 
-# The samplers of jax.random: functions whose first argument is a key, and which make no keys.
-_SAMPLERS = [
-    name
-    for name in (
-        "ball", "bernoulli", "beta", "binomial", "bits", "categorical", "cauchy", "chisquare",
-        "choice", "dirichlet", "double_sided_maxwell", "exponential", "f", "gamma",
-        "generalized_normal", "geometric", "gumbel", "laplace", "loggamma", "logistic",
-        "lognormal", "maxwell", "multinomial", "multivariate_normal", "normal", "orthogonal",
-        "pareto", "permutation", "poisson", "rademacher", "randint", "rayleigh", "t",
-        "triangular", "truncated_normal", "uniform", "wald", "weibull_min",
-    )
-    if hasattr(jax.random, name)
-]  # fmt: skip
+__all__ = [
+    "Stream",
+    "ball",
+    "bernoulli",
+    "beta",
+    "binomial",
+    "bits",
+    "categorical",
+    "cauchy",
+    "chisquare",
+    "choice",
+    "dirichlet",
+    "double_sided_maxwell",
+    "exponential",
+    "f",
+    "gamma",
+    "generalized_normal",
+    "geometric",
+    "gumbel",
+    "laplace",
+    "loggamma",
+    "logistic",
+    "lognormal",
+    "maxwell",
+    "multinomial",
+    "multivariate_normal",
+    "next_key",
+    "normal",
+    "orthogonal",
+    "pareto",
+    "permutation",
+    "poisson",
+    "rademacher",
+    "randint",
+    "rayleigh",
+    "rng_stream",
+    "t",
+    "triangular",
+    "truncated_normal",
+    "uniform",
+    "wald",
+    "weibull_min",
+]
 
-__all__ = ["Stream", "next_key", "rng_stream"]
+Shape = Sequence[int]
+Sharding = NamedSharding | PartitionSpec
+KeyLike = jax.Array | np.ndarray
+F = TypeVar("F", bound=Callable[..., Any])
 
 _OPEN = np.False_
 
@@ -317,6 +355,70 @@ class _StreamHolder(Holder):
         return self._signature
 
 
+class FoldedStreams(Holder):
+    """Every stream that is not open: of each name one, whose key is made from one key and the name.
+
+    The key of the stream "dropout" is the given one, with the first 8 bytes of the SHA-256 digest
+    of "/dropout" folded in. (The path of no parameter begins with a slash.)
+    """
+
+    def __init__(self, key: Any) -> None:
+        super().__init__()
+        self.key, self.key_type = _key_and_type(key, "init")
+        self.mesh = _jax.abstract_mesh()
+        self.streams: dict[str, _StreamHolder] = {}
+
+    def knows(self, address: Address) -> bool:
+        if not isinstance(address, StreamAddress) or address.identity is not None:
+            return False
+        return not any(isinstance(h, _StreamHolder) and h.knows(address) for h in holders())
+
+    def stream(self, name: str) -> _StreamHolder:
+        """The stream of that name; it gets its key when the key is asked for."""
+        if name not in self.streams:
+            new = _StreamHolder(None, self.key_type, name, "split", np.int32(0), "")
+            self.streams[name] = new.without_values()
+        return self.streams[name]
+
+    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
+        stream = self.stream(address.name)
+        if not stream.cells:
+            with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
+                key = folded(self.key, words_of(f"/{address.name}"))
+            stream.cells = {"key": Cell(key), "count": _Count(np.int32(0), key)}
+        return stream.cell(address)
+
+    def aval(self, address: StreamAddress) -> Any:  # type: ignore[override]
+        return self.stream(address.name).aval(address)
+
+    def lane(  # type: ignore[override]
+        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
+    ) -> Lane | None:
+        if _jax.lanes_are_directions(trace):
+            return None  # whoever opens the stream will say vmap="share"
+        return self.stream(address.name).lane(address, trace, notes)
+
+    def differs_by_device(self, address: Address) -> bool:
+        return True
+
+    def device_cell(  # type: ignore[override]
+        self, address: StreamAddress, notes: Any, from_outside: Any, index: Any
+    ) -> Cell:
+        return self.stream(address.name).device_cell(address, notes, from_outside, index)
+
+    def without_values(self) -> FoldedStreams:
+        copy = FoldedStreams.__new__(FoldedStreams)
+        streams = {name: stream.without_values() for name, stream in self.streams.items()}
+        copy.__dict__.update(self.__dict__, key=None, streams=streams, anchor=None, lane_tables={})
+        return copy
+
+    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
+        return self.stream(address.name).refuse_lanes(address, trace)  # type: ignore[attr-defined]
+
+    def signature(self) -> Hashable:
+        return "every stream", self.key_type
+
+
 class Stream:
     """A handle of an open stream: what ``with rng_stream(...) as stream`` gives.
 
@@ -351,7 +453,7 @@ class Stream:
         return self._get("key")
 
     @property
-    def count(self) -> Any:
+    def count(self) -> jax.Array:
         """The number of keys drawn so far, an int32 scalar."""
         return self._get("count")
 
@@ -369,11 +471,11 @@ class Stream:
 
 @contextmanager
 def rng_stream(
-    key: jax.Array,
+    key: KeyLike,
     name: str = "default",
     *,
     vmap: Literal["split", "share"] = "split",
-    count: Any = 0,
+    count: int | jax.Array = 0,
 ) -> Iterator[Stream]:
     """Opens a random stream for the code inside the ``with`` block, and all it calls.
 
@@ -407,20 +509,45 @@ def rng_stream(
         yield Stream(holder)
 
 
-def next_key(name: str = "default") -> jax.Array:
+_REQUIRED: Any = object()
+
+
+def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:
     """Draws the next key from the innermost open stream called ``name``.
 
     Draw number n (from 0) is ``jax.random.fold_in(key, n)``.
+
+    Args:
+      name: of the stream.
+      default: what is returned if no stream of that name is open. (Under ``init``, every stream is
+        open.) Whether one is open is known when a function is traced, and is part of the keys of
+        JAX's caches.
 
     Returns:
       A key of the kind the stream was opened with.
 
     Raises:
-      MissingStreamError: if no stream of that name is open.
+      MissingStreamError: if no stream of that name is open, and there is no ``default``.
       TypeError: if ``name`` is no string: the key comes from the stream, and is not passed.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> @jax.jit
+    ... def dropout(x, rate):
+    ...     key = jaxstate.next_key("dropout", default=None)
+    ...     if key is None:
+    ...         return x
+    ...     return jnp.where(jax.random.bernoulli(key, rate, x.shape), 0, x / (1 - rate))
+    >>> dropout(jnp.ones(3), 0.5)
+    Array([1., 1., 1.], dtype=float32)
+    >>> with jaxstate.rng_stream(jax.random.key(0), "dropout"):
+    ...     y = dropout(jnp.ones(3), 1.0)
+    >>> y
+    Array([0., 0., 0.], dtype=float32)
     """
     if not isinstance(name, str):
         raise _no_key_wanted("next_key", 'jaxstate.next_key("dropout")')
+    if default is not _REQUIRED and StreamAddress(name, "key").known_holder() is None:
+        return default
     return _draw(name, None)
 
 
@@ -500,25 +627,31 @@ def _check_count(count: Any) -> Any:
     return np.int32(count)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 # -- Samplers --------------------------------------------------------------------------------
 
 
-def _sampler(name: str) -> Callable[..., jax.Array]:
-    with_key = getattr(jax.random, name)
-    signature = inspect.signature(with_key)
-    stream = inspect.Parameter("stream", inspect.Parameter.KEYWORD_ONLY, default="default")
+def _sampler(declared: F) -> F:
+    """The function of `jax.random` with the name of ``declared``, keyed from a stream.
 
+    What is declared is what type checkers see. The signature is that of the JAX that is installed,
+    whose older versions lack some options.
+    """
+    name = declared.__name__
+    with_key = getattr(jax.random, name)
+    declared_signature = inspect.signature(declared)
+    first, *_ = declared_signature.parameters
+
+    @functools.wraps(declared)
     def sample(*args: Any, stream: str = "default", **kwargs: Any) -> jax.Array:
         if "key" in kwargs or (args and _is_a_key(args[0])):
-            first = next(iter(sample.__signature__.parameters))  # type: ignore[attr-defined]
             raise _no_key_wanted(f"jaxstate.random.{name}", f"jaxstate.random.{name}({first}=...)")
         return with_key(next_key(stream), *args, **kwargs)
 
-    sample.__name__ = sample.__qualname__ = name
-    sample.__module__ = __name__
-    sample.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*list(signature.parameters.values())[1:], stream]
-    )
+    sample.__signature__ = _without_key(with_key, declared_signature)  # type: ignore[attr-defined]
     sample.__doc__ = (
         f"`jax.random.{name}` with the next key of the random stream called ``stream``.\n\n"
         f"All other arguments, the result and the distribution are those of"
@@ -527,7 +660,18 @@ def _sampler(name: str) -> Callable[..., jax.Array]:
         "  TypeError: if the first argument is a random key. (An array that only looks like one,\n"
         "    of the type of a raw key, has to be passed by name.)\n"
     )
-    return sample
+    return cast(F, sample)
+
+
+def _without_key(with_key: Any, declared: inspect.Signature) -> inspect.Signature:
+    """The parameters that the function of JAX has after its key, and ``stream``."""
+    _, *installed = inspect.signature(with_key).parameters.values()
+    known = declared.parameters
+    parameters = [
+        p.replace(annotation=known[p.name].annotation if p.name in known else p.empty)
+        for p in installed
+    ]
+    return declared.replace(parameters=[*parameters, known["stream"]])
 
 
 def _is_a_key(x: Any) -> bool:
@@ -539,4 +683,232 @@ def _is_a_key(x: Any) -> bool:
     return x.dtype == jnp.uint32 and x.shape == _raw_key_shape(_default_kind())
 
 
-globals().update({name: _sampler(name) for name in _SAMPLERS})
+# fmt: off
+@_sampler
+def ball(
+    d: int, p: ArrayLike = 2, shape: Shape = (), dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def bernoulli(
+    p: ArrayLike = 0.5, shape: Shape | None = None, mode: str = "low", *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def beta(
+    a: ArrayLike, b: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def binomial(
+    n: ArrayLike, p: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def bits(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def categorical(
+    logits: ArrayLike, axis: int = -1, shape: Shape | None = None, replace: bool = True,
+    mode: str | None = None, *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def cauchy(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def chisquare(
+    df: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def choice(
+    a: ArrayLike, shape: Shape = (), replace: bool = True, p: ArrayLike | None = None,
+    axis: int = 0, mode: str | None = None, *, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def dirichlet(
+    alpha: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def double_sided_maxwell(
+    loc: ArrayLike, scale: ArrayLike, shape: Shape = (), dtype: DTypeLike | None = None, *,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def exponential(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def f(
+    dfnum: ArrayLike, dfden: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def gamma(
+    a: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def generalized_normal(
+    p: ArrayLike, shape: Shape = (), dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def geometric(
+    p: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def gumbel(
+    shape: Shape = (), dtype: DTypeLike | None = None, mode: str | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def laplace(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def loggamma(
+    a: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def logistic(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def lognormal(
+    sigma: ArrayLike = np.float32(1.0), shape: Shape | None = None, dtype: DTypeLike | None = None,  # noqa: B008
+    *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def maxwell(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def multinomial(
+    n: ArrayLike, p: ArrayLike, *, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    unroll: int | bool = 1, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def multivariate_normal(
+    mean: ArrayLike, cov: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    method: str = "cholesky", *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def normal(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def orthogonal(
+    n: int, shape: Shape = (), dtype: DTypeLike | None = None, m: int | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def pareto(
+    b: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def permutation(
+    x: ArrayLike, axis: int = 0, independent: bool = False, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def poisson(
+    lam: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    method: str = "exact", out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def rademacher(
+    shape: Shape = (), dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def randint(
+    shape: Shape, minval: ArrayLike, maxval: ArrayLike, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def rayleigh(
+    scale: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def t(
+    df: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def triangular(
+    left: ArrayLike, mode: ArrayLike, right: ArrayLike, shape: Shape | None = None,
+    dtype: DTypeLike | None = None, *, out_sharding: Sharding | None = None,
+    stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def truncated_normal(
+    lower: ArrayLike, upper: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None,
+    *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def uniform(
+    shape: Shape = (), dtype: DTypeLike | None = None, minval: ArrayLike = 0.0,
+    maxval: ArrayLike = 1.0, *, out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def wald(
+    mean: ArrayLike, shape: Shape | None = None, dtype: DTypeLike | None = None, *,
+    out_sharding: Sharding | None = None, stream: str = "default",
+) -> jax.Array: ...
+
+@_sampler
+def weibull_min(
+    scale: ArrayLike, concentration: ArrayLike, shape: Shape = (), dtype: DTypeLike | None = None,
+    *, stream: str = "default",
+) -> jax.Array: ...

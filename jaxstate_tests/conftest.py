@@ -17,8 +17,7 @@ if metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
-
-from jaxstate._jax import dispatch
+from jax._src import dispatch
 
 
 def pytest_configure(config):

@@ -30,7 +30,7 @@ FILES = [path for path in PAGES if python_source(path).strip()]
 # A comment below what prints is what it prints.
 SHOW_OUTPUT = [
     ROOT / "docs" / f"{name}.md"
-    for name in ("index", "quickstart", "recipes", "coming_from", "faq")
+    for name in ("index", "quickstart", "recipes", "gallery", "coming_from", "faq")
 ]
 
 

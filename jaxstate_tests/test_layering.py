@@ -13,7 +13,10 @@ PACKAGE = pathlib.Path(jaxstate.__file__).parent
 # From below to above. A file imports from the floors below its own, and from the files before it
 # in its own folder.
 FLOORS = {
-    "_jax": [],
+    "_jax": [
+        "names", "jaxprs", "types", "meshes", "traces", "registries", "tracers", "building",
+        "context", "frames", "params", "solves", "custom_rules", "calls", "hooks",
+    ],
     "errors": [],
     "core": ["slots", "capture", "resolve", "specs", "refs", "initializers", "discharge"],
     "rules": [
@@ -24,8 +27,9 @@ FLOORS = {
     "extend": [],
     "random": [],
     "params": [
-        "paths", "entries", "places", "interception", "stores", "arguments", "reuse", "summary",
-        "methods", "pickling", "parametrized", "variables", "stack",
+        "paths", "entries", "places", "interception", "stores", "arguments", "names", "reuse",
+        "metadata", "summary", "methods", "pickling", "parametrized", "variables", "copies",
+        "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [

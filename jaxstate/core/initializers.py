@@ -14,10 +14,12 @@ closes over decides how it gets there:
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxstate import _jax
 from jaxstate.core.resolve import current_use, read, read_p, state_effect, write_p
@@ -25,11 +27,19 @@ from jaxstate.core.slots import Address
 from jaxstate.core.specs import Spec, all_arrays, spec_of, takes_shape, typed
 from jaxstate.errors import InitializerDataError, message
 
-__all__ = ["TracedInit", "init_p", "initialize", "initializer_at", "trace_initializer"]
+__all__ = [
+    "TracedInit",
+    "folded",
+    "init_p",
+    "initialize",
+    "initializer_at",
+    "trace_initializer",
+    "words_of",
+]
 
 
 class TracedInit:
-    """An initializer as a jaxpr of ``(*data, *keys)``; only a parameter's takes a key.
+    """An initializer as a jaxpr of ``(*data, *keys)``; that of a variable may take no key.
 
     Attributes:
       jaxpr: closed, and closed over arrays only.
@@ -54,7 +64,7 @@ class TracedInit:
             return self.run(data, key)
         if self.jitted is not None:
             return _values(self.jitted(key, *words))
-        return self.run(data, _folded(key, words))
+        return self.run(data, folded(key, words))
 
 
 def _values(results: Sequence[Any]) -> list[Any]:
@@ -62,7 +72,13 @@ def _values(results: Sequence[Any]) -> list[Any]:
     return [_jax.canonicalize(x) for x in results]
 
 
-def _folded(key: Any, words: Any) -> Any:
+def words_of(path: str) -> np.ndarray:
+    """What is folded into a key to make that of one path: a hash of it."""
+    return np.frombuffer(hashlib.sha256(path.encode()).digest(), "<u4", 2)
+
+
+def folded(key: Any, words: Any) -> Any:
+    """The key with the words folded in, one after the other."""
     for word in words:
         key = jax.random.fold_in(key, word)
     return key
@@ -126,7 +142,7 @@ def _shared_init(maker: _Maker, key_avals: tuple[Any, ...], context: Any) -> Tra
 
     @jax.jit
     def initializer(key: Any, *words: Any) -> list[Any]:
-        return traced_init.run((), _folded(key, words))
+        return traced_init.run((), folded(key, words))
 
     traced_init.jitted = initializer
     return traced_init

@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["split_arrays"]
+__all__ = ["Shape", "split_arrays"]
+
+# What stands for an array where only its type is looked at.
+Shape = jax.ShapeDtypeStruct
 
 
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], bool]:

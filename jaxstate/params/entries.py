@@ -78,9 +78,21 @@ class EntryAddress(Address):
       home: the jaxpr in which the address stands, if it stands in one.
       wanted: the type of the leaf, in an address that stands in a jaxpr.
       place: what ``levels`` are relative to, if that is not where the address is used.
+      metadata: of the entry, see `jaxstate.params.metadata`.
     """
 
-    __slots__ = ("home", "leaf", "levels", "name", "place", "spec", "traced_init", "used", "wanted")
+    __slots__ = (
+        "home",
+        "leaf",
+        "levels",
+        "metadata",
+        "name",
+        "place",
+        "spec",
+        "traced_init",
+        "used",
+        "wanted",
+    )
 
     may_alias = True
 
@@ -90,8 +102,9 @@ class EntryAddress(Address):
     mismatch_error: type[StateError]
     conflict_error: type[StateError]
 
-    def __init__(self, name: str, used: str) -> None:
+    def __init__(self, name: str, used: str, metadata: Any = None) -> None:
         self.levels: tuple[PathElement, ...] = ()
+        self.metadata = metadata
         self.name = name
         self.used = used
         self.leaf: Leaf = ONLY_LEAF
@@ -342,15 +355,27 @@ def place_of(store: Store) -> Any:
 class Entry:
     """What is known of one parameter or variable: path, form, who used it first, leaves.
 
-    The form is None if only a leaf was used so far, by a jaxpr that expects a form.
+    The form is None if only a leaf was used so far, by a jaxpr that expects a form. The metadata is
+    None if nobody gave any, or nobody looks at it.
     """
 
-    __slots__ = ("__weakref__", "cells", "expected", "initial", "kind", "path", "spec", "used")
+    __slots__ = (
+        "__weakref__",
+        "cells",
+        "expected",
+        "initial",
+        "kind",
+        "metadata",
+        "path",
+        "spec",
+        "used",
+    )
 
     def __init__(
         self, kind: str, path: Path, spec: Spec | None, expected: Spec | None, used: str
     ) -> None:
         self.kind = kind
+        self.metadata: Any = None
         self.path = path
         self.spec = spec
         self.expected = expected
@@ -397,8 +422,8 @@ class Use(NamedTuple):
 class Store(Holder):
     """The parameters and variables of one ``init`` or ``apply``, while it runs."""
 
-    # Whether variables may be written.
-    writable = True
+    # Whether variables may be written: all, or those of certain collections.
+    writable: bool | frozenset[str] = True
 
     def __init__(self, root: ModuleId) -> None:
         super().__init__()

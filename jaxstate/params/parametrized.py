@@ -24,9 +24,9 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
 
@@ -42,7 +42,7 @@ from jaxstate.errors import (
     ParameterMismatchError,
     message,
 )
-from jaxstate.params.arguments import split_arrays
+from jaxstate.params.arguments import Shape, split_arrays
 from jaxstate.params.entries import (
     EntryAddress,
     current_origin,
@@ -50,15 +50,26 @@ from jaxstate.params.entries import (
     level_entered,
 )
 from jaxstate.params.interception import intercepted, interceptions
+from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
+from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
-from jaxstate.params.reuse import Reusable, Reused, ReusingStore, nested, reused
+from jaxstate.params.reuse import Reusable, Reused, ReusingStore, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
-from jaxstate.random import check_key, rng_stream
+from jaxstate.random import FoldedStreams, KeyLike, check_key, rng_stream
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Owner = TypeVar("Owner")
+Rest = ParamSpec("Rest")
+Keys = KeyLike | Mapping[str, KeyLike]
+Tree = dict[str, Any]
+TreeLike = Mapping[str, Any]
 
 
 # -- Addresses -------------------------------------------------------------------------------
@@ -95,7 +106,7 @@ class ParamAddress(EntryAddress):
 # -- The public functions --------------------------------------------------------------------
 
 
-def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
+def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = None) -> T:
     """A parameter of the module (or `scope`) that the program is in.
 
     Args:
@@ -104,12 +115,14 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
         types (tuples, dataclasses, modules of other packages). The initializers of
         `jax.nn.initializers` fit: ``param("w", jax.nn.initializers.lecun_normal(), (3, 4))``.
       *init_args: static values or arrays.
+      metadata: any static value that goes with the parameter, a dict for example:
+        ``{"axes": ("embed", "mlp")}``. `Parametrized.metadata` gives that of all parameters.
 
     Returns:
       The value: during ``init`` what the initializer makes, during ``apply`` what was given.
 
     Raises:
-      TypeError: if ``name`` is not a name or ``init`` not a function.
+      TypeError: if ``name`` is not a name, ``init`` not a function, or ``metadata`` has arrays.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -127,9 +140,11 @@ def param(name: str, init: Callable[..., Any], *init_args: Any) -> Any:
             f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
             f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
         )
+    if metadata is not None:
+        metadata = checked(metadata, name)
 
     def value(init: Any, *init_args: Any) -> Any:
-        address = ParamAddress(name, used)
+        address = ParamAddress(name, used, metadata)
         use = address.store().declare(address, init, init_args)
         return use.spec.tree.unflatten(use.values())
 
@@ -160,10 +175,10 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-class Parametrized(Reusable, Summarizable):
+class Parametrized(Reusable[P, R], Describable, Summarizable):
     """A function with parameters: see `parametrized`."""
 
-    def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
+    def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
         if not callable(fn):
             raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
         check_runs_when_called(fn)
@@ -181,7 +196,7 @@ class Parametrized(Reusable, Summarizable):
         here = current_origin()
         return here.token(here.next_key(self.name, getattr(self.fn, "__code__", type(self.fn))))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
         with level_entered(store, PathElement(self.name, self._token), self):
@@ -199,15 +214,38 @@ class Parametrized(Reusable, Summarizable):
         """As a method: an instance is a module from when it is made, not from its first call."""
         note_instances_of(owner)
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Parametrized:
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+
+    @overload
+    def __get__(
+        self: Parametrized[Concatenate[Owner, Rest], R],
+        instance: Owner,
+        owner: type | None = None,
+    ) -> Parametrized[Rest, R]: ...
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Parametrized[..., Any]:
         """As a method: every instance of the class is its own module."""
         if instance is None:
             return self
         return _BoundMethod(self, instance)
 
+    # A signature cannot have keywords of its own next to those of the function, so there is an
+    # overload for them, in which the arguments of the function are not checked.
+    @overload
+    def init(self, key: Keys, *args: P.args, **kwargs: P.kwargs) -> Tree: ...
+
+    @overload
+    def init(self, key: Keys, shape: Shape, /, *args: Any, **kwargs: Any) -> Tree: ...
+
+    @overload
+    def init(
+        self, key: Keys, *args: Any, reuse: Mapping[Any, Any] | None, **kwargs: Any
+    ) -> Tree: ...
+
     def init(
         self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    ) -> Tree:
         """The initial parameters.
 
         Nothing of the function itself is computed: it is traced, and of the jaxpr only what the
@@ -216,10 +254,12 @@ class Parametrized(Reusable, Summarizable):
         Args:
           key: one random key. It also seeds the random stream "default". A dict
             ``{name: key}`` seeds several streams; the parameters take the key of "params", or
-            that of "default" if there is none.
+            that of "default" if there is none. Of every other stream that is not open, the key is
+            that of the parameters, with the first 8 bytes of the SHA-256 digest of ``"/" + name``
+            folded in.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
-          reuse: ``{module: params}``, parameters that are taken instead of made: see
-            `parameters_from`.
+          reuse: ``{module: params}`` or ``{"encoder/dense": params}``, parameters that are taken
+            instead of made: see `parameters_from`.
 
         Returns:
           A new nested dict with string keys, and what the initializers made.
@@ -227,14 +267,30 @@ class Parametrized(Reusable, Summarizable):
         Raises:
           TypeError: if ``key`` is not a key.
           InitializerDataError: if an initializer needs data of which only the shape was given.
-          UnusedReuseError: if an entry of ``reuse`` has nothing in common with the function.
+          UnusedReuseError: if a module in ``reuse`` has nothing in common with the function, or a
+            name is that of no parameter.
           Whatever `param` and `parameters_from` raise.
         """
         return self._init(("parameter",), key, reuse, args, kwargs)[0]
 
+    @overload
+    def init_with_state(
+        self, key: Keys, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Tree, Tree]: ...
+
+    @overload
+    def init_with_state(
+        self, key: Keys, shape: Shape, /, *args: Any, **kwargs: Any
+    ) -> tuple[Tree, Tree]: ...
+
+    @overload
+    def init_with_state(
+        self, key: Keys, *args: Any, reuse: Mapping[Any, Any] | None, **kwargs: Any
+    ) -> tuple[Tree, Tree]: ...
+
     def init_with_state(
         self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[Tree, Tree]:
         """The initial parameters, and the values that the variables start with.
 
         Nothing of the function itself is computed, see `init`: no variable is written.
@@ -263,7 +319,12 @@ class Parametrized(Reusable, Summarizable):
         def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
             store = _store_for_init(self._token, param_key, given)
-            with open_holder(store), _open_streams(streams), store.root_entered(self):
+            with (
+                open_holder(store),
+                open_holder(FoldedStreams(param_key)),
+                _open_streams(streams),
+                store.root_entered(self),
+            ):
                 self.call_here(None, args, kwargs)
             return [store.initial_values(kind) for kind in kinds]
 
@@ -276,12 +337,28 @@ class Parametrized(Reusable, Summarizable):
             values[0] = given.joined_with(values[0])
         return [nested(x) for x in values]
 
+    @overload
+    def apply(self, params: TreeLike, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
     def apply(
         self,
-        params: Mapping[str, Any],
+        params: TreeLike,
         *args: Any,
-        key: Any = None,
-        state: Mapping[str, Any] | None = None,
+        key: Keys | None,
+        state: TreeLike | None = None,
+        **kwargs: Any,
+    ) -> R: ...
+
+    @overload
+    def apply(self, params: TreeLike, *args: Any, state: TreeLike | None, **kwargs: Any) -> R: ...
+
+    def apply(
+        self,
+        params: TreeLike,
+        *args: Any,
+        key: Keys | None = None,
+        state: TreeLike | None = None,
         **kwargs: Any,
     ) -> Any:
         """The function, with the given parameters: pure in all its arguments.
@@ -308,32 +385,52 @@ class Parametrized(Reusable, Summarizable):
             self._check_state(state)
         return self._apply(params, state, False, key, args, kwargs)[0]
 
+    @overload
+    def apply_with_state(
+        self, params: TreeLike, state: TreeLike, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[R, Tree]: ...
+
+    @overload
     def apply_with_state(
         self,
-        params: Mapping[str, Any],
-        state: Mapping[str, Any],
+        params: TreeLike,
+        state: TreeLike,
         *args: Any,
-        key: Any = None,
+        key: Keys | None = None,
+        mutable: bool | str | Collection[str] = True,
         **kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[R, Tree]: ...
+
+    def apply_with_state(
+        self,
+        params: TreeLike,
+        state: TreeLike,
+        *args: Any,
+        key: Keys | None = None,
+        mutable: bool | str | Collection[str] = True,
+        **kwargs: Any,
+    ) -> tuple[Any, Tree]:
         """The function, with the given parameters and variables: pure in all its arguments.
 
         Args:
           params: as for `apply`, like all other arguments.
           state: the variables, as ``init_with_state`` and ``apply_with_state`` return them.
+          mutable: which variables may be written: all, none, or those of one or several
+            collections. ``variable(..., metadata={"collection": "cache"})`` is in the collection
+            "cache".
 
         Returns:
           ``(out, state)``: what the function returns, and all variables after it, those that it
           did not write unchanged, as a new nested dict.
 
-        Raises what `apply` raises; but variables may be written.
+        Raises what `apply` raises; but variables may be written, those that are ``mutable``.
         """
         self._check_state(state)
-        out, store = self._apply(params, state, True, key, args, kwargs)
+        out, store = self._apply(params, state, _writable(mutable), key, args, kwargs)
         return out, store.state()
 
     def _apply(
-        self, params: Any, state: Any, writable: bool, key: Any, args: Any, kwargs: Any
+        self, params: Any, state: Any, writable: Any, key: Any, args: Any, kwargs: Any
     ) -> tuple[Any, ApplyStore]:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
         streams = {} if key is None else _keys(key, "apply")[1]
@@ -375,11 +472,11 @@ class Parametrized(Reusable, Summarizable):
                 f" {type(given).__name__}.\nTo mend it:\n    {fix}"
             )
 
-    def __copy__(self) -> Parametrized:
+    def __copy__(self) -> Self:
         """A module of its own, as a deep copy is."""
         return self.__deepcopy__({}, lambda value, memo: value)
 
-    def __deepcopy__(self, memo: Any, part: Any = copy.deepcopy) -> Parametrized:
+    def __deepcopy__(self, memo: Any, part: Any = copy.deepcopy) -> Self:
         new = memo[id(self)] = object.__new__(type(self))
         vars(new).update({name: part(value, memo) for name, value in vars(self).items()})
         new._token, new._instances = new._new_token(), PerInstance()
@@ -389,11 +486,25 @@ class Parametrized(Reusable, Summarizable):
         """A module is pickled as a function is: by its name."""
         return found_by_name, name_of_global(self, self.fn)
 
+    def __dir__(self) -> list[str]:
+        """What is public, and the names of Python."""
+        return [name for name in super().__dir__() if name[0] != "_" or name[:2] == "__"]
+
     def __repr__(self) -> str:
         return f"<parametrized {self.name}>"
 
 
-def parametrized(fn: Callable[..., Any] | None = None, *, name: str | None = None) -> Any:
+@overload
+def parametrized(fn: Callable[P, R], *, name: str | None = None) -> Parametrized[P, R]: ...
+
+
+@overload
+def parametrized(
+    fn: None = None, *, name: str | None = None
+) -> Callable[[Callable[P, R]], Parametrized[P, R]]: ...
+
+
+def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     """Makes a function with parameters out of one that calls `param`.
 
     Args:
@@ -463,10 +574,10 @@ def _name_of(fn: Any) -> str:
 # -- Methods ---------------------------------------------------------------------------------
 
 
-class _BoundMethod(Parametrized):
+class _BoundMethod(Parametrized[P, R]):
     """A parametrized method of one instance."""
 
-    def __init__(self, method: Parametrized, instance: Any) -> None:
+    def __init__(self, method: Parametrized[..., R], instance: Any) -> None:
         name = method._explicit_name
         if name is None and method.name == "__call__":
             name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(instance).__name__).lower()
@@ -476,10 +587,10 @@ class _BoundMethod(Parametrized):
     def _new_token(self) -> ModuleId:
         return self._method._instances.token(self.fn.__self__, self._method.fn)
 
-    def __copy__(self) -> _BoundMethod:
+    def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self, memo: Any) -> _BoundMethod:  # type: ignore[override]
+    def __deepcopy__(self, memo: Any) -> Self:  # type: ignore[override]
         return type(self)(self._method, copy.deepcopy(self.fn.__self__, memo))
 
     def __reduce__(self) -> Any:
@@ -506,6 +617,20 @@ def _keys(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
             'To mend it:\n    net.init({"params": key, "dropout": other_key}, x)'
         )
     return streams.get("params", streams.get("default")), streams
+
+
+def _writable(mutable: Any) -> bool | frozenset[str]:
+    """Which variables may be written, as a store is told."""
+    if isinstance(mutable, bool):
+        return mutable
+    if isinstance(mutable, str):
+        mutable = [mutable]
+    if not isinstance(mutable, Collection) or any(not isinstance(x, str) for x in mutable):
+        raise TypeError(
+            "apply_with_state: mutable is True, False or names of collections, and was given"
+            f' {mutable!r}.\nTo mend it:\n    net.apply_with_state(..., mutable=["statistics"])'
+        )
+    return frozenset(mutable)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ of that name which was used. The same module may have another path in another ne
    in common, with the arguments of the network).
 3. What is the same in both is reused.
 
+Parameters may also be given by name: ``init(key, x, reuse={"encoder": {"w": w}})``. A string is a
+path in the tree of the network itself, and what is given may be a part of what it has there.
+
 "The same" is said by an `Identity`: the innermost module that outlives the trace, and from there
 the names. A module that is made anew whenever the function runs is known by its place among such.
 """
@@ -20,13 +23,13 @@ the names. A module that is made anew whenever the function runs is known by its
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.slots import Address, Cell, Holder, Lane, holders, open_holder
+from jaxstate.core.slots import open_holder
 from jaxstate.core.specs import ONE_ARRAY, Spec, contrast, spec_of
 from jaxstate.errors import (
     MissingParameterError,
@@ -39,16 +42,27 @@ from jaxstate.errors import (
 )
 from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import Entry, home_of
+from jaxstate.params.names import by_path, nested
 from jaxstate.params.paths import FrameId, ModuleId, NameTable, Path
 from jaxstate.params.stores import InitStore, flattened
-from jaxstate.random import StreamAddress
+from jaxstate.random import FoldedStreams
 
-__all__ = ["AnyStream", "Reusable", "Reused", "ReusingStore", "Shaped", "nested", "reused"]
+__all__ = [
+    "ObservingStore",
+    "Reusable",
+    "Reused",
+    "ReusingStore",
+    "Shaped",
+    "observe",
+    "reused",
+]
 
 Identity = Hashable
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Reusable:
+class Reusable(Generic[P, R]):
     """What a parametrized object can do with the parameters of others."""
 
     fn: Callable[..., Any]
@@ -65,8 +79,10 @@ class Reusable:
         Args:
           reuse: ``{module: params}``. A module is a parametrized object that this one calls, this
             one itself, or a network that has modules in common with it. The latter is run (only
-            traced) with the same arguments; ``module.shaped(*args)`` says otherwise. Where two
-            entries have the same part, the later one wins.
+            traced) with the same arguments; ``module.shaped(*args)`` says otherwise. Or
+            ``{name: params}``: a string is a path in the parameters of this network, such as
+            "encoder/dense", with an array, or a tree of arrays by name, which may be a part of
+            what is there. Where two entries have the same part, the later one wins.
           *args, **kwargs: as the function is called. Arrays may be `jax.ShapeDtypeStruct`s.
 
         Returns:
@@ -76,8 +92,9 @@ class Reusable:
           UncoveredParameterError: for parameters that no entry has.
           MissingParameterError, ParameterMismatchError: if the parameters given for a module are
             not those it uses.
-          UnusedReuseError: if a module is not called and cannot be run with these arguments.
-          TypeError: if a key of ``reuse`` is not a parametrized object.
+          UnusedReuseError: if a module is not called and cannot be run with these arguments, or
+            a name is that of no parameter.
+          TypeError: if a key of ``reuse`` is neither a parametrized object nor a string.
 
         >>> import jax, jax.numpy as jnp, jaxstate
         >>> @jaxstate.parametrized
@@ -90,10 +107,10 @@ class Reusable:
         {'scale': {'factor': Array(2., dtype=float32, weak_type=True)}}
         """
         found = reused(self, reuse, args, kwargs)
-        missing = [path for path in found.specs if path not in found.values]
+        missing = [path for path in found.specs if not found.has_all_of(path)]
         if missing:
             raise _uncovered(self.name, missing, found)
-        return nested({path: _as_arrays(found.values[path]) for path in found.specs})
+        return nested({path: found.values[path].tree() for path in found.specs})
 
     def apply_from(
         self,
@@ -102,7 +119,7 @@ class Reusable:
         key: Any = None,
         state: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> R:
         """``apply`` with the parameters that `parameters_from` takes from others.
 
         Args:
@@ -130,7 +147,7 @@ class Reusable:
         params = self.parameters_from(reuse, *args, **kwargs)
         return self.apply(params, *args, key=key, state=state, **kwargs)
 
-    def shaped(self, *args: Any, **kwargs: Any) -> Shaped:
+    def shaped(self, *args: Any, **kwargs: Any) -> Shaped[R]:
         """This network with example inputs, so that they need not be given again.
 
         Args:
@@ -151,7 +168,7 @@ class Reusable:
         return Shaped(self, args, kwargs)
 
 
-class Shaped:
+class Shaped(Generic[R]):
     """A parametrized object with example inputs: see `Parametrized.shaped`.
 
     As a key of ``reuse`` it says with which arguments its parameters were made.
@@ -176,6 +193,14 @@ class Shaped:
         """The same with the variables; see `Parametrized.init_with_state`."""
         return self.net.init_with_state(key, *self.args, reuse=reuse, **self.kwargs)
 
+    def metadata(self) -> dict[str, Any]:
+        """The metadata of the parameters; see `Parametrized.metadata`."""
+        return self.net.metadata(*self.args, **self.kwargs)
+
+    def metadata_with_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same with the variables; see `Parametrized.metadata_with_state`."""
+        return self.net.metadata_with_state(*self.args, **self.kwargs)
+
     def apply(
         self,
         params: Mapping[str, Any],
@@ -183,7 +208,7 @@ class Shaped:
         key: Any = None,
         state: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> R:
         """See `Parametrized.apply`; the inputs are those given here, not the example."""
         return self.net.apply(params, *args, key=key, state=state, **kwargs)
 
@@ -194,7 +219,7 @@ class Shaped:
         key: Any = None,
         state: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> R:
         """See `Parametrized.apply_from`: the parts are found with the example inputs, and the
         function is called with the inputs given here."""
         return self.apply(self.parameters_from(reuse), *args, key=key, state=state, **kwargs)
@@ -206,27 +231,53 @@ class Shaped:
 # -- What is reused --------------------------------------------------------------------------
 
 
+class _Taken(NamedTuple):
+    """What is reused of one parameter: arrays by their number among the leaves of its value."""
+
+    structure: Any
+    leaves: dict[int, Any]
+
+    def tree(self, made: Any = None) -> Any:
+        """The value; what is not reused is that of ``made``."""
+        structure, leaves = self.structure, [None] * self.structure.num_leaves
+        if made is not None:
+            leaves, structure = jax.tree.flatten(made)
+        return structure.unflatten(
+            [_jax.as_array(self.leaves[i]) if i in self.leaves else x for i, x in enumerate(leaves)]
+        )
+
+
 class Reused:
     """What of the parameters of one network comes from others.
 
     Attributes:
-      forms: all its parameters: path -> form.
-      values: those that are reused: path -> tree of arrays.
+      specs: all its parameters: path -> form.
+      values: those that are reused, whole or in part.
     """
 
-    def __init__(self, specs: dict[Path, Spec], values: dict[Path, Any]) -> None:
+    def __init__(self, specs: dict[Path, Spec], values: dict[Path, _Taken]) -> None:
         self.specs = specs
         self.values = values
 
+    def has_all_of(self, path: Path) -> bool:
+        taken = self.values.get(path)
+        return taken is not None and len(taken.leaves) == taken.structure.num_leaves
+
     def joined_with(self, made: Mapping[Path, Any]) -> dict[Path, Any]:
         """The reused parameters and those that were ``made``, in the order of ``init``."""
-        reused = {path: _as_arrays(value) for path, value in self.values.items()}
-        ordered = {p: made.get(p, reused.get(p)) for p in self.specs if p in made or p in reused}
-        return {**ordered, **made}
+        joined: dict[Path, Any] = {}
+        for path in self.specs:
+            if self.has_all_of(path):
+                joined[path] = self.values[path].tree()
+            elif path in self.values:
+                joined[path] = self.values[path].tree(made[path])
+            elif path in made:
+                joined[path] = made[path]
+        return {**joined, **{path: x for path, x in made.items() if path not in joined}}
 
 
 def reused(
-    net: Reusable,
+    net: Reusable[..., Any],
     reuse: Mapping[Any, Mapping[str, Any]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -246,7 +297,11 @@ def reused(
             "To mend it:\n    net.parameters_from({layer: layer_params}, x)"
         )
     lasting = _Lasting()
-    parts = [_Part(key, params, lasting) for key, params in reuse.items()]
+    entries = [
+        _ByName(key, x) if isinstance(key, str) else _Part(key, x, lasting)
+        for key, x in reuse.items()
+    ]
+    parts = [part for part in entries if isinstance(part, _Part)]
     for part in parts:
         if part.example is not None:
             part.trace(part.example.args, part.example.kwargs)
@@ -256,12 +311,15 @@ def reused(
     for part in parts:
         if not part.is_traced:
             part.trace_as_larger_network(net, args, kwargs)
-    values = {}
-    for path, identity in names.identities.items():
-        for part in reversed(parts):
-            if identity in part.values:
-                values[path] = part.checked(identity, path, names.specs[path])
-                break
+    values: dict[Path, _Taken] = {}
+    for entry in entries:
+        for path, identity in names.identities.items():
+            taken = entry.taken(identity, path, names.specs[path])
+            if taken is not None:
+                before = values.get(path, taken)
+                values[path] = _Taken(taken.structure, {**before.leaves, **taken.leaves})
+        if isinstance(entry, _ByName):
+            entry.check_all_are_used(net, names.specs)
     if every_part:
         known = set(names.identities.values())
         for part in parts:
@@ -279,16 +337,17 @@ class ReusingStore(InitStore):
 
     def make(self, entry: Entry, address: Any, data: Sequence[Any], path: Path) -> None:
         super().make(entry, address, data, path)
-        if path in self.reused.values:
-            values = jax.tree.leaves(self.reused.values[path])
+        if address.kind == "parameter" and path in self.reused.values:
+            given = self.reused.values[path].leaves
             with _jax.set_current_trace(self.anchor):
-                for cell, value in zip(entry.cells.values(), values, strict=True):
-                    cell.value = _like(value, cell.value)
+                for leaf, cell in entry.cells.items():
+                    if leaf.index in given:
+                        cell.value = _like(given[leaf.index], cell.value)
 
     def initial_values(self, kind: str) -> dict[Path, Any]:
-        """What was made, without what was given."""
+        """What was made, without what was given whole."""
         made = super().initial_values(kind)
-        return {path: value for path, value in made.items() if path not in self.reused.values}
+        return {path: x for path, x in made.items() if not self.reused.has_all_of(path)}
 
 
 def _like(value: Any, made: Any) -> Any:
@@ -307,7 +366,7 @@ class _Part:
         self.module: Any = key.net if isinstance(key, Shaped) else key
         if not isinstance(self.module, Reusable):
             raise TypeError(
-                f"reuse wants parametrized objects as keys, and was given {key!r}.\n"
+                f"reuse wants parametrized objects or names as keys, and was given {key!r}.\n"
                 "To mend it:\n    net.parameters_from({layer: layer_params}, x)"
             )
         if not isinstance(params, Mapping):
@@ -377,8 +436,12 @@ class _Part:
             node = node[name]
         return node
 
-    def checked(self, identity: Identity, path: Path, spec: Spec) -> Any:
-        return self._checked(self.values[identity], path, spec)
+    def taken(self, identity: Identity, path: Path, spec: Spec) -> _Taken | None:
+        """What there is for a parameter of the network, checked."""
+        if identity not in self.values:
+            return None
+        leaves, structure = jax.tree.flatten(self._checked(self.values[identity], path, spec))
+        return _Taken(structure, dict(enumerate(leaves)))
 
     def _checked(self, value: Any, path: Path, spec: Spec) -> Any:
         """The value, if it is of that structure and these shapes."""
@@ -397,6 +460,61 @@ class _Part:
                 f" {shown}, and the function wants {wanted}.",
                 fix="""
                 params = net.init(key, x)      # with inputs of the shapes that apply is given
+                """,
+                used=_jax.user_location(),
+            )
+        )
+
+
+class _ByName:
+    """One entry of ``reuse`` that goes by the names of the network itself."""
+
+    def __init__(self, name: str, given: Any) -> None:
+        self.name = name
+        self.arrays = dict(by_path(given, tuple(name.split("/"))))
+        self.unused = set(self.arrays)
+
+    def taken(self, identity: Identity, path: Path, spec: Spec) -> _Taken | None:
+        leaves = {}
+        for leaf, aval in zip(spec.leaves, spec.avals, strict=True):
+            name = (*path, *leaf.path)
+            if name in self.arrays:
+                self.unused.discard(name)
+                leaves[leaf.index] = self._checked(self.arrays[name], name, aval)
+        return _Taken(spec.tree, leaves) if leaves else None
+
+    def _checked(self, value: Any, name: Path, wanted: Any) -> Any:
+        if _jax.is_array_like(value) and _jax.typeof(value).shape == wanted.shape:
+            return value
+        found = _jax.typeof(value).str_short() if _jax.is_array_like(value) else repr(value)
+        raise ParameterMismatchError(
+            message(
+                f"Parameter {'/'.join(name)!r}, reused from {self.name!r}, is {found}, and the"
+                f" function wants {wanted.str_short()}.",
+                fix="""
+                params = net.init(key, x)      # with inputs of the shapes that apply is given
+                """,
+                used=_jax.user_location(),
+            )
+        )
+
+    def check_all_are_used(self, net: Any, specs: Mapping[Path, Spec]) -> None:
+        if not self.unused and self.arrays:
+            return
+        known = ["/".join((*path, *leaf.path)) for path, s in specs.items() for leaf in s.leaves]
+        name = min("/".join(path) for path in self.unused) if self.unused else self.name
+        close = nearest(name, known)
+        listed = known if close is None else [close, *(x for x in known if x != close)]
+        more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+        raise UnusedReuseError(
+            message(
+                f"reuse has {name!r}, and {net.name!r} has no parameter of that name. It has"
+                f" {', '.join(map(repr, listed[:5])) or 'none'}{more}."
+                if self.unused
+                else f"reuse has nothing in {name!r}.",
+                fix=f"""
+                net.init(key, x, reuse={{{close or "encoder/w"!r}: array}})  # a name that there is
+                jaxstate.flatten_names(params)                  # shows the names of parameters
                 """,
                 used=_jax.user_location(),
             )
@@ -451,44 +569,69 @@ class _Names:
         lasting: _Lasting,
         parts: Sequence[_Part] = (),
     ) -> None:
-        arrays, rebuild, _ = split_arrays((args, kwargs))
-
-        def forward(key: Any, arrays: Any) -> dict[Path, Any]:
-            args, kwargs = rebuild(arrays)
-            store = _NamingStore(module._token, key, parts)
-            with open_holder(store), open_holder(AnyStream()), store.root_entered(module):
-                module.call_here(None, args, kwargs)
+        def see(store: InitStore) -> dict[Path, Any]:
             values = store.initial_values("parameter")
             self.identities = _identities(store.layer, values, lasting)
             return values
 
-        first: Exception | None = None
-        for make in (jax.random.key, jax.random.PRNGKey):  # an initializer may want a raw key
-            try:
-                with jax.disable_jit(False):  # every branch is traced
-                    key = jax.eval_shape(lambda make=make: make(0))
-                    shapes = jax.eval_shape(forward, key, arrays)
-                self.specs = {path: spec_of(x) for path, x in shapes.items()}
-                return
-            except StateError:
-                raise
-            except Exception as error:
-                first = first or error
-        assert first is not None
-        raise first
+        shapes = observe(
+            module, args, kwargs, lambda key: _NamingStore(module._token, key, parts), see
+        )
+        self.specs = {path: spec_of(x) for path, x in shapes.items()}
 
 
-class _NamingStore(InitStore):
-    """Parameters that are made to see their names, and thrown away."""
+def observe(
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    store_with: Callable[[Any], Any],
+    see: Callable[[Any], Any],
+) -> Any:
+    """What ``see(store)`` gives after a module has run with ``store = store_with(key)``.
 
-    def __init__(self, root: ModuleId, key: Any, parts: Sequence[_Part]) -> None:
+    Nothing is computed: the module is traced.
+    """
+    arrays, rebuild, _ = split_arrays((args, kwargs))
+
+    def forward(key: Any, arrays: Any) -> Any:
+        args, kwargs = rebuild(arrays)
+        store = store_with(key)
+        with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(module):
+            module.call_here(None, args, kwargs)
+        return see(store)
+
+    first: Exception | None = None
+    for make in (jax.random.key, jax.random.PRNGKey):  # an initializer may want a raw key
+        try:
+            with jax.disable_jit(False):  # every branch is traced
+                key = jax.eval_shape(lambda make=make: make(0))
+                return jax.eval_shape(forward, key, arrays)
+        except StateError:
+            raise
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+class ObservingStore(InitStore):
+    """Entries that are made to look at them, and thrown away."""
+
+    def __init__(self, root: ModuleId, key: Any) -> None:
         super().__init__(root, key)
-        self.parts = parts
         self._traced = object()
 
     def signature(self) -> Hashable:
         """No jaxpr that was traced before is used: modules are seen when their function runs."""
-        return ("names", self._traced)
+        return "observed", self._traced
+
+
+class _NamingStore(ObservingStore):
+    """Parameters that are made to see their names."""
+
+    def __init__(self, root: ModuleId, key: Any, parts: Sequence[_Part]) -> None:
+        super().__init__(root, key)
+        self.parts = parts
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         for part in self.parts:
@@ -513,47 +656,6 @@ def _identities(
         return (identity(path[:-1]), step)
 
     return {path: identity(path) for path in paths}
-
-
-class AnyStream(Holder):
-    """Every random stream that is not open: what is drawn is thrown away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = {name: Cell(value) for name, value in _stream().items()}
-
-    def knows(self, address: Address) -> bool:
-        if not isinstance(address, StreamAddress) or address.identity is not None:
-            return False
-        others = (h for h in holders() if not isinstance(h, AnyStream) and not h.is_boundary)
-        return not any(h.knows(address) for h in others)
-
-    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
-        return self.cells[address.part]
-
-    def lane(  # type: ignore[override]
-        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
-    ) -> Lane:
-        if self not in notes:
-            notes[self] = {name: Lane(value, None) for name, value in _stream().items()}
-        return notes[self][address.part]
-
-    def differs_by_device(self, address: Address) -> bool:
-        return True
-
-    def device_cell(  # type: ignore[override]
-        self, address: StreamAddress, notes: Any, outside: Any, index: Any
-    ) -> Cell:
-        if self not in notes:
-            notes[self] = {name: Cell(value) for name, value in _stream().items()}
-        return notes[self][address.part]
-
-    def without_values(self) -> AnyStream:
-        return self
-
-
-def _stream() -> dict[str, Any]:
-    return {"key": jax.random.key(0), "count": np.int32(0)}
 
 
 # -- Errors ----------------------------------------------------------------------------------
@@ -589,18 +691,3 @@ def _nothing_in_common(part: _Part, net: Any) -> Exception:
             used=_jax.user_location(),
         )
     )
-
-
-def _as_arrays(value: Any) -> Any:
-    return jax.tree.map(_jax.as_array, value)
-
-
-def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """A nested dict out of full paths."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree

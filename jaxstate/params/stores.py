@@ -9,7 +9,6 @@ In a custom derivative rule, `entries.RuleStore` stands for either.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.initializers import TracedInit, init_p, initialize_at, initializer_at
+from jaxstate.core.initializers import TracedInit, init_p, initialize_at, initializer_at, words_of
 from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read, same_trace
 from jaxstate.core.slots import Cell, Holder, holders, signature_changed
 from jaxstate.core.specs import ONE_ARRAY, Leaf, Spec, contrast, names_of, same_structure, spec_of
@@ -82,7 +81,7 @@ class InitStore(Store):
         assert traced_init is not None
         with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
             if address.takes_key:
-                values = traced_init.run_with_key(data, self.key, _words(path))
+                values = traced_init.run_with_key(data, self.key, words_of("/".join(path)))
             else:
                 values = traced_init.run(data)
             leaves = [_jax.in_mesh(_jax.as_array(value), self.mesh) for value in values]
@@ -117,12 +116,16 @@ class InitStore(Store):
         inside = (h for h in holders() if h.age > self.age)
         return any(h.outside is not None and not h.is_boundary for h in inside)
 
+    def made(self, kind: str) -> dict[Path, Entry]:
+        """All entries of a kind that have an array."""
+        entries = self.layer.entries.items()
+        return {path: entry for path, entry in entries if entry.kind == kind and entry.initial}
+
     def initial_values(self, kind: str) -> dict[Path, Any]:
         """What all entries of a kind start with: path -> value."""
         return {
-            path: entry.spec.tree.unflatten(entry.initial.values())
-            for path, entry in self.layer.entries.items()
-            if entry.kind == kind and entry.initial
+            path: entry.spec.tree.unflatten(entry.initial.values())  # type: ignore[union-attr]
+            for path, entry in self.made(kind).items()
         }
 
 
@@ -157,7 +160,7 @@ class ApplyStore(Store):
       root: the module that is applied.
       params: a nested dict.
       state: a nested dict of the variables, or None if none was given.
-      writable: whether the variables may be written.
+      writable: whether the variables may be written, or the collections that may.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ class ApplyStore(Store):
         root: ModuleId,
         params: Mapping[str, Any],
         state: Mapping[str, Any] | None = None,
-        writable: bool = False,
+        writable: bool | frozenset[str] = False,
     ) -> None:
         super().__init__(root)
         self.writable = writable
@@ -540,9 +543,3 @@ def _with_dicts(tree: Any, of_all_mappings: bool = True) -> Any:
 def _type_of(x: Any) -> Any:
     """The type of an array; of anything else, its class."""
     return _jax.typeof(x) if _jax.is_array_like(x) else type(x)
-
-
-def _words(path: Path) -> np.ndarray:
-    """What is folded into the key of the initial value of one parameter: a hash of its path."""
-    digest = hashlib.sha256("/".join(path).encode()).digest()
-    return np.frombuffer(digest, "<u4", 2)

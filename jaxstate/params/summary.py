@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,10 @@ from jaxstate import _jax
 from jaxstate.core.resolve import boundaries
 from jaxstate.core.slots import open_holder
 from jaxstate.params.arguments import split_arrays
+from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path
-from jaxstate.params.reuse import AnyStream, nested
-from jaxstate.params.stores import InitStore
-from jaxstate.random import check_key
+from jaxstate.params.reuse import ObservingStore
+from jaxstate.random import FoldedStreams, check_key
 
 __all__ = ["ParameterRow", "ScopeRow", "Summarizable", "Summary", "summary"]
 
@@ -200,7 +200,7 @@ class Summarizable:
         def forward(key: Any, arrays: Any) -> dict[Path, Any]:
             args, kwargs = rebuild(arrays)
             store = _SummaryStore(self._token, key, calls)
-            with open_holder(store), open_holder(AnyStream()), store.root_entered(self):
+            with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(self):
                 calls.append(((), _shapes(self.call_here(None, args, kwargs))))
             return store.initial_values("parameter")
 
@@ -210,17 +210,12 @@ class Summarizable:
         return Summary(rows, tuple(_scope_row(path, out, rows) for path, out in _distinct(calls)))
 
 
-class _SummaryStore(InitStore):
-    """Parameters that are made to see their types, and thrown away."""
+class _SummaryStore(ObservingStore):
+    """Parameters that are made to see their types."""
 
     def __init__(self, root: ModuleId, key: Any, calls: list[tuple[Path, Any]]) -> None:
         super().__init__(root, key)
         self.calls = calls
-        self._traced = object()
-
-    def signature(self) -> Hashable:
-        """No jaxpr that was traced before is used: modules are seen when their function runs."""
-        return ("summary", self._traced)
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         out = super().call(module, args, kwargs)

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxstate import _jax
 from jaxstate.core.resolve import read, write_each
@@ -50,9 +51,12 @@ from jaxstate.errors import (
 )
 from jaxstate.params.entries import EntryAddress, Store, Use, current_place, innermost_store
 from jaxstate.params.interception import intercepted, interceptions
+from jaxstate.params.metadata import PerArray, checked, collection_of
 from jaxstate.params.parametrized import check_name
 
-__all__ = ["Variable", "variable"]
+__all__ = ["Variable", "is_writable", "variable"]
+
+T = TypeVar("T")
 
 
 class VariableAddress(EntryAddress):
@@ -62,22 +66,23 @@ class VariableAddress(EntryAddress):
       threaded: whether the variable may be written. Where it may not, it is captured.
       reduce: makes one value of the lanes' values, or None.
       joint: the same for all arrays of the value together.
+      takes_key: whether the initializer is given a key.
     """
 
-    __slots__ = ("joint", "reduce", "threaded")
+    __slots__ = ("joint", "reduce", "takes_key", "threaded")
 
     kind = "variable"
-    takes_key = False
     has_axes = True
     missing_error = MissingVariableError
     mismatch_error = VariableMismatchError
     conflict_error = VariableConflictError
 
-    def __init__(self, name: str, used: str) -> None:
-        super().__init__(name, used)
+    def __init__(self, name: str, used: str, metadata: Any, takes_key: bool) -> None:
+        super().__init__(name, used, metadata)
         self.threaded = True
         self.reduce: Callable[..., Any] | None = None
         self.joint: Joint | None = None
+        self.takes_key = takes_key
 
     def missing(self) -> Exception:
         return MissingStoreError(
@@ -106,7 +111,7 @@ class VariableAddress(EntryAddress):
 
     @staticmethod
     def initial(init: Callable[..., Any], init_args: tuple[Any, ...], *keys: Any) -> Any:
-        return jax.tree.map(strong, init(*init_args))
+        return jax.tree.map(strong, init(*keys, *init_args))
 
     def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Spec:
         return super().form_of_initial(init, init_args).strong()
@@ -257,13 +262,24 @@ def _no_reduce(name: str, reduce: Any, spec: Spec) -> Exception:
     )
 
 
-class Variable:
+class Variable(Generic[T]):
     """A handle of a variable: see `variable`."""
 
-    __slots__ = ("__weakref__", "_addresses", "_entry", "_run", "_spec", "name")
+    __slots__ = (
+        "__weakref__",
+        "_addresses",
+        "_entry",
+        "_is_writable",
+        "_metadata",
+        "_run",
+        "_spec",
+        "name",
+    )
 
-    def __init__(self, name: str, store: Store, use: Use):
+    def __init__(self, name: str, store: Store, use: Use, metadata: Any):
         self.name = name
+        self._metadata = metadata
+        self._is_writable = _may_write(store.writable, metadata)
         self._run = store.run
         self._spec = use.spec
         home, levels = current_place(store, is_here=use.entry is not None)
@@ -274,7 +290,7 @@ class Variable:
         self._entry = None if use.entry is None else weakref.ref(use.entry)
 
     @property
-    def value(self) -> Any:
+    def value(self) -> T:
         """The current value. Assign to it to write.
 
         A Python scalar that is assigned takes the dtype of the variable, as in arithmetic with it.
@@ -282,7 +298,8 @@ class Variable:
         Raises:
           SlotTypeError: if it is assigned a value of another structure, shape or dtype than the
             first one.
-          ReadOnlyVariableError: under ``apply``, which hands on no variables.
+          ReadOnlyVariableError: under ``apply``, which hands on no variables, or if the variable is
+            not in a collection that ``apply_with_state`` was told to write.
           LaneWriteError: if lanes of a `vmap` write different values and there is no ``reduce``.
         """
         cells = self._cells_here(self._store())
@@ -291,10 +308,10 @@ class Variable:
         return self._spec.tree.unflatten([cells[a.leaf].value for a in self._addresses])
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: T | ArrayLike) -> None:
         store = self._store()
-        if not store.writable:
-            raise self._read_only()
+        if not self._is_writable:
+            raise self._read_only(store)
         if _jax.is_plain_array(value) and self._spec.is_array:
             leaves = [value]
         else:
@@ -373,13 +390,22 @@ class Variable:
             )
         )
 
-    def _read_only(self) -> Exception:
+    def _read_only(self, store: Store) -> Exception:
+        what = "under apply, which has no way to return its new value."
+        fix = "y, state = net.apply_with_state(params, state, x)"
+        if not isinstance(store.writable, bool):
+            collection = collection_of(self._metadata)
+            named = sorted(store.writable | ({collection} if collection else {"statistics"}))
+            shown = f"is in collection {collection!r}" if collection else "is in no collection"
+            what = f"under apply_with_state with mutable={sorted(store.writable)}, and it {shown}."
+            fix = f"y, state = net.apply_with_state(params, state, x, mutable={named})"
         return ReadOnlyVariableError(
             message(
-                f"Variable {self.name!r} was written under apply, which has no way to return its"
-                " new value.",
-                fix="""
-                y, state = net.apply_with_state(params, state, x)
+                f"Variable {self.name!r} was written {what}",
+                fix=f"""
+                {fix}
+                if jaxstate.is_writable({self.name}):    # or write only where it may be written
+                    {self.name}.value = value
                 """,
                 made=self._addresses[0].used if self._addresses else None,
                 used=_jax.user_location(),
@@ -390,18 +416,60 @@ class Variable:
         return f"<variable {self.name!r}: {self._spec}>"
 
 
+def _may_write(writable: bool | frozenset[str], metadata: Any) -> bool:
+    if isinstance(writable, bool):
+        return writable
+    # What stands for the variables of a block is written if any of these may be.
+    return isinstance(metadata, PerArray) or collection_of(metadata) in writable
+
+
+def is_writable(variable: Variable) -> bool:
+    """Whether a variable may be written here.
+
+    So it is under ``init``, and under ``apply_with_state`` if the variable is ``mutable`` there.
+
+    Args:
+      variable: a handle, as `variable` gives it.
+
+    Raises:
+      ClosedStateError: outside of the ``init`` or ``apply`` in which the handle was made.
+      TypeError: if it is given no handle.
+
+    >>> import jax, jax.numpy as jnp, jaxstate
+    >>> @jaxstate.parametrized
+    ... def center(x):
+    ...     mean = jaxstate.variable("mean", jnp.zeros, ())
+    ...     if jaxstate.is_writable(mean):
+    ...         mean.value = x.mean()
+    ...     return x - mean.value
+    >>> x = jnp.array([1.0, 3.0])
+    >>> center.apply_with_state({}, {"mean": 0.0}, x)
+    (Array([-1.,  1.], dtype=float32), {'mean': Array(2., dtype=float32)})
+    >>> center.apply({}, x, state={"mean": 0.0})
+    Array([1., 3.], dtype=float32)
+    """
+    if not isinstance(variable, Variable):
+        raise TypeError(f"is_writable wants what variable() returns, and was given {variable!r}.")
+    variable._store()
+    return variable._is_writable
+
+
 def variable(
     name: str,
-    init: Callable[..., Any],
+    init: Callable[..., T],
     *init_args: Any,
     reduce: Any = None,
-) -> Variable:
+    takes_key: bool = False,
+    metadata: Any = None,
+) -> Variable[T]:
     """A variable of the module (or `scope`) that the program is in.
 
     Args:
       name: without "/", unique in that scope; the same name there is the same variable.
       init: called as ``init(*init_args)``, without a key; returns any tree of arrays, the value
         that the variable starts with. ``variable("mean", jnp.zeros, (4,))``.
+      takes_key: whether ``init`` is called as ``init(key, *init_args)``. As for a parameter, the
+        key is made from that of ``init`` and from the path. ``apply`` needs none.
       *init_args: static values or arrays.
       reduce: what becomes of different values that the lanes of a `vmap` write:
         ``reduce(values, axis=0)``, for each array of the value, is what the variable is outside of
@@ -410,12 +478,16 @@ def variable(
         ``"merge"``: the value's own method, called as ``value.merge(other)``, which returns a value
         of its kind and is associative. If lanes write different values into a part, one is made of
         all parts. The same for devices of a `shard_map`.
+      metadata: any static value that goes with the variable, see
+        `Parametrized.metadata_with_state`. ``{"collection": "cache"}`` puts it in a collection,
+        which `Parametrized.apply_with_state` can be told not to write.
 
     Returns:
       A `Variable`. Read and write its ``value``.
 
     Raises:
-      TypeError: if ``name`` is not a name, ``init`` not a function, or ``reduce`` none of these.
+      TypeError: if ``name`` is not a name, ``init`` not a function, ``reduce`` none of these, or
+        ``metadata`` has arrays.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingVariableError, VariableMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -436,17 +508,20 @@ def variable(
     (4.0, {'calls': Array(2, dtype=int32)})
     """
     check_name(name, "variable")
+    call = "init(key, *init_args)" if takes_key else "init(*init_args)"
     if not callable(init):
         raise TypeError(
-            f"variable({name!r}, ...) wants a function init(*init_args), and was given {init!r}.\n"
+            f"variable({name!r}, ...) wants a function {call}, and was given {init!r}.\n"
             f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
         )
+    if metadata is not None:
+        metadata = checked(metadata, name)
     used = _jax.user_location()
 
-    def handle(init: Any, *init_args: Any) -> Variable:
-        address = VariableAddress(name, used)
+    def handle(init: Any, *init_args: Any) -> Variable[Any]:
+        address = VariableAddress(name, used, metadata, takes_key)
         store = address.store()
-        address.threaded = store.writable
+        address.threaded = bool(store.writable)  # one that only some may write, too
         use = store.declare(address, init, init_args)
         _set_reduce(use.addresses, use.spec, reduce)
         # To declare it is to use it: it gets its name here, and `init` makes it.
@@ -456,7 +531,7 @@ def variable(
         if types != use.spec.avals:
             addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
             use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
-        return Variable(name, store, use)
+        return Variable(name, store, use, metadata)
 
     around = interceptions("variable")
     if not around:

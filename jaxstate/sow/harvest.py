@@ -14,8 +14,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,14 @@ from jaxstate.sow.sites import (
 
 __all__ = ["plant", "reap", "sow"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 Mode = Literal["strict", "append", "clobber", "cond_clobber"]
 _MODES = ("strict", "append", "clobber", "cond_clobber")
 
 
-def sow(name: str, value: Any, *, tag: str = "sown", mode: Mode = "strict") -> Any:
+def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
     """Marks a value, anywhere in a program, for `reap` to collect and `plant` to replace.
 
     Args:
@@ -205,13 +210,13 @@ def _stack(*leaves: Any) -> Any:
 
 
 def reap(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     tag: str = "sown",
     *,
     nested: bool = False,
     allow: Iterable[str | Path] | None = None,
     block: Iterable[str | Path] | None = None,
-) -> Callable[..., tuple[Any, dict[str, Any]]]:
+) -> Callable[P, tuple[R, dict[str, Any]]]:
     """Makes a function that also returns the values that are sown while it runs.
 
     Args:
@@ -259,7 +264,7 @@ def reap(
     scope = Scope.given("reap", tag, nested, allow, block)
 
     @functools.wraps(fn)
-    def reaped(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def reaped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
         holder = _Reap(scope)
         with holder.opened():
             out = fn(*args, **kwargs)
@@ -346,7 +351,7 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, Any]:
 def _hashable(names: Mapping[str, Any] | None) -> Hashable:
     if names is None:
         return None
-    return frozenset([(name, _hashable(inner)) for name, inner in names.items()])
+    return frozenset((name, _hashable(inner)) for name, inner in names.items())
 
 
 def _is_stacked(site: Site, leaf: Any, wanted: Any) -> bool:
@@ -386,13 +391,13 @@ def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
 
 
 def plant(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     tag: str = "sown",
     *,
     nested: bool = False,
     allow: Iterable[str | Path] | None = None,
     block: Iterable[str | Path] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[Concatenate[Mapping[str, Any], P], R]:
     """Makes a function in which values that are sown are replaced by given ones.
 
     Args:
@@ -427,7 +432,8 @@ def plant(
 
     scope = Scope.given("plant", tag, nested, allow, block)
 
-    def planted(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(fn)
+    def planted(values: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> R:
         if not isinstance(values, Mapping):
             raise TypeError(f"plant wants a dict from names to values first, not {values!r}.")
         holder = _Plant(scope, values)
@@ -436,4 +442,12 @@ def plant(
             holder.check_counts()
             return out
 
+    with suppress(TypeError, ValueError):  # not every function has a signature
+        planted.__signature__ = _with_values(inspect.signature(fn))  # type: ignore[attr-defined]
     return planted
+
+
+def _with_values(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a function that is given the planted values first."""
+    values = inspect.Parameter("values", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[values, *signature.parameters.values()])

@@ -27,7 +27,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import jax
 
@@ -47,7 +47,13 @@ from jaxstate.traces.state import Entry, Shared, Spec, Static, check_hashable, i
 
 __all__ = ["StatefulTrace", "current_trace", "new_trace"]
 
-T = TypeVar("T", bound="StatefulTrace")
+T = TypeVar("T", bound="StatefulTrace[Any]")
+if TYPE_CHECKING:  # a default is for Python 3.13 or later
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    S = TypeVarWithDefault("S", default=Any)
+else:
+    S = TypeVar("S")
 
 _CALLED_BY_JAX = (
     "process_primitive", "process_call", "process_custom_jvp_call", "process_custom_vjp_call",
@@ -58,7 +64,7 @@ _CALLED_BY_JAX = (
 _CALLS = (_jax.jit_p, _jax.remat_p, _jax.call_p)
 
 
-class StatefulTrace(_jax.TransparentTrace):
+class StatefulTrace(_jax.TransparentTrace, Generic[S]):
     """A trace that sees every operation and carries state: derive from it, and see `new_trace`.
 
     Override `process_primitive`. It is called once for every operation that runs, in program order,
@@ -97,7 +103,7 @@ class StatefulTrace(_jax.TransparentTrace):
     # -- What authors use and override -------------------------------------------------------
 
     @property
-    def state(self) -> Any:
+    def state(self) -> S:
         """The current state.
 
         Raises:
@@ -111,7 +117,7 @@ class StatefulTrace(_jax.TransparentTrace):
         return self._value
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: S) -> None:
         self._check_place()
         self._value, self._entry = value, None
 

@@ -211,7 +211,7 @@ def install() -> None:
     _jax.wrap_copied_arguments(_notice_arguments)
     _jax.wrap_control_flow(around_control_flow)
     _jax.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
-    _jax.around_inference = _around_inference
+    _jax.around_inference(_around_inference)
     objects_in_place.is_object = staticmethod(is_object)
     objects_in_place.writable = staticmethod(all_writable)
     slots.around_functions.append(_function_inside)

@@ -21,7 +21,7 @@ import gc
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -38,8 +38,11 @@ from jaxstate.tree.session import Session, writable
 
 __all__ = ["mutate"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def mutate(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+
+def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
     """Makes a pure function out of one that assigns to its first argument.
 
     Args:
@@ -80,7 +83,7 @@ def mutate(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
         )
 
     @functools.wraps(fn)
-    def mutated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def mutated(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
         tree, *rest = args if owner is None else (owner, *args)
         return _run(function, tree, rest, kwargs)
 

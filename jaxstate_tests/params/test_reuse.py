@@ -298,7 +298,7 @@ def test_what_has_no_answer_is_refused_by_name(key):
         net.init(key, X, reuse={a: {**pa, "w": jnp.ones((3, 4))}})
     with pytest.raises(jaxstate.UnusedReuseError, match=r"(?s)nothing in common with 'net'"):
         net.init(key, X, reuse={dense(5): pa})
-    for bad in ({"dense": pa}, {a: [pa]}, pa["w"]):
+    for bad in ({3: pa}, {a: [pa]}, pa["w"]):
         with pytest.raises(TypeError, match="reuse wants"):
             net.parameters_from(bad, X)
     unused = scaled()
