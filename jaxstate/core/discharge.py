@@ -30,11 +30,12 @@ from jaxstate.core.initializers import addresses_of, init_p
 from jaxstate.core.resolve import (
     begin_use,
     current_use,
+    end_use,
     read,
     read_p,
     read_since,
     state_effect,
-    write,
+    write_each,
     write_p,
 )
 from jaxstate.core.slots import Address, any_open
@@ -555,8 +556,7 @@ def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
       values: one array per address.
     """
     use = current_use()
-    for address, value in zip(addresses, values, strict=True):
-        write(address.renewed(use), value)
+    write_each([address.renewed(use) for address in addresses], values)
 
 
 def write_last(addresses: Sequence[Address], outs: Sequence[Any]) -> list[Any]:
@@ -679,7 +679,7 @@ def _one_use_per_bind(
             try:
                 return bind_around(args, params)
             finally:
-                uses.pop()
+                end_use(uses)
         finally:
             _binds.depth -= runs_jaxprs
 

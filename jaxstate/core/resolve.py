@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -223,15 +223,59 @@ def read_stored(address: Address) -> Any:
 
 def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot, which keeps its mesh type."""
-    address.note_write()
     holder = address.holder()
-    if not _jax.abstract_mesh().empty:
-        value = _of_mesh_before(address, holder, _jax.canonicalize(value))
+    value = _to_write(address, holder, value)
     if holder.anchor is _jax.current_trace():
         holder.cell(address).value = _jax.canonicalize(value)
         return
     levels, base = _way_to(holder)
-    _write_at(address, holder, levels, 0, base, value)
+    _write_at([address], holder, levels, 0, base, [value])
+
+
+def _to_write(address: Address, holder: Holder, value: Any) -> Any:
+    address.note_write()
+    if _jax.abstract_mesh().empty:
+        return value
+    return _of_mesh_before(address, holder, _jax.canonicalize(value))
+
+
+def write_each(addresses: Iterable[Address], values: Iterable[Any]) -> None:
+    """Writes several slots, and those together that belong together (`Address.joint`)."""
+    for group in _groups(addresses, values):
+        levels: list[Any] = []
+        if len(group) > 1:
+            holder = group[0][0].holder()
+            levels, base = _way_to(holder)
+        if any(isinstance(trace, _jax.BatchTrace) for trace in levels):
+            together = [address for address, _ in group]
+            written = [_to_write(address, holder, value) for address, value in group]
+            _write_at(together, holder, levels, 0, base, written)
+        else:
+            for address, value in group:
+                write(address, value)
+
+
+def one_of_each(addresses: Sequence[Address], values: Sequence[Any]) -> list[Any]:
+    """One value per slot, of what lanes or devices wrote to it, which varies along the first
+    axis."""
+    found: dict[int, Any] = {}
+    for group in _groups(addresses, zip(range(len(addresses)), values, strict=True)):
+        places = [i for _, (i, _) in group]
+        pairs = [(address, value) for address, (_, value) in group]
+        joint = pairs[0][0].joint
+        ones = [a.reduced(v) for a, v in pairs] if joint is None else joint.reduced(pairs)
+        found.update(zip(places, ones, strict=True))
+    return [found[i] for i in range(len(addresses))]
+
+
+def _groups(addresses: Iterable[Address], values: Iterable[Any]) -> list[list[tuple[Any, Any]]]:
+    """Pairs of addresses and values, in lists of those that belong together."""
+    groups: dict[Any, list[tuple[Any, Any]]] = {}
+    for address, value in zip(addresses, values, strict=True):
+        joint = address.joint
+        key = len(groups) if joint is None else joint.whole(address)
+        groups.setdefault(key, []).append((address, value))
+    return list(groups.values())
 
 
 def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
@@ -368,60 +412,102 @@ def _read_at(
 
 
 def _write_at(
-    address: Address, holder: Holder, levels: list[Any], i: int, base: Any, value: Any
-) -> Any:
-    """Writes a value that ``levels[i]`` holds, lowers it for the traces outside, and returns what
-    is stored at the end of the way."""
-    value = _jax.canonicalize(value)
+    addresses: Sequence[Address],
+    holder: Holder,
+    levels: list[Any],
+    i: int,
+    base: Any,
+    values: Sequence[Any],
+) -> list[Any]:
+    """Writes values that ``levels[i]`` holds, lowers them for the traces outside, and returns what
+    is stored at the end of the way. The slots are one, or some that belong together."""
+    values = [_jax.canonicalize(value) for value in values]
     if i == len(levels):
-        if base is None:
-            holder.cell(address).value = value
-        else:
-            _write_staged(address, base, value)
-        return value
+        for address, value in zip(addresses, values, strict=True):
+            if base is None:
+                holder.cell(address).value = value
+            else:
+                _write_staged(address, base, value)
+        return values
     trace = levels[i]
     if isinstance(trace, _jax.BatchTrace):
-        lane = _lane(address, holder, trace, base)
-        if isinstance(lane, AllLanes):
-            value = _jax.all_lanes(trace, value)
-            return _write_at(lane.address, holder, levels, i + 1, base, value)
-        given = value
-        value, batch_dim = _jax.lane_value(trace, value)
-        if lane is not None:
-            lane.value, lane.batch_dim = value, batch_dim
-            return value
-        key, written = _key(address, holder, base), _written_by_lanes(trace, holder, base)
-        if batch_dim is not None:
-            if address.reduce is None:
+        return _write_lanes(addresses, holder, levels, i, base, values)
+    if isinstance(trace, _jax.DIFFERENTIATING):
+        lowered = [x.primal if _jax.owns(trace, x) else x for x in values]
+        stored = _write_at(addresses, holder, levels, i + 1, base, lowered)
+        views = _views(trace)
+        for address, value, at_end in zip(addresses, values, stored, strict=True):
+            key = _key(address, holder, base)
+            if _jax.owns(trace, value):
+                views[key] = _View(value.tangent, at_end)
+            else:
+                views.pop(key, None)
+        return stored
+    values = [_plain(x, trace, a) for a, x in zip(addresses, values, strict=True)]
+    return _write_at(addresses, holder, levels, i + 1, base, values)
+
+
+def _write_lanes(
+    addresses: Sequence[Address],
+    holder: Holder,
+    levels: list[Any],
+    i: int,
+    base: Any,
+    values: Sequence[Any],
+) -> list[Any]:
+    """`_write_at` in a vmap."""
+    trace, first = levels[i], addresses[0]
+    lane = _lane(first, holder, trace, base)
+    if isinstance(lane, AllLanes):
+        lanes = [_jax.all_lanes(trace, value) for value in values]
+        return _write_at([lane.address], holder, levels, i + 1, base, lanes)
+    lowered = [_jax.lane_value(trace, value) for value in values]
+    if lane is not None:
+        ((lane.value, lane.batch_dim),) = lowered
+        return [lane.value]
+    written = _written_by_lanes(trace, holder, base)
+    keys = [_key(address, holder, base) for address in addresses]
+    if all(batch_dim is None for _, batch_dim in lowered):
+        for key in keys:
+            written.pop(key, None)
+        return _write_at(addresses, holder, levels, i + 1, base, [x for x, _ in lowered])
+    n = _jax.lane_count(trace)
+    ones = [x for x, _ in lowered]
+    stacked: dict[int, Any] = {}
+    with _jax.set_current_trace(_jax.parent_of(trace)):
+        for k, (address, (x, dim)) in enumerate(zip(addresses, lowered, strict=True)):
+            if address.reduce is not None:
+                if dim is None:
+                    x = jnp.broadcast_to(x, (n, *x.shape))
+                stacked[k] = jnp.moveaxis(x, dim or 0, 0)
+            elif dim is not None:
                 raise holder.refuse_lanes(address, trace)
-            with _jax.set_current_trace(_jax.parent_of(trace)):
-                one_value = address.reduced(jnp.moveaxis(value, batch_dim, 0))
-            _write_at(address, holder, levels, i + 1, base, one_value)
-            written[key] = _take_apart(given, levels[i:])
-            return written[key]
-        written.pop(key, None)
-    elif isinstance(trace, _jax.DIFFERENTIATING):
-        key = _key(address, holder, base)
-        if not _jax.owns(trace, value):
-            _views(trace).pop(key, None)
-        else:
-            stored = _write_at(address, holder, levels, i + 1, base, value.primal)
-            _views(trace)[key] = _View(value.tangent, stored)
-            return stored
-    elif isinstance(value, _jax.Tracer) and value._trace is trace:
-        given, value = value, _jax.plain_value(value)
-        if value is given:
-            raise UnsupportedPrimitiveError(
-                message(
-                    f"{address} was written with a value of a {type(trace).__name__} (devices of a"
-                    " shard_map, say), and there is no rule that makes one value of it.",
-                    fix="""
-                    value = jax.lax.pmean(value, axis)      # return it, and write it outside
-                    """,
-                    used=_jax.user_location(),
-                )
+        reduced = one_of_each([addresses[k] for k in stacked], list(stacked.values()))
+    for k, one in zip(stacked, reduced, strict=True):
+        ones[k] = one
+    _write_at(addresses, holder, levels, i + 1, base, ones)
+    for key, value in zip(keys, values, strict=True):
+        written[key] = _take_apart(value, levels[i:])
+    return [written[key] for key in keys]
+
+
+def _plain(value: Any, trace: Any, address: Address) -> Any:
+    """What the value of a trace of another kind is outside of it."""
+    if not (isinstance(value, _jax.Tracer) and value._trace is trace):
+        return value
+    plain = _jax.plain_value(value)
+    if plain is value:
+        raise UnsupportedPrimitiveError(
+            message(
+                f"{address} was written with a value of a {type(trace).__name__} (devices of a"
+                " shard_map, say), and there is no rule that makes one value of it.",
+                fix="""
+                value = jax.lax.pmean(value, axis)      # return it, and write it outside
+                """,
+                used=_jax.user_location(),
             )
-    return _write_at(address, holder, levels, i + 1, base, value)
+        )
+    return plain
 
 
 def _key(address: Address, holder: Holder, base: Any) -> Any:
@@ -518,7 +604,7 @@ def recaptured(operands: Sequence[Any]) -> list[Any]:
 
 
 def begin_use(operands: Sequence[Any]) -> list[Any]:
-    """Begins one use of each jaxpr of an equation, which ends by ``pop`` of the result."""
+    """Begins one use of each jaxpr of an equation, which ends by `end_use` of the result."""
     captured: dict[int, Address] = {}
     if StateTracer in map(type, operands):
         tracers = ((i, x) for i, x in enumerate(operands) if type(x) is StateTracer)
@@ -526,6 +612,17 @@ def begin_use(operands: Sequence[Any]) -> list[Any]:
     uses = _uses.stack
     uses.append(({}, captured))
     return uses
+
+
+# Called when the outermost use of a jaxpr has ended.
+after_uses: list[Callable[[], None]] = []
+
+
+def end_use(uses: list[Any]) -> None:
+    uses.pop()
+    if not uses:
+        for notice in after_uses:
+            notice()
 
 
 @contextmanager
@@ -537,7 +634,7 @@ def one_use(use: dict[Any, Any] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        uses.pop()
+        end_use(uses)
 
 
 def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -550,7 +647,7 @@ def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return bind(*args, **params)
         finally:
-            uses.pop()
+            end_use(uses)
 
     return bound
 

@@ -53,6 +53,10 @@ class Address:
     # of a vmap (or the devices of a shard_map) share; None if such values are refused.
     reduce: Callable[..., Any] | None = None
 
+    # What makes one value of several slots together, of what lanes or devices wrote to each:
+    # they are written as one (`resolve.write_each`).
+    joint: Joint | None = None
+
     # Whether its type says over which mesh axes of a shard_map it varies, as that of a value does.
     # (What it holds may vary sooner or later than it was made.)
     has_axes = False
@@ -170,6 +174,18 @@ class Address:
         not bound as a whole, but evaluated equation by equation.
         """
         return self
+
+
+class Joint:
+    """How lanes' values of several slots become one value of each: see `Address.joint`."""
+
+    def whole(self, address: Address) -> Hashable:
+        """What the addresses have in common that belong together, and no others."""
+        raise NotImplementedError
+
+    def reduced(self, pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """One value per address, of pairs ``(address, values)``: all that belong together."""
+        raise NotImplementedError
 
 
 class Cell:

@@ -77,7 +77,8 @@ class Copies(Parametrized[P, R]):
 
             return self._each(one, (numbers, params), args)
 
-        facts = of_copies(self.block, self.axis, lambda: self._args_of_one(args), kwargs)
+        with self._in_copies():
+            facts = of_copies(self.block, self.axis, lambda: self._args_of_one(args), kwargs)
         # This traces the block, under apply too.
         params = param(self.copies, initial_params, metadata=facts[0])
         if not has_variables:

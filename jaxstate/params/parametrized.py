@@ -200,9 +200,9 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
         with level_entered(store, PathElement(self.name, self._token), self):
-            return self._call(store, args, kwargs)
+            return self.call_here(store, args, kwargs)
 
-    def _call(self, store: Any, args: Any, kwargs: Any) -> Any:
+    def call_here(self, store: Any, args: Any, kwargs: Any) -> Any:
         """Runs the function where the program is in this module."""
         around = interceptions("module")
         if around:
@@ -325,7 +325,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 _open_streams(streams),
                 store.root_entered(self),
             ):
-                self._call(None, args, kwargs)
+                self.call_here(None, args, kwargs)
             return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
@@ -440,7 +440,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
         def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
             with open_holder(store), _open_streams(streams), store.root_entered(self):
-                return self._call(None, args, kwargs), store
+                return self.call_here(None, args, kwargs), store
 
         if not _jax.jit_is_disabled():
             return run(store())

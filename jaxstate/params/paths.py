@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstate import _jax
+from jaxstate.core.resolve import after_uses, current_use
 from jaxstate.core.slots import signature_changed
 from jaxstate.errors import NameClashError, message
 
@@ -295,13 +296,17 @@ class NameTables:
         if not level.token.is_lasting:
             layer.made[base] = layer.made.get(base, 0) + 1
         layer.paths[level.token] = (*scope, name)
-        if program.is_followed:
-            signature_changed()
+        if program.followers or program.always_followed:
+            program.has_new_names = True
+            if current_use() is None:
+                _follow_names()
         return name
 
     def _free_name(self, scope: Path, base: str) -> tuple[str, int]:
         """The name that the next module gets, and its number."""
-        n = max(layer.numbers.get((*scope, base), 0) for layer in self.layers)
+        n, path = 0, (*scope, base)
+        for layer in self.layers:
+            n = max(n, layer.numbers.get(path, 0))
         name = f"{base}_{n}" if n else base
         while self._kind((*scope, name)) is not None:
             n += 1
@@ -362,8 +367,10 @@ class NameTables:
         """The path of ``level`` in ``scope``, as far as it can be known now."""
         if level.token is None:
             return (*scope, level.base)
-        known = self.known(level.token)
-        return (*scope, self._free_name(scope, level.base)[0]) if known is None else known
+        for layer in self.layers:
+            if level.token in layer.paths:
+                return layer.paths[level.token]
+        return (*scope, self._free_name(scope, level.base)[0])
 
     def _kind(self, path: Path) -> str | None:
         for layer in self.layers:
@@ -407,16 +414,26 @@ class _Program(threading.local):
     # Whether all that is traced depends on the path, in all threads.
     always_followed = False
 
+    # Whether names were given out that JAX's caches do not know of yet.
+    has_new_names = False
+
     def __init__(self) -> None:
         self.entries: list[Entered] = []
         self.followers = 0
 
-    @property
-    def is_followed(self) -> bool:
-        return self.followers > 0 or self.always_followed
-
 
 program = _Program()
+
+
+def _follow_names() -> None:
+    """Says that names were given out: not in the middle of a use of a jaxpr, which JAX looks up in
+    its caches more than once."""
+    if program.has_new_names:
+        program.has_new_names = False
+        signature_changed()
+
+
+after_uses.append(_follow_names)
 
 
 class ScopeStack(threading.local):
@@ -520,16 +537,18 @@ class Entered:
         if self.entries is not None:
             self.entries.append(self)
         program.entries.append(self)
-        if program.is_followed:
+        if program.followers or program.always_followed:
             signature_changed()
 
     def __exit__(self, *error: Any) -> None:
         for entries in (self.entries, program.entries):
-            if entries is not None:
+            if entries and entries[-1] is self:
+                entries.pop()
+            elif entries:
                 _remove(entries, self)
         if self._name_scope is not None:
             self._name_scope.__exit__(*error)
-        if program.is_followed:
+        if program.followers or program.always_followed:
             signature_changed()
 
     def _name_operations(self) -> None:
@@ -541,7 +560,9 @@ class Entered:
         elif self.entries is None:  # the network itself, which is in no path
             name = "" if program.entries else self.level.base
         else:
-            self.title = self.store.layers().title_of(self.title, self.level)
+            here = self.boundary is None
+            names = NameTables([self.store.layer]) if here else self.store.layers()
+            self.title = names.title_of(self.title, self.level)
             name = self.title[-1] if self.title else ""
         if name:
             self._name_scope = jax.named_scope(name)

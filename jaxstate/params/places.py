@@ -42,7 +42,7 @@ def path() -> tuple[str, ...]:
     encoder/layer
     """
     entries = program.entries
-    if entries and not program.is_followed:
+    if entries and not (program.followers or program.always_followed):
         boundary = innermost_boundary()
         if any(entered.place is not boundary for entered in entries):
             # This jaxpr may be used in another scope: from now on, it is traced again there.
@@ -103,7 +103,7 @@ _places: WeakKeyDictionary[Holder, list[Entered]] = WeakKeyDictionary()
 def _as_first_called(holder: Holder) -> Iterator[None]:
     now, known = program.entries, _places.get(holder)
     if known is None:
-        if program.is_followed and now:
+        if now and (program.followers or program.always_followed):
             _places[holder] = [_told(path_of(now[: i + 1])) for i in range(len(now))]
         yield
         return
@@ -124,11 +124,16 @@ around_functions.append(_as_first_called)
 
 
 def _signature() -> Hashable:
-    if not program.is_followed or not program.entries:
+    if not program.entries or not (program.followers or program.always_followed):
         return None
-    store = program.entries[-1].store
-    # A jitted function that makes a module makes another one in its next call.
-    n = 0 if store is None else sum(len(layer.paths) for layer in store.layers().layers)
+    # A jitted function that makes a module makes another one in its next call, with another name.
+    # (Of names that are given out in a jaxpr under construction, nothing is left when it ends.)
+    last = program.entries[-1]
+    n = 0
+    if last.store is not None:
+        n = len(last.store.layer.paths)
+        if last.boundary is not None:
+            n += len(last.store.layer_of(last.boundary).paths)
     return "path", path_of(program.entries), n
 
 

@@ -596,8 +596,8 @@ def observe(
     def forward(key: Any, arrays: Any) -> Any:
         args, kwargs = rebuild(arrays)
         store = store_with(key)
-        with open_holder(store), open_holder(FoldedStreams(key)):
-            module.fn(*args, **kwargs)
+        with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(module):
+            module.call_here(None, args, kwargs)
         return see(store)
 
     first: Exception | None = None

@@ -158,7 +158,7 @@ def _row(path: str, x: Any) -> ParameterRow:
 class Summarizable:
     """What a parametrized object can say of itself before there are parameters."""
 
-    fn: Callable[..., Any]
+    call_here: Callable[..., Any]
     _token: ModuleId
 
     def summary(self, key: Any, *args: Any, **kwargs: Any) -> Summary:
@@ -200,8 +200,8 @@ class Summarizable:
         def forward(key: Any, arrays: Any) -> dict[Path, Any]:
             args, kwargs = rebuild(arrays)
             store = _SummaryStore(self._token, key, calls)
-            with open_holder(store), open_holder(FoldedStreams(key)):
-                calls.append(((), _shapes(self.fn(*args, **kwargs))))
+            with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(self):
+                calls.append(((), _shapes(self.call_here(None, args, kwargs))))
             return store.initial_values("parameter")
 
         with jax.disable_jit(False):  # every branch is traced

@@ -18,7 +18,7 @@ alone.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -27,8 +27,17 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxstate import _jax
-from jaxstate.core.resolve import read, write
-from jaxstate.core.specs import Spec, contrast, same_structure, spec_of, strong, strong_type
+from jaxstate.core.resolve import read, write_each
+from jaxstate.core.slots import Joint
+from jaxstate.core.specs import (
+    ONLY_LEAF,
+    Spec,
+    contrast,
+    same_structure,
+    spec_of,
+    strong,
+    strong_type,
+)
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -56,10 +65,11 @@ class VariableAddress(EntryAddress):
     Attributes:
       threaded: whether the variable may be written. Where it may not, it is captured.
       reduce: makes one value of the lanes' values, or None.
+      joint: the same for all arrays of the value together.
       takes_key: whether the initializer is given a key.
     """
 
-    __slots__ = ("reduce", "takes_key", "threaded")
+    __slots__ = ("joint", "reduce", "takes_key", "threaded")
 
     kind = "variable"
     has_axes = True
@@ -67,17 +77,11 @@ class VariableAddress(EntryAddress):
     mismatch_error = VariableMismatchError
     conflict_error = VariableConflictError
 
-    def __init__(
-        self,
-        name: str,
-        used: str,
-        metadata: Any,
-        reduce: Callable[..., Any] | None,
-        takes_key: bool,
-    ) -> None:
+    def __init__(self, name: str, used: str, metadata: Any, takes_key: bool) -> None:
         super().__init__(name, used, metadata)
         self.threaded = True
-        self.reduce = reduce
+        self.reduce: Callable[..., Any] | None = None
+        self.joint: Joint | None = None
         self.takes_key = takes_key
 
     def missing(self) -> Exception:
@@ -120,7 +124,11 @@ class VariableAddress(EntryAddress):
 
     def reduced(self, values: Any) -> Any:
         assert self.reduce is not None
-        value = strong(self.reduce(values, axis=0))
+        return self.checked(self.reduce(values, axis=0))
+
+    def checked(self, value: Any) -> Any:
+        """One value that was made of the lanes' values."""
+        value = strong(value)
         if not _jax.same_type(value, self.wanted):
             raise SlotTypeError(
                 message(
@@ -153,6 +161,105 @@ class VariableAddress(EntryAddress):
     fix_by_init = """
         params, state = net.init_with_state(key, x)   # with inputs of the shapes of apply
         """
+
+
+class _Together(Joint):
+    """The arrays of one value: if lanes wrote different ones into some, one is made of all."""
+
+    def whole(self, address: VariableAddress) -> Any:  # type: ignore[override]
+        return address.having(leaf=ONLY_LEAF)
+
+    def reduced(self, pairs: Any) -> list[Any]:
+        return [address.reduced(values) for address, values in pairs]
+
+
+class _Merge(_Together):
+    """Makes one value of the lanes' values by the method ``merge`` of the value's class."""
+
+    def reduced(self, pairs: Any) -> list[Any]:
+        tree = pairs[0][0].spec.tree
+        leaves: list[Any] = [None] * len(pairs)
+        for address, values in pairs:
+            leaves[address.leaf.index] = values
+        values = tree.unflatten(leaves)
+        while (n := leaves[0].shape[0]) > 1:  # neighbours, so that their order is kept
+            first, second = (_every_second(values, n, i) for i in (0, 1))
+            merged = jax.vmap(lambda a, b: a.merge(b))(first, second)
+            if n % 2:
+                last = jax.tree.map(lambda x: x[-1:], values)
+                merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), merged, last)
+            values = merged
+            leaves, structure = jax.tree.flatten(values)
+            if not same_structure(structure, tree):
+                raise _wrong_merge(pairs[0][0], str(structure))
+        return [address.checked(leaves[address.leaf.index][0]) for address, _ in pairs]
+
+
+def _every_second(values: Any, n: int, start: int) -> Any:
+    return jax.tree.map(lambda x: x[start : n - n % 2 : 2], values)
+
+
+def _wrong_merge(address: VariableAddress, found: str) -> Exception:
+    assert address.spec is not None
+    return SlotTypeError(
+        message(
+            f"Variable {address.name!r} is {address.spec}, and its merge makes {found}.",
+            fix="""
+            def merge(self, other): return type(self)(self.total + other.total)  # the same class
+            """,
+            used=address.used,
+        )
+    )
+
+
+def _set_reduce(addresses: Sequence[VariableAddress], spec: Spec, reduce: Any) -> None:
+    """What becomes of the lanes' values, for the addresses of a variable's leaves."""
+    name = addresses[0].name if addresses else ""
+    if isinstance(reduce, str):
+        value = None if spec.is_array else spec.tree.unflatten(spec.avals)
+        if reduce != "merge" or not callable(getattr(value, "merge", None)):
+            raise _no_reduce(name, reduce, spec)
+        for address in addresses:
+            address.reduce, address.joint = _never_called, _Merge()
+    elif reduce is not None:
+        try:
+            functions = _per_leaf(reduce, spec)
+        except (TypeError, ValueError):
+            raise _no_reduce(name, reduce, spec) from None
+        for address, function in zip(addresses, functions, strict=True):
+            if function is not None and not callable(function):
+                raise _no_reduce(name, reduce, spec)
+            address.reduce = function
+            address.joint = _Together() if len(addresses) > 1 else None
+
+
+def _per_leaf(reduce: Any, spec: Spec) -> list[Any]:
+    """The function of each leaf, of a function for all or a tree with one for each part."""
+    if callable(reduce):
+        return [reduce] * len(spec.avals)
+    found: list[Any] = [None] * len(spec.avals)
+
+    def of_part(function: Any, part: Any) -> None:
+        for i in jax.tree.leaves(part):
+            found[i] = function
+
+    parts = spec.tree.unflatten(range(len(found)))
+    jax.tree.map(of_part, reduce, parts, is_leaf=lambda x: x is None)
+    return found
+
+
+def _never_called(values: Any, axis: int) -> Any:
+    raise AssertionError("the leaves of the value are merged together")
+
+
+def _no_reduce(name: str, reduce: Any, spec: Spec) -> Exception:
+    return TypeError(
+        f"variable({name!r}, ...) wants a function reduce(values, axis=0), or a tree with one for"
+        ' each part of the value, or "merge" if the value has that method. The value is'
+        f" {spec}, and reduce is {reduce!r}.\nTo mend it:\n"
+        f'    jaxstate.variable("{name}", ..., reduce=jnp.sum)\n'
+        f'    jaxstate.variable("{name}", ..., reduce={{"total": jnp.sum, "most": jnp.max}})'
+    )
 
 
 class Variable(Generic[T]):
@@ -213,11 +320,11 @@ class Variable(Generic[T]):
                 raise self._wrong_structure(value, tree)
         values = [self._fitted(x, a.wanted) for x, a in zip(leaves, self._addresses, strict=True)]
         cells = self._cells_here(store)
-        used = _jax.user_location() if cells is None else ""
-        for address, x in zip(self._addresses, values, strict=True):
-            if cells is None:
-                write(address.having(used=used), x)
-            else:
+        if cells is None:
+            used = _jax.user_location()
+            write_each([address.having(used=used) for address in self._addresses], values)
+        else:
+            for address, x in zip(self._addresses, values, strict=True):
                 cells[address.leaf].value = x
 
     def _cells_here(self, store: Store) -> Any:
@@ -351,7 +458,7 @@ def variable(
     name: str,
     init: Callable[..., T],
     *init_args: Any,
-    reduce: Callable[..., Any] | None = None,
+    reduce: Any = None,
     takes_key: bool = False,
     metadata: Any = None,
 ) -> Variable[T]:
@@ -366,7 +473,11 @@ def variable(
       *init_args: static values or arrays.
       reduce: what becomes of different values that the lanes of a `vmap` write:
         ``reduce(values, axis=0)``, for each array of the value, is what the variable is outside of
-        the `vmap`. Inside, each lane goes on with its own. ``jnp.mean``, for example.
+        the `vmap`. Inside, each lane goes on with its own. ``jnp.mean``, for example. Or a tree
+        with a function for each part of the value: ``{"total": jnp.sum, "most": jnp.max}``. Or
+        ``"merge"``: the value's own method, called as ``value.merge(other)``, which returns a value
+        of its kind and is associative. If lanes write different values into a part, one is made of
+        all parts. The same for devices of a `shard_map`.
       metadata: any static value that goes with the variable, see
         `Parametrized.metadata_with_state`. ``{"collection": "cache"}`` puts it in a collection,
         which `Parametrized.apply_with_state` can be told not to write.
@@ -375,8 +486,8 @@ def variable(
       A `Variable`. Read and write its ``value``.
 
     Raises:
-      TypeError: if ``name`` is not a name, ``init`` or ``reduce`` not a function, or ``metadata``
-        has arrays.
+      TypeError: if ``name`` is not a name, ``init`` not a function, ``reduce`` none of these, or
+        ``metadata`` has arrays.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingVariableError, VariableMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -398,21 +509,21 @@ def variable(
     """
     check_name(name, "variable")
     call = "init(key, *init_args)" if takes_key else "init(*init_args)"
-    for role, fn in ((call, init), ("reduce(values, axis=0)", reduce)):
-        if not callable(fn) and not (fn is None and fn is reduce):
-            raise TypeError(
-                f"variable({name!r}, ...) wants a function {role}, and was given {fn!r}.\n"
-                f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
-            )
+    if not callable(init):
+        raise TypeError(
+            f"variable({name!r}, ...) wants a function {call}, and was given {init!r}.\n"
+            f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
+        )
     if metadata is not None:
         metadata = checked(metadata, name)
     used = _jax.user_location()
 
     def handle(init: Any, *init_args: Any) -> Variable[Any]:
-        address = VariableAddress(name, used, metadata, reduce, takes_key)
+        address = VariableAddress(name, used, metadata, takes_key)
         store = address.store()
         address.threaded = bool(store.writable)  # one that only some may write, too
         use = store.declare(address, init, init_args)
+        _set_reduce(use.addresses, use.spec, reduce)
         # To declare it is to use it: it gets its name here, and `init` makes it.
         types = use.spec.avals
         if use.entry is None:

@@ -44,7 +44,7 @@ from jaxstate.core.discharge import (
     write_last,
 )
 from jaxstate.core.initializers import has_inits, initialize
-from jaxstate.core.resolve import begin_use, check_captured
+from jaxstate.core.resolve import begin_use, check_captured, end_use
 from jaxstate.core.slots import any_open
 from jaxstate.errors import AheadOfTimeError, message
 
@@ -225,7 +225,7 @@ class _ThreadedCall:
             outs, written = self._run([*slots, *captures], *args, **kwargs)
             write_all(uses.results, written)
         finally:
-            use.pop()
+            end_use(use)
         return outs
 
     def _prepare(

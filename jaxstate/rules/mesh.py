@@ -24,7 +24,14 @@ import jax.numpy as jnp
 
 from jaxstate import _jax
 from jaxstate.core import slots
-from jaxstate.core.resolve import boundaries, current_use, one_use, read, write
+from jaxstate.core.resolve import (
+    boundaries,
+    current_use,
+    one_of_each,
+    one_use,
+    read,
+    write_each,
+)
 from jaxstate.core.slots import Address, Cell, Holder
 from jaxstate.errors import DeviceWriteError, message
 
@@ -85,7 +92,13 @@ class _Devices(Holder):
 
     def written(self) -> dict[Address, Any]:
         """What the function has left in the shared slots that it wrote."""
-        return {a: c.value for a, c in self.shared.items() if c.value is not self.before[a]}
+        written = {a for a, c in self.shared.items() if c.value is not self.before[a]}
+        joint = {a.joint.whole(a) for a in written if a.joint is not None}
+        return {
+            a: c.value
+            for a, c in self.shared.items()
+            if a in written or (a.joint is not None and a.joint.whole(a) in joint)
+        }
 
     def forget(self) -> None:
         """The function has run, and its tracers end with it."""
@@ -166,10 +179,12 @@ class _Call:
         values = list(results)
         n = len(values) - len(self.written)
         with _jax.set_current_trace(self.trace):
-            for address, value in zip(self.written, values[n:], strict=True):
-                if address.reduce is not None:
-                    value = address.reduced(value)
-                write(address.renewed(self.devices.use), value)
+            written = dict(zip(self.written, values[n:], strict=True))
+            per_device = [address for address in written if address.reduce is not None]
+            ones = one_of_each(per_device, [written[address] for address in per_device])
+            written.update(zip(per_device, ones, strict=True))
+            addresses = [address.renewed(self.devices.use) for address in written]
+            write_each(addresses, written.values())
         return self.results.update(values[:n])
 
     def on_device(self, *operands: Any) -> Any:

@@ -17,7 +17,7 @@ carries slots carries sown values. Four things are special about them:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
@@ -134,7 +134,8 @@ class Scope(NamedTuple):
 
 
 def _paths(function: str, argument: str, given: Any) -> tuple[Path, ...]:
-    paths = None if isinstance(given, str) else tuple(given)
+    is_list = not isinstance(given, str) and isinstance(given, Iterable)
+    paths = tuple(given) if is_list else None
     if paths is None or not all(isinstance(p, (str, tuple)) for p in paths):
         raise TypeError(
             f"{function} wants a list of names and paths as {argument}, and was given {given!r}.\n"
@@ -422,7 +423,7 @@ def numbered(site: Site, made: str, leaf: int | None = None) -> Site:
 def _repeated(site: Site, record: _Record, made: str) -> Exception:
     return RepeatedSowError(
         message(
-            f"{site.name!r} was sown twice with mode='strict'.",
+            f"{site.full_name()!r} was sown twice with mode='strict'.",
             fix=f"""
             jaxstate.sow({site.name!r}, value, mode="append")      # keeps all values, stacked
             jaxstate.sow({site.name!r}, value, mode="clobber")     # keeps the last
@@ -443,7 +444,7 @@ def _mismatch(record: _Record, site: Site, made: str) -> Exception:
         what = f"as {before.shown()} and as {site.shown()}"
     return SowMismatchError(
         message(
-            f"{site.name!r} was sown {what}.",
+            f"{site.full_name()!r} was sown {what}.",
             fix=f"""
             jaxstate.sow({site.name!r}, value, mode={before.mode!r})     # of one type
             jaxstate.sow({site.name + "_1"!r}, value)                    # or another name

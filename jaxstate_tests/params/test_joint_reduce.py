@@ -1,0 +1,178 @@
+"""``reduce`` of a value that is several numbers: a tree of functions, or the value's own merge."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+import jaxstate
+
+KEY = jax.random.key(0)
+X = jnp.array([[0.3, -0.7], [1.1, 0.2], [-0.4, 2.0]])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Metric:
+    """A total, a maximum, and texts of digits that are put one behind the other."""
+
+    total: jax.Array
+    most: jax.Array
+    digits: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def of(cls, x):
+        return cls(x.sum(), x.max(), jnp.round(abs(x[0]) * 10) % 10, jnp.float32(10))
+
+    def merge(self, other):
+        """Associative, and no part of it can do without the others."""
+        return Metric(
+            self.total + other.total,
+            jnp.maximum(self.most, other.most),
+            self.digits * other.length + other.digits,
+            self.length * other.length,
+        )
+
+
+def concatenated(values, axis):
+    assert axis == 0
+    digits = 0.0
+    for digit in values:
+        digits = digits * 10 + digit
+    return digits
+
+
+TREE = Metric(jnp.sum, jnp.max, concatenated, jnp.prod)
+
+
+def net_of(reduce, wrap):
+    @jaxstate.parametrized
+    def measure(x):
+        seen = jaxstate.variable("seen", Metric.of, jnp.zeros(2), reduce=reduce)
+        seen.value = Metric.of(x)
+        return seen.value.total * x
+
+    return jaxstate.parametrized(lambda x: wrap(measure)(x), name="net")
+
+
+def by_hand(x):
+    """The metric of all rows."""
+    digits = np.round(abs(np.asarray(x)[:, 0]) * 10) % 10
+    number = int("".join(str(int(d)) for d in digits))
+    return Metric(x.sum(), x.max(), jnp.float32(number), jnp.float32(10.0 ** len(x)))
+
+
+def scan_of(f):
+    return lambda x: lax.scan(lambda c, _: (c, f(x)), 0, length=2)[1][-1]
+
+
+def nested(f):
+    return lambda x: jax.vmap(jax.vmap(f))(x[None])[0]
+
+
+LANES = {
+    "vmap": jax.vmap,
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f)),
+    "jit of vmap": lambda f: jax.jit(jax.vmap(f)),
+    "vmap of checkpoint": lambda f: jax.vmap(jax.checkpoint(f)),
+    "vmap of scan": lambda f: jax.vmap(scan_of(f)),
+    "scan of vmap": lambda f: scan_of(jax.vmap(f)),
+    "vmap of cond": lambda f: jax.vmap(lambda x: lax.cond(x.shape[0] == 2, f, lambda x: x, x)),
+    "vmap of vmap": nested,
+    "other axis": lambda f: lambda x: jax.vmap(f, 1, 1)(x.T).T,
+}
+
+
+@pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])
+@pytest.mark.parametrize("lanes", LANES)
+def test_lanes_become_one_value(lanes, reduce):
+    net = net_of(reduce, LANES[lanes])
+    params, state = net.init_with_state(KEY, X)
+    wanted = {"measure": {"seen": by_hand(X)}}
+    for apply in (net.apply_with_state, jax.jit(net.apply_with_state)):
+        y, after = apply(params, state, X)
+        np.testing.assert_allclose(y, X * X.sum(1, keepdims=True), rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after, wanted)
+
+
+@pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])
+def test_gradients_go_through_the_merge_as_by_hand(reduce):
+    net = net_of(reduce, jax.vmap)
+    params, state = net.init_with_state(KEY, X)
+
+    def loss(x):
+        seen = net.apply_with_state(params, state, x)[1]["measure"]["seen"]
+        return seen.total * seen.most
+
+    by_hand = jax.grad(lambda x: x.sum() * x.max())(X)
+    np.testing.assert_allclose(jax.grad(loss)(X), by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])
+def test_devices_become_one_value(reduce):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = PartitionSpec("d")
+
+    def wrap(f):
+        return jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=spec, out_specs=spec)
+
+    net = net_of(reduce, wrap)
+    params, state = net_of(reduce, jax.vmap).init_with_state(KEY, X)
+    for apply in (net.apply_with_state, jax.jit(net.apply_with_state)):
+        _, after = apply(params, state, X)
+        wanted = {"measure": {"seen": by_hand(X)}}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after, wanted)
+
+
+def test_a_part_without_a_function_is_refused_where_lanes_differ():
+    @jaxstate.parametrized
+    def net(x):
+        v = jaxstate.variable("v", lambda: {"a": 0.0, "b": 0.0}, reduce={"a": jnp.sum, "b": None})
+        v.value = {"a": x, "b": 1.0}
+        return x
+
+    params, state = net.init_with_state(KEY, 1.0)
+    outer = jaxstate.parametrized(lambda x: jax.vmap(net)(x), name="outer")
+    _, state = outer.apply_with_state(params, {"net": state}, X[0])
+    assert float(state["net"]["v"]["a"]) == pytest.approx(float(X[0].sum()))
+    assert float(state["net"]["v"]["b"]) == 1
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the error's traceback")
+def test_bad_reductions_are_named_errors():
+    for wrong in (3, "mean", (jnp.sum,), {"a": jnp.sum}, dataclasses.replace(TREE, most=3)):
+        with pytest.raises(TypeError, match=r"a tree with one for each part .* reduce is"):
+            net_of(wrong, jax.vmap).init_with_state(KEY, X)
+    with pytest.raises(TypeError, match='"merge" if the value has that method'):
+        jaxstate.parametrized(
+            lambda: jaxstate.variable("v", jnp.zeros, (), reduce="merge").value
+        ).init(KEY)
+
+    @jax.tree_util.register_pytree_node_class
+    class Odd:
+        def __init__(self, x):
+            self.x = x
+
+        def tree_flatten(self):
+            return (self.x,), None
+
+        @classmethod
+        def tree_unflatten(cls, aux, children):
+            return cls(*children)
+
+        def merge(self, other):
+            return self.x + other.x
+
+    @jaxstate.parametrized
+    def odd(x):
+        jaxstate.variable("v", lambda: Odd(jnp.float32(0)), reduce="merge").value = Odd(x)
+        return x
+
+    net = jaxstate.parametrized(lambda x: jax.vmap(odd)(x), name="net")
+    with pytest.raises(jaxstate.SlotTypeError, match="its merge makes"):
+        net.init_with_state(KEY, X[0])
