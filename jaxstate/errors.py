@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+import threading
 from collections.abc import Iterable
 
 from jaxstate import _jax
@@ -185,6 +186,14 @@ def message(what: str, *, fix: str, **where: str | None) -> str:
     lines = [what]
     lines += [f"  {label.replace('_', ' ')}: {place}" for label, place in where.items() if place]
     return "\n".join([*lines, "To mend it:", textwrap.indent(textwrap.dedent(fix).strip(), "    ")])
+
+
+def thread_that_has_nothing() -> str | None:
+    """For a message about missing state: a thread has only the state that it has opened itself."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return None
+    return f"{thread.name!r}, where only what was opened in it is open"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -52,6 +52,14 @@ from jaxstate.params.entries import (
 from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
+from jaxstate.params.misuse import (
+    LAZY,
+    about_call,
+    about_initializer,
+    note_mistakes,
+    refuse_lazy,
+    taken_arguments,
+)
 from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
@@ -145,7 +153,11 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
 
     def value(init: Any, *init_args: Any) -> Any:
         address = ParamAddress(name, used, metadata)
-        use = address.store().declare(address, init, init_args)
+        store = address.store()
+        try:
+            use = store.declare(address, init, init_args)
+        except Exception as error:
+            raise about_initializer(address, init, init_args, error)  # noqa: B904
         return use.spec.tree.unflatten(use.values())
 
     around = interceptions("parameter")
@@ -187,6 +199,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self.fn = fn
         self.name = name or _name_of(fn)
         self._explicit_name = name
+        self._taken = taken_arguments(fn)
         self._token = self._new_token()
         self._instances = PerInstance()
         functools.update_wrapper(self, fn, updated=())  # not the attributes of a callable object
@@ -199,16 +212,23 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
-        with level_entered(store, PathElement(self.name, self._token), self):
-            return self._call(store, args, kwargs)
+        try:
+            with level_entered(store, PathElement(self.name, self._token), self):
+                return self._as_called(store)(*args, **kwargs)
+        except TypeError as error:
+            self._explain(error, "", args, kwargs)
+            raise
 
-    def _call(self, store: Any, args: Any, kwargs: Any) -> Any:
-        """Runs the function where the program is in this module."""
+    def _as_called(self, store: Any) -> Callable[..., Any]:
+        """What runs where the program is in this module: its function, if nobody looks at it.
+
+        (Without a frame of Python in between, of which a nest of modules may have too many.)
+        """
+        fn: Callable[..., Any] = self.fn
+        if store is not None and store.looks_at_calls:
+            fn = functools.partial(_observed, store, self)
         around = interceptions("module")
-        if around:
-            fn = self.fn if store is None else functools.partial(_called, store, self)
-            return intercepted(around, "module", self.name, fn, args, kwargs)
-        return self.fn(*args, **kwargs) if store is None else store.call(self, args, kwargs)
+        return functools.partial(_intercepted, around, self.name, fn) if around else fn
 
     def __set_name__(self, owner: type, name: str) -> None:
         """As a method: an instance is a module from when it is made, not from its first call."""
@@ -312,6 +332,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self, kinds: Sequence[str], key: Any, reuse: Any, args: Any, kwargs: Any
     ) -> list[dict[str, Any]]:
         """A nested dict of the initial values of each kind of entry, parameters first."""
+        where = "init" if len(kinds) == 1 else "init_with_state"
         param_key, streams = _keys(key, "init")
         arrays, rebuild, abstract = split_arrays((args, kwargs))
         given = None if reuse is None else reused(self, reuse, args, kwargs, every_part=True)
@@ -325,7 +346,11 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 _open_streams(streams),
                 store.root_entered(self),
             ):
-                self._call(None, args, kwargs)
+                try:
+                    refuse_lazy(self, self._as_called(None)(*args, **kwargs))
+                except Exception as error:
+                    self._explain(error, where, args, kwargs)
+                    raise
             return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
@@ -433,6 +458,8 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self, params: Any, state: Any, writable: Any, key: Any, args: Any, kwargs: Any
     ) -> tuple[Any, ApplyStore]:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
+        if self._taken:
+            self._check_taken({"key": key, "state": state}, args)
         streams = {} if key is None else _keys(key, "apply")[1]
 
         def store() -> ApplyStore:
@@ -440,7 +467,15 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
         def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
             with open_holder(store), _open_streams(streams), store.root_entered(self):
-                return self._call(None, args, kwargs), store
+                try:
+                    out = self._as_called(None)(*args, **kwargs)
+                except Exception as error:
+                    where = "apply_with_state" if writable else "apply"
+                    self._explain(error, where, args, kwargs)
+                    raise
+                if type(out) in LAZY:
+                    refuse_lazy(self, out)
+                return out, store
 
         if not _jax.jit_is_disabled():
             return run(store())
@@ -460,6 +495,31 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             if n < made.get(base, 0):
                 raise _not_all_were_made(base, n, made[base])
         return out, named
+
+    def _explain(self, error: Exception, where: str, args: Any, kwargs: Any) -> None:
+        """Raises what says more than a TypeError of Python, if the arguments are wrong."""
+        if isinstance(error, TypeError):
+            other = about_call(self, where, args, kwargs)
+            if other is not None:
+                raise other from None
+        if where:
+            note_mistakes(error, where, args)
+
+    def _check_taken(self, given: dict[str, Any], args: Any) -> None:
+        """``apply`` was given a keyword that the function has an argument for too."""
+        for name, value in given.items():
+            if value is not None and self._taken.get(name, 0) >= len(args):
+                raise TypeError(
+                    message(
+                        f"{self.name} has an argument {name!r}, and apply takes {name}= for"
+                        " itself: the function would not get it.",
+                        fix=f"""
+                        {self.name}.apply(params, x, {name})      # by position, in its place
+                        def {self.name}(x, my_{name}): ...        # or another name
+                        """,
+                        used=_jax.user_location(),
+                    )
+                )
 
     def _check_state(self, state: Any) -> None:
         fix = "y, state = net.apply_with_state(params, state, x)"
@@ -532,8 +592,15 @@ def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     return Parametrized(fn, name)
 
 
-def _called(store: Any, module: Parametrized, /, *args: Any, **kwargs: Any) -> Any:
-    return store.call(module, args, kwargs)
+def _observed(store: Any, module: Parametrized[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    store.called(module, args, kwargs)
+    out = module.fn(*args, **kwargs)
+    store.returned(out)
+    return out
+
+
+def _intercepted(around: Any, name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return intercepted(around, "module", name, fn, args, kwargs)
 
 
 def check_name(name: Any, where: str) -> None:

@@ -633,11 +633,12 @@ class _NamingStore(ObservingStore):
         super().__init__(root, key)
         self.parts = parts
 
-    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+    looks_at_calls = True
+
+    def called(self, module: Any, args: Any, kwargs: Any) -> None:
         for part in self.parts:
             if part.module._token is module._token:
                 part.called(args, kwargs)
-        return super().call(module, args, kwargs)
 
 
 def _identities(
