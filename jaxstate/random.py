@@ -50,6 +50,7 @@ from jaxstate.errors import (
     message,
     nearest,
     thread_that_has_nothing,
+    warn_of_unopened,
 )
 
 __all__ = [
@@ -514,6 +515,7 @@ class _Opening(AbstractContextManager[Stream]):
     def __init__(self, holder: _StreamHolder) -> None:
         self._holder = holder
         self._open: open_holder | None = None
+        self._is_refused = False
         _not_opened[holder.name] = holder.made
 
     def __enter__(self) -> Stream:
@@ -541,7 +543,18 @@ class _Opening(AbstractContextManager[Stream]):
         if self._open is not None:
             self._open.__exit__(*exc)
 
+    def __del__(self) -> None:
+        if self._open is None and not self._is_refused:
+            warn_of_unopened(
+                f"Random stream {self._holder.name!r}",
+                """
+                with jaxstate.rng_stream(key):
+                    ...
+                """,
+            )
+
     def __call__(self, *args: Any) -> Any:
+        self._is_refused = True
         raise TypeError(
             message(
                 "rng_stream was used as a decorator: every call of the function would draw the same"
@@ -558,6 +571,7 @@ class _Opening(AbstractContextManager[Stream]):
     def __getattr__(self, name: str) -> Any:
         if name not in ("next_key", "key", "count"):
             raise AttributeError(name)
+        self._is_refused = True
         raise MissingStreamError(
             message(
                 f"Random stream {self._holder.name!r} was made and is not open: 'with' opens it.",

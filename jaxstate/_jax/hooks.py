@@ -17,6 +17,7 @@ import numpy as np
 from jax._src import (
     ad_checkpoint,
     api,
+    array,
     config,
     core,
     custom_derivatives,
@@ -31,6 +32,7 @@ from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
+from jax._src.numpy import array_methods
 from jax._src.random import prng
 
 from jaxstate._jax.building import traced_for
@@ -77,6 +79,7 @@ __all__ = [
     "wrap_kernels_imported_since",
     "wrap_key_arrays",
     "wrap_operands",
+    "wrap_refused_assignments",
     "wrap_results_of_jaxprs",
     "wrap_traced_rules",
     "wrap_tracing",
@@ -100,6 +103,22 @@ def choose_tracer_type(choose: Callable[[type, Any, Any], type]) -> None:
 
     for kind in TRACER_KINDS:
         wrap(kind)
+
+
+def wrap_refused_assignments(note: str) -> None:
+    """Adds a note to the error that JAX has for ``x[i] = y``."""
+    refused = array_methods._unimplemented_setitem
+
+    @functools.wraps(refused)
+    def with_note(x: Any, index: Any, value: Any) -> None:
+        try:
+            refused(x, index, value)
+        except TypeError as error:
+            error.add_note(note)
+            raise
+
+    array.ArrayImpl.__setitem__ = with_note  # type: ignore[method-assign]
+    core.ShapedArray._setitem = staticmethod(with_note)
 
 
 def wrap_operands(

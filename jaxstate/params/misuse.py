@@ -128,6 +128,8 @@ def note_mistakes(error: Exception, how: str, args: Any) -> None:
     notes = []
     if isinstance(error, AttributeError) and text.startswith("'Variable' object has no attribute"):
         notes.append(_NO_SUCH_ATTRIBUTE)
+    if "'jaxstate.params.variables.Variable'" in text:
+        notes.append(_HANDLE_FOR_VALUE)
     dict_first = bool(args) and isinstance(args[0], Mapping)
     if how == "apply" and dict_first and isinstance(error, (AttributeError, TypeError, ValueError)):
         notes.append(_TWO_DICTS)
@@ -140,6 +142,11 @@ _NO_SUCH_ATTRIBUTE = """\
 A variable has one attribute to read and to assign: its value.
 To mend it:
     v.value = v.value + 1"""
+
+_HANDLE_FOR_VALUE = """\
+A variable was given where its value is wanted.
+To mend it:
+    jnp.sin(v.value)"""
 
 _TWO_DICTS = """\
 apply was given a dict as the first input of the function. If that is the variables:

@@ -25,7 +25,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
@@ -41,6 +41,8 @@ from jaxstate.errors import (
     ParameterConflictError,
     ParameterMismatchError,
     message,
+    thread_that_has_nothing,
+    warn_of_unopened,
 )
 from jaxstate.params.arguments import Shape, split_arrays
 from jaxstate.params.entries import (
@@ -103,6 +105,7 @@ class ParamAddress(EntryAddress):
                 y = net.apply(params, x)
                 """,
                 used=self.used,
+                thread=thread_that_has_nothing(),
             )
         )
 
@@ -166,8 +169,39 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
     return intercepted(around, "parameter", name, value, (init, *init_args))
 
 
-@contextmanager
-def scope(name: str) -> Iterator[None]:
+class _Scope(ContextDecorator):
+    """A level of the tree that ``with`` opens; as a decorator, in every call of the function."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._open: list[Any] = []
+        self._was_opened = False
+
+    def __enter__(self) -> None:
+        self._was_opened = True
+        level = level_entered(innermost_store(), PathElement(self._name, None))
+        level.__enter__()
+        self._open.append(level)
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.pop().__exit__(*exc)
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:  # type: ignore[override]
+        self._was_opened = True
+        return super().__call__(fn)
+
+    def __del__(self) -> None:
+        if not self._was_opened:
+            warn_of_unopened(
+                f"Scope {self._name!r}",
+                f"""
+                with jaxstate.scope("{self._name}"):
+                    ...
+                """,
+            )
+
+
+def scope(name: str) -> _Scope:
     """Opens a level of the tree of parameters and variables by hand.
 
     The same name opens the same level again. Outside ``init`` and ``apply`` it is a level of the
@@ -182,9 +216,7 @@ def scope(name: str) -> Iterator[None]:
     {'encoder': {'scale': Array(1., dtype=float32)}}
     """
     check_name(name, "scope")
-    store = innermost_store()
-    with level_entered(store, PathElement(name, None)):
-        yield
+    return _Scope(name)
 
 
 class Parametrized(Reusable[P, R], Describable, Summarizable):
@@ -406,6 +438,8 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
           ReadOnlyVariableError: if the function writes a variable.
           TypeError: if ``params`` or ``state`` is not a dict, or ``key`` not a key.
         """
+        if self._taken:
+            self._check_taken({"key": key, "state": state}, args)
         if state is not None:
             self._check_state(state)
         return self._apply(params, state, False, key, args, kwargs)[0]
@@ -458,8 +492,6 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self, params: Any, state: Any, writable: Any, key: Any, args: Any, kwargs: Any
     ) -> tuple[Any, ApplyStore]:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
-        if self._taken:
-            self._check_taken({"key": key, "state": state}, args)
         streams = {} if key is None else _keys(key, "apply")[1]
 
         def store() -> ApplyStore:

@@ -42,11 +42,6 @@ class InitStore(Store):
     def signature(self) -> Hashable:
         return ("init", self.key_aval)
 
-    def line_with_keys(self, name: str) -> str:
-        if name == "default":
-            return 'net.init({"params": key, "default": other_key}, x)'
-        return f'net.init({{"default": key, "{name}": other_key}}, x)'
-
     def aval(self, address: EntryAddress) -> Any:  # type: ignore[override]
         spec = self.entry(address).spec
         assert spec is not None

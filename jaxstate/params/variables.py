@@ -39,6 +39,7 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
     message,
+    thread_that_has_nothing,
 )
 from jaxstate.params.entries import EntryAddress, Store, Use, current_place, innermost_store
 from jaxstate.params.interception import intercepted, interceptions
@@ -90,6 +91,7 @@ class VariableAddress(EntryAddress):
                 y, state = net.apply_with_state(params, state, x)  # net = parametrized(fn)
                 """,
                 used=self.used,
+                thread=thread_that_has_nothing(),
             )
         )
 
@@ -240,6 +242,7 @@ class Variable(Generic[T]):
                     """,
                     made=self._addresses[0].used if self._addresses else None,
                     used=_jax.user_location(),
+                    thread=thread_that_has_nothing(),
                 )
             )
         return store
