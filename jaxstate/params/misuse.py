@@ -50,15 +50,23 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     starts_with_dict = bool(args) and isinstance(args[0], Mapping)
     if starts_with_dict and _does_not_fit(signature, args[1:], kwargs) is None:
         if not how:
-            what = f"{takes} was called with a dict first. Did you mean {name}.apply?"
-            fix = f"y = {name}.apply(params, x)"
-        else:
-            what = f"{takes} was given two dicts first. Did you mean {name}.apply_with_state?"
-            fix = f"""
-            y, state = {name}.apply_with_state(params, state, x)    # reads and writes variables
-            y = {name}.apply(params, x, state=state)                # only reads them
-            """
-        return TypeError(message(what, fix=fix, used=_jax.user_location()))
+            return TypeError(
+                message(
+                    f"{takes} was called with a dict first. Did you mean {name}.apply?",
+                    fix=f"y = {name}.apply(params, x)",
+                    used=_jax.user_location(),
+                )
+            )
+        return TypeError(
+            message(
+                f"{takes} was given two dicts first. Did you mean {name}.apply_with_state?",
+                fix=f"""
+                y, state = {name}.apply_with_state(params, state, x)    # reads and writes variables
+                y = {name}.apply(params, x, state=state)                # only reads them
+                """,
+                used=_jax.user_location(),
+            )
+        )
     taken = _TAKEN & signature.parameters.keys() - kwargs.keys()
     if how and taken:
         (argument, *_) = sorted(taken)
