@@ -22,6 +22,7 @@ def shown(error):
     """What the end of a traceback says of an error; without what JAX says of its own frames."""
     notes = [n for n in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in n]
     text = "\n".join([str(error), *notes])
+    text = re.sub(r" at 0x[0-9a-f]+", "", text).replace(" (<lambda>)\n", " (<module>)\n")
     name = type(error).__name__
     module = type(error).__module__
     return f"{'jaxstate.' if module.startswith('jaxstate') else ''}{name}: {text}"
