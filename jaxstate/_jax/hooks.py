@@ -18,6 +18,7 @@ from jax._src import (
     ad_checkpoint,
     api,
     api_util,
+    array,
     config,
     core,
     custom_batching,
@@ -35,6 +36,7 @@ from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
+from jax._src.numpy import array_methods
 from jax._src.random import prng
 
 from jaxstate._jax.building import traced_for
@@ -81,6 +83,7 @@ __all__ = [
     "wrap_kernels_imported_since",
     "wrap_key_arrays",
     "wrap_operands",
+    "wrap_refused_assignments",
     "wrap_results_of_jaxprs",
     "wrap_traced_rules",
     "wrap_tracing",
@@ -104,6 +107,22 @@ def choose_tracer_type(choose: Callable[[type, Any, Any], type]) -> None:
 
     for kind in TRACER_KINDS:
         wrap(kind)
+
+
+def wrap_refused_assignments(note: str) -> None:
+    """Adds a note to the error that JAX has for ``x[i] = y``."""
+    refused = array_methods._unimplemented_setitem
+
+    @functools.wraps(refused)
+    def with_note(x: Any, index: Any, value: Any) -> None:
+        try:
+            refused(x, index, value)
+        except TypeError as error:
+            error.add_note(note)
+            raise
+
+    array.ArrayImpl.__setitem__ = with_note  # type: ignore[method-assign]
+    core.ShapedArray._setitem = staticmethod(with_note)
 
 
 def wrap_operands(
