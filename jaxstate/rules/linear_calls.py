@@ -16,6 +16,7 @@ from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Layout,
     discharge,
+    out_of_bind,
     read_all,
     refreshed,
     register_rule,
@@ -62,7 +63,7 @@ def _explicit(
 ) -> tuple[list[Any], dict[str, Any]]:
     """The operands and parameters of the operation with the state as residuals."""
     callee, n, n_res = params["callee"], params["num_callee_consts"], params["num_res"]
-    transpose, transpose_consts = params["transpose_thunk"]()
+    transpose, transpose_consts = traced(params["transpose_thunk"])
     reads, writes = state_of_all([callee, transpose])
     if writes:
         raise _written(writes[0])
@@ -121,11 +122,17 @@ class Settled:
         return self._thunk()
 
 
+def traced(thunk: Callable[[], Any]) -> Any:
+    """What ``thunk`` traces: a function of the program, perhaps in the middle of a bind."""
+    with out_of_bind():
+        return thunk()
+
+
 def without_state(thunk: Callable[[], Any]) -> Settled:
     """``thunk``, for a function that uses no state."""
 
     def checked() -> Any:
-        jaxpr, consts = thunk()
+        jaxpr, consts = traced(thunk)
         reads, writes = state_of_all([jaxpr])
         for address in (*(c.address for c in consts if type(c) is StateTracer), *reads, *writes):
             raise rule_touches_more(address)
