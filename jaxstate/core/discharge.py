@@ -37,7 +37,7 @@ from jaxstate.core.resolve import (
     write,
     write_p,
 )
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_known, any_open
 from jaxstate.errors import (
     DeviceWriteError,
     SlotTypeError,
@@ -692,7 +692,7 @@ def _one_use_per_bind(
         return bind(*args, **params)
 
     def one_bind(*args: Any, **params: Any) -> Any:
-        if not any_open():
+        if not any_known():
             return bind(*args, **params)
         _binds.depth += runs_jaxprs
         try:

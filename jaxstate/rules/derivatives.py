@@ -665,7 +665,7 @@ def _stateful(
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_open() or _jax.is_rule_of_activation(params["subfuns"][1]):
+            if not slots.any_known() or _jax.is_rule_of_activation(params["subfuns"][1]):
                 return bind(trace, args, avals, params)
             args = [*map(_jax.resolved, args)]
             if _jax.calls_functions(trace) or isinstance(trace, _jax.TransparentTrace):

@@ -25,14 +25,14 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_known
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not any_open() or isinstance(params["transpose_thunk"], Settled):
+        if not any_known() or isinstance(params["transpose_thunk"], Settled):
             return bind(trace, args, avals, params)
         captured = captured_operands()
         if captured or any(state_of_all([params["callee"]])):

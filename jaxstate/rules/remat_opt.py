@@ -25,13 +25,13 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
-from jaxstate.core.slots import any_open
+from jaxstate.core.slots import any_known
 from jaxstate.rules.linear_calls import Settled, traced, without_state
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not any_open() or isinstance(params["fun_jaxpr_thunk"], Settled):
+        if not any_known() or isinstance(params["fun_jaxpr_thunk"], Settled):
             return bind(trace, args, avals, params)
         if not captured_operands():
             thunk = without_state(params["fun_jaxpr_thunk"])
