@@ -496,17 +496,23 @@ def wrap_results_of_jaxprs(resolve: Callable[[Any], Any]) -> None:
         jax.core.eval_jaxpr = eval_jaxpr
 
 
-def wrap_conversions(is_open: Callable[[], bool], resolve: Callable[[Any], Any]) -> None:
+def wrap_conversions(
+    is_open: Callable[[], bool],
+    where_unused: Callable[[Callable[[], Any], Callable[[], Any]], Any],
+    resolve: Callable[[Any], Any],
+) -> None:
     """Wraps `jax.closure_convert` and `jax.make_jaxpr`, which hand out what a function closes over.
 
     If ``is_open()``, they hand out ``resolve`` of each such constant, and trace a function again
-    that JAX has traced before.
+    that JAX has traced before. Else JAX is called by ``where_unused(call, otherwise)``, which may
+    find that state is used.
     """
     plain = custom_derivatives._closure_convert_for_avals
 
     def closure_convert(fun: Any, *types: Any) -> Any:
         if not is_open():
-            return (plain.__wrapped__ if config.check_tracer_leaks.value else plain)(fun, *types)
+            jax_ = plain.__wrapped__ if config.check_tracer_leaks.value else plain
+            return where_unused(lambda: jax_(fun, *types), lambda: closure_convert(fun, *types))
         converted, consts = plain.__wrapped__(_untraced(fun), *types)
         return converted, [resolve(c) for c in consts]
 
@@ -520,7 +526,9 @@ def wrap_conversions(is_open: Callable[[], bool], resolve: Callable[[Any], Any])
         @functools.wraps(plain)
         def made(*args_of_fun: Any, **kwargs: Any) -> Any:
             if not is_open():
-                return plain(*args_of_fun, **kwargs)
+                return where_unused(
+                    lambda: plain(*args_of_fun, **kwargs), lambda: made(*args_of_fun, **kwargs)
+                )
             out = make_jaxpr(_untraced(fun), *args, **options)(*args_of_fun, **kwargs)
             jaxpr, *rest = out if isinstance(out, tuple) else (out,)
             consts = [resolve(c) for c in consts_of(jaxpr)]
