@@ -128,6 +128,8 @@ class StreamAddress(Address):
     # the count in a vmap inside the count of the lanes. Key and count have to be read in one place.
     threaded = True
 
+    stays_here = True
+
     def __init__(
         self, name: str, part: Part, identity: Any = None, is_innermost: bool | None = None
     ) -> None:
@@ -144,7 +146,7 @@ class StreamAddress(Address):
 
     def holder(self) -> Holder:
         found = super().holder()
-        if self._order_changed(found):
+        if self.is_innermost is not None and self._order_changed(found):
             raise self._other_order()
         return found
 
@@ -256,11 +258,12 @@ class _Count(Cell):
     A call on other devices leaves it there, which would bind all later draws to them.
     """
 
-    __slots__ = ("_key", "_value")
+    __slots__ = ("_is_free", "_key", "_value")
 
     def __init__(self, value: Any, key: Any) -> None:
         self._key = key
         self._value = value
+        self._is_free = _jax.is_uncommitted(key)
 
     @property
     def value(self) -> Any:  # type: ignore[override]
@@ -270,7 +273,9 @@ class _Count(Cell):
 
     @value.setter
     def value(self, value: Any) -> None:
-        self._value = _jax.beside(self._key, value)
+        if not (self._is_free and _jax.is_uncommitted(value)):
+            value = _jax.beside(self._key, value)
+        self._value = value
 
 
 class _Identity:
@@ -307,7 +312,7 @@ class _StreamHolder(Holder):
         self._signature = ("stream", name, vmap, self.avals["key"], self.avals["count"])
 
     def knows(self, address: Address) -> bool:
-        if not isinstance(address, StreamAddress) or address.name != self.name:
+        if type(address) is not StreamAddress or address.name != self.name:
             return False
         return address.identity is None or address.identity is self.identity
 
@@ -678,6 +683,8 @@ def _draw(name: str, identity: Any) -> jax.Array:
 
 
 def _after(count: Any) -> Any:
+    if isinstance(count, (np.generic, np.ndarray)):  # NumPy warns of what goes round
+        return np.int32(int(count) + 1 if count < 2**31 - 1 else -(2**31))  # type: ignore[operator]
     if not _jax.is_concrete_array(count):
         return count + 1
     # The same, without a number that has to be brought to the device: a transfer guard forbids it.

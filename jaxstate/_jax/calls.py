@@ -103,14 +103,14 @@ def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[...,
 
     name = getattr(jitted.fun, "__name__", "call")
     statics = [i + 1 if i >= 0 else i for i in info.static_argnums]
-    return pjit._jax.pjit(
+    return _pjit_function(
         name, never_called, cache_miss, statics, info.static_argnames,
         pxla.JitGlobalCppCacheKeys(), tree_util.dispatch_registry, pxla.cc_shard_arg,
         pjit._cpp_pjit_cache_fun_only,
     )  # fmt: skip
 
 
-_run_python_pjit = pjit._run_python_pjit
+_run_python_pjit, _pjit_function = pjit._run_python_pjit, pjit._jax.pjit
 
 
 def with_constants_inside(call: JitCall, which: Callable[[Any], bool]) -> JitCall:

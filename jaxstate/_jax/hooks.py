@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from jax._src import (
     shard_map,
     sharding_impls,
     stages,
+    traceback_util,
     tree_util,
 )
 from jax._src.interpreters import ad, batching
@@ -38,6 +40,7 @@ from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
 from jax._src.numpy import array_methods
 from jax._src.random import prng
+from jax._src.util import register_cache
 
 from jaxstate._jax.building import traced_for
 from jaxstate._jax.calls import JitCall, Jitted, _infer_params, _Inference, _jit_call
@@ -405,14 +408,15 @@ def wrap_jitted_calls(
     ``call_traced(jitted, call, args, kwargs)``. If both return `NotImplemented`, JAX goes on; else
     that is the result, and JAX keeps no executable.
     """
-    run = pjit._run_python_pjit
+    run, jitted_function, plain_function = pjit._run_python_pjit, pjit._cpp_pjit, pjit._jax.pjit
+    in_progress = threading.local()
 
     def infer_params(fun: Any, info: Any, args: Any, kwargs: Any) -> Any:
         # `lower` and `trace` infer too.
         is_call = sys._getframe(1).f_code is _cache_miss_code
-        if not is_call or not core.trace_state_clean() or config.debug_key_reuse.value:
-            return _Inference.around(_infer_params, Jitted(fun, info), args, kwargs, is_call)
         jitted = Jitted(fun, info)
+        if not is_call or not core.trace_state_clean() or config.debug_key_reuse.value:
+            return _Inference.around(_infer_params, jitted, args, kwargs, is_call)
         results = call(jitted, args, kwargs)
         if results is not NotImplemented:
             return _Done(results), ()
@@ -425,12 +429,42 @@ def wrap_jitted_calls(
             return p.results, (), None, flat, _NO_JAXPR, None, None, ()
         return run(p, flat, fun, args, kwargs)
 
+    # What a function that is jitted from now on does in Python asks `call` before all else. For the
+    # others, `infer_params` does.
+    def cpp_pjit(fun: Any, info: Any) -> Any:
+        in_progress.jitted = Jitted(fun, info)
+        return jitted_function(fun, info)
+
+    def pjit_function(name: str, fun: Any, cache_miss: Any, *options: Any) -> Any:
+        jitted, in_progress.jitted = getattr(in_progress, "jitted", None), None
+        if jitted is None:  # JAX makes one for itself
+            return plain_function(name, fun, cache_miss, *options)
+        of_jax = getattr(cache_miss, "__wrapped__", cache_miss)
+
+        @traceback_util.api_boundary
+        def ask_first(*args: Any, **kwargs: Any) -> Any:
+            if (
+                core.trace_ctx.is_top_level()
+                and not config.debug_key_reuse.value
+                and not config.no_tracing.value
+            ):
+                results = call(jitted, args, kwargs)
+                if results is not NotImplemented:
+                    return results, None, False
+            return of_jax(*args, **kwargs)
+
+        return plain_function(name, fun, ask_first, *options)
+
+    own = types.ModuleType(pjit._jax.__name__)
+    own.__dict__.update(pjit._jax.__dict__, pjit=pjit_function)  # type: ignore[arg-type]
+    pjit._jax, pjit._cpp_pjit = own, cpp_pjit
     pjit._infer_params = infer_params
     pjit._run_python_pjit = run_python_pjit
 
 
-def wrap_clear_cache(forget: Callable[[Any], None]) -> None:
-    """Calls ``forget(fun)`` when the caches of the jitted function of ``fun`` are cleared."""
+def wrap_clear_cache(forget: Callable[[Any], None], forget_all: Callable[[], None]) -> None:
+    """Calls ``forget(fun)`` when the caches of the jitted function of ``fun`` are cleared, and
+    ``forget_all()`` when those of all are."""
     plain = pjit.jit_evict_fn
 
     def clear_cache(jitted: Any) -> None:
@@ -439,6 +473,18 @@ def wrap_clear_cache(forget: Callable[[Any], None]) -> None:
 
     # JAX sets the method again whenever it makes a jitted function.
     pjit.jit_evict_fn = type(jax.jit(lambda: None)).clear_cache = clear_cache
+    _own_caches.append(_OwnCache(forget_all))
+
+
+class _OwnCache:
+    """A cache that `jax.clear_caches` clears."""
+
+    def __init__(self, clear: Callable[[], None]) -> None:
+        self.cache_clear = clear
+        register_cache(self, "jaxstate")
+
+
+_own_caches: list[_OwnCache] = []  # JAX has weak references to them
 
 
 def wrap_ahead_of_time(check: Callable[[Any, Sequence[Any]], None]) -> None:

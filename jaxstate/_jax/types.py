@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from jaxstate._jax.names import (
 __all__ = [
     "DynamicSlice",
     "InconclusiveDimensionOperation",
+    "are_concrete_arrays",
     "as_array",
     "aval_of",
     "beside",
@@ -49,6 +51,7 @@ __all__ = [
     "is_standard_initializer",
     "is_tracer",
     "is_typed_key",
+    "is_uncommitted",
     "is_weak",
     "mesh_of",
     "of_type",
@@ -65,6 +68,7 @@ __all__ = [
     "stand_in_size",
     "stands_for",
     "type_of",
+    "type_of_array",
     "type_of_part",
     "weak",
     "with_weak_type_of",
@@ -103,11 +107,28 @@ def is_concrete_array(x: Any) -> bool:
     return type(x) is array.ArrayImpl
 
 
+def are_concrete_arrays(kinds: set[type]) -> bool:
+    """Whether these are the types of JAX's own arrays only, and not of tracers."""
+    return kinds <= {array.ArrayImpl}
+
+
+type_of_array = operator.attrgetter("aval")  # where `are_concrete_arrays`
+
+
+def is_uncommitted(x: Any) -> bool:
+    """Whether ``x`` is an array, or a key, that goes along to the devices of other operands."""
+    if type(x) is not array.ArrayImpl:
+        x = None if isinstance(x, Tracer) else getattr(x, "_base_array", None)
+    return type(x) is array.ArrayImpl and not x._committed
+
+
 def beside(place: Any, x: Any) -> Any:
     """The scalar ``x`` on the devices of the array, or key, ``place``, and bound to them or not as
     that is. Where either is traced, ``x``."""
+    if isinstance(place, Tracer) or isinstance(x, Tracer):  # (a tracer takes long to say no)
+        return x
     place = getattr(place, "_base_array", place)
-    if type(place) is not array.ArrayImpl or isinstance(x, Tracer):
+    if type(place) is not array.ArrayImpl:
         return x
     if (
         type(x) is array.ArrayImpl

@@ -276,6 +276,9 @@ class ArrayAddress(SlotAddress):
         slot = self._slot()
         return 0 if slot is None else slot.version  # type: ignore[attr-defined]
 
+    notices_writes = True
+    stays_here = False
+
     def note_write(self) -> None:
         slot = self._slot()
         if slot is not None:

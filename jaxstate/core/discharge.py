@@ -94,7 +94,7 @@ def _state_of(jaxpr: Any) -> State:
     writes: dict[Address, None] = {}
     captures = _captures_of(jaxpr)
     for eqn in _jax.equations(jaxpr):
-        if _reads_captured(eqn, captures):
+        if eqn.primitive is read_p and _reads_captured(eqn, captures):
             continue
         if eqn.primitive is read_p or eqn.primitive is init_p:
             reads.update(dict.fromkeys(addresses_of(eqn)))
@@ -122,7 +122,7 @@ def _captures_of(jaxpr: Any, writes: frozenset[Address] = frozenset()) -> dict[A
     eqns = _jax.equations(jaxpr)
     written = writes | {e.params["address"] for e in eqns if e.primitive is write_p}
     for eqn in eqns:
-        if _is_read_of_capture(eqn) and eqn.params["address"] not in written:
+        if eqn.primitive is read_p and eqn.invars and eqn.params["address"] not in written:
             operand = eqn.invars[0]
             if isinstance(operand, _jax.Var) and operand in captures:
                 captures[eqn.outvars[0]] = captures[operand]
@@ -150,7 +150,7 @@ def _computed_captures(jaxpr: Any) -> tuple[Computed, ...]:
     return tuple(
         Computed(i, eqn.params["address"], eqn.params["version"])
         for i, eqn in enumerate(_jax.equations(jaxpr))
-        if _is_read_of_capture(eqn) and not _reads_captured(eqn, captures)
+        if eqn.primitive is read_p and eqn.invars and not _reads_captured(eqn, captures)
     )
 
 
@@ -230,7 +230,8 @@ class Captured(NamedTuple):
 def captured_inputs(jaxpr: Any) -> tuple[Captured, ...]:
     """The inputs of a jaxpr of which its reads say what slots they are (`resolve.read_since`)."""
     captures, inputs = _captures_of(jaxpr), list(_jax.invars(jaxpr))
-    reads = [eqn for eqn in _jax.equations(jaxpr) if _reads_captured(eqn, captures)]
+    eqns = _jax.equations(jaxpr)
+    reads = [e for e in eqns if e.primitive is read_p and _reads_captured(e, captures)]
     origins = [captures[eqn.invars[0]] for eqn in reads]
     return tuple(
         Captured(inputs.index(v), eqn.params["address"], eqn.params["version"])
@@ -441,9 +442,10 @@ def _thread(jaxpr: Any, how: Layout, avals: tuple[Any, ...]) -> Any:
         return eqn.outvars[0]
 
     for eqn in _jax.equations(jaxpr):
-        if _reads_captured(eqn, captures) and eqn.params["address"] not in written:
+        is_read = eqn.primitive is read_p
+        if is_read and _reads_captured(eqn, captures) and eqn.params["address"] not in written:
             renamed[eqn.outvars[0]] = rename(eqn.invars[0])
-        elif eqn.primitive is read_p or eqn.primitive is init_p:
+        elif is_read or eqn.primitive is init_p:
             for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
                 _check_axes(address, current[address].aval, outvar.aval)
                 renamed[outvar] = in_mesh_of(outvar.aval, varying_like(outvar, current[address]))

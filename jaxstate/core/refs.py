@@ -126,6 +126,7 @@ class SlotAddress(Address):
 
     threaded = True
     has_axes = True
+    stays_here = True
 
     def __init__(self, slot: Slot) -> None:
         self._slot = weakref.ref(slot)

@@ -28,7 +28,16 @@ import jax.numpy as jnp
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
-from jaxstate.core.slots import Address, AllLanes, Holder, Lane, any_open, stack, where_unused
+from jaxstate.core.slots import (
+    Address,
+    AllLanes,
+    Holder,
+    Lane,
+    any_open,
+    open_here,
+    stack,
+    where_unused,
+)
 from jaxstate.errors import ConvertedClosureError, UnsupportedPrimitiveError, message
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
@@ -126,11 +135,13 @@ class Notes:
       refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
       lane_tables: see `_lanes`.
+      around: a holder, what was open (`slots.OpenHere`), and the `boundaries` then.
     """
 
-    __slots__ = ("extra", "lane_tables", "refreshed", "values", "written")
+    __slots__ = ("around", "extra", "lane_tables", "refreshed", "values", "written")
 
     def __init__(self) -> None:
+        self.around: tuple[Holder, Any, Sequence[Any]] | None = None
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.written: set[Address] = set()
@@ -297,14 +308,23 @@ def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
     return _jax.in_mesh_of(before, value)
 
 
-def boundaries(holder: Holder) -> list[Any]:
+def boundaries(holder: Holder) -> Sequence[Any]:
     """What stands between here and the holder, innermost first.
 
     A boundary is a jaxpr under construction, or a custom rule that is given its state as operands
     (`rules.derivatives`): names and addresses inside are relative to it.
     """
-    found: list[Any] = []
     trace = _jax.current_trace()
+    if not isinstance(trace, _jax.StagingTrace) or _jax.is_finished(trace):
+        return _find_boundaries(holder, trace)
+    notes, here = notes_of(trace), open_here()
+    if notes.around is None or notes.around[0] is not holder or notes.around[1] is not here:
+        notes.around = holder, here, _find_boundaries(holder, trace)
+    return notes.around[2]
+
+
+def _find_boundaries(holder: Holder, trace: Any) -> Sequence[Any]:
+    found: list[Any] = []
     bottom = [holder] if holder is _OUTERMOST else []
     open_holders = bottom + stack()
     if trace is holder.anchor and open_holders and open_holders[-1] is holder:

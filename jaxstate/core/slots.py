@@ -110,6 +110,9 @@ class Address:
         """Whether the jaxpr that ``trace`` builds, which wrote the slots ``written``, wrote it."""
         return self.seen_from(trace) in written
 
+    # Whether `note_write` does anything.
+    notices_writes = False
+
     def note_write(self) -> None:
         """To be called at every write."""
 
@@ -120,6 +123,13 @@ class Address:
     def aval(self) -> Any:
         """The type of the value, without making it."""
         return self.holder().aval(self)
+
+    # Whether `cell_here` gives the same cell at top level as long as that lives, until a holder is
+    # opened or closed.
+    stays_here = False
+
+    # Whether its holder may recall where it is: see `Holder.remembered`.
+    is_recalled = False
 
     def cell_here(self) -> Cell | None:
         """The cell of the slot, if nothing stands between the program and the cell.
@@ -200,7 +210,7 @@ class Joint:
 class Cell:
     """The value of one slot: an array, or a tracer of the holder's anchor or of a trace outside."""
 
-    __slots__ = ("value",)
+    __slots__ = ("__weakref__", "value")
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -301,6 +311,23 @@ class Holder:
         """
         raise NotImplementedError
 
+    def place_here(self) -> Hashable:
+        """All that decides, here and now, which cells addresses mean and what the holder knows when
+        they were asked for; None if that cannot be said."""
+        return None
+
+    # The values of a holder with a place: its memories number them.
+    recalled_values: list[Any]
+
+    def remembered(self, addresses: Sequence[Address]) -> Memory | None:
+        """What the holder knows now, without any values, to be used again in an equal
+        `place_here`, in this holder or another; None if that cannot be."""
+        return None
+
+    def recall(self, memory: Any) -> None:
+        """From now on the holder knows what it knew when it `remembered` that."""
+        raise NotImplementedError
+
     def captured(self, address: Address, value: Any, version: int) -> Any:
         """What a boundary makes of ``value``, the capture of a slot that it was given as an operand
         when the slot had been written ``version`` times: see `resolve.read_since`."""
@@ -313,6 +340,16 @@ class Holder:
     def signature(self) -> Hashable:
         """What of the holder can shape a trace; None for nothing."""
         return None
+
+
+class Memory:
+    """What a holder knew at one time: see `Holder.remembered`.
+
+    Attributes:
+      numbers: of the values of the addresses that were asked for.
+    """
+
+    numbers: Sequence[int]
 
 
 class Lane:
@@ -335,9 +372,31 @@ class AllLanes(NamedTuple):
     address: Address
 
 
+class OpenHere:
+    """What is known of the holders that are open, until one is opened or closed.
+
+    Attributes:
+      signature: what of them can shape a trace, compared by identity; None for nothing.
+      found: what callers note.
+    """
+
+    __slots__ = ("found", "signature")
+
+    def __init__(self, signature: Hashable) -> None:
+        self.signature = signature
+        self.found: dict[Any, Any] = {}
+
+
+class _Stack(list):
+    """The open holders of a thread; another thread may close one of them."""
+
+    def __init__(self) -> None:
+        self.here = OpenHere(None)
+
+
 class _ThreadState(threading.local):
     def __init__(self) -> None:
-        self.stack: list[Holder] = []
+        self.stack = _Stack()
         self.loose: WeakSet[Holder] = WeakSet()
         self.published: tuple[Hashable, ...] = ()
         self.guards = 0  # see `where_unused`
@@ -440,9 +499,16 @@ class open_holder:  # a class: generators take longer
 
     def __exit__(self, *_: object) -> None:
         _remove(self._stack, self._holder)
-        if self._stack is _thread.stack:  # a generator may be closed by another thread
+        if self._stack is _thread.stack:
             _publish_signature(self._stack)
+        else:  # a generator may be closed by another thread
+            self._stack.here = OpenHere(self._stack.here.signature)
         self._holder.anchor = None
+
+
+def open_here() -> OpenHere:
+    """What is known of the holders that are open on this thread."""
+    return _thread.stack.here
 
 
 def function_inside(holder: Holder) -> ExitStack:
@@ -506,16 +572,17 @@ _signatures_lock = threading.Lock()
 signature_parts: list[Callable[[], Hashable]] = []
 
 
-def _publish_signature(stack: list[Holder]) -> None:
+def _publish_signature(stack: _Stack) -> None:
     signatures = tuple([s for holder in stack if (s := holder.signature()) is not None])
     for part in signature_parts:
         if (signature := part()) is not None:
             signatures += (signature,)
     if signatures == _thread.published:
+        stack.here = OpenHere(stack.here.signature)
         return
     token = None
     if signatures:
         with _signatures_lock:
             token = _signatures.setdefault(signatures, _Signature(signatures))
     _jax.set_context_signature(token)
-    _thread.published = signatures
+    _thread.published, stack.here = signatures, OpenHere(token)

@@ -11,6 +11,7 @@ What is special to either is in the subclass of `EntryAddress` that it has
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxstate.core.resolve import (
     notes_of,
     read,
 )
-from jaxstate.core.slots import Address, Cell, Holder, holders
+from jaxstate.core.slots import Address, Cell, Holder, holders, open_here
 from jaxstate.core.specs import (
     ONLY_LEAF,
     Leaf,
@@ -81,19 +82,6 @@ class EntryAddress(Address):
       metadata: of the entry, see `jaxstate.params.metadata`.
     """
 
-    __slots__ = (
-        "home",
-        "leaf",
-        "levels",
-        "metadata",
-        "name",
-        "place",
-        "spec",
-        "traced_init",
-        "used",
-        "wanted",
-    )
-
     may_alias = True
 
     kind: str
@@ -113,20 +101,17 @@ class EntryAddress(Address):
         self.home: FrameId | None = None
         self.wanted: Any = None
         self.place: FrameId | None = None
-
-    def __init_subclass__(cls) -> None:
-        cls._attributes = (*EntryAddress.__slots__, *cls.__slots__)
-
-    _attributes: tuple[str, ...]
+        self._hash: int | None = None  # and with it `_meaning`, once somebody asks
 
     def having(self, **changes: Any) -> Any:
         """A copy with other attributes."""
         new = object.__new__(type(self))
-        for name in self._attributes:
-            setattr(new, name, getattr(self, name))
-        for name, value in changes.items():
-            setattr(new, name, value)
+        new.__dict__ = {**self.__dict__, **changes, "_hash": None}
         return new
+
+    def place_at(self, place: FrameId | None, levels: tuple[PathElement, ...]) -> None:
+        """Makes a new address relative to another place."""
+        self.place, self.levels, self._hash = place, levels, None
 
     def leaves(self, spec: Spec, traced_init: TracedInit | None) -> list[Any]:
         """The addresses of the leaves of an entry of that form; its own, if there is only one."""
@@ -138,17 +123,26 @@ class EntryAddress(Address):
             for leaf, aval in zip(spec.leaves, spec.avals, strict=True)
         ]
 
-    def _meaning(self) -> tuple[Any, ...]:
+    def _find_meaning(self) -> tuple[Any, ...]:
         for i in reversed(range(len(self.levels))):
             if self.levels[i].token:
                 return self.levels[i:], self.name, self.leaf
         return self.place, self.levels, self.name, self.leaf
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._meaning() == other._meaning()  # type: ignore[attr-defined]
+        if self is other:
+            return True
+        if type(other) is not type(self):
+            return False
+        mine = self._hash or hash(self)
+        theirs = other._hash or hash(other)  # type: ignore[attr-defined]
+        return mine == theirs and self._meaning == other._meaning  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return hash(self._meaning())
+        if self._hash is None:
+            self._meaning = self._find_meaning()
+            self._hash = hash(self._meaning)
+        return self._hash
 
     def path_to(self) -> Hashable:
         return self.place, self.levels
@@ -162,6 +156,10 @@ class EntryAddress(Address):
         if store is None:
             raise self.missing()
         return store
+
+    @property
+    def is_recalled(self) -> bool:  # type: ignore[override]
+        return not self._is_made_anew()
 
     def cell_here(self) -> Cell | None:
         store = innermost_store()
@@ -313,7 +311,8 @@ def home_of(boundary: Any) -> FrameId:
     if boundary is None:
         return _OUTSIDE
     extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
-    return extra.setdefault(FrameId, FrameId())
+    frame = extra.get(FrameId)
+    return extra.setdefault(FrameId, FrameId()) if frame is None else frame
 
 
 def current_home() -> FrameId | None:
@@ -388,6 +387,12 @@ class Entry:
         self.cells: dict[Leaf, Cell] = {}
         self.initial: dict[Leaf, Any] = {}
 
+    def without_values(self) -> Entry:
+        """A new entry of which the same is known."""
+        entry = Entry(self.kind, self.path, self.spec, self.expected, self.used)
+        entry.metadata = self.metadata
+        return entry
+
 
 class Located(NamedTuple):
     """Where an address is, seen from the program.
@@ -435,14 +440,20 @@ class Store(Holder):
 
     def __init__(self, root: ModuleId) -> None:
         super().__init__()
-        self.layer = NameTable()
-        self.layer.paths[root] = ()
+        self.root = root
         self.scopes = ScopeStack()
         self.call_of_root: Any = Entered(None, PathElement("", root), None)
         self.home = current_home()
         self.place = innermost_boundary()
         self.run = object()  # of which this store is, or for which it stands
         self.mesh = _jax.abstract_mesh()
+
+    @functools.cached_property
+    def layer(self) -> NameTable:
+        """The names that the store has given out, and what it knows of the entries."""
+        names = NameTable()
+        names.paths[self.root] = ()
+        return names
 
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
@@ -453,7 +464,7 @@ class Store(Holder):
 
     def root_entered(self, module: Any) -> Any:
         """A context in which the program is in the network itself, which is in no path."""
-        return Entered(None, Root(module.name, module._token, self.layer), None, self, module)
+        return Entered(None, Root(module.name, module._token), None, self, module)
 
     def is_given(self, path: Path) -> bool:
         """Whether ``apply`` was given something in a module of that path."""
@@ -479,14 +490,17 @@ class Store(Holder):
 
     def layer_of(self, boundary: Any) -> NameTable:
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
-        return extra.setdefault(self, NameTable())
+        layer = extra.get(self)
+        if layer is None:
+            layer = extra[self] = NameTable()
+        return layer
 
     def without_values(self) -> RuleStore:
         return RuleStore(self)
 
     def located(self, address: EntryAddress) -> Located:
         here = self.is_here()
-        layers = NameTables([self.layer]) if here else self.layers()
+        layers = NameTables((self.layer,)) if here else self.layers()
         if here and address.place is None and not address.levels:
             path = (*self.scopes.own_path(layers), address.name)
         elif here and address.place is _OUTSIDE:
@@ -642,7 +656,7 @@ def level_entered(store: Store | None, level: PathElement, module: Any = None) -
 
 
 def innermost_store() -> Store | None:
-    for holder in holders():
-        if isinstance(holder, Store):
-            return holder
-    return None
+    found = open_here().found
+    if Store not in found:
+        found[Store] = next((h for h in holders() if isinstance(h, Store)), None)
+    return found[Store]

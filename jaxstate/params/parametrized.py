@@ -88,8 +88,6 @@ TreeLike = Mapping[str, Any]
 class ParamAddress(EntryAddress):
     """One leaf of a parameter."""
 
-    __slots__ = ()
-
     kind = "parameter"
     takes_key = True
     missing_error = MissingParameterError

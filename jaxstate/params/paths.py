@@ -166,17 +166,9 @@ class PathElement:
 
 
 class Root(PathElement):
-    """Where the paths of one ``init`` or ``apply`` begin: the network itself.
+    """Where the paths of one ``init`` or ``apply`` begin: the network itself."""
 
-    Attributes:
-      names: what is given out there. (Of a `NameTable` without its entries, which hold arrays.)
-    """
-
-    __slots__ = ("names",)
-
-    def __init__(self, base: str, token: ModuleId, names: NameTable) -> None:
-        super().__init__(base, token)
-        self.names = names.without_entries()
+    __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Root) and self.token == other.token
@@ -199,10 +191,13 @@ class NameTable:
         self.made: dict[Path, int] = {}  # how many modules of a name the program itself made
         self.shown: dict[tuple[Path, ModuleId], Path] = {}  # of what has no name, see `path_now`
 
-    def without_entries(self) -> NameTable:
-        """The same names, now and later."""
+    def copy(self) -> NameTable:
+        """The same names, without the entries."""
         names = NameTable()
-        names.paths, names.taken, names.numbers = self.paths, self.taken, self.numbers
+        names.paths.update(self.paths)
+        names.taken.update(self.taken)
+        names.numbers.update(self.numbers)
+        names.made.update(self.made)
         return names
 
     def of_lasting_modules(self) -> NameTable:

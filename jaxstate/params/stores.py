@@ -9,6 +9,7 @@ In a custom derivative rule, `entries.RuleStore` stands for either.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -20,11 +21,20 @@ import numpy as np
 from jaxstate import _jax
 from jaxstate.core.initializers import TracedInit, init_p, initialize_at, initializer_at, words_of
 from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read, same_trace
-from jaxstate.core.slots import Cell, Holder, holders, signature_changed
-from jaxstate.core.specs import ONE_ARRAY, Leaf, Spec, contrast, names_of, same_structure, spec_of
+from jaxstate.core.slots import Cell, Holder, Memory, holders, signature_changed
+from jaxstate.core.specs import (
+    ONE_ARRAY,
+    ONLY_LEAF,
+    Leaf,
+    Spec,
+    contrast,
+    names_of,
+    same_structure,
+    spec_of,
+)
 from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.params.entries import Entry, EntryAddress, Store, Use
-from jaxstate.params.paths import ModuleId, NameTables, Path, PathElement
+from jaxstate.params.paths import ModuleId, NameTable, NameTables, Path, PathElement
 
 __all__ = ["ApplyStore", "InitStore", "flattened"]
 
@@ -138,21 +148,62 @@ class _Interned:
       mixed: see `ApplyStore._mixed`.
     """
 
-    __slots__ = ("__weakref__", "key", "mixed")
+    __slots__ = ("__weakref__", "_is_of_dicts", "_numbers", "key", "mixed")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.mixed: list[tuple[Path, Any]] | None = None
+        self._numbers: dict[Path, int] | None = None
+        self._is_of_dicts: bool | None = None
+
+    def numbers(self, given: Any) -> dict[Path, int]:
+        """The number of each leaf of a tree with this key, by its kind and path."""
+        if self._numbers is None:
+            pairs, _ = jax.tree_util.tree_flatten_with_path(given)
+            self._numbers = {names_of(path): i for i, (path, _) in enumerate(pairs)}
+        return self._numbers
+
+    def is_of_dicts(self) -> bool:
+        """Whether all nodes of the tree with this key are dicts."""
+        if self._is_of_dicts is None:
+            self._is_of_dicts = _is_of_dicts(self.key[2])  # type: ignore[index]
+        return self._is_of_dicts
+
+
+def _is_of_dicts(tree: Any) -> bool:
+    if jax.tree_util.treedef_is_leaf(tree):
+        return True
+    node = tree.node_data()
+    return node is not None and node[0] is dict and all(map(_is_of_dicts, tree.children()))
 
 
 _interned: WeakValueDictionary[Hashable, _Interned] = WeakValueDictionary()
 _interned_lock = threading.Lock()
+
+_by_identity: dict[Hashable, tuple[tuple[Any, ...], _Interned]] = {}
 
 
 def interned(key: Hashable) -> _Interned:
     """One object for all equal keys, which is hashed and compared by identity."""
     with _interned_lock:
         return _interned.setdefault(key, _Interned(key))
+
+
+def _types_of_arrays(writable: bool | frozenset[str], tree: Any, arrays: list[Any]) -> Any:
+    """The types of the arrays that are given to an `ApplyStore`, and what is `interned` for them.
+
+    To hash types takes long. So they are known by identity: what a jitted function returns is of
+    the same types each time.
+    """
+    numbers = (writable, tree, *map(id, map(_jax.type_of_array, arrays)))
+    known = _by_identity.get(numbers)
+    if known is None:
+        types = tuple(map(_jax.type_of_array, arrays))
+        known = types, interned(("apply", writable, tree, types))
+        if len(_by_identity) >= 100:
+            _by_identity.clear()
+        _by_identity[numbers] = known  # which keeps the types, so that no other gets their numbers
+    return known
 
 
 class ApplyStore(Store):
@@ -182,10 +233,20 @@ class ApplyStore(Store):
         if any(issubclass(kind, Mapping) for kind in kinds):  # a mapping that is no pytree
             self._given = _with_dicts(self._given, of_all_mappings=False)
             self._leaves, tree = jax.tree.flatten(self._given)
-        types = tuple(map(_type_of, self._leaves))
-        self._types = dict(zip(map(id, self._leaves), types, strict=True))
-        self._signature = interned(("apply", writable, tree, types))
+        self._tree = tree
+        self.recalled_values = self._leaves.copy()
+        self._known: _Known | None = None
+        self._may_recall = _jax.are_concrete_arrays(kinds)
+        if self._may_recall:
+            self._leaf_types, self._signature = _types_of_arrays(writable, tree, self._leaves)
+        else:
+            self._leaf_types = tuple(map(_type_of, self._leaves))
+            self._signature = interned(("apply", writable, tree, self._leaf_types))
         self._types_here: Hashable = None  # of what is `_mixed`, in the scope of the program
+
+    @functools.cached_property
+    def _types(self) -> dict[int, Any]:
+        return dict(zip(map(id, self._leaves), self._leaf_types, strict=True))
 
     def signature(self) -> Hashable:
         if self._types_here is None:
@@ -268,8 +329,56 @@ class ApplyStore(Store):
         is_stored = address.type_as_stored(aval) is aval
         return _add_cell(entry, address, address.leaf, value, is_stored)
 
+    # What a jitted function finds in the store when it is called at top level is the same in each
+    # ``apply`` of the same module to arrays of the same types, if the same calls came before. As
+    # long as nothing else looks at the names, there need not be any.
+
+    @functools.cached_property
+    def layer(self) -> NameTable:  # type: ignore[override]
+        if self._known is None:
+            return super().layer
+        names = self._known.names.copy()
+        for path, (template, number) in self._known.entries.items():
+            entry = names.entries[path] = template.without_values()
+            entry.initial[ONLY_LEAF] = self._leaves[number]
+            entry.cells[ONLY_LEAF] = _LeafCell(self.recalled_values, number)
+        return names
+
+    def place_here(self) -> Hashable:
+        if not self._may_recall or "layer" in self.__dict__ or not self.is_here():
+            return None
+        return self._signature, self.root, self._known, self.scopes.inside(None)
+
+    def remembered(self, addresses: Sequence[Any]) -> _Memory | None:
+        if self.layer.renewed or self.layer.shown or not self.is_here():
+            return None
+        number_of = self._signature.numbers(self._given)
+        entries = {}
+        for path, entry in self.layer.entries.items():
+            number = number_of.get((entry.kind, *path))
+            if number is None or list(entry.initial) != [ONLY_LEAF]:
+                return None
+            if entry.initial[ONLY_LEAF] is not self._leaves[number]:
+                return None  # something is kept in its place
+            entries[path] = entry.without_values(), number
+        paths = [self.located(a).path for a in addresses]
+        numbers = [entries[path][1] for path in paths if path in entries]
+        if len(set(numbers)) < len(addresses):
+            return None
+        known = self._known
+        if known is None or not known.is_all_of(self.layer):
+            known = _Known(self.layer.copy(), entries)
+        return _Memory(known, numbers)
+
+    def recall(self, memory: _Memory) -> None:
+        self._known = memory.known
+
     def state(self) -> dict[str, Any]:
         """The variables as they are now: a new tree, with dicts for modules and scopes."""
+        if "layer" not in self.__dict__ and self._signature.is_of_dicts():
+            if not _jax.abstract_mesh().empty:
+                self.recalled_values = list(map(_jax.in_mesh, self.recalled_values))
+            return self._tree.unflatten(self.recalled_values)["variable"]
         now = {
             path: self._value_now(path, entry)
             for path, entry in self.layer.entries.items()
@@ -353,7 +462,7 @@ class ApplyStore(Store):
             if not same_structure(structure, wanted.tree):
                 raise self._other_structure(address, path, found, wanted)
         avals = [self._types.get(id(leaf)) or _type_of(leaf) for leaf in leaves]
-        if any(isinstance(aval, type) for aval in avals):
+        if type in map(type, avals):
             raise self._other_structure(address, path, found, wanted)
         return list(zip(leaves, avals, strict=True))
 
@@ -381,6 +490,50 @@ class ApplyStore(Store):
                 return None
             self._scopes[kind, path[:n]] = scope
         return scope
+
+
+class _Known:
+    """The names that a store had given out at one time, and what it knew of the entries.
+
+    Attributes:
+      entries: for each path an entry without values, and the number of its value.
+    """
+
+    def __init__(self, names: NameTable, entries: dict[Path, tuple[Entry, int]]) -> None:
+        self.names = names
+        self.entries = entries
+
+    def is_all_of(self, names: NameTable) -> bool:
+        """Whether nothing came to be known since, where ``names`` began with these."""
+        return (
+            len(names.entries) == len(self.entries)
+            and len(names.taken) == len(self.names.taken)
+            and len(names.paths) == len(self.names.paths)
+        )
+
+
+class _Memory(Memory):
+    def __init__(self, known: _Known, numbers: list[int]) -> None:
+        self.known = known
+        self.numbers = numbers
+
+
+class _LeafCell(Cell):
+    """The cell of one of many values."""
+
+    __slots__ = ("_number", "_values")
+
+    def __init__(self, values: list[Any], number: int) -> None:
+        self._values = values
+        self._number = number
+
+    @property
+    def value(self) -> Any:  # type: ignore[override]
+        return self._values[self._number]
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._values[self._number] = value
 
 
 class _InOtherTypes:

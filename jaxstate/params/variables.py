@@ -71,8 +71,6 @@ class VariableAddress(EntryAddress):
       takes_key: whether the initializer is given a key.
     """
 
-    __slots__ = ("joint", "reduce", "takes_key", "threaded")
-
     kind = "variable"
     has_axes = True
     missing_error = MissingVariableError
@@ -288,7 +286,7 @@ class Variable(Generic[T]):
         home, levels = current_place(store, is_here=use.entry is not None)
         self._addresses = use.addresses
         for address in use.addresses:
-            address.place, address.levels = home, levels
+            address.place_at(home, levels)
         # Weak, or a handle that is kept would keep the values.
         self._entry = None if use.entry is None else weakref.ref(use.entry)
 

@@ -13,11 +13,14 @@ There `_call_at_top_level` sees the jaxpr first:
 Which slots a call uses is known when JAX has traced the function for the types of its operands, but
 to ask JAX takes longer than the call. So the threaded call that was right for the last call is
 tried before (`_call_like_last`): its dispatch has executables only for types for which it is right,
-and asks for others.
+and asks for others. Where the cells are is noted with the open holders (`slots.OpenHere`), or the
+holder itself remembers what such a call found in it (`slots.Holder.remembered`).
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +48,7 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import has_inits, initialize
 from jaxstate.core.resolve import begin_use, check_captured, end_use
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_open, open_here
 from jaxstate.errors import AheadOfTimeError, HostCallbackError, message
 
 
@@ -94,14 +97,16 @@ def call_now(jitted: _jax.Jitted, args: Any, kwargs: Any) -> Any:
 
 def _call_like_last(jitted: _jax.Jitted, args: Any, kwargs: Any) -> Any:
     """The results of a call that uses the state of the last one; else `NotImplemented`."""
-    if not any_open():
-        return NotImplemented
     for client in first:
         results = client(jitted, args, kwargs)
         if results is not NotImplemented:
             return results
-    threaded = _calls_of(jitted.fun, jitted.info).last
-    return NotImplemented if threaded is None else threaded.try_here(args, kwargs)
+    calls = _calls.get(id(jitted.info))
+    if calls is None:
+        return NotImplemented
+    here = open_here()
+    threaded = calls.last.get(here.signature)
+    return NotImplemented if threaded is None else threaded.try_here(here.found, args, kwargs)
 
 
 def _call_at_top_level(jitted: _jax.Jitted, call: _jax.JitCall, args: Any, kwargs: Any) -> Any:
@@ -112,7 +117,7 @@ def _call_at_top_level(jitted: _jax.Jitted, call: _jax.JitCall, args: Any, kwarg
     state = _state_of_call(call)
     if not state:
         return NotImplemented
-    return _calls_of(jitted.fun, jitted.info).threaded(jitted, state)(args, kwargs)
+    return _calls_of(jitted).threaded(jitted, state)(args, kwargs)
 
 
 _jax.wrap_jitted_calls(_call_like_last, _call_at_top_level)
@@ -140,26 +145,60 @@ class _OtherStateError(Exception):
 
 
 class _Calls:
-    """The threaded calls of one jitted function, by the state that they use."""
+    """The threaded calls of one jitted function, by the state that they use.
 
-    def __init__(self) -> None:
-        self.last: _ThreadedCall | None = None
+    Attributes:
+      last: the last one for each signature of the open holders (`slots.open_here`).
+    """
+
+    def __init__(self, fun: Any, info: Any) -> None:
+        number = id(info)
+        self.fun = weakref.ref(fun, lambda _: _calls.pop(number, None))
+        self._info = info  # or another one could get its number
+        self.last: dict[Any, _ThreadedCall] = {}
         self._by_state: dict[_StateOfCall, _ThreadedCall] = {}
 
     def threaded(self, jitted: _jax.Jitted, state: _StateOfCall) -> _ThreadedCall:
         threaded = self._by_state.get(state)
         if threaded is None:
             threaded = self._by_state.setdefault(state, _ThreadedCall(jitted, state))
-        self.last = threaded  # (another thread may have another one)
+        if len(self.last) >= _MOST:
+            self.last.clear()
+        self.last[open_here().signature] = threaded
         return threaded
 
 
-@_jax.weakref_lru_cache
-def _calls_of(fun: Any, info: Any) -> _Calls:
-    return _Calls()
+_MOST = 1000  # of what is kept to be found again: for as many functions, and for each of them
+
+# By the number of a `Jitted.info`, which is compared by identity: this is asked in each call.
+_calls: dict[int, _Calls] = {}
 
 
-_jax.wrap_clear_cache(_calls_of.evict_weakref)
+def _calls_of(jitted: _jax.Jitted) -> _Calls:
+    calls = _calls.get(id(jitted.info))
+    if calls is None:
+        if len(_calls) >= _MOST:
+            _calls.clear()
+        calls = _calls.setdefault(id(jitted.info), _Calls(jitted.fun, jitted.info))
+    return calls
+
+
+def _forget(fun: Any) -> None:
+    for number, calls in list(_calls.items()):
+        if calls.fun() is fun:
+            _calls.pop(number, None)
+
+
+_jax.wrap_clear_cache(_forget, _calls.clear)
+
+
+class _Recalled(threading.local):
+    """The operands of a call that a holder remembers, and has not recalled yet."""
+
+    values: Any = None
+
+
+_recalled = _Recalled()
 
 
 class _StateOfCall(NamedTuple):
@@ -194,33 +233,105 @@ class _ThreadedCall:
         captured, uses, order, _ = state
         self._aliases = tuple(a for a in order if a.may_alias)
         self._slots = (*uses.ins, *captured, *uses.outs)
+        n = len(uses.ins)
+        self._n_in = n + len(captured)
+        self._carried = range(len(uses.reads), n)
+        self._written = (*self._carried, *range(self._n_in, len(self._slots)))
+        self._noticing = tuple(a for a in uses.results if a.notices_writes)
+        self._stay = all(a.stays_here for a in self._slots)
+        # What a holder remembered when the call was made in a place: see `Holder.remembered`.
+        recalled = [i for i, a in enumerate(self._slots) if a.is_recalled]
+        self._recalled = tuple(self._slots[i] for i in recalled)
+        self._others = [(i, a) for i, a in enumerate(self._slots) if not a.is_recalled]
+        self._ranks = {i: rank for rank, i in enumerate(recalled)}
+        self._memories: dict[Hashable, Any] = {}
         self._run = _jax.dispatched(jitted, self._prepare)
 
-    def try_here(self, args: Any, kwargs: Any) -> Any:
-        """The results; `NotImplemented` if a cell is not here, or if the call uses other state."""
-        cells: list[Any] = [address.cell_here() for address in self._slots]
-        if None in cells or (self._aliases and len(set(map(id, cells))) < len(cells)):
+    def try_here(self, found: dict[Any, Any], args: Any, kwargs: Any) -> Any:
+        """The results; `NotImplemented` if a cell is not here, or if the call uses other state.
+
+        ``found`` is where the cells are noted if they stay (`slots.OpenHere`).
+        """
+        holder = self._holder()
+        place = None if holder is None else holder.place_here()
+        if holder is not None and place is not None:
+            memory = self._memories.get(place)
+            if memory is None:  # to look for a cell would be to look for names
+                return NotImplemented
+            return self._try_recalled(holder, memory, args, kwargs)
+        refs = found.get(self)
+        cells = [ref() for ref in refs] if refs else self._cells_here(found)
+        if None in cells:
             return NotImplemented
-        captured, uses, _, _ = self._state
-        reads, writes, _ = uses
-        n = len(reads) + len(writes)
-        n_in = n + len(captured)
-        values = [c.value for c in cells[:n_in]]
         try:
-            outs, written = self._run(values, *args, **kwargs)
+            values = [cell.value for cell in cells[: self._n_in]]
+            results, written = self._run(values, *args, **kwargs)
         except _OtherStateError:
             return NotImplemented
-        for i in range(len(reads), n):
+        for i in self._carried:
             if cells[i].value is not values[i]:
                 raise _written_meanwhile(self._slots[i])
-        results = zip((*cells[len(reads) : n], *cells[n_in:]), uses.results, written, strict=True)
-        for cell, address, value in results:
+        for address in self._noticing:
             address.note_write()
-            cell.value = value
-        return outs
+        for i, value in zip(self._written, written):  # noqa: B905 (that takes its time)
+            cells[i].value = value
+        return results
+
+    def _try_recalled(self, holder: Any, memory: Any, args: Any, kwargs: Any) -> Any:
+        """The same with what ``holder`` remembers, whose values are numbered."""
+        numbers, now = memory.numbers, holder.recalled_values
+        others: dict[int, Any] = {i: address.cell_here() for i, address in self._others}
+        if None in others.values():
+            return NotImplemented
+        values = [now[n] for n in numbers]
+        for i, cell in others.items():
+            values.insert(i, cell.value)
+        del values[self._n_in :]
+        _recalled.values = values
+        try:
+            results, written = self._run(values, *args, **kwargs)
+        except _OtherStateError:
+            return NotImplemented
+        finally:
+            _recalled.values = None
+        for i in self._carried:
+            value = others[i].value if i in others else now[numbers[self._ranks[i]]]
+            if value is not values[i]:
+                raise _written_meanwhile(self._slots[i])
+        holder.recall(memory)
+        for address in self._noticing:
+            address.note_write()
+        for i, value in zip(self._written, written, strict=True):
+            if i in others:
+                others[i].value = value
+            else:
+                now[numbers[self._ranks[i]]] = value
+        return results
+
+    def _cells_here(self, found: dict[Any, Any]) -> list[Any]:
+        """The cells; None for one that is not here, or not to be told from another."""
+        cells: list[Any] = [address.cell_here() for address in self._slots]
+        if self._aliases and len(set(map(id, cells))) < len(cells):
+            return [None]
+        if self._stay and None not in cells:
+            found[self] = [weakref.ref(cell) for cell in cells]
+        return cells
+
+    def _holder(self) -> Any:
+        """The holder of the slots that may be recalled, if there are any."""
+        return self._recalled[0].known_holder() if self._recalled else None
+
+    def _remember(self, holder: Any, place: Hashable) -> None:
+        memory = holder.remembered(self._recalled)
+        if memory is not None:
+            if len(self._memories) >= 100:
+                self._memories.clear()
+            self._memories[place] = memory
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         captured, uses, _, _ = self._state
+        holder = self._holder()
+        place = None if holder is None else holder.place_here()
         use = begin_use(())
         try:
             captures = read_as_stored(captured)
@@ -235,12 +346,16 @@ class _ThreadedCall:
             write_all(uses.results, written)
         finally:
             end_use(use)
+        if place is not None:
+            self._remember(holder, place)
         return outs
 
     def _prepare(
         self, jitted: _jax.Jitted, values: list[Any], args: Any, kwargs: Any
     ) -> _jax.JitCall:
         """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
+        if _recalled.values is values:  # to trace the function would look at what the holder knows
+            raise _OtherStateError
         call = jitted.infer(args, kwargs)
         if _looks_at_operands(call) or _state_of_call(call) != self._state:
             raise _OtherStateError

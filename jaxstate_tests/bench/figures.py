@@ -67,14 +67,14 @@ def _jitted_step(net: Net, args: tuple[Any, ...]) -> Side:
 
 
 FIGURES = [
-    Figure("forward trace", 1.15, _forward_trace),
+    Figure("forward trace", 1.08, _forward_trace),
     Figure("train-step trace", 1.05, _train_trace),
     Figure("init, eager", 1.2, _init_eager),
     Figure("init, trace", 1.3, _init_trace),
     # By hand init knows the shapes that jaxstate finds by tracing the forward pass.
-    Figure("init, eager / + shapes", 1.0, _init_eager, _init_and_forward_eager),
-    Figure("init, trace / + shapes", 1.0, _init_trace, _init_and_forward_trace),
-    Figure("eager apply", 1.3, _eager_apply),
+    Figure("init, eager / + shapes", 0.9, _init_eager, _init_and_forward_eager),
+    Figure("init, trace / + shapes", 0.9, _init_trace, _init_and_forward_trace),
+    Figure("eager apply", 1.15, _eager_apply),
     Figure("jitted step", 1.0, _jitted_step),
 ]
 

@@ -78,13 +78,17 @@ def many_modules(n: int) -> Pair:
 
 
 def many_variables(n: int) -> Pair:
-    """``n`` variables, all of them updated in a scan."""
+    """``n`` variables, all of them updated in a scan (of a new function each time, which JAX has to
+    trace)."""
 
-    def body(x: Any, _: Any) -> Any:
-        for i in range(n):
-            total = jaxstate.variable(f"v{i}", jnp.zeros, ())
-            total.value += x
-        return x, None
+    def net(x: Any) -> Any:
+        def body(x: Any, _: Any) -> Any:
+            for i in range(n):
+                total = jaxstate.variable(f"v{i}", jnp.zeros, ())
+                total.value += x
+            return x, None
+
+        return jax.lax.scan(body, x, length=3)[0]
 
     def by_hand(params: Any, state: Any, x: Any, key: Any) -> Any:
         def body(carry: Any, _: Any) -> Any:
@@ -94,7 +98,102 @@ def many_variables(n: int) -> Pair:
         (state, x), _ = jax.lax.scan(body, (state, x), length=3)
         return x, state
 
-    return _pair(_module(lambda x: jax.lax.scan(body, x, length=3)[0], "net"), by_hand)
+    return _pair(_module(net, "net"), by_hand)
+
+
+def jits_in_a_row(n: int) -> Pair:
+    """``n`` jitted functions, each with a parameter."""
+
+    def net(x: Any) -> Any:
+        for i in range(n):
+            x = jax.jit(lambda x, i=i: x + jaxstate.param(f"w{i}", ONES, ()))(x)
+        return x
+
+    def by_hand(params: Any, state: Any, x: Any, key: Any) -> Any:
+        for i in range(n):
+            x = jax.jit(lambda x, w: x + w)(x, params[f"w{i}"])
+        return x, state
+
+    return _pair(_module(net, "net"), by_hand)
+
+
+def _jitted(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return jax.jit(lambda x: f(x))
+
+
+def _scanned(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, length=2)[0]
+
+
+def _nested(n: int, around: Callable[[Any], Any]) -> Pair:
+    """A parameter under ``n`` transformations; by hand their functions close over it."""
+
+    def under_all(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        for _ in range(n):
+            f = around(f)
+        return f
+
+    def net(x: Any) -> Any:
+        return under_all(lambda x: x + jaxstate.param("w", ONES, ()))(x)
+
+    def by_hand(params: Any, state: Any, x: Any, key: Any) -> Any:
+        return under_all(lambda x: x + params["w"])(x), state
+
+    return _pair(_module(net, "net"), by_hand)
+
+
+def nested_jits(n: int) -> Pair:
+    """A parameter under ``n`` jitted functions."""
+    return _nested(n, _jitted)
+
+
+def nested_scans(n: int) -> Pair:
+    """A parameter in ``n`` nested scans."""
+    return _nested(n, _scanned)
+
+
+def assigned_leaves(n: int) -> Pair:
+    """``n`` leaves of a tree, all of them assigned in a loop."""
+
+    def ours(tree: Any) -> Any:
+        def assign(tree: Any) -> None:
+            def body(i: Any, _: Any) -> None:
+                for name in tree:
+                    tree[name] = tree[name] + 1.0
+
+            jax.lax.fori_loop(0, 3, body, None)
+
+        return jaxstate.mutate(assign)(tree)[1]
+
+    def by_hand(tree: Any) -> Any:
+        def body(i: Any, tree: Any) -> Any:
+            return {name: x + 1.0 for name, x in tree.items()}
+
+        return jax.lax.fori_loop(0, 3, body, tree)
+
+    return Pair(ours, by_hand, ({f"x{i}": jnp.float32(i) for i in range(n)},))
+
+
+def writes_through_a_view(n: int, size: int) -> Pair:
+    """``n`` elements of the inside of a square array, written through a view in a loop."""
+
+    @jaxstate.inplace
+    def ours(u: Any) -> Any:
+        inside = u[1:-1, 1:-1]
+
+        def body(i: Any, _: Any) -> None:
+            inside[i, i] = inside[i, i] + 1.0
+
+        jax.lax.fori_loop(0, n, body, None)
+        return u
+
+    def by_hand(u: Any) -> Any:
+        def body(i: Any, u: Any) -> Any:
+            return u.at[i + 1, i + 1].set(u[i + 1, i + 1] + 1.0)
+
+        return jax.lax.fori_loop(0, n, body, u)
+
+    return Pair(ours, by_hand, (jnp.zeros((size, size)),))
 
 
 def deep(n: int, around: Callable[[Any], Any] = lambda f: f) -> Pair:

@@ -3,11 +3,14 @@
 Each program says with what it is compared, and is data in `PROGRAMS`.
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +19,8 @@ import jax.numpy as jnp
 import jaxstate
 from jaxstate_tests.bench import nets
 from jaxstate_tests.bench.measure import Side, trace_of, trace_side
+from jaxstate_tests.bench.models import Model
+from jaxstate_tests.bench.peers import by_hand, with_jaxstate
 from jaxstate_tests.ports import NAMES, port
 
 CALLS = 200
@@ -107,6 +112,54 @@ def one_update() -> dict[str, Side]:
     }
 
 
+def apply_around_jit(n: int) -> dict[str, Side]:
+    """An eager ``apply`` around one jitted function with ``n`` parameters."""
+    pair = nets.many_parameters(n)
+    params, _, x, _ = pair.args
+
+    @jax.jit
+    def inner(x: Any) -> Any:
+        for i in range(n):
+            x = x + jaxstate.param(f"w{i}", nets.ONES, ())
+        return x
+
+    net = jaxstate.parametrized(lambda x: inner(x))
+    by_hand = jax.jit(lambda params, x: pair.by_hand(params, {}, x, None)[0])
+    return {
+        OURS: Side(lambda: net.apply(params, x), CALLS),
+        BY_HAND: Side(lambda: by_hand(params, x), CALLS),
+    }
+
+
+def variables_around_jit(n: int) -> dict[str, Side]:
+    """An eager loop of ``apply_with_state``, around one jitted function that writes ``n``."""
+    x, start = jnp.float32(0.5), {f"v{i}": jnp.float32(i) for i in range(n)}
+
+    @jax.jit
+    def inner(x: Any) -> Any:
+        for name in start:
+            jaxstate.variable(name, jnp.zeros, ()).value += x
+        return x
+
+    net = jaxstate.parametrized(lambda x: inner(x))
+    by_hand = jax.jit(lambda state, x: (x, {k: v + x for k, v in state.items()}))
+
+    def loop_of(call: Callable[[Any], Any]) -> Side:
+        state = start
+
+        def run() -> Any:
+            nonlocal state
+            y, state = call(state)
+            return y
+
+        return Side(run, CALLS)
+
+    return {
+        OURS: loop_of(lambda state: net.apply_with_state({}, state, x)),
+        BY_HAND: loop_of(lambda state: by_hand(state, x)),
+    }
+
+
 def eager_key() -> dict[str, Side]:
     """``next_key()`` against ``fold_in`` with a count in Python."""
     key, count = jax.random.key(0), 0
@@ -146,6 +199,16 @@ def loop_of_writes() -> dict[str, Side]:
     }
 
 
+def writes_through_a_view() -> dict[str, Side]:
+    """A jitted loop that writes 200 elements of the inside of an array of 402 by 402."""
+    pair = nets.writes_through_a_view(200, 402)
+    ours, by_hand = jax.jit(pair.ours), jax.jit(pair.by_hand)
+    return {
+        OURS: Side(lambda: ours(*pair.args), 5),
+        BY_HAND: Side(lambda: by_hand(*pair.args), 5),
+    }
+
+
 def _port(name: str) -> Callable[[], dict[str, Side]]:
     """A program of NumPy, jitted, on inputs of the size that the example has."""
 
@@ -172,6 +235,84 @@ def _traces(pair: Callable[[], nets.Pair]) -> Callable[[], dict[str, Side]]:
     return sides
 
 
+def gpt(depth: int) -> dict[str, Side]:
+    """The forward pass of a transformer with dropout."""
+    model = Model("transformer", dict(depth=depth, width=8, heads=4), (4, 16, 8))
+    x, key = model.input(), jax.random.key(0)
+    sides = {}
+    for name, library in ((OURS, with_jaxstate), (BY_HAND, by_hand)):
+        net = model.written_in(library)
+        assert net is not None
+        sides[name] = trace_side(net.forward, (*net.init(key, x), x, key))
+    return sides
+
+
+def unrelated_slot(n: int) -> dict[str, Side]:
+    """The derivative of ``n`` custom rules while a slot lives that nothing uses, and without."""
+
+    def rule() -> Any:
+        f = jax.custom_jvp(lambda x: jnp.sin(x))
+        f.defjvp(lambda x, t: (jnp.sin(x[0]), jnp.cos(x[0]) * t[0]))
+        return f
+
+    rules = [rule() for _ in range(n)]
+
+    def derivative(x: Any) -> Any:
+        def f(x: Any) -> Any:
+            for rule in rules:
+                x = rule(x)
+            return x
+
+        return jax.grad(f)(x)
+
+    @contextmanager
+    def slot() -> Iterator[None]:
+        slot = jaxstate.extend.new_slot(0.0)
+        yield
+        del slot
+
+    side = trace_side(derivative, (1.0,))
+    return {OURS: side._replace(setup=slot), "without": side}
+
+
+def after_in_place() -> dict[str, Side]:
+    """Plain JAX after one call of an in-place function: the Python calls of a trace, as seconds,
+    against those in a process of its own that made no such call."""
+    return {
+        OURS: Side(lambda: None, clock=_calls_of_plain_jax(True)),
+        "before": Side(lambda: None, clock=_calls_of_plain_jax(False)),
+    }
+
+
+def _calls_of_plain_jax(after: bool) -> Callable[[], float]:
+    """A clock that goes on by the calls that a program makes."""
+    program = textwrap.dedent(
+        """
+        import sys
+        import jax, jax.numpy as jnp, jaxstate
+
+        if sys.argv[1] == "True":
+            jaxstate.inplace(lambda x: x.fill(1.0))(jnp.zeros(2))
+        x = jnp.ones((3, 3))
+        trace = lambda: jax.make_jaxpr(jax.vmap(jax.grad(lambda x: jnp.tanh(x @ x).sum())))(x[None])
+        trace()
+        calls = 0
+
+        def count(frame, event, arg):
+            global calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        trace()
+        sys.setprofile(None)
+        print(calls)
+        """
+    )
+    command = [sys.executable, "-c", program, str(after)]
+    calls = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return itertools.count(0, calls * 1e-9).__next__
+
+
 def _growth(make: Callable[[int], nets.Pair], n: int) -> Callable[[], dict[str, Side]]:
     """One program that is ten times as large, against ten programs."""
 
@@ -193,15 +334,26 @@ def _growth(make: Callable[[int], nets.Pair], n: int) -> Callable[[], dict[str, 
 
 PROGRAMS = [
     Program("pure jitted call in a stream", 1.0, pure_call),
-    Program("jitted call with one draw", 3.0, one_draw),
-    Program("jitted call with one update", 3.0, one_update),
+    Program("jitted call with one draw", 1.4, one_draw),
+    Program("jitted call with one update", 1.5, one_update),
+    Program("apply, one jit, 100 parameters", 2.0, lambda: apply_around_jit(100)),
+    Program("apply, one jit, 100 variables", 2.0, lambda: variables_around_jit(100)),
     Program("next_key() eagerly", 1.3, eager_key),
     Program("eager write, n = 1e7 / 1e3", 2.0, eager_write),
     Program("loop of writes, n = 1e6", 1.0, loop_of_writes),
+    Program("loop of writes through a view", 1.05, writes_through_a_view),
     *(Program(f"NumPy program, {name}", 1.05, _port(name)) for name in NAMES),
     Program("trace, 1000 parameters", 1.15, _traces(lambda: nets.many_parameters(1000))),
-    Program("trace, 100 levels", 1.15, _traces(lambda: nets.deep(100))),
+    Program("trace, 100 levels", 1.2, _traces(lambda: nets.deep(100))),
     Program("trace, 30 jitted levels", 1.15, _traces(lambda: nets.jitted_deep(30))),
+    Program("trace, 30 jits in a row", 1.15, _traces(lambda: nets.jits_in_a_row(30))),
+    Program("trace, 64 nested jits", 1.2, _traces(lambda: nets.nested_jits(64))),
+    Program("trace, 50 nested scans", 1.2, _traces(lambda: nets.nested_scans(50))),
+    Program("trace, scan of 100 variables", 1.2, _traces(lambda: nets.many_variables(100))),
+    Program("trace, transformer of 24 layers", 1.06, lambda: gpt(24)),
+    Program("trace, 20 custom rules and a slot", 1.02, lambda: unrelated_slot(20)),
+    Program("trace, mutate of 200 leaves", 1.3, _traces(lambda: nets.assigned_leaves(200))),
+    Program("calls of plain JAX after inplace", 1.01, after_in_place),
     Program("trace, scan of a scan of a cond", 1.15, _traces(lambda: nets.nested_loops(10))),
     Program("trace, 1000 / 100 parameters", 1.1, _growth(nets.many_parameters, 100)),
     Program("trace, 1000 / 100 modules", 1.1, _growth(nets.many_modules, 100)),
@@ -209,7 +361,7 @@ PROGRAMS = [
     Program("trace, 100 / 10 levels", 1.1, _growth(nets.deep, 10)),
 ]
 
-QUICK = PROGRAMS[:6]
+QUICK = PROGRAMS[:8]
 
 
 def import_seconds(repeats: int) -> float:

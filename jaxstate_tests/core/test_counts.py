@@ -5,6 +5,7 @@ The programs are those of `jaxstate_tests.bench`, in small sizes. By hand, param
 keys and counts are passed and returned explicitly.
 """
 
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxstate
-from jaxstate_tests.bench import measure, nets
+from jaxstate_tests.bench import measure, nets, programs
 from jaxstate_tests.bench.models import QUICK, train_step
 from jaxstate_tests.bench.peers import by_hand, with_jaxstate
 
@@ -208,3 +209,33 @@ def test_trace_grows_like_the_program(make, n):
 
     few, more, many, many_more = map(calls, (n, 2 * n, 10 * n, 11 * n))
     assert many_more - many <= 1.1 * (more - few)
+
+
+# -- The work of a call ------------------------------------------------------------------------
+
+
+def calls_of_one(side):
+    """The calls that one more call makes, when all that can be remembered is."""
+    with side.setup() if side.setup else contextlib.nullcontext():
+        for _ in range(4):
+            side.run()
+        return python_calls(side.run)
+
+
+@pytest.mark.leaks_allowed("the leak checker empties the caches that are counted")
+@pytest.mark.parametrize(
+    ("make", "most"), [(programs.one_draw, 20), (programs.one_update, 17)], ids=["draw", "update"]
+)
+def test_a_jitted_call_with_state_is_few_calls_more(make, most):
+    sides = make()
+    ours, hand = calls_of_one(sides["jaxstate"]), calls_of_one(sides["by hand"])
+    assert ours - hand <= most
+
+
+@pytest.mark.leaks_allowed("the leak checker empties the caches that are counted")
+@pytest.mark.parametrize(
+    "make", [programs.apply_around_jit, programs.variables_around_jit], ids=["params", "variables"]
+)
+def test_an_apply_around_a_jitted_call_does_not_resolve_each_entry_anew(make):
+    few, many = (calls_of_one(make(n)["jaxstate"]) for n in (10, 30))
+    assert many == few

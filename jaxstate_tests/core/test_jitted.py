@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import threading
 import weakref
 
 import jax
@@ -260,3 +261,135 @@ def test_a_module_under_several_others_writes_the_variables_of_the_one_it_is_und
         y, state = net.apply_with_state({}, state, jnp.float32(1), task)
         assert y == wanted == state[task]["head"]["n"]
     assert state["a"]["head"]["n"] == state["b"]["head"]["n"] == 2
+
+
+# -- What a store remembers of earlier calls of jitted functions ---------------------------------
+
+
+def counted(name="part"):
+    """A module with a parameter, which is its scale, and a variable, the number of its calls."""
+
+    def part(x):
+        n = jaxstate.variable("n", jnp.zeros, ())
+        n.value += 1
+        return x * jaxstate.param("w", jax.nn.initializers.ones, ()) + n.value
+
+    return jaxstate.parametrized(name=name)(part)
+
+
+PARTS = [counted() for _ in range(3)]
+JITTED = [jax.jit(lambda x, part=part: part(x)) for part in PARTS]
+TWO = jax.jit(lambda x: PARTS[2](PARTS[0](x)))
+
+
+def in_scope(x):
+    with jaxstate.scope("inner"):
+        return JITTED[1](x)
+
+
+DRAWING = jax.jit(lambda x: PARTS[1](x) + jaxstate.random.uniform())
+
+# What an ``apply`` can do: how it is done, and which parts are used, in which scope.
+STEPS = {
+    "0": (JITTED[0], [0], ()),
+    "1": (JITTED[1], [1], ()),
+    "eager 0": (PARTS[0], [0], ()),
+    "eager 2": (PARTS[2], [2], ()),
+    "2 and 0": (TWO, [0, 2], ()),
+    "1 in a scope": (in_scope, [1], ("inner",)),
+    "1 and a draw": (DRAWING, [1], ()),
+}
+
+
+@jaxstate.parametrized
+def steps_in_order(x, steps):
+    for step in steps:
+        x = STEPS[step][0](x)
+    return x
+
+
+def steps_by_hand(weights, x, steps):
+    """The names of the parts in the order of first use, and what comes out."""
+    names, numbers, counts, draws = {}, {}, {}, 0
+    for step in steps:
+        _, parts, scope = STEPS[step]
+        for part in parts:
+            if part not in names:
+                n = numbers[scope] = numbers.get(scope, -1) + 1
+                names[part] = (*scope, f"part_{n}" if n else "part")
+            counts[part] = counts.get(part, 0) + 1
+            x = x * weights[names[part]] + counts[part]
+        if "draw" in step:
+            x, draws = x + nth_uniform(draws), draws + 1
+    return x, {names[part]: n for part, n in counts.items()}
+
+
+WEIGHTS = {
+    (*scope, name): 0.5 + 0.1 * i
+    for i, name in enumerate(("part", "part_1", "part_2"))
+    for scope in ((), ("inner",))
+}
+
+
+def as_tree(leaf, values):
+    tree = {}
+    for path, value in values.items():
+        node = tree
+        for level in path:
+            node = node.setdefault(level, {})
+        node[leaf] = jnp.float32(value)
+    return tree
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_applies_to_equal_types_in_which_other_calls_come_first(seed):
+    """What one ``apply`` found must be right in the next: names are given in the order of use."""
+    random = np.random.default_rng(seed)
+    programs = [random.choice(list(STEPS), size=random.integers(1, 5)) for _ in range(4)]
+    params, state = as_tree("w", WEIGHTS), as_tree("n", dict.fromkeys(WEIGHTS, 0))
+    for i in [0, 0, 0, 1, 2, 3, 0, 1, 1, 2, 2, 3, 3, 0]:
+        steps = tuple(programs[i])
+        y, after = steps_in_order.apply_with_state(params, state, jnp.float32(1), steps, key=KEY)
+        wanted, counts = steps_by_hand(WEIGHTS, 1.0, steps)
+        np.testing.assert_allclose(y, wanted, rtol=1e-5)
+        wanted_state = as_tree("n", {**dict.fromkeys(WEIGHTS, 0), **counts})
+        assert jax.tree.map(float, after) == jax.tree.map(float, wanted_state)
+
+
+def test_what_is_remembered_of_an_apply_is_right_for_other_types_and_keeps_no_arrays():
+    part = counted()
+    f = jax.jit(lambda x: part(x))
+    net = jaxstate.parametrized(lambda x: f(x) + f(x))
+    params = {"part": {"w": jnp.float32(2)}}
+    for dtype in (jnp.float32, jnp.float16, jnp.float32) * 3:
+        state = {"part": {"n": jnp.zeros((), dtype)}}
+        y, after = net.apply_with_state(params, state, jnp.float32(1))
+        assert (y, after["part"]["n"], after["part"]["n"].dtype) == (7, 2, dtype)
+        y, after = net.apply_with_state(params, {"part": {"n": 5.0}}, jnp.float32(1))
+        assert (y, after["part"]["n"]) == (17, 7)
+    ref = weakref.ref(params["part"]["w"])
+    with pytest.raises(jaxstate.MissingVariableError):
+        net.apply_with_state(params, {"part": {}}, jnp.float32(1))
+    del params, state, after
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_store_that_another_thread_has_closed_is_not_found():
+    def opened():
+        with jaxstate.rng_stream(KEY):
+            yield
+
+    @jax.jit
+    def draw():
+        return jaxstate.random.uniform()
+
+    open_here = opened()
+    next(open_here)
+    for n in range(2):
+        assert draw() == nth_uniform(n)
+    thread = threading.Thread(target=open_here.close)
+    thread.start()
+    thread.join()
+    with pytest.raises(jaxstate.MissingStreamError):
+        draw()
