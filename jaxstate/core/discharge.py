@@ -117,8 +117,11 @@ def _captures_of(jaxpr: Any, writes: frozenset[Address] = frozenset()) -> dict[A
 
     ``writes`` are slots that others write while the jaxpr is used.
     """
-    inputs = (*_jax.constvars(jaxpr), *_jax.invars(jaxpr))
-    captures: dict[Any, Any] = {v: v for v in inputs}
+    constants = _jax.constvars(jaxpr)
+    if _jax.is_closed(jaxpr):  # a value among them is read anew, as nothing depends on it
+        pairs = zip(constants, _jax.consts_of(jaxpr), strict=True)
+        constants = [v for v, c in pairs if type(c) is StateTracer]
+    captures: dict[Any, Any] = {v: v for v in (*constants, *_jax.invars(jaxpr))}
     eqns = _jax.equations(jaxpr)
     written = writes | {e.params["address"] for e in eqns if e.primitive is write_p}
     for eqn in eqns:

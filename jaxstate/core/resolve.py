@@ -90,7 +90,10 @@ def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
 def _resolving_captures(bind: Any) -> Any:
     def resolve_or_bind(*args: Any, **params: Any) -> Any:
         # An operand that still is a capture is what the slot holds here.
-        return resolve(args[0]) if StateTracer in map(type, args) else bind(*args, **params)
+        if StateTracer not in map(type, args):
+            return bind(*args, **params)
+        params["address"].note_read()
+        return resolve(args[0])
 
     return resolve_or_bind
 

@@ -116,6 +116,9 @@ class Address:
     def note_write(self) -> None:
         """To be called at every write."""
 
+    def note_read(self) -> None:
+        """To be called before the program reads it in the middle of a function."""
+
     def missing(self) -> Exception:
         """The error that says that nothing open knows the address."""
         raise NotImplementedError

@@ -90,6 +90,11 @@ class LeafAddress(TreeAddress):
         session = self._session()
         return 0 if session is None else session.version(self.number)
 
+    def note_read(self) -> None:
+        session = self._session()
+        if session is not None:
+            session.refresh()  # the program may have assigned it since
+
     def seen_from(self, boundary: Any) -> Any:
         session = self._session()
         return self if session is None else session.address_at_entry(self, boundary) or self

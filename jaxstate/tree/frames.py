@@ -254,6 +254,10 @@ class Frame:
     def is_loop(self) -> bool:
         return self.rule is None and _jax.traced_for(self.trace) in _LOOPS
 
+    @property
+    def builds_jaxpr(self) -> bool:
+        return self.rule is None and isinstance(self.trace, _jax.StagingTrace)
+
     def _reaches(self, n: int) -> bool:
         """Whether the function that was traced has an object, and not from the objects."""
         x = self.walk.nodes[n].object

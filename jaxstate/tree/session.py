@@ -99,11 +99,11 @@ class Session(Holder):
         return versions[number] if number < len(versions) else -1
 
     def address_at_entry(self, address: LeafAddress, trace: Any) -> LeafAddress | None:
-        """An array as it was at the beginning of the loop whose jaxpr ``trace`` builds.
+        """An array as it was at the beginning of the jaxpr that ``trace`` builds.
 
         None if it was not there then.
         """
-        frame = next((f for f in self.frames if f.trace is trace and f.is_loop), None)
+        frame = next((f for f in self.frames if f.trace is trace and f.builds_jaxpr), None)
         if frame is None or address.number >= len(self.walk.leaves):
             return None
         number = frame.number_of(self.walk.leaves[address.number])

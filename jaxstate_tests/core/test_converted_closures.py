@@ -261,3 +261,60 @@ def test_what_is_read_and_written_in_one_loop_is_carried_once():
 
     (loop,) = (e for e in jax.make_jaxpr(run)(A).eqns if e.primitive.name in ("scan", "while"))
     assert len([v for v in loop.invars if v.aval.shape == (2,)]) == 1
+
+
+# -- Parts of objects --------------------------------------------------------------------------
+
+CALLS = {
+    "called": lambda h, x, consts: h(x, *consts),
+    "jitted": lambda h, x, consts: jax.jit(h)(x, *consts),
+    "closed over": lambda h, x, consts: jax.jit(lambda x: h(x, *consts))(x),
+    "in a checkpoint": lambda h, x, consts: jax.checkpoint(h)(x, *consts),
+    "jitted twice": lambda h, x, consts: jax.jit(lambda x, c: jax.jit(h)(x, *c) + 0.0)(x, consts),
+}
+
+
+def loop_over_objects(call, is_made_inside, assigns_first):
+    """The function reads a part of an object that the loop assigns."""
+
+    def run(tree, x):
+        def read(x):
+            return x * tree["n"]
+
+        made = jax.closure_convert(read, x)
+
+        def assign():
+            tree["n"] = tree["n"] + tree["step"]
+
+        def body(_, x):
+            h, consts = jax.closure_convert(read, x) if is_made_inside else made
+            if assigns_first:
+                assign()
+            x = CALLS[call](h, x, consts)
+            if not assigns_first:
+                assign()
+            return x
+
+        return lax.fori_loop(0, 3, body, x)
+
+    def by_hand(tree, x):
+        n = tree["n"]
+        for _ in range(3):
+            n = n + tree["step"] if assigns_first else n
+            x = x * n
+            n = n if assigns_first else n + tree["step"]
+        return x, {**tree, "n": n}
+
+    return jaxstate.mutate(run), by_hand
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_converted_function_reads_the_objects_as_they_are_when_it_is_called(call):
+    tree = {"n": jnp.float32(2), "step": jnp.float32(0.5)}
+    for is_made_inside, assigns_first in itertools.product((False, True), (False, True)):
+        run, by_hand = loop_over_objects(call, is_made_inside, assigns_first)
+        for transform in (lambda f: f, jax.jit):
+            got, want = transform(run)(tree, X), by_hand(tree, X)
+            jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-6), got, want)
+        grads = [jax.grad(lambda x, f=f: f(tree, x)[0])(X) for f in (run, by_hand)]
+        np.testing.assert_allclose(*grads, rtol=1e-6)
