@@ -727,7 +727,7 @@ def _keys(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
 def _writable(mutable: Any) -> bool | frozenset[str]:
     """Which variables may be written, as a store is told."""
     if isinstance(mutable, bool):
-        return mutable
+        return mutable or frozenset()
     if isinstance(mutable, str):
         mutable = [mutable]
     if not isinstance(mutable, Collection) or any(not isinstance(x, str) for x in mutable):
