@@ -424,7 +424,7 @@ class FoldedStreams(Holder):
     def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
         stream = self.stream(address.name)
         if not stream.cells:
-            with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
+            with _jax.set_current_trace(self.anchor), _jax.use_abstract_mesh(self.mesh):
                 key = folded(self.key, words_of(f"/{address.name}"))
             stream.cells = {"key": Cell(key), "count": _Count(np.int32(0), key)}
         return stream.cell(address)

@@ -447,6 +447,7 @@ class Store(Holder):
         self.place = innermost_boundary()
         self.run = object()  # of which this store is, or for which it stands
         self.mesh = _jax.abstract_mesh()
+        self.manual_axes = frozenset(self.mesh.manual_axes)  # of the shard_map that it is in
 
     @functools.cached_property
     def layer(self) -> NameTable:
@@ -619,6 +620,7 @@ class RuleStore(Store):
         self.run = store.run
         self.home = store.home
         self.place = None
+        self.manual_axes = store.manual_axes
         self.call_of_root = None
         self._signature = store.signature()
 

@@ -4,9 +4,9 @@
 
     net.metadata(x)      # {"w": {"axes": ("embed", "mlp")}}, with the paths of net.init(key, x)
 
-What the facts mean is up to those who look at them, but for two names: a stack or ensemble puts its
-own axis in front of ``"axes"``, and ``apply_with_state(..., mutable=...)`` names ``"collection"``s
-of variables.
+What the facts mean is up to those who look at them, but for three names: a stack or ensemble puts
+its own axis in front of ``"axes"``, ``apply_with_state(..., mutable=...)`` names ``"collection"``s
+of variables, and ``"spec"`` is what a shard_map has of a parameter (`jaxstate.params.pieces`).
 
 The metadata stands in the address of the entry. A store that makes the entries to look at them, and
 throws them away, keeps it.
@@ -21,8 +21,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxstate import _jax
 from jaxstate.core.slots import Cell
-from jaxstate.errors import message
+from jaxstate.errors import ParameterMismatchError, message
 from jaxstate.params.entries import Entry, EntryAddress, Located, Use, innermost_store
 from jaxstate.params.names import nested
 from jaxstate.params.reuse import ObservingStore, observe
@@ -220,9 +221,24 @@ def of_copies(
 
     It takes a trace of the block, and is empty where nobody looks at it.
     """
-    if not getattr(innermost_store(), "collects_metadata", False):
+    store = innermost_store()
+    here = set(_jax.abstract_mesh().manual_axes)
+    on_devices = store is not None and not here <= store.manual_axes
+    if not on_devices and not getattr(store, "collects_metadata", False):
         return PerArray(), PerArray()
     found = described(block, args(), kwargs)
+    if on_devices and any("spec" in m for m in found["parameter"].leaves if isinstance(m, dict)):
+        raise ParameterMismatchError(
+            message(
+                f"Parameters of {block.name!r} are cut by their metadata, and its copies are inside"
+                " of a shard_map that init or apply is outside of.",
+                fix="""
+                init = jax.shard_map(net.init, in_specs=(P(), P("data")), out_specs=specs, ...)
+                apply = jax.shard_map(net.apply, in_specs=(specs, P("data")), ...)  # inside
+                """,
+                used=_jax.user_location(),
+            )
+        )
     params, state = (
         PerArray(tuple(_with_axis(m, axis) for m in found[kind].leaves))
         for kind in ("parameter", "variable")
@@ -231,9 +247,12 @@ def of_copies(
 
 
 def _with_axis(metadata: Any, axis: str | None) -> Any:
-    if not isinstance(metadata, Metadata) or "axes" not in metadata:
+    if not isinstance(metadata, Metadata):
         return metadata
-    axes: Any = (axis, *metadata["axes"])
-    if isinstance(metadata["axes"], PartitionSpec):
-        axes = PartitionSpec(*axes)
-    return Metadata(metadata, axes=axes)
+    metadata = Metadata(metadata)
+    for name, first in (("axes", axis), ("spec", None)):
+        if isinstance(metadata.get(name), (tuple, list, PartitionSpec)):
+            new = (first, *metadata[name])
+            is_spec = isinstance(metadata[name], PartitionSpec)
+            metadata[name] = PartitionSpec(*new) if is_spec else new
+    return metadata

@@ -65,6 +65,7 @@ from jaxstate.params.misuse import (
 from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
+from jaxstate.params.pieces import pieces_here
 from jaxstate.params.reuse import Reusable, Reused, ReusingStore, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
@@ -126,6 +127,8 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
       *init_args: static values or arrays.
       metadata: any static value that goes with the parameter, a dict for example:
         ``{"axes": ("embed", "mlp")}``. `Parametrized.metadata` gives that of all parameters.
+        ``{"spec": PartitionSpec("data")}`` says how the parameter is cut: inside a `jax.shard_map`
+        over "data" it is the device's own piece.
 
     Returns:
       The value: during ``init`` what the initializer makes, during ``apply`` what was given.
@@ -155,11 +158,14 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
     def value(init: Any, *init_args: Any) -> Any:
         address = ParamAddress(name, used, metadata)
         store = address.store()
+        pieces = None if metadata is None else pieces_here(name, metadata, store)
+        made = init if pieces is None else pieces.made_by(init)
         try:
-            use = store.declare(address, init, init_args)
+            use = store.declare(address, made, init_args)
         except Exception as error:
             raise about_initializer(address, init, init_args, error)  # noqa: B904
-        return use.spec.tree.unflatten(use.values())
+        found = use.spec.tree.unflatten(use.values())
+        return found if pieces is None else pieces.of(found)
 
     around = interceptions("parameter")
     if not around:
@@ -719,7 +725,7 @@ def _keys(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
 def _writable(mutable: Any) -> bool | frozenset[str]:
     """Which variables may be written, as a store is told."""
     if isinstance(mutable, bool):
-        return mutable
+        return mutable or frozenset()
     if isinstance(mutable, str):
         mutable = [mutable]
     if not isinstance(mutable, Collection) or any(not isinstance(x, str) for x in mutable):

@@ -396,11 +396,11 @@ class Variable(Generic[T]):
         what = "under apply, which has no way to return its new value."
         fix = "y, state = net.apply_with_state(params, state, x)"
         if not isinstance(store.writable, bool):
-            collection = collection_of(self._metadata)
-            named = sorted(store.writable | ({collection} if collection else {"statistics"}))
+            allowed, collection = sorted(store.writable), collection_of(self._metadata)
             shown = f"is in collection {collection!r}" if collection else "is in no collection"
-            what = f"under apply_with_state with mutable={sorted(store.writable)}, and it {shown}."
-            fix = f"y, state = net.apply_with_state(params, state, x, mutable={named})"
+            what = f"under apply_with_state with mutable={allowed}, and it {shown}."
+            wanted = sorted({*allowed, collection}) if collection else True
+            fix = f"y, state = net.apply_with_state(params, state, x, mutable={wanted})"
         return ReadOnlyVariableError(
             message(
                 f"Variable {self.name!r} was written {what}",

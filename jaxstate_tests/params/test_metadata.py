@@ -289,6 +289,13 @@ def test_writes_and_questions_that_are_refused():
         r" collection 'counts'.*mutable=\['cache', 'counts'\].*is_writable\(n\)"
     )):  # fmt: skip
         net.apply_with_state({}, state, X, mutable=["cache"])
+    with pytest.raises(jaxstate.ReadOnlyVariableError, match=r"mutable=\[\], and it is in coll"):
+        net.apply_with_state({}, state, X, mutable=False)
+    plain = jaxstate.parametrized(
+        lambda x: setattr(jaxstate.variable("n", jnp.zeros, ()), "value", x)
+    )
+    with pytest.raises(jaxstate.ReadOnlyVariableError, match=r"(?s)in no coll.*mutable=True"):
+        plain.apply_with_state({}, state, 1.0, mutable="counts")
     for run in (net.apply, jax.jit(net.apply)):
         with pytest.raises(jaxstate.ReadOnlyVariableError, match=r"(?s)under apply,.*is_writable"):
             run({}, X, state=state)
