@@ -35,6 +35,10 @@ def path() -> tuple[str, ...]:
     would get, which is another one only if a module of the same name comes before it with its
     first parameter.
 
+    A function that is traced once and used in several scopes would say the path of the first. So
+    from when this is first asked in a jaxpr that a module or scope is around, JAX traces functions
+    once for each scope.
+
     >>> import jax, jaxstate
     >>> @jaxstate.parametrized
     ... def layer(x):

@@ -336,8 +336,9 @@ class _Plant(SownHolder):
         return placed_like(self, _Plant(self.scope, _names_in(self.values)))
 
     def signature(self) -> Hashable:
-        names = _names_in(self.values) if self.scope.nested else frozenset(self.values)
-        return "plant", self.scope, _hashable(names) if self.scope.nested else names
+        nested = self.scope.nested
+        names = _hashable(_names_in(self.values)) if nested else frozenset(self.values)
+        return "plant", self.scope, names
 
 
 def _names_in(values: Mapping[str, Any]) -> dict[str, Any]:

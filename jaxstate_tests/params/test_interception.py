@@ -75,8 +75,18 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("outside", OUTSIDE)
-@pytest.mark.parametrize("inside", INSIDE)
+def quickly(inside, outside):
+    return outside == "jit" or (inside, outside) in {("scan", "grad"), ("cond", "vmap")}
+
+
+@pytest.mark.parametrize(
+    "inside, outside",
+    [
+        pytest.param(i, o, marks=() if quickly(i, o) else pytest.mark.slow)
+        for i in INSIDE
+        for o in OUTSIDE
+    ],
+)
 def test_interceptors_equal_the_program_by_hand(inside, outside):
     wrap, no_gradient = INSIDE[inside]
     if outside == "grad" and no_gradient:

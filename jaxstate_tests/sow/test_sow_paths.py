@@ -71,8 +71,14 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("outside", OUTSIDE)
-@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize(
+    "inside, outside",
+    [
+        pytest.param(i, o, marks=() if o == "jit" or i == "scan" else pytest.mark.slow)
+        for i in INSIDE
+        for o in OUTSIDE
+    ],
+)
 def test_layers_of_one_function_sow_and_are_planted_each_in_its_place(inside, outside):
     wrap, wrap_by_hand = INSIDE[inside]
     first, second = layer(), layer()
