@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+import threading
+import warnings
 from collections.abc import Iterable
 
 from jaxstate import _jax
@@ -20,6 +22,7 @@ __all__ = [
     "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
+    "HostCallbackError",
     "InitializerDataError",
     "LaneWriteError",
     "MaskedWriteError",
@@ -172,6 +175,10 @@ class ClosedStateError(StateError):
     """A stream or slot was used after it was closed, or outside of where it lives."""
 
 
+class HostCallbackError(StateError):
+    """A host callback changed a slot that the running call uses."""
+
+
 class AheadOfTimeError(StateError):
     """A function that uses state of the place where it is called was compiled ahead of time."""
 
@@ -185,6 +192,23 @@ def message(what: str, *, fix: str, **where: str | None) -> str:
     lines = [what]
     lines += [f"  {label.replace('_', ' ')}: {place}" for label, place in where.items() if place]
     return "\n".join([*lines, "To mend it:", textwrap.indent(textwrap.dedent(fix).strip(), "    ")])
+
+
+def thread_that_has_nothing() -> str | None:
+    """For a message about missing state: a thread has only the state that it has opened itself."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return None
+    return f"{thread.name!r}, where only what was opened in it is open"
+
+
+def warn_of_unopened(what: str, fix: str) -> None:
+    """To be called by the ``__del__`` of what nobody has opened: it warns where it is dropped."""
+    warnings.warn(
+        f"{what} was made and never opened: 'with' opens it.\nTo mend it:\n"
+        + textwrap.indent(textwrap.dedent(fix).strip(), "    "),
+        stacklevel=3,
+    )
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -27,8 +27,9 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar, cast
 
 import jax
@@ -48,6 +49,8 @@ from jaxstate.errors import (
     SplitStreamError,
     message,
     nearest,
+    thread_that_has_nothing,
+    warn_of_unopened,
 )
 
 __all__ = [
@@ -182,6 +185,21 @@ class StreamAddress(Address):
         return f"the {self.part} of random stream {self.name!r}"
 
     def missing(self) -> Exception:
+        if self.identity is not None and self.identity.thread not in (None, threading.get_ident()):
+            return ClosedStateError(
+                message(
+                    f"A handle of random stream {self.name!r} was used in another thread than that"
+                    " in which the stream is open.",
+                    fix="""
+                    key = stream.next_key()                # where the stream is open
+                    thread = Thread(target=f, args=(key,))
+                    with jaxstate.rng_stream(key):         # in the thread
+                        ...
+                    """,
+                    used=_jax.user_location(),
+                    thread=thread_that_has_nothing(),
+                )
+            )
         if self.identity is not None:
             return ClosedStateError(
                 message(
@@ -198,17 +216,22 @@ class StreamAddress(Address):
         names = {h.name for h in holders() if isinstance(h, _StreamHolder)}
         shown = "none" if not names else ", ".join(sorted(map(repr, names)))
         close = nearest(self.name, names)
-        argument = "" if self.name == "default" else f", {self.name!r}"
+        argument = "" if self.name == "default" else f', "{self.name}"'
+        lines = (getattr(h, "line_with_keys", None) for h in holders())
+        call = next((line(self.name) for line in lines if line), "")
         return MissingStreamError(
             message(
                 f"A key was drawn from random stream {self.name!r}, and no stream of that name is"
                 f" open.{f' Did you mean {close!r}?' if close else ''}",
                 fix=f"""
+                {call}
                 with jaxstate.rng_stream(jax.random.key(0){argument}):
                     ...    # the code that draws
                 """,
                 used=_jax.user_location(),
                 open_streams=shown,
+                made_and_never_opened=_not_opened.get(self.name),
+                thread=thread_that_has_nothing(),
             )
         )
 
@@ -250,6 +273,19 @@ class _Count(Cell):
         self._value = _jax.beside(self._key, value)
 
 
+class _Identity:
+    """Says which stream a handle is of.
+
+    Attributes:
+      thread: the number of the thread in which the stream is open, or None.
+    """
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+
+
 class _StreamHolder(Holder):
     """An open stream."""
 
@@ -260,7 +296,7 @@ class _StreamHolder(Holder):
         self.name = name
         self.vmap = vmap
         self.made = made
-        self.identity = object()
+        self.identity = _Identity()
         self.cells = {"key": Cell(key), "count": _Count(count, key), "open": Cell(_OPEN)}
         # Kept apart from the values: a rule that runs later asks for the types too.
         self.avals = {
@@ -469,14 +505,93 @@ class Stream:
         return f"<random stream {self.name!r}>"
 
 
-@contextmanager
+# The streams that were made and not opened, by name: where.
+_not_opened: dict[str, str] = {}
+
+
+class _Opening(AbstractContextManager[Stream]):
+    """A stream that ``with`` opens."""
+
+    def __init__(self, holder: _StreamHolder) -> None:
+        self._holder = holder
+        self._open: open_holder | None = None
+        self._is_refused = False
+        _not_opened[holder.name] = holder.made
+
+    def __enter__(self) -> Stream:
+        holder = self._holder
+        if self._open is not None:
+            raise ClosedStateError(
+                message(
+                    f"Random stream {holder.name!r} was opened twice.",
+                    fix=f"""
+                    with jaxstate.rng_stream(key, {holder.name!r}) as stream:   # another one
+                        ...
+                    """,
+                    made=holder.made,
+                    used=_jax.user_location(),
+                )
+            )
+        _not_opened.pop(holder.name, None)
+        self._open = open_holder(holder)
+        self._open.__enter__()
+        holder.identity.thread = threading.get_ident()
+        return Stream(holder)
+
+    def __exit__(self, *exc: object) -> None:
+        self._holder.identity.thread = None
+        if self._open is not None:
+            self._open.__exit__(*exc)
+
+    def __del__(self) -> None:
+        if self._open is None and not self._is_refused:
+            warn_of_unopened(
+                f"Random stream {self._holder.name!r}",
+                """
+                with jaxstate.rng_stream(key):
+                    ...
+                """,
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        self._is_refused = True
+        raise TypeError(
+            message(
+                "rng_stream was used as a decorator: every call of the function would draw the same"
+                " keys again.",
+                fix="""
+                def f(key, x):
+                    with jaxstate.rng_stream(key):
+                        ...
+                """,
+                used=_jax.user_location(),
+            )
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("next_key", "key", "count"):
+            raise AttributeError(name)
+        self._is_refused = True
+        raise MissingStreamError(
+            message(
+                f"Random stream {self._holder.name!r} was made and is not open: 'with' opens it.",
+                fix="""
+                with jaxstate.rng_stream(key) as stream:
+                    k = stream.next_key()
+                """,
+                made=self._holder.made,
+                used=_jax.user_location(),
+            )
+        )
+
+
 def rng_stream(
     key: KeyLike,
     name: str = "default",
     *,
     vmap: Literal["split", "share"] = "split",
     count: int | jax.Array = 0,
-) -> Iterator[Stream]:
+) -> AbstractContextManager[Stream]:
     """Opens a random stream for the code inside the ``with`` block, and all it calls.
 
     Args:
@@ -486,8 +601,8 @@ def rng_stream(
       vmap: ``"split"`` gives every lane of a ``vmap`` its own keys, ``"share"`` the same keys.
       count: the number of keys already drawn, to go on with a saved stream.
 
-    Yields:
-      A `Stream` handle.
+    Returns:
+      What ``with`` opens. It gives a `Stream`, a handle.
 
     Raises:
       TypeError: if ``key`` is not one key, ``name`` no string, or ``count`` not an integer.
@@ -505,8 +620,7 @@ def rng_stream(
         *_key_and_type(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
         _jax.user_location(),
     )  # fmt: skip
-    with open_holder(holder):
-        yield Stream(holder)
+    return _Opening(holder)
 
 
 _REQUIRED: Any = object()

@@ -28,8 +28,8 @@ FLOORS = {
     "random": [],
     "params": [
         "paths", "entries", "places", "interception", "stores", "arguments", "names", "reuse",
-        "metadata", "summary", "methods", "pickling", "parametrized", "variables", "copies",
-        "stack", "ensemble",
+        "metadata", "summary", "methods", "pickling", "misuse", "parametrized", "variables",
+        "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [

@@ -18,6 +18,7 @@ from jax._src import (
     ad_checkpoint,
     api,
     api_util,
+    array,
     config,
     core,
     custom_batching,
@@ -35,6 +36,7 @@ from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax
 from jax._src.lax.control_flow import conditionals, loops, solves
+from jax._src.numpy import array_methods
 from jax._src.random import prng
 
 from jaxstate._jax.building import traced_for
@@ -81,6 +83,7 @@ __all__ = [
     "wrap_kernels_imported_since",
     "wrap_key_arrays",
     "wrap_operands",
+    "wrap_refused_assignments",
     "wrap_results_of_jaxprs",
     "wrap_traced_rules",
     "wrap_tracing",
@@ -104,6 +107,22 @@ def choose_tracer_type(choose: Callable[[type, Any, Any], type]) -> None:
 
     for kind in TRACER_KINDS:
         wrap(kind)
+
+
+def wrap_refused_assignments(note: str) -> None:
+    """Adds a note to the error that JAX has for ``x[i] = y``."""
+    refused = array_methods._unimplemented_setitem
+
+    @functools.wraps(refused)
+    def with_note(x: Any, index: Any, value: Any) -> None:
+        try:
+            refused(x, index, value)
+        except TypeError as error:
+            error.add_note(note)
+            raise
+
+    array.ArrayImpl.__setitem__ = with_note  # type: ignore[method-assign]
+    core.ShapedArray._setitem = staticmethod(with_note)
 
 
 def wrap_operands(
@@ -477,17 +496,23 @@ def wrap_results_of_jaxprs(resolve: Callable[[Any], Any]) -> None:
         jax.core.eval_jaxpr = eval_jaxpr
 
 
-def wrap_conversions(is_open: Callable[[], bool], resolve: Callable[[Any], Any]) -> None:
+def wrap_conversions(
+    is_open: Callable[[], bool],
+    where_unused: Callable[[Callable[[], Any], Callable[[], Any]], Any],
+    resolve: Callable[[Any], Any],
+) -> None:
     """Wraps `jax.closure_convert` and `jax.make_jaxpr`, which hand out what a function closes over.
 
     If ``is_open()``, they hand out ``resolve`` of each such constant, and trace a function again
-    that JAX has traced before.
+    that JAX has traced before. Else JAX is called by ``where_unused(call, otherwise)``, which may
+    find that state is used.
     """
     plain = custom_derivatives._closure_convert_for_avals
 
     def closure_convert(fun: Any, *types: Any) -> Any:
         if not is_open():
-            return (plain.__wrapped__ if config.check_tracer_leaks.value else plain)(fun, *types)
+            jax_ = plain.__wrapped__ if config.check_tracer_leaks.value else plain
+            return where_unused(lambda: jax_(fun, *types), lambda: closure_convert(fun, *types))
         converted, consts = plain.__wrapped__(_untraced(fun), *types)
         return converted, [resolve(c) for c in consts]
 
@@ -501,7 +526,9 @@ def wrap_conversions(is_open: Callable[[], bool], resolve: Callable[[Any], Any])
         @functools.wraps(plain)
         def made(*args_of_fun: Any, **kwargs: Any) -> Any:
             if not is_open():
-                return plain(*args_of_fun, **kwargs)
+                return where_unused(
+                    lambda: plain(*args_of_fun, **kwargs), lambda: made(*args_of_fun, **kwargs)
+                )
             out = make_jaxpr(_untraced(fun), *args, **options)(*args_of_fun, **kwargs)
             jaxpr, *rest = out if isinstance(out, tuple) else (out,)
             consts = [resolve(c) for c in consts_of(jaxpr)]

@@ -32,6 +32,7 @@ __all__ = [
     "remade",
     "separated",
     "trace_flat",
+    "with_computed_constants",
     "with_jaxprs",
     "without_dead_code",
 ]
@@ -149,6 +150,25 @@ def hoist_constants(jaxpr: Any, which: Callable[[Any], bool]) -> Any:
     return _new_jaxpr(
         inner, [v for v, _ in kept], [c for _, c in kept], [*hoisted, *inner.invars],
         inner.outvars, inner.eqns, inner.effects,
+    )  # fmt: skip
+
+
+def with_computed_constants(
+    jaxpr: Any, compute: Callable[[Any], tuple[Any, dict[str, Any], Any] | None]
+) -> Any:
+    """The closed jaxpr with equations in the place of some of its constants.
+
+    ``compute(constant)`` is primitive, parameters and effects of an equation without operands;
+    None for a constant that stays.
+    """
+    inner = _open(jaxpr)
+    made = [(v, c, compute(c)) for v, c in zip(inner.constvars, jaxpr.consts, strict=True)]
+    kept = [(v, c) for v, c, eqn in made if eqn is None]
+    eqns = [core.new_jaxpr_eqn([], [v], *eqn) for v, _, eqn in made if eqn is not None]
+    effs = frozenset(inner.effects).union(*(eqn.effects for eqn in eqns))
+    return _new_jaxpr(
+        inner, [v for v, _ in kept], [c for _, c in kept], invars(jaxpr), inner.outvars,
+        [*eqns, *inner.eqns], effs,
     )  # fmt: skip
 
 

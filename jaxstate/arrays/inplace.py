@@ -29,6 +29,14 @@ from jaxstate.arrays.array import (
 
 __all__ = ["array", "inplace"]
 
+_jax.wrap_refused_assignments(
+    "With jaxstate, arrays can be written in place in a function under jaxstate.inplace: those it"
+    " is given, and those it makes. An array from elsewhere becomes one with jaxstate.array.\n"
+    "To mend it:\n"
+    "    @jaxstate.inplace        # above the function that writes\n"
+    "    x = jaxstate.array(x)    # or for one array, where the function is that already"
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -38,7 +38,7 @@ from jaxstate.core.resolve import (
     write_each,
     write_p,
 )
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_known, any_open
 from jaxstate.errors import (
     DeviceWriteError,
     SlotTypeError,
@@ -193,6 +193,29 @@ def _without_reads(jaxpr: Any, numbers: tuple[int, ...]) -> Any:
         jaxpr, invars=_jax.invars(jaxpr), outvars=[rename(v) for v in _jax.outvars(jaxpr)],
         eqns=kept, effs=jaxpr.effects if has_state else jaxpr.effects - {state_effect},
     )  # fmt: skip
+
+
+def reading_captures(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of an equation, whose jaxprs have no captures among their constants.
+
+    JAX hoists what a function closes over, but not where it transposes an equation: what a backward
+    rule closes over are constants of the jaxpr that it is called in.
+    """
+    return _jax.with_jaxprs(params, _reading_captures)
+
+
+@_jax.weakref_lru_cache
+def _reading_captures(jaxpr: Any) -> Any:
+    if not _jax.is_closed(jaxpr) or StateTracer not in map(type, _jax.consts_of(jaxpr)):
+        return jaxpr
+
+    def read_of(constant: Any) -> Any:
+        if type(constant) is not StateTracer:
+            return None
+        params = dict(address=constant.address, aval=constant.aval, version=0)
+        return read_p, params, {state_effect}
+
+    return _jax.with_computed_constants(jaxpr, read_of)
 
 
 class Captured(NamedTuple):
@@ -669,7 +692,7 @@ def _one_use_per_bind(
         return bind(*args, **params)
 
     def one_bind(*args: Any, **params: Any) -> Any:
-        if not any_open():
+        if not any_known():
             return bind(*args, **params)
         _binds.depth += runs_jaxprs
         try:
@@ -695,7 +718,7 @@ def _stateful_bind(
         with _jax.set_current_trace(trace):
             for notice in before_rules:
                 notice()
-            params = settled_captures(params)
+            params = settled_captures(reading_captures(params))
             if not has_state(params):
                 return bind(trace, args, avals, params)
             settle_jaxprs(list(_jax.jaxprs_in(params)))

@@ -154,7 +154,7 @@ def trace_initializer(
     """The function ``init(*keys)`` of ``entry`` as a `TracedInit`, and the tracers it looks at."""
 
     def arrays(*keys: Any) -> Any:
-        return all_arrays(init(*keys), entry)
+        return all_arrays(init(*keys))
 
     closed, shape = _jax.make_jaxpr(arrays, return_shape=True)(*key_avals)
     closed, addresses = _with_reads_as_inputs(closed)

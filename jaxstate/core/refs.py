@@ -9,7 +9,7 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core import resolve
-from jaxstate.core.slots import Address, Cell, Holder, holders, loose_holders
+from jaxstate.core.slots import Address, Cell, Holder, add_loose, holders, note_use
 from jaxstate.core.specs import strong
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 
@@ -57,7 +57,7 @@ class Slot(Holder):
         self._own: Any = weakref.WeakKeyDictionary()  # or the slot would keep itself alive
         self._cells()[self] = cell
         self._aval = aval
-        loose_holders.add(self)
+        add_loose(self)
 
     def knows(self, address: Address) -> bool:
         return address == self.address
@@ -157,7 +157,10 @@ class SlotAddress(Address):
             other = holder.passed_on(self)
             if other is not None:
                 return other
-        return self._slot()
+        slot = self._slot()
+        if slot is not None:
+            note_use(slot)
+        return slot
 
     def missing(self) -> Exception:
         return ClosedStateError(

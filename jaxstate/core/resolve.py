@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
-from jaxstate.core.slots import Address, AllLanes, Holder, Lane, any_open, stack
+from jaxstate.core.slots import Address, AllLanes, Holder, Lane, any_open, stack, where_unused
 from jaxstate.errors import ConvertedClosureError, UnsupportedPrimitiveError, message
 
 __all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
@@ -708,7 +708,7 @@ def _handed_out(constant: Any) -> Any:
     return resolve(constant) if base is None else StateTracer(address.pinned(), constant.aval)
 
 
-_jax.wrap_conversions(any_open, _handed_out)
+_jax.wrap_conversions(any_open, where_unused, _handed_out)
 
 
 def to_program(value: Any) -> Any:

@@ -26,7 +26,16 @@ from weakref import WeakSet, WeakValueDictionary
 from jaxstate import _jax
 from jaxstate.errors import SlotTypeError, message
 
-__all__ = ["Address", "AllLanes", "Cell", "Holder", "any_open", "holders", "open_holder"]
+__all__ = [
+    "Address",
+    "AllLanes",
+    "Cell",
+    "Holder",
+    "any_known",
+    "any_open",
+    "holders",
+    "open_holder",
+]
 
 
 class Address:
@@ -209,6 +218,7 @@ class Holder:
     """Something open that answers for cells."""
 
     anchor: Any = None
+    used_on: Any = None  # the loose holders of the thread that used it last
     _remains: Holder | None = None
 
     # A custom rule that is given its state as operands answers for every address, and what stands
@@ -328,13 +338,15 @@ class AllLanes(NamedTuple):
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.stack: list[Holder] = []
+        self.loose: WeakSet[Holder] = WeakSet()
         self.published: tuple[Hashable, ...] = ()
+        self.guards = 0  # see `where_unused`
 
 
 _thread = _ThreadState()
 
-# Holders that are not in a stack: their addresses know them (`Address.own_holder`).
-loose_holders: WeakSet[Holder] = WeakSet()
+# Holders that are not in a stack, of any thread: their addresses know them (`Address.own_holder`).
+_loose_holders: WeakSet[Holder] = WeakSet()
 
 # Entered around a function that runs inside of a holder that is a boundary, or of the devices of a
 # shard_map: ``with inside(holder)``.
@@ -350,8 +362,57 @@ def holders() -> Iterator[Holder]:
 
 
 def any_open() -> bool:
-    """Whether this thread has state that a custom rule or a jaxpr could use."""
-    return bool(_thread.stack or loose_holders)
+    """Whether this thread has state: open holders, or slots that it has made or used."""
+    return bool(_thread.stack or _thread.loose)
+
+
+def any_known() -> bool:
+    """Whether a function could use state: also a slot of another thread that this one has not used.
+
+    For what shows in nothing if the function uses none.
+    """
+    return bool(_thread.stack or _loose_holders)
+
+
+def add_loose(holder: Holder) -> None:
+    """To be called with a holder that is in no stack."""
+    _loose_holders.add(holder)
+    note_use(holder)
+
+
+def note_use(holder: Holder) -> None:
+    """To be called where this thread uses such a holder."""
+    loose = _thread.loose
+    if holder.used_on is loose:
+        return
+    is_new = holder not in loose
+    loose.add(holder)
+    holder.used_on = loose
+    if is_new and _thread.guards:
+        raise _FirstUseError
+
+
+class _FirstUseError(BaseException):
+    """Ends a call that was taken for one without state."""
+
+
+def where_unused(call: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """What ``call()`` returns, on a thread without state.
+
+    If it uses a slot of another thread, it ends there, and ``otherwise()`` is called: this thread
+    has state then.
+    """
+    if not _loose_holders:
+        return call()
+    _thread.guards += 1
+    try:
+        return call()
+    except _FirstUseError:
+        if _thread.guards > 1:
+            raise
+    finally:
+        _thread.guards -= 1
+    return otherwise()
 
 
 class open_holder:  # a class: generators take longer

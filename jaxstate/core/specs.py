@@ -170,10 +170,8 @@ def typed(x: Any) -> Any:
 # -- The form that an initializer makes ------------------------------------------------------
 
 
-def wanted_spec(
-    init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool, entry: Any
-) -> Spec:
-    """The form of what ``init([key,] *init_args)`` makes for ``entry``, without making it."""
+def wanted_spec(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key: bool) -> Spec:
+    """The form of what ``init([key,] *init_args)`` makes, without making it."""
     if takes_shape(init, init_args, takes_key):
         shape, *dtype = init_args
         dtype = [d for d in dtype if d is not None] or _own_dtype(init)
@@ -184,7 +182,7 @@ def wanted_spec(
 
     def made(*keys: Any) -> Spec:
         def arrays(*keys: Any) -> Any:
-            return all_arrays(init(*keys, *init_args), entry)
+            return all_arrays(init(*keys, *init_args))
 
         return spec_of(jax.eval_shape(arrays, *keys))
 
@@ -201,17 +199,23 @@ def wanted_spec(
         raise
 
 
-def all_arrays(value: Any, entry: Any) -> Any:
-    """What an initializer made of ``entry``, if it is a tree of arrays."""
-    for leaf in jax.tree.leaves(value):
+class NoArrayError(TypeError):
+    """An initializer made what is no tree of arrays.
+
+    Attributes:
+      found: what it made, or a part of that.
+    """
+
+    def __init__(self, found: Any) -> None:
+        super().__init__(f"{found!r} is no array")
+        self.found = found
+
+
+def all_arrays(value: Any) -> Any:
+    """What an initializer made, if it is a tree of arrays."""
+    for leaf in [None] if value is None else jax.tree.leaves(value):
         if not _jax.is_array_like(leaf):
-            raise TypeError(
-                f"The initializer of {entry} made {leaf!r}, which is no array. A parameter or"
-                " variable is a tree of arrays.\nTo mend it:\n"
-                "    jaxstate.param(name, lambda key: arrays)     # and keep outside what is none,"
-                " or in a static field\n"
-                "    arrays, rest = equinox.partition(module, equinox.is_array)   # for example"
-            )
+            raise NoArrayError(leaf)
     return value
 
 

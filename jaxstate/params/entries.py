@@ -239,7 +239,7 @@ class EntryAddress(Address):
 
     def form_of_initial(self, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Spec:
         """The form of what the initializer makes, without making it."""
-        return wanted_spec(init, init_args, self.takes_key, self)
+        return wanted_spec(init, init_args, self.takes_key)
 
     def as_stored(self, value: Any) -> Any:
         """What is kept of a value that the user gives."""
@@ -256,7 +256,12 @@ class EntryAddress(Address):
 
     def changed(self, wanted: Any, value: Any) -> Exception:
         store = self.store()
-        path = (*store.path(store.layers(), self), *self.leaf.path)
+        path = store.path(store.layers(), self)
+        if store.makes_entries and self.spec is not None:
+            entry = store.entry(self)
+            if entry.spec is not None:
+                return self.conflict(path, entry.used, entry.spec, self.spec)
+        path = (*path, *self.leaf.path)
         return self.mismatch(path, _jax.shown(_jax.typeof(value)), _jax.shown(wanted))
 
     def not_given(self) -> Exception:
@@ -425,6 +430,9 @@ class Store(Holder):
     # Whether variables may be written: all, or those of certain collections.
     writable: bool | frozenset[str] = True
 
+    # Whether what is not there is made. (Then two uses can differ, and no value is given.)
+    makes_entries = False
+
     def __init__(self, root: ModuleId) -> None:
         super().__init__()
         self.layer = NameTable()
@@ -558,9 +566,21 @@ class Store(Holder):
         """Makes the cell of a leaf of an entry, or takes what was given at ``path``."""
         raise NotImplementedError
 
-    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a module that is called; some stores look at what goes in and comes out."""
-        return module.fn(*args, **kwargs)
+    # Whether the store looks at what goes into modules and comes out. (Not by running them: a nest
+    # of modules has no more frames of Python than it needs.)
+    looks_at_calls = False
+
+    def called(self, module: Any, args: Any, kwargs: Any) -> None:
+        """A module is about to run."""
+
+    def returned(self, out: Any) -> None:
+        """The module that the program is in has run."""
+
+    def line_with_keys(self, name: str) -> str:
+        """How the random stream ``name`` is seeded from outside."""
+        if name == "default":
+            return "net.apply(params, x, key=key)"
+        return f'net.apply(params, x, key={{"default": key, "{name}": other_key}})'
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         """The use of an entry by the program, here."""

@@ -25,7 +25,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
@@ -41,6 +41,8 @@ from jaxstate.errors import (
     ParameterConflictError,
     ParameterMismatchError,
     message,
+    thread_that_has_nothing,
+    warn_of_unopened,
 )
 from jaxstate.params.arguments import Shape, split_arrays
 from jaxstate.params.entries import (
@@ -52,6 +54,14 @@ from jaxstate.params.entries import (
 from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import Describable, checked
 from jaxstate.params.methods import PerInstance, note_instances_of
+from jaxstate.params.misuse import (
+    LAZY,
+    about_call,
+    about_initializer,
+    note_mistakes,
+    refuse_lazy,
+    taken_arguments,
+)
 from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
@@ -95,6 +105,7 @@ class ParamAddress(EntryAddress):
                 y = net.apply(params, x)
                 """,
                 used=self.used,
+                thread=thread_that_has_nothing(),
             )
         )
 
@@ -145,7 +156,11 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
 
     def value(init: Any, *init_args: Any) -> Any:
         address = ParamAddress(name, used, metadata)
-        use = address.store().declare(address, init, init_args)
+        store = address.store()
+        try:
+            use = store.declare(address, init, init_args)
+        except Exception as error:
+            raise about_initializer(address, init, init_args, error)  # noqa: B904
         return use.spec.tree.unflatten(use.values())
 
     around = interceptions("parameter")
@@ -154,8 +169,39 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
     return intercepted(around, "parameter", name, value, (init, *init_args))
 
 
-@contextmanager
-def scope(name: str) -> Iterator[None]:
+class _Scope(ContextDecorator):
+    """A level of the tree that ``with`` opens; as a decorator, in every call of the function."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._open: list[Any] = []
+        self._was_opened = False
+
+    def __enter__(self) -> None:
+        self._was_opened = True
+        level = level_entered(innermost_store(), PathElement(self._name, None))
+        level.__enter__()
+        self._open.append(level)
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.pop().__exit__(*exc)
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:  # type: ignore[override]
+        self._was_opened = True
+        return super().__call__(fn)
+
+    def __del__(self) -> None:
+        if not self._was_opened:
+            warn_of_unopened(
+                f"Scope {self._name!r}",
+                f"""
+                with jaxstate.scope("{self._name}"):
+                    ...
+                """,
+            )
+
+
+def scope(name: str) -> _Scope:
     """Opens a level of the tree of parameters and variables by hand.
 
     The same name opens the same level again. Outside ``init`` and ``apply`` it is a level of the
@@ -170,9 +216,7 @@ def scope(name: str) -> Iterator[None]:
     {'encoder': {'scale': Array(1., dtype=float32)}}
     """
     check_name(name, "scope")
-    store = innermost_store()
-    with level_entered(store, PathElement(name, None)):
-        yield
+    return _Scope(name)
 
 
 class Parametrized(Reusable[P, R], Describable, Summarizable):
@@ -187,6 +231,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self.fn = fn
         self.name = name or _name_of(fn)
         self._explicit_name = name
+        self._taken = taken_arguments(fn)
         self._token = self._new_token()
         self._instances = PerInstance()
         functools.update_wrapper(self, fn, updated=())  # not the attributes of a callable object
@@ -199,16 +244,23 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
-        with level_entered(store, PathElement(self.name, self._token), self):
-            return self.call_here(store, args, kwargs)
+        try:
+            with level_entered(store, PathElement(self.name, self._token), self):
+                return self.as_called(store)(*args, **kwargs)
+        except TypeError as error:
+            self._explain(error, "", args, kwargs)
+            raise
 
-    def call_here(self, store: Any, args: Any, kwargs: Any) -> Any:
-        """Runs the function where the program is in this module."""
+    def as_called(self, store: Any) -> Callable[..., Any]:
+        """What runs where the program is in this module: its function, if nobody looks at it.
+
+        (Without a frame of Python in between, of which a nest of modules may have too many.)
+        """
+        fn: Callable[..., Any] = self.fn
+        if store is not None and store.looks_at_calls:
+            fn = functools.partial(_observed, store, self)
         around = interceptions("module")
-        if around:
-            fn = self.fn if store is None else functools.partial(_called, store, self)
-            return intercepted(around, "module", self.name, fn, args, kwargs)
-        return self.fn(*args, **kwargs) if store is None else store.call(self, args, kwargs)
+        return functools.partial(_intercepted, around, self.name, fn) if around else fn
 
     def __set_name__(self, owner: type, name: str) -> None:
         """As a method: an instance is a module from when it is made, not from its first call."""
@@ -312,6 +364,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self, kinds: Sequence[str], key: Any, reuse: Any, args: Any, kwargs: Any
     ) -> list[dict[str, Any]]:
         """A nested dict of the initial values of each kind of entry, parameters first."""
+        where = "init" if len(kinds) == 1 else "init_with_state"
         param_key, streams = _keys(key, "init")
         arrays, rebuild, abstract = split_arrays((args, kwargs))
         given = None if reuse is None else reused(self, reuse, args, kwargs, every_part=True)
@@ -325,7 +378,11 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 _open_streams(streams),
                 store.root_entered(self),
             ):
-                self.call_here(None, args, kwargs)
+                try:
+                    refuse_lazy(self, self.as_called(None)(*args, **kwargs))
+                except Exception as error:
+                    self._explain(error, where, args, kwargs)
+                    raise
             return [store.initial_values(kind) for kind in kinds]
 
         with jax.disable_jit(False):  # every branch is traced
@@ -381,6 +438,8 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
           ReadOnlyVariableError: if the function writes a variable.
           TypeError: if ``params`` or ``state`` is not a dict, or ``key`` not a key.
         """
+        if self._taken:
+            self._check_taken({"key": key, "state": state}, args)
         if state is not None:
             self._check_state(state)
         return self._apply(params, state, False, key, args, kwargs)[0]
@@ -440,7 +499,15 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
         def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
             with open_holder(store), _open_streams(streams), store.root_entered(self):
-                return self.call_here(None, args, kwargs), store
+                try:
+                    out = self.as_called(None)(*args, **kwargs)
+                except Exception as error:
+                    where = "apply_with_state" if writable else "apply"
+                    self._explain(error, where, args, kwargs)
+                    raise
+                if type(out) in LAZY:
+                    refuse_lazy(self, out)
+                return out, store
 
         if not _jax.jit_is_disabled():
             return run(store())
@@ -460,6 +527,31 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             if n < made.get(base, 0):
                 raise _not_all_were_made(base, n, made[base])
         return out, named
+
+    def _explain(self, error: Exception, where: str, args: Any, kwargs: Any) -> None:
+        """Raises what says more than a TypeError of Python, if the arguments are wrong."""
+        if isinstance(error, TypeError):
+            other = about_call(self, where, args, kwargs)
+            if other is not None:
+                raise other from None
+        if where:
+            note_mistakes(error, where, args)
+
+    def _check_taken(self, given: dict[str, Any], args: Any) -> None:
+        """``apply`` was given a keyword that the function has an argument for too."""
+        for name, value in given.items():
+            if value is not None and self._taken.get(name, 0) >= len(args):
+                raise TypeError(
+                    message(
+                        f"{self.name} has an argument {name!r}, and apply takes {name}= for"
+                        " itself: the function would not get it.",
+                        fix=f"""
+                        {self.name}.apply(params, x, {name})      # by position, in its place
+                        def {self.name}(x, my_{name}): ...        # or another name
+                        """,
+                        used=_jax.user_location(),
+                    )
+                )
 
     def _check_state(self, state: Any) -> None:
         fix = "y, state = net.apply_with_state(params, state, x)"
@@ -532,8 +624,15 @@ def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     return Parametrized(fn, name)
 
 
-def _called(store: Any, module: Parametrized, /, *args: Any, **kwargs: Any) -> Any:
-    return store.call(module, args, kwargs)
+def _observed(store: Any, module: Parametrized[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    store.called(module, args, kwargs)
+    out = module.fn(*args, **kwargs)
+    store.returned(out)
+    return out
+
+
+def _intercepted(around: Any, name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return intercepted(around, "module", name, fn, args, kwargs)
 
 
 def check_name(name: Any, where: str) -> None:

@@ -597,7 +597,7 @@ def observe(
         args, kwargs = rebuild(arrays)
         store = store_with(key)
         with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(module):
-            module.call_here(None, args, kwargs)
+            module.as_called(None)(*args, **kwargs)
         return see(store)
 
     first: Exception | None = None
@@ -633,11 +633,12 @@ class _NamingStore(ObservingStore):
         super().__init__(root, key)
         self.parts = parts
 
-    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+    looks_at_calls = True
+
+    def called(self, module: Any, args: Any, kwargs: Any) -> None:
         for part in self.parts:
             if part.module._token is module._token:
                 part.called(args, kwargs)
-        return super().call(module, args, kwargs)
 
 
 def _identities(

@@ -10,10 +10,13 @@ A `jax.lax.scan` runs the block's ``apply`` over the layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Never, ParamSpec, TypeVar
 
 import jax
 
+from jaxstate import _jax
+from jaxstate.core.specs import spec_of
+from jaxstate.errors import message, nearest
 from jaxstate.params.copies import Copies, check_block, shape_of
 from jaxstate.params.parametrized import Parametrized
 
@@ -47,16 +50,39 @@ class Stack(Copies[P, R]):
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         layers, variables = self._entries((shape_of(x), *args), kwargs)
 
+        given, made = spec_of(shape_of(x)), []
+
         def turn(x: Any, layer: Any) -> Any:
-            return self._run(layer, (x, *args), kwargs)
+            out = self._run(layer, (x, *args), kwargs)
+            made[:] = [spec_of(shape_of(out[0]))]
+            return out
 
         if self._checkpoint:
             policy = None if self._checkpoint is True else self._checkpoint
             turn = jax.checkpoint(turn, policy=policy)  # type: ignore[arg-type]
         state = None if variables is None else variables.value
-        x, state = jax.lax.scan(turn, x, (layers, state), length=self.n, unroll=self._unroll)
+        try:
+            x, state = jax.lax.scan(turn, x, (layers, state), length=self.n, unroll=self._unroll)
+        except TypeError:
+            if made and not made[0].strong().same(given.strong()):
+                raise self._another_shape(given, made[0]) from None
+            raise
         self._write(variables, state)
         return x
+
+    def _another_shape(self, given: Any, made: Any) -> Exception:
+        name = self.block.name
+        return TypeError(
+            message(
+                f"The block {name!r} of a stack makes {made} of {given}, and what comes out of a"
+                " layer goes into the next one.",
+                fix=f"""
+                x = first(x)                              # what changes the shape is no layer
+                x = jaxstate.stack({name}, {self.n})(x)   # makes of x what has the type of x
+                """,
+                used=_jax.user_location(),
+            )
+        )
 
 
 def stack(
@@ -67,6 +93,7 @@ def stack(
     unroll: int = 1,
     name: str = "stack",
     axis: str | None = None,
+    **unknown: Never,
 ) -> Stack[P, R]:
     """``block`` applied ``n`` times, each time with parameters of its own.
 
@@ -98,7 +125,7 @@ def stack(
       layers.
 
     Raises:
-      TypeError: if ``block`` is not a parametrized object.
+      TypeError: if ``block`` is not a parametrized object, or an option is none of these.
       ValueError: if ``n`` is less than 1.
 
     >>> import jax, jax.numpy as jnp, jaxstate
@@ -113,5 +140,23 @@ def stack(
     >>> deep.apply(params, jnp.ones((2, 3))).shape
     (2, 3)
     """
+    if unknown:
+        raise _unknown_option(next(iter(unknown)))
     check_block(block, n, "stack", "layers")
     return Stack(block, n, checkpoint, unroll, name, axis)
+
+
+def _unknown_option(name: str) -> Exception:
+    options = ("checkpoint", "unroll", "name", "axis")
+    meant = {"remat": "checkpoint", "length": "n"}.get(name) or nearest(name, options)
+    return TypeError(
+        message(
+            f"stack has no option {name!r}."
+            f"{f' Did you mean {meant!r}?' if meant else ''} It has {', '.join(options)}.",
+            fix=f"""
+            jaxstate.stack(block, n, {meant or "checkpoint"}=...)
+            jaxstate.stack(block, n)(x, {name}=...)     # or is it for the block?
+            """,
+            used=_jax.user_location(),
+        )
+    )

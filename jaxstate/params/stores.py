@@ -32,6 +32,8 @@ __all__ = ["ApplyStore", "InitStore", "flattened"]
 class InitStore(Store):
     """Parameters and variables being made."""
 
+    makes_entries = True
+
     def __init__(self, root: ModuleId, key: Any) -> None:
         super().__init__(root)
         self.key = key
@@ -369,15 +371,15 @@ class ApplyStore(Store):
     def _scope(self, kind: str, path: Path) -> Any:
         """The given dict at ``path``, or None. Each is looked up in the one around it, once."""
         scope = self._scopes.get((kind, path))
-        if scope is None:
-            if path:
-                around = self._scope(kind, path[:-1])
-                scope = None if around is None else around.get(path[-1])
-            else:
-                scope = self._given[kind]
+        if scope is not None:
+            return scope
+        known = next((n for n in range(len(path), 0, -1) if (kind, path[:n]) in self._scopes), 0)
+        scope = self._scopes[kind, path[:known]] if known else self._given[kind]
+        for n in range(known, len(path) + 1):
+            scope = scope.get(path[n - 1]) if n > known else scope
             if not isinstance(scope, Mapping):
                 return None
-            self._scopes[kind, path] = scope
+            self._scopes[kind, path[:n]] = scope
         return scope
 
 
@@ -438,18 +440,51 @@ def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exce
     while isinstance(node, Mapping) and path[i] in node:
         node, i = node[path[i]], i + 1
     names = sorted(map(str, node)) if isinstance(node, Mapping) else []
-    close = nearest(path[i], names)
     where = f"in {'/'.join(path[:i])!r}" if i else "at the top"
+    other, fix = _of_other_network(address, path, given)
+    if not other:
+        close = nearest(path[i], names)
+        other = f" The nearest name is {close!r}." if close else ""
+        fix = address.fix_by_init
     return address.missing_error(
         message(
             f"apply was given no {address.kind} {'/'.join(path)!r}: {path[i]!r} is not among what"
-            f" is {where}: {', '.join(map(repr, names)) or 'nothing'}."
-            + (f" The nearest name is {close!r}." if close else ""),
-            fix=address.fix_by_init,
+            f" is {where}: {', '.join(map(repr, names)) or 'nothing'}.{other}",
+            fix=fix,
             wanted=str(wanted),
             used=address.used,
         )
     )
+
+
+def _of_other_network(address: EntryAddress, path: Path, given: Any) -> tuple[str, str]:
+    """What to say if the given dict is that of a network around this one, or of a part of it."""
+    whole = "params" if address.kind == "parameter" else "state"
+    call = "apply(params" if address.kind == "parameter" else "apply_with_state(params, state"
+    for name, part in given.items() if isinstance(given, Mapping) else ():
+        if _has(part, path):
+            of_part = f'{whole}["{name}"]'
+            return (
+                f" It is in {of_part}: these are the {address.kind}s of a network in which this one"
+                " is a part.",
+                f"net.{call.replace(whole, of_part)}, x)      # of the part",
+            )
+    for n in range(1, len(path)):
+        if _has(given, path[n:]):
+            return (
+                f" {'/'.join(path[n:])!r} is: these are the {address.kind}s of the part"
+                f" {'/'.join(path[:n])!r} alone.",
+                f"{path[n - 1]}.{call}, x)      # the part; or the {address.kind}s of the whole",
+            )
+    return "", ""
+
+
+def _has(tree: Any, path: Path) -> bool:
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:

@@ -158,7 +158,7 @@ def _row(path: str, x: Any) -> ParameterRow:
 class Summarizable:
     """What a parametrized object can say of itself before there are parameters."""
 
-    call_here: Callable[..., Any]
+    as_called: Callable[..., Any]
     _token: ModuleId
 
     def summary(self, key: Any, *args: Any, **kwargs: Any) -> Summary:
@@ -201,7 +201,7 @@ class Summarizable:
             args, kwargs = rebuild(arrays)
             store = _SummaryStore(self._token, key, calls)
             with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(self):
-                calls.append(((), _shapes(self.call_here(None, args, kwargs))))
+                calls.append(((), _shapes(self.as_called(None)(*args, **kwargs))))
             return store.initial_values("parameter")
 
         with jax.disable_jit(False):  # every branch is traced
@@ -217,11 +217,11 @@ class _SummaryStore(ObservingStore):
         super().__init__(root, key)
         self.calls = calls
 
-    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
-        out = super().call(module, args, kwargs)
+    looks_at_calls = True
+
+    def returned(self, out: Any) -> None:
         levels = self.scopes.inside(None, *boundaries(self))
         self.calls.append((self.layers().known_path_of(levels), _shapes(out)))
-        return out
 
 
 def _shapes(out: Any) -> Any:

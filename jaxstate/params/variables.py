@@ -48,10 +48,12 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
     message,
+    thread_that_has_nothing,
 )
 from jaxstate.params.entries import EntryAddress, Store, Use, current_place, innermost_store
 from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import PerArray, checked, collection_of
+from jaxstate.params.misuse import about_initializer
 from jaxstate.params.parametrized import check_name
 
 __all__ = ["Variable", "is_writable", "variable"]
@@ -93,6 +95,7 @@ class VariableAddress(EntryAddress):
                 y, state = net.apply_with_state(params, state, x)  # net = parametrized(fn)
                 """,
                 used=self.used,
+                thread=thread_that_has_nothing(),
             )
         )
 
@@ -346,6 +349,7 @@ class Variable(Generic[T]):
                     """,
                     made=self._addresses[0].used if self._addresses else None,
                     used=_jax.user_location(),
+                    thread=thread_that_has_nothing(),
                 )
             )
         return store
@@ -454,6 +458,54 @@ def is_writable(variable: Variable) -> bool:
     return variable._is_writable
 
 
+# What arrays can do, and a handle refuses.
+_OF_VALUES = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
+    "matmul": "@", "and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>", "lt": "<",
+    "le": "<=", "gt": ">", "ge": ">=", "neg": "-", "pos": "+", "abs": "abs", "invert": "~",
+    "bool": "as a condition", "int": "int", "float": "float", "complex": "complex",
+    "index": "as an index", "len": "len", "iter": "in a loop", "contains": "in", "round": "round",
+    "getitem": "v[i]", "setitem": "v[i] = x", "array": "as an array",
+}  # fmt: skip
+
+_OF_TWO = frozenset(list(_OF_VALUES)[:13])
+
+
+def _refusal(operation: str) -> Callable[..., Any]:
+    def refuse(self: Variable[Any], *_: Any, **__: Any) -> Any:
+        name = self.name
+        raise TypeError(
+            message(
+                f"Variable {name!r} was used as if it were its value ({operation}).",
+                fix=f"""
+                {name}.value = {name}.value + 1      # read and write the value of the handle
+                """,
+                made=self._addresses[0].used if self._addresses else None,
+                used=_jax.user_location(),
+            )
+        )
+
+    return refuse
+
+
+def _equal(self: Variable[Any], other: object) -> bool:
+    return self is other if isinstance(other, Variable) else _refusal("==")(self)
+
+
+def _refuse_what_values_can_do() -> None:
+    """Not in the class, where type checkers would take it for what a handle can do."""
+    for name, sign in _OF_VALUES.items():
+        setattr(Variable, f"__{name}__", _refusal(sign))
+        if name in _OF_TWO:
+            setattr(Variable, f"__r{name}__", _refusal(sign))
+            setattr(Variable, f"__i{name}__", _refusal(f"{sign}="))
+    Variable.__eq__ = _equal  # type: ignore[method-assign]
+    Variable.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+_refuse_what_values_can_do()
+
+
 def variable(
     name: str,
     init: Callable[..., T],
@@ -522,7 +574,10 @@ def variable(
         address = VariableAddress(name, used, metadata, takes_key)
         store = address.store()
         address.threaded = bool(store.writable)  # one that only some may write, too
-        use = store.declare(address, init, init_args)
+        try:
+            use = store.declare(address, init, init_args)
+        except Exception as error:
+            raise about_initializer(address, init, init_args, error)  # noqa: B904
         _set_reduce(use.addresses, use.spec, reduce)
         # To declare it is to use it: it gets its name here, and `init` makes it.
         types = use.spec.avals

@@ -127,7 +127,7 @@ def _axes(batched: Any) -> Any:
 def _with_state_of_rule(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
         # (The rule of a derivative of such an operation is JAX's, and calls the one of here.)
-        if slots.any_open() and _jax.is_vmap_rule(params["rule"]):
+        if slots.any_known() and _jax.is_vmap_rule(params["rule"]):
             params = dict(params, rule=_Rule(params["rule"], 0, captured_operands(), ()))
         return bind(trace, args, avals, params)
 

@@ -559,6 +559,19 @@ class Explicit:
         self, call: Callable[[], Any], values: Sequence[Any]
     ) -> tuple[Any, dict[Address, Cell]]:
         """What ``call()`` returns with the slots at ``values``, and the cells that it leaves."""
+        return self._run(call, values, self.written, rule_touches_more)
+
+    def run_backward(self, call: Callable[[], Any], values: Sequence[Any]) -> Any:
+        """What ``call()`` returns, which may not write."""
+        return self._run(call, values, (), _backward_writes)[0]
+
+    def _run(
+        self,
+        call: Callable[[], Any],
+        values: Sequence[Any],
+        written: Sequence[Address],
+        refused: Callable[[Address], Exception],
+    ) -> tuple[Any, dict[Address, Cell]]:
         # In an in-place function the operands are arrays that the function itself could write.
         before = dict(zip(self.touched, map(_jax.canonicalize, values), strict=True))
         cells = {a: Cell(v) for a, v in before.items()}
@@ -566,18 +579,9 @@ class Explicit:
         with state.entered():
             out = call()
         for address, cell in cells.items():
-            if address not in self.written and cell.value is not before[address]:
-                raise rule_touches_more(address)
+            if address not in written and cell.value is not before.get(address):
+                raise refused(address)
         return out, cells
-
-    def run_backward(self, call: Callable[[], Any], values: Sequence[Any]) -> Any:
-        """What ``call()`` returns, which may not write."""
-        out, cells = self.run(call, values)
-        before = dict(zip(self.touched, values, strict=True))
-        for address in self.written:
-            if address in cells and cells[address].value is not before.get(address):
-                raise _backward_writes(address)
-        return out
 
     def results(self, cells: dict[Address, Cell]) -> list[Any]:
         """What is left in the written slots."""
@@ -661,7 +665,7 @@ def _stateful(
 
     def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
         def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_open() or _jax.is_rule_of_activation(params["subfuns"][1]):
+            if not slots.any_known() or _jax.is_rule_of_activation(params["subfuns"][1]):
                 return bind(trace, args, avals, params)
             args = [*map(_jax.resolved, args)]
             if _jax.calls_functions(trace) or isinstance(trace, _jax.TransparentTrace):

@@ -45,8 +45,8 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import has_inits, initialize
 from jaxstate.core.resolve import begin_use, check_captured, end_use
-from jaxstate.core.slots import any_open
-from jaxstate.errors import AheadOfTimeError, message
+from jaxstate.core.slots import Address, any_open
+from jaxstate.errors import AheadOfTimeError, HostCallbackError, message
 
 
 @register_rule(_jax.jit_p)
@@ -205,10 +205,14 @@ class _ThreadedCall:
         reads, writes, _ = uses
         n = len(reads) + len(writes)
         n_in = n + len(captured)
+        values = [c.value for c in cells[:n_in]]
         try:
-            outs, written = self._run([c.value for c in cells[:n_in]], *args, **kwargs)
+            outs, written = self._run(values, *args, **kwargs)
         except _OtherStateError:
             return NotImplemented
+        for i in range(len(reads), n):
+            if cells[i].value is not values[i]:
+                raise _written_meanwhile(self._slots[i])
         results = zip((*cells[len(reads) : n], *cells[n_in:]), uses.results, written, strict=True)
         for cell, address, value in results:
             address.note_write()
@@ -223,6 +227,11 @@ class _ThreadedCall:
             settle(self._aliases, uses.results)
             slots = read_as_stored(uses.ins)
             outs, written = self._run([*slots, *captures], *args, **kwargs)
+            for address, before, now in zip(
+                uses.writes, slots[len(uses.reads) :], read_as_stored(uses.writes), strict=True
+            ):
+                if now is not before:
+                    raise _written_meanwhile(address)
             write_all(uses.results, written)
         finally:
             end_use(use)
@@ -251,6 +260,20 @@ class _ThreadedCall:
             names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
             out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
         )
+
+
+def _written_meanwhile(address: Address) -> Exception:
+    return HostCallbackError(
+        message(
+            f"A slot ({address}) was changed while a jitted call that uses it was running:"
+            " by a function that the call runs on the host. The call would overwrite that.",
+            fix="""
+            key = jaxstate.next_key()                     # use the state in the jitted function,
+            y = jax.pure_callback(f, shape, x, key)       # and give the host what it needs
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 @_jax.wrap_ahead_of_time

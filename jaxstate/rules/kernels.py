@@ -45,7 +45,7 @@ class _NoState(Holder):
 def _without_state(kind: str, trace: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(trace)
     def trace_kernel(*args: Any, **kwargs: Any) -> Any:
-        if not slots.any_open():
+        if not slots.any_known():
             return trace(*args, **kwargs)
         args, kwargs = jax.tree.map(_jax.resolved, (args, kwargs))
         with slots.open_holder(_NoState(kind)):

@@ -16,6 +16,7 @@ from jaxstate.core.capture import StateTracer
 from jaxstate.core.discharge import (
     Layout,
     discharge,
+    out_of_bind,
     read_all,
     refreshed,
     register_rule,
@@ -24,14 +25,14 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_known
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not any_open() or isinstance(params["transpose_thunk"], Settled):
+        if not any_known() or isinstance(params["transpose_thunk"], Settled):
             return bind(trace, args, avals, params)
         captured = captured_operands()
         if captured or any(state_of_all([params["callee"]])):
@@ -62,7 +63,7 @@ def _explicit(
 ) -> tuple[list[Any], dict[str, Any]]:
     """The operands and parameters of the operation with the state as residuals."""
     callee, n, n_res = params["callee"], params["num_callee_consts"], params["num_res"]
-    transpose, transpose_consts = params["transpose_thunk"]()
+    transpose, transpose_consts = traced(params["transpose_thunk"])
     reads, writes = state_of_all([callee, transpose])
     if writes:
         raise _written(writes[0])
@@ -121,11 +122,17 @@ class Settled:
         return self._thunk()
 
 
+def traced(thunk: Callable[[], Any]) -> Any:
+    """What ``thunk`` traces: a function of the program, perhaps in the middle of a bind."""
+    with out_of_bind():
+        return thunk()
+
+
 def without_state(thunk: Callable[[], Any]) -> Settled:
     """``thunk``, for a function that uses no state."""
 
     def checked() -> Any:
-        jaxpr, consts = thunk()
+        jaxpr, consts = traced(thunk)
         reads, writes = state_of_all([jaxpr])
         for address in (*(c.address for c in consts if type(c) is StateTracer), *reads, *writes):
             raise rule_touches_more(address)

@@ -27,7 +27,7 @@ from jaxstate.core.discharge import (
     write_all,
 )
 from jaxstate.core.initializers import initialize
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_open, where_unused
 
 
 @register_rule(_jax.scan_p)
@@ -177,8 +177,13 @@ def _run_in_python(while_loop: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(while_loop)
     def run(cond_fun: Any, body_fun: Any, init_val: Any) -> Any:
-        if not _jax.jit_is_disabled() or not any_open():
+        if not _jax.jit_is_disabled():
             return while_loop(cond_fun, body_fun, init_val)
+        if not any_open():
+            return where_unused(
+                lambda: while_loop(cond_fun, body_fun, init_val),
+                lambda: run(cond_fun, body_fun, init_val),
+            )
         value = init_val
         while True:
             value = jax.tree.map(jnp.asarray, value)

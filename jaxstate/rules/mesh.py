@@ -251,7 +251,7 @@ class _Call:
 
 def _per_device(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not slots.any_open() or isinstance(trace, _jax.TransparentTrace):
+        if not slots.any_known() or isinstance(trace, _jax.TransparentTrace):
             return bind(trace, args, avals, params)
         return _Call(trace, params).bind(bind, args, avals)
 

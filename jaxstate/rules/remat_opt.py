@@ -25,13 +25,13 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import captured_operands, own_use
-from jaxstate.core.slots import any_open
-from jaxstate.rules.linear_calls import Settled, without_state
+from jaxstate.core.slots import any_known
+from jaxstate.rules.linear_calls import Settled, traced, without_state
 
 
 def _with_state(bind: Callable[..., Any]) -> Callable[..., Any]:
     def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-        if not any_open() or isinstance(params["fun_jaxpr_thunk"], Settled):
+        if not any_known() or isinstance(params["fun_jaxpr_thunk"], Settled):
             return bind(trace, args, avals, params)
         if not captured_operands():
             thunk = without_state(params["fun_jaxpr_thunk"])
@@ -58,7 +58,7 @@ _jax.wrap_bind(_jax.remat_opt_p, own_use)
 def _explicit(args: Any, params: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Uses]:
     """The operands and parameters with slots in front of the operands that both functions take."""
     n, fwd = params["num_consts"], params["fwd_jaxpr"]
-    fun = _jax.closed(*params["fun_jaxpr_thunk"]())
+    fun = _jax.closed(*traced(params["fun_jaxpr_thunk"]))
     captured = tuple(c.address for c in _jax.consts_of(fun) if type(c) is StateTracer)
     fun = _jax.hoist_constants(fun, lambda c: type(c) is StateTracer)
     uses = uses_of([fwd, fun])

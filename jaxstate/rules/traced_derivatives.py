@@ -32,7 +32,7 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import one_use
-from jaxstate.core.slots import Address, any_open
+from jaxstate.core.slots import Address, any_known
 from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
 
 
@@ -58,7 +58,7 @@ def _call(function: Any, args: tuple[Any, ...], traced: _jax.Traced) -> Any:
     return out
 
 
-_jax.wrap_traced_rules(any_open, _call)
+_jax.wrap_traced_rules(any_known, _call)
 
 
 def _refreshed(args: tuple[Any, ...], traced: _jax.Traced) -> tuple[Any, ...]:

@@ -336,9 +336,9 @@ class _Plant(SownHolder):
         return placed_like(self, _Plant(self.scope, _names_in(self.values)))
 
     def signature(self) -> Hashable:
-        nested = self.scope.nested
-        names = _hashable(_names_in(self.values)) if nested else frozenset(self.values)
-        return "plant", self.scope, names
+        if not self.scope.nested:
+            return "plant", self.scope, frozenset(self.values)
+        return "plant", self.scope, _hashable(_names_in(self.values))
 
 
 def _names_in(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,7 @@ class StatefulTrace(_jax.TransparentTrace, Generic[S]):
     def _processed(self, primitive: Any, jaxpr: Any, start: Spec) -> Processed:
         """The jaxpr with this trace's operations in it, for a state that comes in as ``start``."""
         may_close = _jax.is_closed(jaxpr) and primitive is not _jax.remat_p
+        self._forget_if_changed()
         known = self._shared.processed.setdefault(jaxpr, {})
         key = may_close, start, _jax.trace_context()
         done = known.get(key)
@@ -209,6 +210,14 @@ class StatefulTrace(_jax.TransparentTrace, Generic[S]):
             if not done.constants:  # else it is for the constants of this time
                 known[key] = done
         return done
+
+    def _forget_if_changed(self) -> None:
+        """What was processed holds what the attributes were then."""
+        before = self._shared.attributes
+        now = {k: v for k, v in self.__dict__.items() if k not in _NOT_OF_AUTHORS}
+        if now.keys() != before.keys() or any(now[k] is not before[k] for k in now):
+            self._shared.processed.clear()
+            self._shared.attributes = now
 
     def _process(self, jaxpr: Any, may_close: bool, start: Spec) -> Processed:
         inside = self._inside(None, start)
@@ -317,10 +326,26 @@ def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
         with _jax.set_current_trace(self.parent_trace):
             if takes_operations and has_rule(primitive):
                 return self.process_higher_order(primitive, *_with_captures(*args))
-            return method(self, primitive, *args, **params)
+            out = method(self, primitive, *args, **params)
+            if out is None:
+                raise _returns_nothing(self, method.__name__, primitive)
+            return out
 
     called._runs_under_the_parent = True  # type: ignore[attr-defined]
     return called
+
+
+def _returns_nothing(trace: StatefulTrace, method: str, primitive: Any) -> Exception:
+    return TraceStateError(
+        message(
+            f"{type(trace).__name__}.{method} returned None for {primitive.name}: what it returns"
+            " is the result of the operation.",
+            fix="""
+            return super().process_primitive(primitive, args, params)
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def _with_captures(args: Any, params: Any) -> tuple[Any, Any]:
@@ -383,6 +408,7 @@ def _check_attributes(copy: StatefulTrace, before: dict[str, Any]) -> None:
 
 
 _OWN_ATTRIBUTES = frozenset({"parent_trace", "_value", "_entry", "_stored"})
+_NOT_OF_AUTHORS = _OWN_ATTRIBUTES | {"_shared", "_opened"}
 
 
 def _changed_structure(trace: Any, primitive: Any, start: Spec, ends: list[Spec]) -> Exception:
@@ -438,6 +464,17 @@ def new_trace(cls: type[T], *args: Any, state: Any = None, **kwargs: Any) -> Ite
     if not (isinstance(cls, type) and issubclass(cls, StatefulTrace)):
         raise TypeError(f"new_trace wants a subclass of StatefulTrace, and was given {cls!r}.")
     trace = cls(*args, **kwargs)
+    if "_shared" not in trace.__dict__:
+        raise TraceStateError(
+            message(
+                f"{cls.__name__}.__init__ does not call that of StatefulTrace.",
+                fix="""
+                def __init__(self, ...):
+                    super().__init__()
+                """,
+                used=_jax.user_location(),
+            )
+        )
     trace.parent_trace = _jax.current_trace()
     trace._shared.place = _jax.holding_trace(trace)
     trace.state = jax.tree.map(lambda x: x, state)  # containers of its own

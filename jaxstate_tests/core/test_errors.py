@@ -16,6 +16,7 @@ import pytest
 import jaxstate
 from jaxstate import errors
 from jaxstate.extend import StatefulTrace, new_slot, new_trace, read, write
+from jaxstate_tests import error_page
 
 pytestmark = pytest.mark.leaks_allowed(
     "the checker reports tracers in the traceback of the expected error"
@@ -272,6 +273,31 @@ def differentiates_a_converted_closure(read):
         return jax.grad(lambda consts: f(1.0, *consts))(consts)
 
     run(jnp.ones(2))
+
+
+def drawn_on_the_host():
+    def draw_on_the_host():
+        return np.asarray(jax.random.key_data(jaxstate.next_key()))
+
+    @jax.jit
+    def f():
+        y = jax.pure_callback(draw_on_the_host, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        return y, draw()
+
+    with jaxstate.rng_stream(KEY):
+        f()
+
+
+def mended_drawn_on_the_host():
+    @jax.jit
+    def f():
+        key = jax.random.key_data(jaxstate.next_key())
+        y = jax.pure_callback(np.asarray, jax.ShapeDtypeStruct((2,), jnp.uint32), key)
+        return y, draw()
+
+    with jaxstate.rng_stream(KEY) as stream:
+        f()
+        assert stream.count == 2
 
 
 def operand_was_written():
@@ -631,6 +657,8 @@ CATALOGUE = [
      "has type float32\\[\\], and was written with one of type int32\\[\\]"),
     (errors.UnsupportedPrimitiveError, no_rule, mended_no_rule, "custom_vmap_call"),
     (errors.AheadOfTimeError, ahead_of_time, mended_ahead_of_time, "compiled ahead of time"),
+    (errors.HostCallbackError, drawn_on_the_host, mended_drawn_on_the_host,
+     "count of random stream 'default'.* was changed while a jitted call"),
     (errors.DeviceWriteError, devices_write, mended_devices_write, "slot 'total'.*mesh axes d"),
     (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
      "parameter 'w', and is differentiated with respect to it"),
@@ -715,7 +743,7 @@ def test_the_message_names_the_transformations_around():
 
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECTIONS = re.split(r"^## ", (ROOT / "docs/errors.md").read_text(), flags=re.M)[1:]
+SECTIONS = re.split(r"^## ", error_page.CATALOGUE.read_text(), flags=re.M)[1:]
 
 
 def strings(source):
@@ -751,16 +779,23 @@ def has_words_of(text, template):
 
 def test_every_error_has_a_section_with_a_program_that_raises_it():
     sections = {section.split("\n")[0]: section for section in SECTIONS}
-    assert set(sections) == set(errors.__all__)
+    assert set(sections) == {*errors.__all__, "Mistakes"}
     for name, section in sections.items():
-        if name not in ("StateError", "SowError"):
+        if name not in ("StateError", "SowError", "Mistakes"):
             assert (
                 f"shows(\n    jaxstate.{name},\n" in section or f"shows(jaxstate.{name}," in section
             )
 
 
+def test_the_page_is_made_of_the_catalogue():
+    """Whose programs raise what it says; and the mended ones run."""
+    made = error_page.page()
+    if jax.__version_info__ >= (0, 12):  # messages quote the names that JAX has for things
+        assert error_page.PAGE.read_text() == made, "python -m jaxstate_tests.error_page"
+
+
 def test_every_message_is_shown_in_the_documentation():
-    """By a program that raises it, and its mended form; `test_docs` runs them."""
+    """By a program that raises it, and its mended form."""
     found = shown()
     missing = [
         place

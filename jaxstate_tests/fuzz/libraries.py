@@ -446,6 +446,11 @@ class Run:
 DIVERGES = frozenset({"diverges"})
 RULE = frozenset({"rule"})
 VJP = frozenset({"rule", "custom_vjp"})
+# What JAX refuses to differentiate twice (``optimize_remat``), or differentiates then as if it had
+# no rule (`jax.custom_gradient`), or whose second derivative by hand is not that of the first one
+# (a root that is not exact).
+FIRST_ORDER = frozenset({"first order"})
+DERIVATIVE = cs.REVERSE | FIRST_ORDER
 
 
 def with_options(run, **options):
@@ -464,7 +469,9 @@ RUNS = {
     "handed back": Run(handed_back, twice_by_hand),
     "custom_vjp": Run(custom_vjp, cs.custom_by_hand, makes=VJP),
     "custom_vjp, optimize_remat": Run(
-        with_options(custom_vjp, optimize_remat=True), cs.custom_by_hand, makes=VJP
+        with_options(custom_vjp, optimize_remat=True),
+        cs.custom_by_hand,
+        makes=VJP | FIRST_ORDER,
     ),
     "custom_vjp, symbolic_zeros": Run(
         with_options(custom_vjp, symbolic_zeros=True), cs.custom_by_hand, makes=VJP
@@ -478,21 +485,17 @@ RUNS = {
         with_options(custom_jvp, symbolic_zeros=True), cs.custom_by_hand, makes=RULE
     ),
     "custom_jvp, nondiff_argnums": Run(custom_jvp_nondiff, cs.custom_by_hand, makes=RULE),
-    "custom_gradient": Run(custom_gradient, cs.custom_by_hand, makes=VJP),
-    "custom_root": Run(root, root_by_hand, cs.REVERSE | cs.FORWARD | {"rule", "sown"}, RULE),
+    "custom_gradient": Run(custom_gradient, cs.custom_by_hand, makes=VJP | FIRST_ORDER),
+    "custom_root": Run(
+        root, root_by_hand, cs.REVERSE | cs.FORWARD | {"rule", "sown"}, RULE | FIRST_ORDER
+    ),
     "custom_linear_solve": Run(
         linear_solve, linear_solve_by_hand, cs.REVERSE | cs.FORWARD | {"rule", "sown"}, RULE
     ),
-    "grad": Run(value_and_grad, cs.grad_by_hand, cs.REVERSE),
-    "vjp": Run(pulled_back, cs.grad_by_hand, cs.REVERSE),
-    "linearize": Run(linearized, cs.grad_by_hand, cs.REVERSE | cs.FORWARD),
+    "grad": Run(value_and_grad, cs.grad_by_hand, DERIVATIVE),
+    "vjp": Run(pulled_back, cs.grad_by_hand, DERIVATIVE),
+    "linearize": Run(linearized, cs.grad_by_hand, DERIVATIVE | cs.FORWARD),
     "vmap": Run(in_lanes, cs.vmap_by_hand, cs.IN_LANES | {"sown"}),
-}
-
-# What the package gets wrong today, and is not run: the facts of such programs, and what is asked.
-KNOWN_FAULTS: dict[str, set[str]] = {
-    "an array that is read by a rule in a jaxpr that is differentiated": {"vjp", "rule", "array"},
-    "an attribute that is assigned under optimize_remat": {"custom_vjp, optimize_remat", "object"},
 }
 
 
@@ -536,6 +539,8 @@ class Library(Statement):
         found = set().union(*(cs.facts_of(s, facts) for s in self.body))
         for layer in self.layers:
             found |= RUNS[layer.run].makes | {layer.run, layer.convert}
+            if layer.convert in ("eval_jaxpr", "jaxpr_as_fun") or layer.closed:
+                found |= {"closes over"}
             if layer.convert in ("hoisted", "interpreter", "closure_convert") and not layer.closed:
                 found |= {"hoists"}
         return found
@@ -684,11 +689,6 @@ def _statements(draw: Any, depth: int) -> Any:
     if kind == 1:
         return Scope((draw(_leaves),), draw(st.sampled_from(["s", "t"])))
     return draw(_leaves)
-
-
-def is_known(program: Program, asked: str) -> bool:
-    """Whether one of the known faults would show."""
-    return any(fault <= program.facts | {asked} for fault in KNOWN_FAULTS.values())
 
 
 @st.composite

@@ -18,7 +18,6 @@ from jaxstate_tests.fuzz.fuzzing import drawn, fuzz
 
 
 def check(program, x, mode):
-    assume(not libraries.is_known(program, mode))
     entries = {entry: cs.initial(entry) for entry in program.entries}
     if mode == "init":
         born = program.init(x)
@@ -27,7 +26,7 @@ def check(program, x, mode):
         return assert_same(born, entries)
     given = {name: jnp.float32(v) for name, v in cs.given(program.entries, 1).items()}
     run, by_hand = MODES[mode](program)
-    result = found(mode, run, x, given)
+    result = found(program, mode, run, x, given)
     if result is None:
         assert "rule" in program.facts
     else:
@@ -45,10 +44,11 @@ X = st.sampled_from([np.float32(0.6), np.float32(-0.4)])
 ARGUMENTS = (libraries.programs(), X, st.sampled_from(sorted(MODES)))
 
 
-def found(mode, run, *args):
+def found(program, mode, run, *args):
     """None where a derivative is asked of a custom rule that does not say what it is.
 
-    JAX has errors of its own where a library closes over what is differentiated.
+    JAX has errors of its own where a library closes over what is differentiated, and where a
+    function with ``optimize_remat`` closes over a tracer.
     """
     refusals = [jaxstate.CustomRuleStateError]
     if mode == "of parameters too":
@@ -58,6 +58,9 @@ def found(mode, run, *args):
     except tuple(refusals):
         return None
     except Exception as error:
+        is_of_jax = "No constant handler for type: <class 'jax." in str(error)
+        if is_of_jax and {"custom_vjp, optimize_remat", "closes over"} <= program.facts:
+            return None
         if type(error).__name__ != "CustomVJPException":
             raise
         return None

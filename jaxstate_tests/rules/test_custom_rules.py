@@ -438,3 +438,122 @@ def test_state_in_the_next_scan(key):
             np.testing.assert_allclose(y, drawn(key, 3) * 27, rtol=1e-5)
             np.testing.assert_array_equal(sums, [0, 1, 3])
             assert read(slot) == 3
+
+
+# -- What a backward rule closes over ----------------------------------------------------------
+
+
+def _scanned(f, n=2):
+    return lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, None, length=n)[0]
+
+
+TRANSPOSED = {
+    "jit of scan": lambda f: jax.jit(_scanned(f)),
+    "scan of jit": lambda f: _scanned(jax.jit(f)),
+    "scan of cond": lambda f: _scanned(lambda x: jax.lax.cond(x > 0, f, lambda x: x, x)),
+    "checkpoint of scan": lambda f: jax.checkpoint(_scanned(f)),
+    "vmap of jit": lambda f: lambda x: jnp.sum(jax.vmap(jax.jit(f))(jnp.stack([x, x]))),
+}
+
+
+def _scaling(scale):
+    """Twice ``x``, with the derivative ``scale()``."""
+    f = jax.custom_vjp(lambda x: 2 * x)
+    f.defvjp(lambda x: (2 * x, None), lambda _, ct: (ct * scale(),))
+    return f
+
+
+def _pulled_twice(f, x, between):
+    """By one pullback, which is kept while ``between`` runs."""
+    _, back = jax.vjp(f, x)
+    first = back(1.0)[0]
+    between()
+    return first, back(1.0)[0], jax.grad(f)(x)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("around", TRANSPOSED)
+def test_a_backward_rule_reads_an_array_that_is_no_residual(around, jit):
+    """What is in the array when the pullback is called, as of all that the rule closes over."""
+
+    def in_place(x):
+        a = jnp.ones(3)
+        a[1] = 5 * x
+        f = TRANSPOSED[around](_scaling(lambda: a[1]))
+        return _pulled_twice(f, x, lambda: a.__setitem__(1, a[1] + 1))
+
+    def by_hand(x, scale):
+        f = jax.custom_vjp(lambda x, scale: 2 * x)
+        f.defvjp(lambda x, scale: (2 * x, scale), lambda scale, ct: (ct * scale, 0 * scale))
+        return jax.grad(TRANSPOSED[around](lambda x: f(x, scale)))(x)
+
+    def all_by_hand(x):
+        return by_hand(x, 5 * x), by_hand(x, 5 * x + 1), by_hand(x, 5 * x + 1)
+
+    x, run = jnp.float32(1.5), jaxstate.inplace(in_place)
+    run = jax.jit(run) if jit else run
+    np.testing.assert_allclose(run(x), all_by_hand(x), rtol=1e-5)
+    xs = jnp.stack([x, 2 * x])
+    np.testing.assert_allclose(jax.vmap(run)(xs), jax.vmap(all_by_hand)(xs), rtol=1e-5)
+
+
+def test_a_backward_rule_that_reads_an_argument_in_place_does_not_write_it():
+    """The leaves of the pullback are operands of a jitted function, in which the rule runs."""
+
+    @jaxstate.inplace
+    def run(x):
+        a = jnp.zeros(2)
+
+        def step(x):
+            a[0] += x
+            return jnp.sin(x) * a[0]
+
+        converted, consts = jax.closure_convert(step, x)
+        f = jax.custom_vjp(lambda x, *consts: converted(x, *consts))
+        f.defvjp(lambda *args: (f(*args), None), lambda _, ct: (3 * ct, *[None] * len(consts)))
+        converted_again, more = jax.closure_convert(lambda x: f(x, *consts), x)
+        y, back = jax.vjp(lambda x: converted_again(x, *more), x)
+        leaves, tree = jax.tree.flatten(back)
+        pull = jax.jit(lambda ct, leaves: jax.tree.unflatten(tree, leaves)(ct)[0])
+        return y, pull(jnp.ones_like(y), leaves), a
+
+    x = jnp.float32(0.5)
+    y, dx, a = run(x)
+    np.testing.assert_allclose((y, dx, a[0], a[1]), (np.sin(x) * x, 3.0, x, 0.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("around", ["", "jit", "checkpoint", "scan"])
+def test_what_optimize_remat_runs_again_assigns_to_the_objects_of_its_call(around):
+    def loss(x, n):
+        def run(tree, x):
+            def step(x):
+                tree["n"] = 0.5 * tree["n"] + x
+                return x * tree["n"]
+
+            f = jax.custom_vjp(step)
+            f.defvjp(lambda x: (f(x), x), lambda x, ct: (3 * ct * x,), optimize_remat=True)
+            y = AROUND_REMAT[around](f)(x)
+            return y + tree["n"]
+
+        y, tree = jaxstate.mutate(run)({"n": n}, x)
+        return y, tree["n"]
+
+    def by_hand(x, n):
+        rule = jax.custom_vjp(lambda x, m: x * m)
+        rule.defvjp(lambda x, m: (x * m, x), lambda x, ct: (3 * ct * x, 0.0 * x))
+        for _ in range(2 if around == "scan" else 1):
+            n = 0.5 * n + jax.lax.stop_gradient(x)
+            x = rule(x, n)
+        return x + n, n
+
+    args = jnp.float32(0.5), jnp.float32(0.25)
+    for f in (lambda f: f, jax.jit, lambda f: jax.value_and_grad(f, has_aux=True)):
+        jax.tree.map(np.testing.assert_allclose, f(loss)(*args), f(by_hand)(*args))
+
+
+AROUND_REMAT = {
+    "": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": _scanned,
+}
