@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 from jaxstate.core.resolve import innermost_boundary
-from jaxstate.core.slots import Holder, around_functions, signature_changed, signature_parts
+from jaxstate.core.slots import (
+    Address,
+    Holder,
+    around_functions,
+    open_holder,
+    signature_changed,
+    signature_parts,
+)
 from jaxstate.params.paths import Entered, Path, PathElement, Root, program
 
 __all__ = ["following", "path", "path_of", "path_since"]
@@ -28,6 +34,10 @@ def path() -> tuple[str, ...]:
     A module that has not used a parameter or variable yet has no name. It is told the one that it
     would get, which is another one only if a module of the same name comes before it with its
     first parameter.
+
+    A function that is traced once and used in several scopes would say the path of the first. So
+    from when this is first asked in a jaxpr that a module or scope is around, JAX traces functions
+    once for each scope.
 
     >>> import jax, jaxstate
     >>> @jaxstate.parametrized
@@ -83,35 +93,25 @@ def path_since(n: int) -> Path:
     return now[len(before) :] if now[: len(before)] == before else now
 
 
-@contextmanager
-def following() -> Iterator[None]:
-    """For a while, functions are traced for each scope in which they are used."""
-    program.followers += 1
-    signature_changed()
-    try:
-        yield
-    finally:
-        program.followers -= 1
-        signature_changed()
+class _Follower(Holder):
+    """Says that something open looks at the path of the program. (It has no slots.)
 
+    Attributes:
+      entries: where the program is in a function that runs later, as the rules of derivatives do;
+        None where the program itself says it.
+    """
 
-# The functions of a custom derivative rule run when JAX likes, and are where they are first called.
-_places: WeakKeyDictionary[Holder, list[Entered]] = WeakKeyDictionary()
+    entries: list[Entered] | None = None
 
+    def knows(self, address: Address) -> bool:
+        return False
 
-@contextmanager
-def _as_first_called(holder: Holder) -> Iterator[None]:
-    now, known = program.entries, _places.get(holder)
-    if known is None:
-        if now and (program.followers or program.always_followed):
-            _places[holder] = [_told(path_of(now[: i + 1])) for i in range(len(now))]
-        yield
-        return
-    program.entries = list(known)
-    try:
-        yield
-    finally:
-        program.entries = now
+    def without_values(self) -> _Follower:
+        follower, now = _Follower(), program.entries
+        follower.entries = [_told(path_of(now[: i + 1])) for i in range(len(now))]
+        return follower
+
+    remains = without_values  # anew for each function
 
 
 def _told(path: Path) -> Entered:
@@ -120,7 +120,36 @@ def _told(path: Path) -> Entered:
     return entered
 
 
-around_functions.append(_as_first_called)
+@contextmanager
+def following() -> Iterator[None]:
+    """For a while, functions are traced for each scope in which they are used."""
+    with open_holder(_Follower()):
+        program.followers += 1
+        signature_changed()
+        try:
+            yield
+        finally:
+            program.followers -= 1
+            signature_changed()
+
+
+@contextmanager
+def _where_it_was_called(holder: Holder) -> Iterator[None]:
+    found = (h.entries for h in reversed(holder.below) if isinstance(h, _Follower))
+    known = next((entries for entries in found if entries is not None), None)
+    if known is None:
+        yield
+        return
+    now, program.entries = program.entries, list(known)
+    program.followers += 1
+    try:
+        yield
+    finally:
+        program.entries = now
+        program.followers -= 1
+
+
+around_functions.append(_where_it_was_called)
 
 
 def _signature() -> Hashable:

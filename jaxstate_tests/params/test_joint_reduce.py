@@ -88,8 +88,14 @@ LANES = {
 }
 
 
+QUICK = {"vmap", "vmap of jit", "vmap of scan", "vmap of vmap"}
+
+
 @pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize(
+    "lanes",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LANES],
+)
 def test_lanes_become_one_value(lanes, reduce):
     net = net_of(reduce, LANES[lanes])
     params, state = net.init_with_state(KEY, X)

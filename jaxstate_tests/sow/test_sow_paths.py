@@ -71,8 +71,14 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("outside", OUTSIDE)
-@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize(
+    "inside, outside",
+    [
+        pytest.param(i, o, marks=() if o == "jit" or i == "scan" else pytest.mark.slow)
+        for i in INSIDE
+        for o in OUTSIDE
+    ],
+)
 def test_layers_of_one_function_sow_and_are_planted_each_in_its_place(inside, outside):
     wrap, wrap_by_hand = INSIDE[inside]
     first, second = layer(), layer()
@@ -291,3 +297,21 @@ def test_values_that_are_dicts_are_values():
     assert plant(f, nested=True)({"a": {"h": {"p": 5.0, "q": {"r": 6.0}}}}, 1.0) == {
         "p": 5, "q": {"r": 6},
     }  # fmt: skip
+
+
+def custom_vjp(f):
+    g = jax.custom_vjp(lambda x: f(x))
+    g.defvjp(lambda x: (g(x), x), lambda x, ct: (3 * ct,))
+    return g
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+@pytest.mark.parametrize("custom", [custom_jvp, custom_vjp])
+def test_derivative_rules_that_run_later_sow_where_their_function_is_called(custom, wrap):
+    parts = [custom(lambda x: jnp.tanh(sow("h", 2 * x))) for _ in range(2)]
+    layers = [jaxstate.parametrized(part, name="layer") for part in parts]
+    net = jaxstate.parametrized(lambda x: layers[1](layers[0](x)).sum(), name="net")
+    grads, sown = reap(jax.grad(lambda x: wrap(net.apply)({}, x)), nested=True)(X)
+    h = jnp.tanh(2 * X)
+    same_tree(sown, {"layer": {"h": 2 * X}, "layer_1": {"h": 2 * h}})
+    np.testing.assert_allclose(grads, jnp.full(3, 9.0))
