@@ -683,8 +683,9 @@ def _draw(name: str, identity: Any) -> jax.Array:
 
 
 def _after(count: Any) -> Any:
-    if isinstance(count, (np.generic, np.ndarray)):  # NumPy warns of what goes round
-        return np.int32(int(count) + 1 if count < 2**31 - 1 else -(2**31))  # type: ignore[operator]
+    if isinstance(count, (np.generic, np.ndarray)):
+        n = int(count)  # NumPy warns of a number that goes round
+        return np.int32(n + 1 if n < 2**31 - 1 else -(2**31))
     if not _jax.is_concrete_array(count):
         return count + 1
     # The same, without a number that has to be brought to the device: a transfer guard forbids it.

@@ -410,6 +410,7 @@ def wrap_jitted_calls(
     """
     run, jitted_function, plain_function = pjit._run_python_pjit, pjit._cpp_pjit, pjit._jax.pjit
     in_progress = threading.local()
+    trace, axis_env = core.trace_state_strong_ref, core.axis_env_state
 
     def infer_params(fun: Any, info: Any, args: Any, kwargs: Any) -> Any:
         # `lower` and `trace` infer too.
@@ -444,7 +445,8 @@ def wrap_jitted_calls(
         @traceback_util.api_boundary
         def ask_first(*args: Any, **kwargs: Any) -> Any:
             if (
-                core.trace_ctx.is_top_level()
+                trace.value is core.eval_trace  # (`is_top_level` takes three calls to say so)
+                and axis_env.value is core.top_axis_env
                 and not config.debug_key_reuse.value
                 and not config.no_tracing.value
             ):
@@ -456,7 +458,7 @@ def wrap_jitted_calls(
         return plain_function(name, fun, ask_first, *options)
 
     own = types.ModuleType(pjit._jax.__name__)
-    own.__dict__.update(pjit._jax.__dict__, pjit=pjit_function)  # type: ignore[arg-type]
+    vars(own).update(vars(pjit._jax), pjit=pjit_function)
     pjit._jax, pjit._cpp_pjit = own, cpp_pjit
     pjit._infer_params = infer_params
     pjit._run_python_pjit = run_python_pjit

@@ -55,7 +55,9 @@ __all__ = [
 
 # The trace that is current on this thread, or None inside a rule (jax >= 0.11). (It is asked for
 # all the time, so that a function of Python around it would count.)
-current_trace: Callable[[], Any] = functools.partial(operator.attrgetter("trace"), core.trace_ctx)
+current_trace: Callable[[], Any] = functools.partial(
+    operator.attrgetter("value"), core.trace_state_strong_ref
+)
 
 
 def at_top_level() -> bool:

@@ -328,6 +328,7 @@ def boundaries(holder: Holder) -> Sequence[Any]:
 
 def _find_boundaries(holder: Holder, trace: Any) -> Sequence[Any]:
     found: list[Any] = []
+    known: set[int] = set()  # of what is found: the number of each trace
     bottom = [holder] if holder is _OUTERMOST else []
     open_holders = bottom + stack()
     if trace is holder.anchor and open_holders and open_holders[-1] is holder:
@@ -345,7 +346,8 @@ def _find_boundaries(holder: Holder, trace: Any) -> Sequence[Any]:
         for t in _jax.chain(trace):
             if not ends_by_itself and same_trace(t, inner.anchor):
                 break
-            if isinstance(t, _jax.StagingTrace) and not any(t is f for f in found):
+            if isinstance(t, _jax.StagingTrace) and id(t) not in known:
+                known.add(id(t))
                 found.append(t)
         if inner is holder:
             break

@@ -320,11 +320,11 @@ class Holder:
         return None
 
     # The values of a holder with a place: its memories number them.
-    recalled_values: list[Any]
+    numbered: list[Any]
 
     def remembered(self, addresses: Sequence[Address]) -> Memory | None:
-        """What the holder knows now, without any values, to be used again in an equal
-        `place_here`, in this holder or another; None if that cannot be."""
+        """What the holder knows now, without any values, to be used again where `place_here` is
+        equal, in this holder or another; None if that cannot be."""
         return None
 
     def recall(self, memory: Any) -> None:

@@ -487,7 +487,7 @@ class Store(Holder):
 
     def layers(self) -> NameTables:
         """The names visible here: of the boundaries around the program, then the store's own."""
-        return NameTables([*(self.layer_of(b) for b in boundaries(self)), self.layer])
+        return NameTables([*map(self.layer_of, boundaries(self)), self.layer])
 
     def layer_of(self, boundary: Any) -> NameTable:
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra

@@ -189,7 +189,7 @@ def interned(key: Hashable) -> _Interned:
         return _interned.setdefault(key, _Interned(key))
 
 
-def _types_of_arrays(writable: bool | frozenset[str], tree: Any, arrays: list[Any]) -> Any:
+def _types_of_arrays(writable: Any, tree: Any, arrays: list[Any]) -> Any:
     """The types of the arrays that are given to an `ApplyStore`, and what is `interned` for them.
 
     To hash types takes long. So they are known by identity: what a jitted function returns is of
@@ -234,7 +234,7 @@ class ApplyStore(Store):
             self._given = _with_dicts(self._given, of_all_mappings=False)
             self._leaves, tree = jax.tree.flatten(self._given)
         self._tree = tree
-        self.recalled_values = self._leaves.copy()
+        self.numbered = self._leaves.copy()
         self._known: _Known | None = None
         self._may_recall = _jax.are_concrete_arrays(kinds)
         if self._may_recall:
@@ -341,7 +341,7 @@ class ApplyStore(Store):
         for path, (template, number) in self._known.entries.items():
             entry = names.entries[path] = template.without_values()
             entry.initial[ONLY_LEAF] = self._leaves[number]
-            entry.cells[ONLY_LEAF] = _LeafCell(self.recalled_values, number)
+            entry.cells[ONLY_LEAF] = _LeafCell(self.numbered, number)
         return names
 
     def place_here(self) -> Hashable:
@@ -377,8 +377,8 @@ class ApplyStore(Store):
         """The variables as they are now: a new tree, with dicts for modules and scopes."""
         if "layer" not in self.__dict__ and self._signature.is_of_dicts():
             if not _jax.abstract_mesh().empty:
-                self.recalled_values = list(map(_jax.in_mesh, self.recalled_values))
-            return self._tree.unflatten(self.recalled_values)["variable"]
+                self.numbered = list(map(_jax.in_mesh, self.numbered))
+            return self._tree.unflatten(self.numbered)["variable"]
         now = {
             path: self._value_now(path, entry)
             for path, entry in self.layer.entries.items()

@@ -252,7 +252,7 @@ class _ThreadedCall:
 
         ``found`` is where the cells are noted if they stay (`slots.OpenHere`).
         """
-        holder = self._holder()
+        holder = self._holder() if self._recalled else None
         place = None if holder is None else holder.place_here()
         if holder is not None and place is not None:
             memory = self._memories.get(place)
@@ -260,7 +260,7 @@ class _ThreadedCall:
                 return NotImplemented
             return self._try_recalled(holder, memory, args, kwargs)
         refs = found.get(self)
-        cells = [ref() for ref in refs] if refs else self._cells_here(found)
+        cells: list[Any] = [ref() for ref in refs] if refs else self._cells_here(found)
         if None in cells:
             return NotImplemented
         try:
@@ -279,7 +279,7 @@ class _ThreadedCall:
 
     def _try_recalled(self, holder: Any, memory: Any, args: Any, kwargs: Any) -> Any:
         """The same with what ``holder`` remembers, whose values are numbered."""
-        numbers, now = memory.numbers, holder.recalled_values
+        numbers, now = memory.numbers, holder.numbered
         others: dict[int, Any] = {i: address.cell_here() for i, address in self._others}
         if None in others.values():
             return NotImplemented
