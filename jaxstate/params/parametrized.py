@@ -638,6 +638,10 @@ def _watched(store: Any, module: Parametrized[..., Any], /, *args: Any, **kwargs
     return out
 
 
+def _intercepted(around: Any, name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return intercepted(around, "module", name, fn, args, kwargs)
+
+
 def check_name(name: Any, where: str) -> None:
     """Names are joined with slashes where a path is written, or made into a key."""
     if not isinstance(name, str) or not name or "/" in name:

@@ -933,7 +933,7 @@ def test_a_nest_of_400_modules():
     np.testing.assert_array_equal(out, 2.0 * weight["weight"])
     np.testing.assert_array_equal(nest.apply(params, 2.0), out)
     assert state == {}
-    assert len(nest.summary(KEY, 1.0).scopes) == 402
+    assert len(nest.summary(KEY, 1.0).scopes) == 401
 
 
 def test_a_module_of_a_python_module_is_pickled_by_name():
