@@ -30,7 +30,7 @@ import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,7 @@ __all__ = [
 Shape = Sequence[int]
 Sharding = NamedSharding | PartitionSpec
 KeyLike = jax.Array | np.ndarray
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPEN = np.False_
@@ -629,6 +630,14 @@ def rng_stream(
 
 
 _REQUIRED: Any = object()
+
+
+@overload
+def next_key(name: str = "default") -> jax.Array: ...
+
+
+@overload
+def next_key(name: str = "default", *, default: T) -> jax.Array | T: ...
 
 
 def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:

@@ -58,8 +58,8 @@ def calls_of_shows(statement):
 def call_of(program, source):
     """The wrong program as one calls it."""
     if isinstance(program, ast.Lambda):
-        segment = ast.get_source_segment(source, program.body)
-        return segment if "\n" not in segment else ast.unparse(program.body)
+        first, *more = ast.get_source_segment(source, program.body).splitlines()
+        return "\n".join([first, *(line[program.col_offset :] for line in more)])
     return f"{ast.unparse(program)}()"
 
 

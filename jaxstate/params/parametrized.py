@@ -248,9 +248,15 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function; inside another parametrized function, as a module of its own."""
         store = innermost_store()
+        watched = store if store is not None and store.looks_at_calls else None
         try:
             with level_entered(store, PathElement(self.name, self._token), self):
-                return self.as_called(store)(*args, **kwargs)
+                if watched is None or interceptions("module"):
+                    return self.as_called(store)(*args, **kwargs)
+                watched.called(self, args, kwargs)
+                out = self.fn(*args, **kwargs)
+                watched.returned(out)
+                return out
         except TypeError as error:
             self._explain(error, "", args, kwargs)
             raise
@@ -262,7 +268,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         """
         fn: Callable[..., Any] = self.fn
         if store is not None and store.looks_at_calls:
-            fn = functools.partial(_observed, store, self)
+            fn = functools.partial(_watched, store, self)
         around = interceptions("module")
         return functools.partial(_intercepted, around, self.name, fn) if around else fn
 
@@ -628,7 +634,8 @@ def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     return Parametrized(fn, name)
 
 
-def _observed(store: Any, module: Parametrized[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _watched(store: Any, module: Parametrized[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """A module that is called, for a store that looks at what goes in and comes out."""
     store.called(module, args, kwargs)
     out = module.fn(*args, **kwargs)
     store.returned(out)

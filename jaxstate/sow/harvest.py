@@ -349,7 +349,7 @@ def _names_in(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _hashable(names: Mapping[str, Any] | None) -> Hashable:
+def _hashable(names: Any) -> Hashable:
     if names is None:
         return None
     return frozenset((name, _hashable(inner)) for name, inner in names.items())

@@ -6,6 +6,7 @@ lines that mend it; afterwards the library is as before.
 
 import ast
 import pathlib
+import pickle
 import re
 
 import jax
@@ -840,3 +841,139 @@ def test_other_bad_input_is_refused_where_it_is_given():
     with pytest.raises(TypeError, match="wants a function"):
         jaxstate.parametrized(3)
     np.testing.assert_array_equal(net.apply({"weight": jnp.ones(3)}, 1.0), np.ones(3))
+
+
+# -- Mistakes ------------------------------------------------------------------------------------
+
+
+def in_a_network(use):
+    def function(x):
+        use(jaxstate.variable("v", jnp.zeros, (3,)), x)
+
+    jaxstate.parametrized(function).init_with_state(KEY, jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda v, x: v + 1,
+        lambda v, x: 1 + v,
+        lambda v, x: x * v,
+        lambda v, x: v @ x,
+        lambda v, x: -v,
+        lambda v, x: v[0],
+        lambda v, x: v == 0,
+        lambda v, x: v != x,
+        lambda v, x: v < 1,
+        lambda v, x: 1 if v else 0,
+        lambda v, x: [0, 1][v],
+        lambda v, x: float(v),
+        lambda v, x: len(v),
+        lambda v, x: list(v),
+        lambda v, x: np.sin(v),
+        lambda v, x: v.__setitem__(0, 1),
+    ],
+)
+def test_a_handle_is_not_taken_for_its_value(use):
+    with pytest.raises(
+        TypeError, match=r"'v' was used as if it were its value .*\n(.*\n)*.*v\.value"
+    ):
+        in_a_network(use)
+
+
+def test_handles_are_compared_by_identity():
+    def use(v, x):
+        assert v == v and v in {v} and v in [0, v][1:]
+        assert (v != v) is False
+
+    in_a_network(use)
+
+
+class ScaledSines(StatefulTrace):
+    factor = 2.0
+
+    def process_primitive(self, primitive, args, params):
+        out = super().process_primitive(primitive, args, params)
+        return out * self.factor if primitive.name == "sin" else out
+
+
+def test_an_attribute_of_a_trace_counts_for_functions_that_were_traced_before():
+    @jax.jit
+    def f(x):
+        return jax.lax.fori_loop(0, 2, lambda i, x: jnp.sin(x), x)
+
+    def by_hand(factor):
+        x = 0.5
+        for _ in range(2):
+            x = factor * np.sin(x)
+        return x
+
+    with new_trace(ScaledSines) as trace:
+        for factor in (2.0, 3.0, 2.0, -1.0):
+            trace.factor = factor
+            np.testing.assert_allclose(f(0.5), by_hand(factor), rtol=1e-6)
+
+
+def test_a_nest_of_400_modules():
+    def around(inner):
+        @jaxstate.parametrized
+        def module(x):
+            return inner(x)
+
+        return module
+
+    nest = first
+    for _ in range(400):
+        nest = around(nest)
+    params = nest.init(KEY, 1.0)
+    out, state = nest.apply_with_state(params, {}, 2.0)
+    weight = params
+    for _ in range(400):
+        (weight,) = weight.values()
+    np.testing.assert_array_equal(out, 2.0 * weight["weight"])
+    np.testing.assert_array_equal(nest.apply(params, 2.0), out)
+    assert state == {}
+    assert len(nest.summary(KEY, 1.0).scopes) == 401
+
+
+def test_a_module_of_a_python_module_is_pickled_by_name():
+    assert pickle.loads(pickle.dumps(net)) is net
+    assert pickle.loads(pickle.dumps({"pair": [pair, first]})) == {"pair": [pair, first]}
+
+
+@pytest.mark.parametrize("make", [lambda: jaxstate.rng_stream(KEY), lambda: jaxstate.scope("s")])
+def test_what_is_not_opened_is_warned_of_where_it_is_dropped(make):
+    with pytest.warns(UserWarning, match="never opened: 'with' opens it") as caught:
+        make()
+    assert caught[0].filename == __file__
+
+
+def test_what_is_opened_is_not_warned_of():
+    with jaxstate.rng_stream(KEY), jaxstate.scope("s"):
+        pass
+
+    @jaxstate.scope("encoder")
+    def encode(x):
+        return x * jaxstate.param("w", jax.nn.initializers.ones, ())
+
+    params = jaxstate.parametrized(lambda x: encode(encode(x))).init(KEY, 1.0)
+    assert params == {"encoder": {"w": 1.0}}
+
+
+def test_an_error_in_an_initializer_says_of_what():
+    def wrong(key):
+        return jnp.ones(3) @ jnp.ones(4)
+
+    with pytest.raises(TypeError, match="contracting") as caught:
+        jaxstate.parametrized(lambda: jaxstate.param("w", wrong)).init(KEY)
+    assert any("initializer of parameter 'w'" in note for note in caught.value.__notes__)
+
+
+def test_a_type_error_of_the_program_stays_what_it_is():
+    def wrong(x):
+        return x + "1"
+
+    f = jaxstate.parametrized(wrong)
+    for run in (lambda: f(1.0), lambda: f.init(KEY, 1.0), lambda: f.apply({}, 1.0)):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            run()

@@ -239,7 +239,7 @@ def test_what_is_refused(key):
     with pytest.raises(TypeError, match="wants a parametrized object"):
         jaxstate.stack(lambda x: x, 2)
     wider = jaxstate.stack(dense(7), 2)
-    with pytest.raises(TypeError, match="carry"):
+    with pytest.raises(TypeError, match="into the next one"):
         wider.init(key, X)
     centered = jaxstate.parametrized(
         lambda x: x - jaxstate.param("mean", lambda key, x: x.mean(0), x), name="centered"

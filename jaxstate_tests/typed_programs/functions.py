@@ -13,6 +13,7 @@ from jaxstate.extend import StatefulTrace, current_trace, new_slot, new_trace, r
 
 def noisy(x: jax.Array, scale: float = 1.0) -> jax.Array:
     assert_type(jaxstate.next_key("noise"), jax.Array)
+    assert_type(jaxstate.next_key(default=None), jax.Array | None)
     return x + scale * jaxstate.random.normal(x.shape, jnp.float32, stream="noise")
 
 
