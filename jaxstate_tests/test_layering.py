@@ -24,6 +24,7 @@ FLOORS = {
         "mesh", "batching", "hijax", "remat_opt", "traced_derivatives", "kernels",
     ],
     "traces": ["state", "retrace", "stateful"],
+    "causal": ["knowledge", "program", "regions", "rules", "fixed_point"],
     "extend": [],
     "random": [],
     "params": [

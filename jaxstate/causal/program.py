@@ -1,0 +1,284 @@
+"""A function as a list of operations on values, with what is known of each of them.
+
+Jitted functions, checkpoints and functions with custom derivatives are the operations in them, and
+so is a loop over layers, turn by turn. A loop over time is one operation, with a value for each
+turn. What does not depend on the input is computed right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxstate import _jax
+from jaxstate.causal.knowledge import Facts, lean
+from jaxstate.errors import NotCausalError, message
+
+CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "checkpoint", "remat", "remat2",
+    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
+    "xla_metadata_call",
+}  # fmt: skip
+_NOT_ASKED = object()
+MOST_TURNS = 256  # of a loop that becomes the operations in it
+
+
+class Value:
+    """A value of the program.
+
+    Attributes:
+      stamps: when its elements are known, lean.
+      array: the value itself, if it does not depend on the input.
+      operation, place: whose result it is, and which of them.
+      run: for what does not depend on the input, a function that computes it while tracing.
+    """
+
+    def __init__(self, aval: Any, stamps: np.ndarray, array: Any = None):
+        self.shape, self.dtype = tuple(aval.shape), aval.dtype
+        self.stamps = stamps
+        self.array = array
+        self.operation: Operation | None = None
+        self.place = 0
+        self.run: Callable[[], Any] | None = None
+        self._concrete: Any = _NOT_ASKED
+        self._facts: Any = _NOT_ASKED
+
+    @property
+    def depends(self) -> bool:
+        return self.array is None
+
+    def concrete(self) -> Any:
+        """The array, if it can be known while tracing."""
+        if self._concrete is _NOT_ASKED:
+            self._concrete = None
+            if not _jax.is_tracer(self.array):
+                self._concrete = self.array
+            elif self.run is not None:
+                self._concrete = self.run()
+        return self._concrete
+
+    def facts(self) -> Facts | None:
+        if self._facts is _NOT_ASKED:
+            self._facts = None
+            if self.depends:
+                if self.operation is not None:
+                    self._facts = self.operation.rule.facts(self.operation, self.place)
+            elif not jnp.issubdtype(self.dtype, jax.dtypes.extended):
+                found = self.concrete()
+                if found is not None:
+                    value = lean(np.asarray(found))
+                    self._facts = Facts(np.ones((1,) * value.ndim, bool), value)
+        return self._facts
+
+
+class Operation:
+    """An operation whose operands depend on the input.
+
+    Attributes:
+      ins: its operands, each a `Value`.
+      outs: its results.
+      rule: of this operation.
+      number: in the order of the program.
+    """
+
+    def __init__(self, eqn: Any, params: Any, ins: Sequence[Value], avals: Sequence[Any]):
+        self.eqn = eqn
+        self.primitive = eqn.primitive
+        self.name = eqn.primitive.name
+        self.params = params
+        self.ins = ins
+        self.avals = avals
+        self.outs: list[Value] = []
+        self.rule: Any = None
+        self.number = 0
+
+    def bind(self, args: Sequence[Any], **params: Any) -> list[Any]:
+        """Runs it, with some other parameters."""
+        out = self.primitive.bind(*args, **{**self.params, **params})
+        return list(out) if self.primitive.multiple_results else [out]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in self.ins)
+        place = _jax.location_of(self.eqn)
+        return f"{self.name} of {shapes}" + (f" at {place}" if place else "")
+
+
+def run_equation(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+class Program:
+    """The operations of a function.
+
+    Args:
+      rule_of: the rule of an operation.
+      loop_over_time: the rule of a scan whose turns are in the order of the input.
+    """
+
+    def __init__(self, rule_of: Callable[[Operation], Any], loop_over_time: Any):
+        self.operations: list[Operation] = []
+        self.rule_of = rule_of
+        self.loop_over_time = loop_over_time
+
+    def constant(self, array: Any, run: Callable[[], Any] | None = None) -> Value:
+        aval = _jax.typeof(array)
+        value = Value(aval, np.zeros((1,) * len(aval.shape), np.int32), array)
+        value.run = run
+        return value
+
+    def trace(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+        """The results of a jaxpr."""
+        jaxpr = _jax.close(jaxpr)
+        env: dict[Any, Value] = {}
+
+        def read(atom: Any) -> Value:
+            return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        env.update(
+            zip(_jax.constvars(jaxpr), map(self.constant, _jax.consts_of(jaxpr)), strict=True)
+        )
+        env.update(zip(_jax.invars(jaxpr), args, strict=True))
+        for eqn in _jax.equations(jaxpr):
+            outs = self.equation(eqn, [read(x) for x in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(x) for x in _jax.outvars(jaxpr)]
+
+    def call(self, fun: Callable[..., Any], *args: Value) -> list[Value]:
+        """The results of a function of JAX."""
+        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+        return self.trace(jax.make_jaxpr(fun)(*avals), args)
+
+    def equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
+        name, params = eqn.primitive.name, eqn.params
+        if not any(x.depends for x in ins):
+            return self._known(eqn, ins)
+        if name in CALLS:
+            return self.trace(next(iter(_jax.jaxprs_in(params))), ins)
+        if name == "cond":
+            return self._branches(params["branches"], ins)
+        if name == "scan":
+            return self._scan(eqn, ins)
+        if eqn.effects:
+            raise NotCausalError(_effect(Operation(eqn, params, ins, ())))
+        return self.add(Operation(eqn, params, ins, [v.aval for v in eqn.outvars]))
+
+    def add(self, operation: Operation, rule: Any = None) -> list[Value]:
+        operation.rule = rule or self.rule_of(operation)
+        operation.number = len(self.operations)
+        self.operations.append(operation)
+        stamps = operation.rule.stamps(operation)
+        for place, (aval, when) in enumerate(zip(operation.avals, stamps, strict=True)):
+            value = Value(aval, lean(np.asarray(when, np.int32)))
+            value.operation, value.place = operation, place
+            operation.outs.append(value)
+        return operation.outs
+
+    def _known(self, eqn: Any, ins: list[Value]) -> list[Value]:
+        done: list[Any] = []
+
+        def run(place: int) -> Any:
+            if not done:
+                args = [x.concrete() for x in ins]
+                if eqn.effects or any(x is None for x in args):
+                    return None
+                with jax.ensure_compile_time_eval():
+                    done.extend(run_equation(eqn, args))
+            return done[place]
+
+        outs = run_equation(eqn, [x.array for x in ins])
+        return [self.constant(x, lambda place=k: run(place)) for k, x in enumerate(outs)]
+
+    def _branches(self, branches: Sequence[Any], ins: list[Value]) -> list[Value]:
+        """The branch that is taken, if that is known; else both, and a selection."""
+        index, operands = ins[0], ins[1:]
+        taken = index.concrete() if not index.depends else None
+        if taken is not None:
+            return self.trace(branches[int(np.clip(taken, 0, len(branches) - 1))], operands)
+        results = [self.trace(branch, operands) for branch in branches]
+        outs = []
+        for cases in zip(*results, strict=True):
+            outs += self.call(lambda which, *cases: jax.lax.select_n(which, *cases), index, *cases)
+        return outs
+
+    def _scan(self, eqn: Any, ins: list[Value]) -> list[Value]:
+        params = eqn.params
+        n, m = _jax.scan_arity(params)
+        length, body = params["length"], _jax.close(params["jaxpr"])
+        consts, carry, xs = ins[:n], ins[n : n + m], ins[n + m :]
+        over_time = any(x.depends for x in xs) and not any(x.depends for x in consts + carry)
+        if over_time and length > 1:
+            return self._scan_over_time(eqn, consts, carry, xs)
+        if length > MOST_TURNS:
+            raise NotCausalError(_long_loop(Operation(eqn, params, ins, ()), length))
+        ys: list[Any] = [None] * length
+        for k in reversed(range(length)) if params["reverse"] else range(length):
+            step = [x for v in xs for x in self._item(v, k)]
+            outs = self.trace(body, [*consts, *carry, *step])
+            carry, ys[k] = outs[:m], outs[m:]
+        stacked = [self._stack(parts) for parts in zip(*ys, strict=True)]
+        if not length:
+            stacked = [
+                self.constant(jnp.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[m:]
+            ]
+        return [*carry, *stacked]
+
+    def _item(self, xs: Value, k: int) -> list[Value]:
+        def item(xs: Any) -> Any:
+            return jax.lax.index_in_dim(xs, k, 0, keepdims=False)
+
+        if xs.depends:
+            return self.call(item, xs)
+        known = xs.concrete()
+        return [
+            self.constant(item(xs.array), None if known is None else lambda: np.asarray(known)[k])
+        ]
+
+    def _stack(self, parts: Sequence[Value]) -> Value:
+        if any(x.depends for x in parts):
+            return self.call(lambda *parts: jnp.stack(parts), *parts)[0]
+        return self.constant(jnp.stack([x.array for x in parts]))
+
+    def _scan_over_time(
+        self, eqn: Any, consts: list[Value], carry: list[Value], xs: list[Value]
+    ) -> list[Value]:
+        """One operation, that has what it carries after each turn as further results."""
+        m, reverse = len(carry), eqn.params["reverse"]
+        if reverse:
+            xs = [self.call(lambda x: jnp.flip(x, 0), x)[0] if x.depends else
+                  self.constant(jnp.flip(x.array, 0)) for x in xs]  # fmt: skip
+        avals = [jax.ShapeDtypeStruct((eqn.params["length"], *x.shape), x.dtype) for x in carry] + [
+            v.aval for v in eqn.outvars[m:]
+        ]
+        operation = Operation(eqn, eqn.params, [*consts, *carry, *xs], avals)
+        outs = self.add(operation, self.loop_over_time)
+        last = [self.call(lambda h: h[-1], h)[0] for h in outs[:m]]
+        ys = outs[m:]
+        if reverse:
+            ys = [self.call(lambda y: jnp.flip(y, 0), y)[0] for y in ys]
+        return [*last, *ys]
+
+
+def _effect(operation: Operation) -> str:
+    return message(
+        f"The {operation} has an effect, and depends on the sequence that is sampled. Each element"
+        " of it would be computed once, in another order than the program says.",
+        fix="""
+        causal_fixed_point(f, x)            # an f without prints and writes of what depends on x
+        """,
+    )
+
+
+def _long_loop(operation: Operation, length: int) -> str:
+    return message(
+        f"The {operation} carries what depends on the sequence through {length} turns. Each turn"
+        f" becomes operations of its own, at most {MOST_TURNS} of them.",
+        fix="""
+        jax.lax.scan(body, init, x)         # a loop over time: x alone depends on the sequence
+        """,
+    )
