@@ -1,1 +1,1 @@
-"""The fixed point of a causal function, with each element of each intermediate value computed once."""
+"""Fixed points of causal functions, with each element of each value computed once."""

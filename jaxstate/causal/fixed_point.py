@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _jax
+from jaxstate.causal.mixing import WHOLE
 from jaxstate.causal.program import Program, Value
+from jaxstate.causal.recurrences import LoopOverTime
 from jaxstate.causal.regions import Clock, Region, are_disjoint, at_moments, box
-from jaxstate.causal.rules import WHOLE, LoopOverTime, rule_of
+from jaxstate.causal.table import rule_of
 from jaxstate.errors import NotCausalError, message
 
 
@@ -181,8 +184,8 @@ class Run:
     Attributes:
       clock: which moment it is.
       buffers: the values that are kept, as far as they are known, and the input.
-      plan: where values are noted that turn out to be wanted again; None if all that are kept are in
-        ``buffers``.
+      plan: where values are noted that turn out to be wanted again; None if ``buffers`` has all that
+        are kept.
       sound: whether all that was assumed is so; None if nothing was.
     """
 
@@ -250,7 +253,7 @@ class Run:
         self.sound = holds if self.sound is None else self.sound & holds
 
     def update(self, value: Value) -> None:
-        """Brings a value that is kept up to date, and the other results of its operation with it."""
+        """Brings a value that is kept up to date, and in a recurrence all results with it."""
         operation = value.operation
         assert operation is not None
         if operation.rule.is_recurrence:
@@ -297,7 +300,7 @@ class _Loop:
         if not steps:
             return empties
         times = np.arange(steps, dtype=np.int32)
-        spans = [times] if self._starts_alike(times) else [times[:1], times[1:]]
+        spans = [span for span in (times[:1], times[1:]) if len(span)]
         for span in spans:
             self._plan(span)
         state = empties, [empty(x) for x in self.kept], jnp.bool_(True)
@@ -305,14 +308,10 @@ class _Loop:
             if len(span) == 1:
                 state = self._step(span, span[0], state)
             else:
-                state = jax.lax.fori_loop(
-                    int(span[0]), int(span[-1]) + 1, lambda now, s: self._step(span, now, s), state
-                )
+                step = functools.partial(self._step, span)
+                state = jax.lax.fori_loop(int(span[0]), int(span[-1]) + 1, step, state)
         found, _, sound = state
         return self._checked(found, sound) if self.checks else found
-
-    def _starts_alike(self, times: np.ndarray) -> bool:
-        return False
 
     def _step(self, times: np.ndarray, now: Any, state: Any) -> Any:
         """The state with one element more."""
@@ -379,7 +378,7 @@ class _Loop:
 def _nothing(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.asarray(jnp.nan, dtype)
-    return jnp.asarray(False if dtype == bool else jnp.iinfo(dtype).min, dtype)
+    return jnp.zeros((), dtype) if dtype.kind == "b" else jnp.asarray(jnp.iinfo(dtype).min, dtype)
 
 
 def _not_masked() -> str:

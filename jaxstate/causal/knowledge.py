@@ -86,13 +86,16 @@ UFUNCS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def _absorbed(name: str, a: Facts, dtype: Any) -> tuple[np.ndarray, Any, bool] | None:
-    """The elements that are known whatever the other operand is: where, their value, if assumed."""
-    if name == "mul" or (name == "and" and dtype == bool):
+def _absorbed(name: str, place: int, a: Facts, dtype: Any) -> tuple[Any, Any, bool] | None:
+    """What is known whatever the other operand is: of which elements, their value, if assumed."""
+    is_bool = np.dtype(dtype).kind == "b"
+    if name == "mul" or (name == "and" and is_bool):
         return a.zero, 0, a.assumed
-    if name == "or" and dtype == bool:
+    if name == "or" and is_bool:
         return a.sure & (a.value != 0), 1, a.assumed
-    if name in ("add", "sub", "add_any") and dtype != bool:
+    if name == "div" and place == 0:  # if the other operand is zero too, that is found out later
+        return a.zero, 0, True
+    if name == "add" or (name == "sub" and place == 0):
         return a.sure & (a.value <= NEGLIGIBLE), -np.inf, True
     return None
 
@@ -105,24 +108,16 @@ def elementwise_facts(
         return None
     one = np.ones((1,) * len(shape), bool)
     sure, value, assumed = ~one, np.zeros(one.shape, dtype), any(f and f.assumed for f in operands)
+    known = [f for f in operands if f]
     with np.errstate(all="ignore"):
         if all(operands):
-            sure = functools.reduce(np.logical_and, [f.sure for f in operands if f], one)
-            value = np.asarray(UFUNCS[name](*(f.value for f in operands if f))).astype(dtype)
-        first_only = operands[:1] if name in ("sub", "div") else operands
-        for f in first_only:
-            if (
-                name == "div" and f
-            ):  # what divides is not zero, or the result is not zero: see check
-                found = f.zero, 0, True
-            else:
-                found = f and _absorbed(name, f, dtype)
-            if found:
-                where, fixed, is_assumed = found
-                where = where & ~sure
-                if where.any():
-                    value = np.where(where, np.asarray(fixed, dtype), value)
-                    sure, assumed = sure | where, assumed or is_assumed
+            sure = functools.reduce(np.logical_and, [f.sure for f in known], one)
+            value = np.asarray(UFUNCS[name](*(f.value for f in known))).astype(dtype)
+        for place, f in enumerate(operands):
+            found = f and _absorbed(name, place, f, dtype)
+            if found and (where := found[0] & ~sure).any():
+                value = np.where(where, np.asarray(found[1], dtype), value)
+                sure, assumed = sure | where, assumed or found[2]
     return facts_or_none(sure, value, assumed)
 
 

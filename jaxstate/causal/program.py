@@ -22,7 +22,7 @@ from jaxstate.errors import NotCausalError, message
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "checkpoint", "remat", "remat2",
     "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
-    "xla_metadata_call",
+    "xla_metadata_call", "composite",
 }  # fmt: skip
 _NOT_ASKED = object()
 MOST_TURNS = 256  # of a loop that becomes the operations in it
@@ -128,6 +128,8 @@ class Program:
 
     def constant(self, array: Any, run: Callable[[], Any] | None = None) -> Value:
         aval = _jax.typeof(array)
+        if not hasattr(array, "shape"):
+            array = np.asarray(array, aval.dtype)
         value = Value(aval, np.zeros((1,) * len(aval.shape), np.int32), array)
         value.run = run
         return value
@@ -138,7 +140,9 @@ class Program:
         env: dict[Any, Value] = {}
 
         def read(atom: Any) -> Value:
-            return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+            if isinstance(atom, core.Literal):
+                return self.constant(np.asarray(atom.val, atom.aval.dtype))
+            return env[atom]
 
         env.update(
             zip(_jax.constvars(jaxpr), map(self.constant, _jax.consts_of(jaxpr)), strict=True)
@@ -160,6 +164,9 @@ class Program:
             return self._known(eqn, ins)
         if name in CALLS:
             return self.trace(next(iter(_jax.jaxprs_in(params))), ins)
+        if name == "custom_linear_solve":
+            solve, known = _jax.linear_solve_of(ins, params), sum(params["const_lengths"])
+            return self.trace(solve.functions["solve"], [*solve.consts["solve"], *ins[known:]])
         if name == "cond":
             return self._branches(params["branches"], ins)
         if name == "scan":
@@ -211,57 +218,114 @@ class Program:
         n, m = _jax.scan_arity(params)
         length, body = params["length"], _jax.close(params["jaxpr"])
         consts, carry, xs = ins[:n], ins[n : n + m], ins[n + m :]
-        over_time = any(x.depends for x in xs) and not any(x.depends for x in consts + carry)
-        if over_time and length > 1:
+        if length > 1 and any(x.depends for x in xs) and not any(x.depends for x in consts + carry):
             return self._scan_over_time(eqn, consts, carry, xs)
         if length > MOST_TURNS:
             raise NotCausalError(_long_loop(Operation(eqn, params, ins, ()), length))
         ys: list[Any] = [None] * length
         for k in reversed(range(length)) if params["reverse"] else range(length):
-            step = [x for v in xs for x in self._item(v, k)]
+            step = [self._item(x, k) for x in xs]
             outs = self.trace(body, [*consts, *carry, *step])
             carry, ys[k] = outs[:m], outs[m:]
-        stacked = [self._stack(parts) for parts in zip(*ys, strict=True)]
-        if not length:
-            stacked = [
-                self.constant(jnp.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[m:]
-            ]
-        return [*carry, *stacked]
-
-    def _item(self, xs: Value, k: int) -> list[Value]:
-        def item(xs: Any) -> Any:
-            return jax.lax.index_in_dim(xs, k, 0, keepdims=False)
-
-        if xs.depends:
-            return self.call(item, xs)
-        known = xs.concrete()
-        return [
-            self.constant(item(xs.array), None if known is None else lambda: np.asarray(known)[k])
+        empty = [self.constant(jnp.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[m:]]
+        stacked = [
+            self._apply(lambda *ys: jnp.stack(ys), *parts) for parts in zip(*ys, strict=True)
         ]
+        return [*carry, *(stacked if length else empty)]
 
-    def _stack(self, parts: Sequence[Value]) -> Value:
-        if any(x.depends for x in parts):
-            return self.call(lambda *parts: jnp.stack(parts), *parts)[0]
-        return self.constant(jnp.stack([x.array for x in parts]))
+    def _apply(self, fun: Callable[..., Any], *args: Value) -> Value:
+        if any(x.depends for x in args):
+            return self.call(fun, *args)[0]
+        return self.constant(fun(*(x.array for x in args)))
+
+    def _item(self, xs: Value, k: int) -> Value:
+        item = self._apply(lambda xs: jax.lax.index_in_dim(xs, k, 0, keepdims=False), xs)
+        if not xs.depends and xs.concrete() is not None:
+            item.run = lambda: np.asarray(xs.concrete())[k]
+        return item
 
     def _scan_over_time(
         self, eqn: Any, consts: list[Value], carry: list[Value], xs: list[Value]
     ) -> list[Value]:
-        """One operation, that has what it carries after each turn as further results."""
-        m, reverse = len(carry), eqn.params["reverse"]
+        """One operation, that has what it carries after each turn as further results.
+
+        What it carries and does not depend on the input, as a counter, runs ahead.
+        """
+        params, n, m = eqn.params, len(consts), len(carry)
+        body, reverse = _jax.close(params["jaxpr"]), params["reverse"]
+        changing = [False] * m
+        while True:
+            reached = _reached(body, [False] * n + changing + [x.depends for x in xs])
+            if reached[:m] == changing:
+                break
+            changing = reached[:m]
+        fixed, moving = _places(changing, False), _places(changing, True)
+        fixed_ys, moving_ys = _places(reached[m:], False), _places(reached[m:], True)
+        constants = [x.array for x in consts]
+
+        def turn(known: Sequence[Any], changes: Sequence[Any], step: Sequence[Any]) -> list[Any]:
+            carried: list[Any] = [None] * m
+            for places, values in ((fixed, known), (moving, changes)):
+                for k, value in zip(places, values, strict=True):
+                    carried[k] = value
+            return _jax.eval_closed_jaxpr(body, *constants, *carried, *step)
+
+        def ahead(known: Any, step: Any) -> Any:
+            changes = [jnp.zeros(carry[k].shape, carry[k].dtype) for k in moving]
+            steps = iter(step)
+            every = [jnp.zeros(x.shape[1:], x.dtype) if x.depends else next(steps) for x in xs]
+            outs = turn(known, changes, every)
+            return [outs[k] for k in fixed], (known, [outs[m + k] for k in fixed_ys])
+
+        last, (befores, known_ys) = jax.lax.scan(
+            ahead, [carry[k].array for k in fixed], [x.array for x in xs if not x.depends],
+            params["length"], reverse,
+        )  # fmt: skip
+
+        def rest(changes: Any, known: Any, step: Any) -> Any:
+            outs = turn(known, changes, step)
+            return [outs[k] for k in moving] + [outs[m + k] for k in moving_ys]
+
+        first = [jax.ShapeDtypeStruct(carry[k].shape, carry[k].dtype) for k in moving]
+        steps = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+        jaxpr = jax.make_jaxpr(rest)(first, [carry[k].array for k in fixed], steps)
+        every = [*map(self.constant, befores), *xs]
         if reverse:
-            xs = [self.call(lambda x: jnp.flip(x, 0), x)[0] if x.depends else
-                  self.constant(jnp.flip(x.array, 0)) for x in xs]  # fmt: skip
-        avals = [jax.ShapeDtypeStruct((eqn.params["length"], *x.shape), x.dtype) for x in carry] + [
-            v.aval for v in eqn.outvars[m:]
-        ]
-        operation = Operation(eqn, eqn.params, [*consts, *carry, *xs], avals)
+            every = [self._apply(lambda x: jnp.flip(x, 0), x) for x in every]
+        length = params["length"]
+        avals = [jax.ShapeDtypeStruct((length, *x.shape), x.dtype) for x in first]
+        avals += [eqn.outvars[m + k].aval for k in moving_ys]
+        operation = Operation(
+            eqn, {"jaxpr": jaxpr, "carried": len(moving), "length": length},
+            [*(carry[k] for k in moving), *every], avals,
+        )  # fmt: skip
         outs = self.add(operation, self.loop_over_time)
-        last = [self.call(lambda h: h[-1], h)[0] for h in outs[:m]]
-        ys = outs[m:]
+        ys = outs[len(moving) :]
         if reverse:
-            ys = [self.call(lambda y: jnp.flip(y, 0), y)[0] for y in ys]
-        return [*last, *ys]
+            ys = [self._apply(lambda y: jnp.flip(y, 0), y) for y in ys]
+        results: list[Any] = [None] * (m + len(eqn.outvars[m:]))
+        for k, h in zip(moving, outs, strict=False):
+            results[k] = self._apply(lambda h: h[-1], h)
+        for k, x in zip(fixed, last, strict=True):
+            results[k] = self.constant(x)
+        for k, y in zip(moving_ys, ys, strict=True):
+            results[m + k] = y
+        for k, y in zip(fixed_ys, known_ys, strict=True):
+            results[m + k] = self.constant(y)
+        return results
+
+
+def _places(flags: Sequence[bool], wanted: bool) -> list[int]:
+    return [k for k, flag in enumerate(flags) if flag == wanted]
+
+
+def _reached(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
+    """Which results of a jaxpr may depend on the operands with a flag."""
+    reached = {v for v, flag in zip(_jax.invars(jaxpr), flags, strict=True) if flag}
+    for eqn in _jax.equations(jaxpr):
+        if any(isinstance(v, _jax.Var) and v in reached for v in eqn.invars):
+            reached.update(eqn.outvars)
+    return [isinstance(v, _jax.Var) and v in reached for v in _jax.outvars(jaxpr)]
 
 
 def _effect(operation: Operation) -> str:

@@ -65,6 +65,11 @@ def without(region: Region, axes: Sequence[int]) -> Region:
     return tuple(None if axis in axes else t for axis, t in enumerate(region))
 
 
+def onto_axis(flags: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    """Flags with one row for each moment, in the shape in which they broadcast."""
+    return flags.reshape(len(flags), *(-1 if d == axis else 1 for d in range(ndim)))
+
+
 def at_moments(a: np.ndarray, region: Region) -> np.ndarray:
     """A lean array in a region, with an axis of moments in front."""
     index = []
