@@ -35,12 +35,21 @@ class Elementwise(Rule):
         shape = op.avals[0].shape
         args = [run.pull(x, self._region(x, region, shape)) for x in op.ins]
         outs = op.bind(args)
-        if op.name == "mul":  # zero times what is not known yet is zero
-            for x, part in zip(op.ins, args, strict=True):
+        if op.name == "mul":
+            for k, (x, part) in enumerate(zip(op.ins, args, strict=True)):
                 facts = x.facts()
-                if not x.depends and facts and facts.zero.any():
-                    outs = [jnp.where(part == 0, part * outs[0].dtype.type(0), outs[0])]
+                if facts and facts.zero.any():
+                    outs = self._times_zero(op.ins[1 - k], region, shape, run, part, outs[0])
         return outs
+
+    def _times_zero(
+        self, x: Value, region: Region, shape: Sequence[int], run: Any, zero: Any, out: Any
+    ) -> list[Any]:
+        """Zero times what is not known yet is zero, whatever stands there."""
+        unknown = run.unknown(x, self._region(x, region, shape)) if x.depends else None
+        return [
+            out if unknown is None else jnp.where((zero == 0) & unknown, out.dtype.type(0), out)
+        ]
 
     def _region(self, x: Value, region: Region, shape: Sequence[int]) -> Region:
         if not x.shape:

@@ -23,7 +23,7 @@ from jaxstate import _jax
 from jaxstate.causal.mixing import WHOLE
 from jaxstate.causal.program import Program, Value
 from jaxstate.causal.recurrences import LoopOverTime
-from jaxstate.causal.regions import Clock, Region, are_disjoint, at_moments, box
+from jaxstate.causal.regions import Clock, Region, are_disjoint, at_moments, box, only, without
 from jaxstate.causal.table import rule_of
 from jaxstate.errors import NotCausalError, message
 
@@ -152,12 +152,17 @@ def _culprit(y: Value) -> str | None:
 
 
 def _not_causal(number: int, needs: int, culprit: str | None) -> str:
+    mixes = """
+        mask = jnp.tri(n, dtype=bool)       # known while tracing: no argument of a jitted function
+        logits = jnp.where(mask, logits, -jnp.inf)
+        """
+    shifts = """
+        x = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])     # first of all: what came before
+        """
     return message(
         f"f(x)[{number}] depends on x[{needs}], as far as the operations tell, and may depend on"
         f" earlier elements only: x[:{number}].",
-        fix="""
-        x = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])     # first of all: what came before
-        """,
+        fix=mixes if culprit else shifts,
         all_elements_are_needed_by=culprit,
     )
 
@@ -197,9 +202,20 @@ class Run:
         self._parts: dict[Any, Any] = {}
 
     def pull(self, value: Value, region: Region) -> Any:
-        """A part of a value. What is not known yet is anything."""
+        """A part of a value. What is not known yet is anything.
+
+        Along axes that have nothing to do with time all is computed at once, for whoever else wants
+        another part of it.
+        """
         if not value.depends:
             return self.clock.take(value.array, region)
+        parts = [
+            axis
+            for axis, table in enumerate(region)
+            if table is not None and len(table.rows) == 1 and value.stamps.shape[axis] == 1
+        ]
+        if parts and value.stamps.size > 1:
+            return self.clock.take(self.pull(value, without(region, parts)), only(region, parts))
         if value in self.buffers:
             return self.clock.take(self.buffers[value], region)
         if self.plan is not None and self._is_wanted_again(value, region):

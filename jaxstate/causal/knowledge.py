@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 # What is added to the logits of what is not to be seen is below this. That the exponential of it is
@@ -88,14 +89,14 @@ UFUNCS: dict[str, Callable[..., Any]] = {
 
 def _absorbed(name: str, place: int, a: Facts, dtype: Any) -> tuple[Any, Any, bool] | None:
     """What is known whatever the other operand is: of which elements, their value, if assumed."""
-    is_bool = np.dtype(dtype).kind == "b"
+    is_bool, is_float = dtype == np.bool_, jnp.issubdtype(dtype, jnp.floating)
     if name == "mul" or (name == "and" and is_bool):
         return a.zero, 0, a.assumed
     if name == "or" and is_bool:
         return a.sure & (a.value != 0), 1, a.assumed
     if name == "div" and place == 0:  # if the other operand is zero too, that is found out later
         return a.zero, 0, True
-    if name == "add" or (name == "sub" and place == 0):
+    if is_float and (name == "add" or (name == "sub" and place == 0)):
         return a.sure & (a.value <= NEGLIGIBLE), -np.inf, True
     return None
 
@@ -105,6 +106,8 @@ def elementwise_facts(
 ) -> Facts | None:
     """The facts of the result of an elementwise operation, from those of its operands."""
     if name not in UFUNCS or not any(operands):
+        return None
+    if name == "div" and not jnp.issubdtype(dtype, jnp.inexact):
         return None
     one = np.ones((1,) * len(shape), bool)
     sure, value, assumed = ~one, np.zeros(one.shape, dtype), any(f and f.assumed for f in operands)
