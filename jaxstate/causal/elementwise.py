@@ -65,7 +65,7 @@ class Selection(Elementwise):
         which, cases = op.ins[0], op.ins[1:]
         stamps = latest((x.stamps for x in op.ins), len(op.avals[0].shape))
         facts = which.facts()
-        if facts:
+        if facts and not facts.assumed:
             for k, case in enumerate(cases):
                 stamps = np.where(facts.sure & (facts.value == k), case.stamps, stamps)
         return [stamps] * len(op.avals)

@@ -258,6 +258,14 @@ class Run:
             return jnp.asarray(stamps[0]) > self.clock.now
         return self.clock.lookup(stamps > self._times(value))
 
+    def known_part(self, value: Value, region: Region) -> Any:
+        """A part of a value, with zero for what is not known yet: what is kept has that already."""
+        part = self.pull(value, region)
+        if not value.depends or value in self.buffers:
+            return part
+        unknown = self.unknown(value, region)
+        return part if unknown is None else jnp.where(unknown, jnp.zeros((), part.dtype), part)
+
     def put(self, value: Value, array: Any, part: Any, region: Region) -> Any:
         """The array with the known elements of a part in it."""
         unknown = self.unknown(value, region)

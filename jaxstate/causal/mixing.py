@@ -158,14 +158,23 @@ class Product(Rule):
     def compute(self, op: Operation, run: Any, place: int, region: Region) -> Any:
         places, total, _ = self._axes(op)
         regions = [tuple(region[a] if a < total else None for a in axes) for axes in places]
-        args = [run.pull(x, r) for x, r in zip(op.ins, regions, strict=True)]
-        out = op.bind(args)
-        if any(x.stamps.shape[d] > 1 for x, axes in zip(op.ins, places, strict=True)
-               for d, a in enumerate(axes) if a >= total):  # fmt: skip
-            for k, assumed in enumerate(self._zeros(op)[1]):
-                if assumed:
-                    self._check(op, run, region, regions, args, k)
-        return out
+        masked = any(
+            x.stamps.shape[d] > 1
+            for x, axes in zip(op.ins, places, strict=True)
+            for d, a in enumerate(axes)
+            if a >= total
+        )
+        if not masked:
+            return op.bind([run.pull(x, r) for x, r in zip(op.ins, regions, strict=True)])
+        zeros, assumed = self._zeros(op)
+        args = [
+            run.known_part(x, r) if zero is None else run.pull(x, r)
+            for x, r, zero in zip(op.ins, regions, zeros, strict=True)
+        ]
+        for k in range(2):
+            if assumed[k]:
+                self._check(op, run, region, regions, args, k)
+        return op.bind(args)
 
     def _check(
         self, op: Operation, run: Any, region: Region, regions: Any, args: Any, k: int

@@ -7,6 +7,7 @@ turn. What does not depend on the input is computed right here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class Value:
       stamps: when its elements are known, lean.
       array: the value itself, if it does not depend on the input.
       operation, place: whose result it is, and which of them.
-      run: for what does not depend on the input, a function that computes it while tracing.
+      run: a function that computes it while tracing, if that can be done.
     """
 
     def __init__(self, aval: Any, stamps: np.ndarray, array: Any = None):
@@ -52,6 +53,11 @@ class Value:
     def depends(self) -> bool:
         return self.array is None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the array can be known while tracing."""
+        return not self.depends and (self.run is not None or not _jax.is_tracer(self.array))
+
     def concrete(self) -> Any:
         """The array, if it can be known while tracing."""
         if self._concrete is _NOT_ASKED:
@@ -65,14 +71,11 @@ class Value:
     def facts(self) -> Facts | None:
         if self._facts is _NOT_ASKED:
             self._facts = None
-            if self.depends:
-                if self.operation is not None:
-                    self._facts = self.operation.rule.facts(self.operation, self.place)
-            elif not jnp.issubdtype(self.dtype, jax.dtypes.extended):
-                found = self.concrete()
-                if found is not None:
-                    value = lean(np.asarray(found))
-                    self._facts = Facts(np.ones((1,) * value.ndim, bool), value)
+            if self.operation is not None:
+                self._facts = self.operation.rule.facts(self.operation, self.place)
+            elif self.is_known and not jnp.issubdtype(self.dtype, jax.dtypes.extended):
+                value = lean(np.asarray(self.concrete()))
+                self._facts = Facts(np.ones((1,) * value.ndim, bool), value)
         return self._facts
 
 
@@ -126,13 +129,11 @@ class Program:
         self.rule_of = rule_of
         self.loop_over_time = loop_over_time
 
-    def constant(self, array: Any, run: Callable[[], Any] | None = None) -> Value:
+    def constant(self, array: Any) -> Value:
         aval = _jax.typeof(array)
         if not hasattr(array, "shape"):
             array = np.asarray(array, aval.dtype)
-        value = Value(aval, np.zeros((1,) * len(aval.shape), np.int32), array)
-        value.run = run
-        return value
+        return Value(aval, np.zeros((1,) * len(aval.shape), np.int32), array)
 
     def trace(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
         """The results of a jaxpr."""
@@ -160,8 +161,9 @@ class Program:
 
     def equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
         name, params = eqn.primitive.name, eqn.params
-        if not any(x.depends for x in ins):
-            return self._known(eqn, ins)
+        fixed = not any(x.depends for x in ins)
+        if fixed and (name not in CALLS or all(x.is_known for x in ins)):
+            return self._fixed(eqn, ins)
         if name in CALLS:
             return self.trace(next(iter(_jax.jaxprs_in(params))), ins)
         if name == "custom_linear_solve":
@@ -186,20 +188,26 @@ class Program:
             operation.outs.append(value)
         return operation.outs
 
-    def _known(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def _fixed(self, eqn: Any, ins: list[Value]) -> list[Value]:
+        """Runs what does not depend on the input; what can be known of it while tracing is."""
+        outs = [self.constant(x) for x in run_equation(eqn, [x.array for x in ins])]
         done: list[Any] = []
 
         def run(place: int) -> Any:
             if not done:
-                args = [x.concrete() for x in ins]
-                if eqn.effects or any(x is None for x in args):
-                    return None
                 with jax.ensure_compile_time_eval():
-                    done.extend(run_equation(eqn, args))
+                    done.extend(run_equation(eqn, [x.concrete() for x in ins]))
             return done[place]
 
-        outs = run_equation(eqn, [x.array for x in ins])
-        return [self.constant(x, lambda place=k: run(place)) for k, x in enumerate(outs)]
+        is_known = all(x.is_known for x in ins) and not eqn.effects
+        operation = Operation(eqn, eqn.params, ins, [v.aval for v in eqn.outvars])
+        for place, value in enumerate(outs):
+            if is_known:
+                value.run = functools.partial(run, place)
+            elif not eqn.effects:
+                operation.rule = operation.rule or self.rule_of(operation)
+                value.operation, value.place = operation, place
+        return outs
 
     def _branches(self, branches: Sequence[Any], ins: list[Value]) -> list[Value]:
         """The branch that is taken, if that is known; else both, and a selection."""
@@ -218,7 +226,7 @@ class Program:
         n, m = _jax.scan_arity(params)
         length, body = params["length"], _jax.close(params["jaxpr"])
         consts, carry, xs = ins[:n], ins[n : n + m], ins[n + m :]
-        if length > 1 and any(x.depends for x in xs) and not any(x.depends for x in consts + carry):
+        if self._goes_with_time(xs, length) and not any(x.depends for x in consts + carry):
             return self._scan_over_time(eqn, consts, carry, xs)
         if length > MOST_TURNS:
             raise NotCausalError(_long_loop(Operation(eqn, params, ins, ()), length))
@@ -233,6 +241,13 @@ class Program:
         ]
         return [*carry, *(stacked if length else empty)]
 
+    def _goes_with_time(self, xs: Sequence[Value], length: int) -> bool:
+        """Whether turns follow each other as the input does; else they are of layers, heads ..."""
+        stamps = [x.stamps for x in xs if x.depends]
+        if not any(s.shape[0] > 1 for s in stamps):
+            return False
+        return length > MOST_TURNS or all(s[0].size == 1 for s in stamps)
+
     def _apply(self, fun: Callable[..., Any], *args: Value) -> Value:
         if any(x.depends for x in args):
             return self.call(fun, *args)[0]
@@ -240,7 +255,7 @@ class Program:
 
     def _item(self, xs: Value, k: int) -> Value:
         item = self._apply(lambda xs: jax.lax.index_in_dim(xs, k, 0, keepdims=False), xs)
-        if not xs.depends and xs.concrete() is not None:
+        if xs.is_known:
             item.run = lambda: np.asarray(xs.concrete())[k]
         return item
 

@@ -73,7 +73,8 @@ class LoopOverTime(Rule):
         most: Any = np.zeros(op.params["length"], np.int32)
         for x in op.ins[op.params["carried"] :]:
             most = np.maximum(most, x.stamps.reshape(len(x.stamps), -1).max(1))
-        most = np.maximum.accumulate(most)
+        if op.params["carried"]:
+            most = np.maximum.accumulate(most)
         return [most.reshape(-1, *(1,) * (len(aval.shape) - 1)) for aval in op.avals]
 
     def advance(self, op: Operation, run: Any, boxes: Sequence[Region]) -> list[Any]:

@@ -80,7 +80,7 @@ class Window(Rule):
                 flags.append((d, at >= 0))
             wanted[d] = Table(np.maximum(at, 0))
             narrow.append(d)
-        part = run.pull(x, tuple(wanted))
+        part = run.known_part(x, tuple(wanted))
         for d, inside in flags:
             inside = run.clock.lookup(onto_axis(inside, d, part.ndim))
             part = jnp.where(inside, part, self.fill(op, part))

@@ -143,6 +143,18 @@ def loops_without_time(x):
     return h + jax.lax.fori_loop(0, 3, lambda i, c: c * 2.0, 0.1)
 
 
+def loop_over_heads(x):
+    """And over time, without a state, by ``map``."""
+    h = embedded(x)
+
+    def head(w):
+        return jax.nn.softmax(jnp.where(triangle(len(x)), h @ w @ h.T, -jnp.inf)) @ h
+
+    heads = jax.lax.map(head, weights(0, 2, 4, 4))
+    again = jax.lax.map(lambda h: jnp.cumsum(h, 0)[:, 0], jnp.stack([h, -h * h]))
+    return read_out(heads.sum(0)) + jnp.sin(again.sum(0)) + jax.lax.map(jnp.sum, jnp.cos(h)) * 0.1
+
+
 def branches(x):
     h = shifted(x)
     known = jax.lax.cond(len(x) > 0, jnp.cos, lambda x: x[::-1], h)
@@ -191,6 +203,16 @@ def strided(x):
     up = jnp.pad(up, ((0, 0), (2, 0), (0, 0)))[0, :n]
     repeated = jnp.repeat(jnp.sin(h[0, ::2, 0]), 2)[:n]
     return jnp.cos(up.sum(-1)) + repeated * 0.5 + 0.1 * jnp.arange(n)
+
+
+def each_channel(x):
+    """A convolution of each channel for itself, and gates."""
+    h = jax.lax.conv_general_dilated(
+        embedded(x)[None], weights(0, 3, 1, 4), (1,), [(2, 0)], feature_group_count=4,
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )[0]  # fmt: skip
+    a, b = jnp.split(h, 2, -1)
+    return read_out(a * jax.nn.sigmoid(b))
 
 
 def unpadded(x):
@@ -301,7 +323,7 @@ CAUSAL = {
     for f in (
         softmax_attention, added_mask, multiplied_mask, library_attention, library_options,
         padded_attention, attention_to_a_prefix, attention_in_blocks, rotated_attention,
-        loop_over_layers, recurrent, loops_without_time, branches, calls, dilated, strided,
+        loop_over_layers, loop_over_heads, recurrent, loops_without_time, branches, calls, dilated, strided, each_channel,
         unpadded, pooled, lagging, moved, beside_time, second_axis, table, products, masked_sums,
         running, associative, special, random_numbers,
     )

@@ -72,6 +72,28 @@ def test_without_jit_and_for_some_elements_only():
     close(constant, np.sin(np.arange(4)))
 
 
+@pytest.mark.slow
+def test_what_is_not_known_while_tracing_moves_along_other_axes():
+    """Places, numbers of a branch and a second mask that are arguments of a jitted function."""
+
+    def f(k, mask, x):
+        h, n = embedded(x), len(x)
+        h = jax.lax.dynamic_update_slice(h, h[:, :1] * 2, (0, k))
+        h = h + jax.lax.dynamic_slice(h, (0, k), (n, 1)) + h[:, jnp.array([1, 2, 0, 3]) - k]
+        h = h.at[:, k].add(1.0).at[:, k + 1].set(h[:, 0])
+        h = jax.lax.switch(k, [jnp.sin, jnp.cos, lambda h: h + 1], h)
+        logits = jnp.where(triangle(n) & mask, h @ h.T, -1e30)
+        return read_out(jax.nn.softmax(logits) @ h)
+
+    @jax.jit
+    def found(k, mask):
+        return causal_fixed_point(functools.partial(f, k, mask), jnp.zeros(7))
+
+    mask = jnp.array([True, True, False, True, True, False, True])
+    for k in range(3):
+        close(found(k, mask), by_hand(functools.partial(f, k, mask), jnp.zeros(7), range(7)))
+
+
 # -- Other orders ----------------------------------------------------------------------------
 
 
