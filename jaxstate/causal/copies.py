@@ -62,7 +62,7 @@ class Copies(Rule):
         facts = {s.value: s.value.facts() for s in self.sources(op, place)}
         if not any(facts.values()):
             return None
-        nothing = Facts(np.False_, np.False_)
+        nothing = Facts(np.array(False), np.array(False))
         sure = self._copied(op, place, lambda x: (facts[x] or nothing).sure)
         value = self._copied(op, place, lambda x: (facts[x] or nothing).value)
         assumed = any(f and f.assumed for f in facts.values())

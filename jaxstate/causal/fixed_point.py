@@ -189,8 +189,8 @@ class Run:
     Attributes:
       clock: which moment it is.
       buffers: the values that are kept, as far as they are known, and the input.
-      plan: where values are noted that turn out to be wanted again; None if ``buffers`` has all that
-        are kept.
+      plan: where values are noted that turn out to be wanted again; None if all that are kept are
+        in ``buffers``.
       sound: whether all that was assumed is so; None if nothing was.
     """
 
@@ -392,7 +392,7 @@ class _Loop:
         self.kept.sort(key=lambda x: (x.operation.number, x.place))  # type: ignore[union-attr]
 
     def _checked(self, found: list[Any], sound: Any) -> list[Any]:
-        if not isinstance(sound, jax.core.Tracer):
+        if not _jax.is_tracer(sound):
             if not sound:
                 raise NotCausalError(_not_masked())
             return found

@@ -96,9 +96,10 @@ class UpdateSomewhere(Rule):
 
     def compute(self, op: Operation, run: Any, place: int, region: Region) -> Any:
         cut = self._cut(op)
-        parts = [run.pull(x, without(region, cut)) for x in op.ins[:2]]
+        part, update = (run.pull(x, without(region, cut)) for x in op.ins[:2])
         starts = [run.pull(s, ()) if d in cut else np.int32(0) for d, s in enumerate(op.ins[2:])]
-        return run.clock.take(jax.lax.dynamic_update_slice(*parts, starts), only(region, cut))
+        out = jax.lax.dynamic_update_slice(part, update, starts)
+        return run.clock.take(out, only(region, cut))
 
 
 class Gather(Rule):

@@ -34,7 +34,7 @@ def lean(a: np.ndarray) -> np.ndarray:
 
 def latest(stamps: Iterable[np.ndarray], ndim: int) -> np.ndarray:
     """The stamps of what depends on all of these, element by element."""
-    most = functools.reduce(np.maximum, stamps, np.int32(0))
+    most: Any = functools.reduce(np.maximum, stamps, np.int32(0))
     return most.reshape((1,) * (ndim - most.ndim) + most.shape)
 
 

@@ -185,14 +185,12 @@ class Product(Rule):
         if unknown is None:
             return
         contracted, batch = op.params["dimension_numbers"]
-        used = (*contracted[1 - k], *batch[1 - k])
-        shape = [n if d in used else m for d, (n, m) in enumerate(
+        shared = (*contracted[1 - k], *batch[1 - k])
+        shape = [n if d in shared else m for d, (n, m) in enumerate(
             zip(args[1 - k].shape, unknown.shape, strict=True))]  # fmt: skip
-        pair = [jnp.asarray(args[k] != 0, jnp.float32), jnp.asarray(unknown, jnp.float32)]
-        pair[1] = jnp.broadcast_to(pair[1], shape)
-        missed = jax.lax.dot_general(
-            *(pair if k == 0 else pair[::-1]), op.params["dimension_numbers"]
-        )
-        bad = missed != 0
+        used = jnp.asarray(args[k] != 0, jnp.float32)
+        late = jnp.broadcast_to(jnp.asarray(unknown, jnp.float32), shape)
+        left, right = (used, late) if k == 0 else (late, used)
+        bad = jax.lax.dot_general(left, right, op.params["dimension_numbers"]) != 0
         later = run.unknown(op.outs[0], region)
         run.check(~jnp.any(bad if later is None else bad & ~later))

@@ -130,7 +130,7 @@ class Program:
         self.loop_over_time = loop_over_time
 
     def constant(self, array: Any) -> Value:
-        aval = _jax.typeof(array)
+        aval: Any = _jax.typeof(array)
         if not hasattr(array, "shape"):
             array = np.asarray(array, aval.dtype)
         return Value(aval, np.zeros((1,) * len(aval.shape), np.int32), array)
@@ -142,7 +142,8 @@ class Program:
 
         def read(atom: Any) -> Value:
             if isinstance(atom, core.Literal):
-                return self.constant(np.asarray(atom.val, atom.aval.dtype))
+                aval: Any = atom.aval
+                return self.constant(np.asarray(atom.val, aval.dtype))
             return env[atom]
 
         env.update(

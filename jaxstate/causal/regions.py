@@ -144,8 +144,9 @@ class Clock:
         together = [t is not None and t.is_contiguous for t in region]
         if any(together):
             starts = [
-                self.start(t) if c else np.int32(0) for t, c in zip(region, together, strict=True)
-            ]  # type: ignore[arg-type]
+                self.start(t) if t is not None and c else np.int32(0)
+                for t, c in zip(region, together, strict=True)
+            ]
             ends = [s if c else n for s, c, n in zip(sizes, together, array.shape, strict=True)]
             if all(isinstance(s, np.integer) for s in starts):
                 limits = [int(s) + e for s, e in zip(starts, ends, strict=True)]

@@ -91,19 +91,15 @@ class Convolution(Window):
     """``conv_general_dilated``, where the kernel does not depend on the input."""
 
     def windows(self, op: Operation) -> dict[int, tuple[int, Axis]]:
-        p = op.params
+        p, kernel = op.params, op.ins[1].shape
         numbers = p["dimension_numbers"]
-        kernel = op.ins[1].shape
-        return {
-            numbers.lhs_spec[2 + k]: (
-                numbers.out_spec[2 + k],
-                Axis(
-                    kernel[numbers.rhs_spec[2 + k]], p["window_strides"][k], *p["padding"][k],
-                    p["lhs_dilation"][k], p["rhs_dilation"][k],
-                ),
-            )
-            for k in range(len(kernel) - 2)
-        }  # fmt: skip
+        windows = {}
+        for k, (low, high) in enumerate(p["padding"]):
+            taps = kernel[numbers.rhs_spec[2 + k]]
+            base, dilation = p["lhs_dilation"][k], p["rhs_dilation"][k]
+            how = Axis(taps, p["window_strides"][k], low, high, base, dilation)
+            windows[numbers.lhs_spec[2 + k]] = numbers.out_spec[2 + k], how
+        return windows
 
     def fill(self, op: Operation, x: Any) -> Any:
         return jnp.zeros((), x.dtype)
@@ -143,7 +139,7 @@ class Convolution(Window):
         numbers = op.params["dimension_numbers"]
         axes = [numbers.rhs_spec[numbers.lhs_spec.index(d)] for d in moving]
         others = tuple(d for d in range(len(kernel.shape)) if d not in axes)
-        used = ~np.broadcast_to(facts.zero, kernel.shape).all(axis=others)
+        used: Any = ~np.broadcast_to(facts.zero, kernel.shape).all(axis=others)
         return None if used.all() else used.transpose(np.argsort(np.argsort(axes)))
 
     def _at_taps(
@@ -190,13 +186,12 @@ class Pooling(Window):
 
     def windows(self, op: Operation) -> dict[int, tuple[int, Axis]]:
         p = op.params
-        return {
-            d: (d, Axis(taps, stride, *pads, base, dilation))
-            for d, (taps, stride, pads, base, dilation) in enumerate(zip(
-                p["window_dimensions"], p["window_strides"], p["padding"], p["base_dilation"],
-                p["window_dilation"], strict=True,
-            ))
-        }  # fmt: skip
+        windows = {}
+        for d, (low, high) in enumerate(p["padding"]):
+            base, dilation = p["base_dilation"][d], p["window_dilation"][d]
+            taps, stride = p["window_dimensions"][d], p["window_strides"][d]
+            windows[d] = d, Axis(taps, stride, low, high, base, dilation)
+        return windows
 
     def fill(self, op: Operation, x: Any) -> Any:
         if op.name == "reduce_window_sum":

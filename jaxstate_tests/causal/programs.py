@@ -323,8 +323,8 @@ CAUSAL = {
     for f in (
         softmax_attention, added_mask, multiplied_mask, library_attention, library_options,
         padded_attention, attention_to_a_prefix, attention_in_blocks, rotated_attention,
-        loop_over_layers, loop_over_heads, recurrent, loops_without_time, branches, calls, dilated, strided, each_channel,
-        unpadded, pooled, lagging, moved, beside_time, second_axis, table, products, masked_sums,
-        running, associative, special, random_numbers,
+        loop_over_layers, loop_over_heads, recurrent, loops_without_time, branches, calls, dilated,
+        strided, each_channel, unpadded, pooled, lagging, moved, beside_time, second_axis, table,
+        products, masked_sums, running, associative, special, random_numbers,
     )
 }  # fmt: skip
