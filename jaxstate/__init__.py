@@ -4,6 +4,7 @@ slots that go through every transformation."""
 from jaxstate import extend, random
 from jaxstate import rules as _rules  # noqa: F401  they register themselves
 from jaxstate.arrays.inplace import array, inplace
+from jaxstate.causal.fixed_point import causal_fixed_point
 from jaxstate.errors import (
     AheadOfTimeError,
     BranchSowError,
@@ -21,6 +22,7 @@ from jaxstate.errors import (
     MissingStreamError,
     MissingVariableError,
     NameClashError,
+    NotCausalError,
     ParameterConflictError,
     ParameterMismatchError,
     PlantMismatchError,
@@ -75,6 +77,7 @@ __all__ = [
     "MissingStreamError",
     "MissingVariableError",
     "NameClashError",
+    "NotCausalError",
     "ParameterConflictError",
     "ParameterMismatchError",
     "ParameterRow",
@@ -101,6 +104,7 @@ __all__ = [
     "VariableConflictError",
     "VariableMismatchError",
     "array",
+    "causal_fixed_point",
     "ensemble",
     "extend",
     "flatten_names",

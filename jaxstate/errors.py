@@ -31,6 +31,7 @@ __all__ = [
     "MissingStreamError",
     "MissingVariableError",
     "NameClashError",
+    "NotCausalError",
     "ParameterConflictError",
     "ParameterMismatchError",
     "PlantMismatchError",
@@ -161,6 +162,10 @@ class SowMismatchError(SowError):
 
 class PlantMismatchError(SowError):
     """A planted value is not of the type of what is sown."""
+
+
+class NotCausalError(StateError, ValueError):
+    """An element of a sequence was found to depend on itself or on later ones."""
 
 
 class StructureChangeError(StateError):

@@ -1,7 +1,6 @@
 """The examples do what they say, compared with programs written by hand."""
 
 import collections
-import functools
 import inspect
 import pathlib
 import sys
@@ -16,7 +15,6 @@ from jaxstate.extend import new_trace
 from jaxstate_tests.traces.test_stateful import PROGRAMS, Reference, total_gradient
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-import incremental
 import mixed_precision
 import nan_locator
 from count_operations import CountOperations, Counts, count
@@ -133,190 +131,6 @@ def test_too_many_kinds_of_operations_is_an_error():
     with pytest.raises(ValueError, match="kinds=") as error, jax.checking_leaks.func(False):
         count(lambda x: jnp.sin(jnp.cos(jnp.tan(x))), kinds=2)(1.0)
     assert "2 kinds" in str(error.value)
-
-
-# -- Sampling in linear time -----------------------------------------------------------------
-
-
-def shifted(x):
-    return jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-
-
-def dilated(x):
-    kernel = jnp.array([0.3, -0.2, 0.5])[:, None, None] * jnp.ones((1, 1, 2))
-    x = jnp.pad(x[:-1], (1, 0))[None, :, None]
-    x = jax.lax.conv_general_dilated(
-        x, kernel, (1,), [(4, 0)], rhs_dilation=(2,), dimension_numbers=("NWC", "WIO", "NWC")
-    )
-    return jnp.tanh(x).sum((0, 2)) + 0.3
-
-
-def lagging(x):
-    """A value that is two elements behind, and one that is ahead by three."""
-    behind = jnp.pad(jnp.sin(x)[1:], (3, 0))[:-2]
-    ahead = jnp.pad(x, (3, 0))[:-3]
-    return jax.nn.relu(behind + jnp.cos(ahead) * 0.5 + jnp.arange(len(x)) * 0.1)
-
-
-def unpadded(x):
-    """A convolution without padding, whose result is shorter."""
-    x = jnp.concatenate([jnp.ones(3), x])
-    return jnp.convolve(x, jnp.array([0.2, 0.5, -0.3]), mode="valid")[: len(x) - 3]
-
-
-def transposed(x):
-    w = jnp.arange(6.0).reshape(2, 3) / 5
-    x = jnp.stack([shifted(x), shifted(shifted(x))])  # time is the second axis
-    x = (x.T @ w).T
-    x = jnp.concatenate([x, -x[::-1]], 0)
-    return jnp.sort(x, 0)[-1] * 0.3 + x.max(0) * 0.1 + jnp.cos(jnp.arange(x.shape[1]))
-
-
-def cumulated(x):
-    x = shifted(x)
-    running = jnp.stack([jnp.cumsum(x), jnp.cumprod(x + 1), jax.lax.cummax(x), jax.lax.cummin(x)])
-    return jnp.sin(running.sum(0)) + jax.lax.cumlogsumexp(x) + 0.5
-
-
-@jax.custom_vjp
-def gate(x):
-    return x * jax.nn.sigmoid(x)
-
-
-gate.defvjp(lambda x: (gate(x), None), lambda _, g: (g,))
-
-
-def with_calls(x):
-    f = jax.jit(lambda x: jax.checkpoint(jnp.cos)(gate(jax.nn.gelu(x))))
-    return f(jax.jit(shifted)(x)) + jax.lax.fori_loop(0, 3, lambda i, c: c * 2.0, 0.1)
-
-
-def looked_up(x):
-    table = jnp.arange(21.0).reshape(7, 3) / 7
-    rows = table[jnp.abs(shifted(x) * 5).astype(jnp.int32) % 7]
-    return rows @ jnp.array([0.5, -1.0, 0.3]) + rows[:, 1] + jnp.sin(jnp.arange(len(x)))
-
-
-def batched_products(x):
-    x = jnp.outer(shifted(x), jnp.array([1.0, -0.5]))
-    w = jnp.sin(jnp.arange(4.0 * len(x))).reshape(len(x), 2, 2)
-    return jnp.einsum("ti,tij->tj", x, w).sum(-1) + jnp.einsum("ti,ti->t", x, x) + 0.7
-
-
-CAUSAL = {
-    f.__name__: f
-    for f in [dilated, lagging, unpadded, transposed, cumulated, with_calls, looked_up,
-              batched_products]
-}  # fmt: skip
-
-
-@jax.checking_leaks.func(False)
-def sampled_by_hand(f, n):
-    x, f = np.zeros(n, np.float32), jax.jit(f)
-    for i in range(n):
-        x[i] = np.asarray(f(x))[i]
-    return x
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("n", [2, 3, 12])
-def test_sampling_is_that_of_the_whole_function_for_each_element(name, n):
-    """Up to the order of summation: sums of at most some tens of numbers of order one."""
-    if name == "lagging" and n < 3:
-        pytest.skip("slices three elements off")
-    f = CAUSAL[name]
-    wanted = sampled_by_hand(f, n)
-    assert len(set(wanted.tolist())) > n // 2, "a sequence to compare"
-    for run in (incremental.sample, jax.jit(incremental.sample, static_argnums=0)):
-        found = run(f, jnp.ones(n))
-        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
-
-
-def test_the_tokens_of_a_convolutional_model_are_exactly_the_same():
-    model = incremental.causal_conv_model(jax.random.key(1), vocabulary=8, layers=2, taps=3)
-    wanted = np.zeros(24, np.int32)
-    run = jax.jit(model)
-    for i in range(len(wanted)):
-        wanted[i] = run(jnp.asarray(wanted))[i]
-    found = jax.jit(lambda x: incremental.sample(model, x))(jnp.asarray(wanted))
-    np.testing.assert_array_equal(found, wanted)
-    assert len(set(wanted.tolist())) > 4
-    part = incremental.sample(model, jnp.asarray(wanted), steps=10)
-    np.testing.assert_array_equal(part, np.where(np.arange(24) < 10, wanted, 0))
-
-
-def test_each_element_of_each_intermediate_value_is_computed_once():
-    model = incremental.causal_conv_model(jax.random.key(1), layers=2)
-    moved = []
-    for n in (16, 64):
-        x = jnp.zeros(n, jnp.int32)
-        once = Counts(*counted(model, x))
-        found = Counts(*counted(lambda x: incremental.sample(model, x), x))
-        for name in (
-            "dot_general",
-            "conv_general_dilated",
-            "tanh",
-            "logistic",
-            "exp",
-            "reduce_sum",
-        ):
-            assert found.flops[name] == once.flops[name]
-        assert found.flops.total() == pytest.approx(once.flops.total(), rel=0.02)
-        moved.append(found.read.total() + found.written.total())
-    assert moved[1] < 4.1 * moved[0]
-    naive = Counts(*counted(lambda x: incremental.sample_naively(model, x), x))
-    assert naive.flops["conv_general_dilated"] == n * once.flops["conv_general_dilated"]
-
-
-def counted(f, x):
-    with new_trace(CountOperations, state=jnp.zeros(512, jnp.uint32)) as trace:
-        jax.jit(f)(x)
-    return trace.kinds, trace.state
-
-
-def test_sampling_inside_vmap_and_derivatives():
-    def sequence(sample, scale):
-        return sample(lambda x: jnp.tanh(dilated(x) * scale + 0.1), jnp.zeros(9))
-
-    fast = functools.partial(sequence, incremental.sample)
-    naive = functools.partial(sequence, incremental.sample_naively)
-    for transform in (jax.jacfwd, jax.jacrev, lambda f: lambda x: jax.vmap(f)(x * jnp.arange(4.0))):
-        found, wanted = transform(fast)(0.8), transform(naive)(0.8)
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
-
-
-NOT_CAUSAL = {
-    "itself": (lambda x: x * 2.0, incremental.NotCausal, r"x\[i \+ 0\]"),
-    "the next": (lambda x: jnp.pad(x[1:], (0, 1)), incremental.NotCausal, r"x\[i \+ 1\]"),
-    "same padding": (
-        lambda x: jnp.convolve(shifted(x), jnp.ones(3), mode="same"),
-        incremental.NotCausal,
-        r"x\[i \+ 0\]",
-    ),
-    "all": (lambda x: x - x.sum(), NotImplementedError, "reduce_sum"),
-    "reversed": (lambda x: x[::-1], NotImplementedError, "rev"),
-    "scan": (
-        lambda x: jax.lax.scan(lambda c, x: (c + x, c), 0.0, x)[1],
-        NotImplementedError,
-        "scan",
-    ),
-    "product": (lambda x: jnp.tri(len(x)) @ x, NotImplementedError, "dot_general"),
-    "another type": (lambda x: shifted(x).astype(jnp.int32), incremental.NotCausal, "int32"),
-}
-
-
-@pytest.mark.leaks_allowed("an error inside a loop leaves its traceback")
-@pytest.mark.parametrize("name", NOT_CAUSAL)
-def test_what_is_not_causal_is_an_error(name):
-    f, kind, text = NOT_CAUSAL[name]
-    with pytest.raises(kind, match=text):
-        incremental.sample(f, jnp.zeros(5))
-
-
-def test_a_function_that_does_not_look_at_its_input():
-    wanted = np.sin(np.arange(4.0, dtype=np.float32))
-    found = incremental.sample(lambda x: jnp.sin(jnp.arange(4.0)), jnp.zeros(4))
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 # -- Locating a NaN --------------------------------------------------------------------------

@@ -24,6 +24,10 @@ FLOORS = {
         "mesh", "batching", "hijax", "remat_opt", "traced_derivatives", "kernels",
     ],
     "traces": ["state", "retrace", "stateful"],
+    "causal": [
+        "knowledge", "program", "regions", "rule", "elementwise", "copies", "mixing", "windows",
+        "indices", "recurrences", "table", "fixed_point",
+    ],
     "extend": [],
     "random": [],
     "params": [
