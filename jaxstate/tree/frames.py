@@ -109,8 +109,7 @@ class Frame:
         if self.rule is not None:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
-        address.holder()  # which a kernel refuses
-        self._source = source = self._source or _jax.current_source()
+        source = self._source_of(address)
         captured = _jax.new_const(self.trace, StateTracer(address, aval), source)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
         (value,) = _jax.emit(
@@ -234,10 +233,16 @@ class Frame:
         if self.rule is not None:
             self.writes.append((address, value))
             return
-        address.holder()
-        self._source = self._source or _jax.current_source()
+        source = self._source_of(address)
         params, effects = dict(address=address), {resolve.state_effect}
-        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, self._source)
+        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, source)
+
+    def _source_of(self, address: Any) -> Any:
+        """Where the program is, for equations. (One place for all of a frame: to look is slow.)"""
+        if self._source is None:
+            address.holder()  # a kernel refuses
+            self._source = _jax.current_source()
+        return self._source
 
     @property
     def runs_once(self) -> bool:

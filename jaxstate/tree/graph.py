@@ -154,8 +154,9 @@ class Node:
         self.ranks: list[int] | None = None  # the places of the parts in this order
         self.with_leaves: list[int] = []  # the parts that are, or are made of, arrays
 
-    def copy(self) -> Node:
-        other = Node(self.object, self.parent, self.place)
+    def copy(self, x: Any) -> Node:
+        """The same of another object."""
+        other = Node(x, self.parent, self.place)
         other.names, other.keys, other.values = self.names, self.keys, self.values[:]
         other.entries, other.with_leaves = self.entries, self.with_leaves
         other.order, other.ranks = self.order, self.ranks
@@ -195,12 +196,13 @@ class Walk:
       leaves: the arrays.
       places: for each array, the number of its node and of the part there; (-1, root) for roots.
       nodes: a `Node` per object.
+      is_tree: whether no object of a class that JAX knows was reached twice.
       notes: where objects note the trace that they are used in, as in ``places``.
     """
 
     __slots__ = (
-        "_before", "_clock", "_memo", "_weak", "avals", "graph", "leaves", "nodes", "notes",
-        "places", "roots", "versions",
+        "_before", "_clock", "_memo", "_weak", "avals", "graph", "is_tree", "leaves", "nodes",
+        "notes", "places", "roots", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -212,6 +214,7 @@ class Walk:
         self.nodes: list[Node] = []
         self.notes: list[tuple[int, int]] = []
         self.avals: list[Any] = []
+        self.is_tree = True
         self._before = before
         self._memo: dict[int, int] = {}
         self._weak: list[tuple[int, int]] = []
@@ -301,7 +304,10 @@ class Walk:
 
     def _node(self, x: Any, static: bool, parent: int, place: int, tree: bool) -> int:
         number = self._memo.get(id(x))
-        if number is not None and not (tree and _jax.children_of(x) is not None):
+        if number is not None and (not self.is_tree or _jax.children_of(x) is None):
+            return number
+        if number is not None and not tree:
+            self.is_tree = False
             return number
         number = self._memo[id(x)] = len(self.nodes)
         node = Node(x, parent, place)
@@ -380,18 +386,10 @@ class Walk:
 
     def with_leaves(self, leaves: list[Any], *, put: bool) -> Walk:
         """The same with other arrays, which are put into the objects if ``put``."""
-        walk = object.__new__(Walk)
-        walk.leaves, walk.places, walk.notes, walk.avals = (
-            leaves,
-            self.places,
-            self.notes,
-            self.avals,
-        )
-        walk.graph, walk._memo, walk._before = self.graph, self._memo, None
-        walk._clock, walk.versions = self._clock, self.versions[:]
-        walk.nodes = []
+        walk = self._like(leaves)
+        walk._memo = self._memo
         for node in self.nodes:
-            other = node.copy()
+            other = node.copy(node.object)
             walk.nodes.append(other)
             if put and node.with_leaves:
                 for i in node.with_leaves:
@@ -401,6 +399,26 @@ class Walk:
             self._with(e, leaves) if put and has_leaves(e) else r
             for e, r in zip(self.graph.roots, self.roots, strict=True)
         ]
+        return walk
+
+    def copied(self, leaf: Callable[[Any, Any], Any]) -> Walk:
+        """The objects again, with what ``leaf(x, type)`` makes of the arrays."""
+        walk = self._like([leaf(x, aval) for x, aval in zip(self.leaves, self.avals, strict=True)])
+        walk.nodes = [node.copy(objects.Blank.of(node.object).make()) for node in self.nodes]
+        walk._memo = {id(node.object): n for n, node in enumerate(walk.nodes)}
+        for node in walk.nodes:
+            node.values = [walk.value_of(entry) for entry in node.entries]
+            node.fill(node.values)
+        walk.roots = [walk.value_of(entry) for entry in self.graph.roots]
+        return walk
+
+    def _like(self, leaves: list[Any]) -> Walk:
+        walk = object.__new__(Walk)
+        walk.leaves, walk.places, walk.notes = leaves, self.places, self.notes
+        walk.graph, walk.avals, walk.is_tree = self.graph, self.avals, self.is_tree
+        walk._before, walk._weak = None, []
+        walk._clock, walk.versions = self._clock, self.versions[:]
+        walk.nodes = []
         return walk
 
     def _with(self, entry: Entry, leaves: list[Any]) -> Any:

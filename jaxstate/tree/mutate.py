@@ -32,8 +32,8 @@ from jaxstate.core.slots import open_holder
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments
-from jaxstate.tree.graph import Walk, fitted, value_of
-from jaxstate.tree.objects import NODE, STATIC, Blank, fill, kind_of
+from jaxstate.tree.graph import Walk, fitted
+from jaxstate.tree.objects import NODE, STATIC, kind_of
 from jaxstate.tree.session import Session, writable
 
 __all__ = ["mutate"]
@@ -106,17 +106,18 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         )
     boundaries.install()
     given = _Given()
-    roots = [_copied(tree, given.copy)]
-    session = Session(roots, _jax.user_location())
+    session = Session(Walk([tree], tree=True).copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)
     with open_holder(session):
         try:
-            out = _called(function, roots[0], args, kwargs)
+            out = _called(function, session.roots[0], args, kwargs)
             walk = session.refresh()
         finally:
             session.is_open = False
     _check_leaves(walk)
-    new = _remade(_copied(roots[0], given.back, walk))
+    is_tree = walk.is_tree and len(walk.roots) == 1
+    tree = walk if is_tree else Walk(session.roots, walk, tree=True)
+    new = _remade(tree.copied(given.back).roots[0])
     out = _without_objects_of(walk, out)
     _end(session, walk)
     return out, new
@@ -169,20 +170,6 @@ def _may_be_nan(x: Any) -> bool:
     return x.dtype.kind in "fc"
 
 
-def _copied(tree: Any, leaf: Callable[[Any, Any], Any], before: Walk | None = None) -> Any:
-    """The objects again, with what ``leaf(x, type)`` makes of the arrays.
-
-    It is a tree: an object of a class that JAX knows is not in two places.
-    """
-    walk = Walk([tree], before, tree=True)
-    nodes = [Blank.of(node.object).make() for node in walk.nodes]
-    leaves = [leaf(x, aval) for x, aval in zip(walk.leaves, walk.avals, strict=True)]
-    get, object_of = leaves.__getitem__, nodes.__getitem__
-    for x, node in zip(nodes, walk.nodes, strict=True):
-        fill(x, node.names, node.keys, [value_of(e, get, object_of) for e in node.entries])
-    return value_of(walk.graph.roots[0], get, object_of)
-
-
 def _remade(tree: Any) -> Any:
     """The tree as its classes make it of leaves."""
     try:
@@ -215,7 +202,7 @@ def _without_objects_of(walk: Walk, out: Any) -> Any:
     _check_leaves(found)
     if all(walk.find(node.object) is None for node in found.nodes):
         return out
-    return _copied(out, lambda x, _: x)
+    return Walk([out], tree=True).copied(lambda x, _: x).roots[0]
 
 
 def _check_leaves(walk: Walk) -> None:

@@ -38,11 +38,11 @@ class Session(Holder):
       added: the objects after the last change of the structure, by their numbers in that change.
     """
 
-    def __init__(self, roots: list[Any], made: str) -> None:
+    def __init__(self, walk: Walk, made: str) -> None:
         super().__init__()
         self.made = made
         self.level = sum(isinstance(h, Session) for h in holders())
-        self.roots = roots
+        self.roots = list(walk.roots)
         self.detached: list[Any] = []
         self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
@@ -55,7 +55,7 @@ class Session(Holder):
         self.is_open = True
         self._graph: Any = None
         self._pending: _Pending | None = None
-        self._walk: Walk | None = Walk(roots)
+        self._walk: Walk | None = walk
 
     # -- As a holder -------------------------------------------------------------------------
 
