@@ -32,7 +32,7 @@ from jaxstate.core.slots import open_holder
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments
-from jaxstate.tree.graph import Walk, fitted
+from jaxstate.tree.graph import Walk, fitted, value_of
 from jaxstate.tree.objects import NODE, STATIC, kind_of
 from jaxstate.tree.session import Session, writable
 
@@ -42,13 +42,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
+def mutate(fn: Callable[P, R], *, deep: bool = True) -> Callable[P, tuple[R, Any]]:
     """Makes a pure function out of one that assigns to its first argument.
 
     Args:
       fn: called as ``fn(tree, *args, **kwargs)``; may assign to the attributes and items of
         ``tree`` and of its parts, call its methods, add and remove items. A method that is bound
         to an object has that object as its tree, and is called with the other arguments only.
+      deep: if False, ``fn`` may assign to the attributes and items of ``tree`` itself, and not to
+        those of its parts.
 
     Returns:
       A function of ``(tree, *args, **kwargs)`` that returns ``(out, new_tree)``: what ``fn``
@@ -60,6 +62,7 @@ def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
       StructureChangeError: if ``fn`` adds or removes parts inside a loop or a branch.
       SlotTypeError: if ``fn`` changes the shape or dtype of an array there.
       LaneWriteError: if lanes of a vmap inside ``fn`` assign different values.
+      FrozenPartError: if ``fn`` assigns to a part of a part, and not ``deep``.
       CopyWriteError: if ``fn`` assigns to a copy that a transformation has made of the tree.
       ClosedStateError: if what ``fn`` was given is used after it has returned.
 
@@ -85,7 +88,7 @@ def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
     @functools.wraps(fn)
     def mutated(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
         tree, *rest = args if owner is None else (owner, *args)
-        return _run(function, tree, rest, kwargs)
+        return _run(function, tree, rest, kwargs, deep)
 
     return mutated
 
@@ -98,7 +101,7 @@ def _owner(fn: Any) -> Any:
     return owner if kind_of(owner) is NODE else None
 
 
-def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _run(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool) -> tuple[Any, Any]:
     if kind_of(tree) is STATIC:
         raise TypeError(
             f"mutate wants a tree with parts that can be assigned to, and was given {tree!r}.\n"
@@ -108,10 +111,15 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     given = _Given()
     session = Session(Walk([tree], tree=True).copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)
+    frozen = [] if deep else [n.copy(n.object) for n in session.walk.nodes if n.parent >= 0]
+    graph = session.walk.graph
     with open_holder(session):
         try:
             out = _called(function, session.roots[0], args, kwargs)
             walk = session.refresh()
+            for i, node in enumerate(frozen, start=len(graph.nodes) - len(frozen)):
+                if (part := node.changed_part()) is not None:
+                    raise problems.frozen_part(graph.label_of_node(i) + part)
         finally:
             session.is_open = False
     _check_leaves(walk)
@@ -240,8 +248,10 @@ def _tracers_in(value: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _end(session: Session, walk: Walk) -> None:
-    """Takes the arrays out of the objects: the program may have kept them."""
-    leaves = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
-    walk.with_leaves(leaves, put=True)
+    """Takes the arrays out of the copies: the program may have kept them."""
+    ended = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
+    for node in walk.nodes:
+        if node.with_leaves and id(node.object) in session.own:
+            node.fill([value_of(e, ended.__getitem__, walk.object_of) for e in node.entries])
     session.walk = None
     session.roots = []

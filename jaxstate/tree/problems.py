@@ -8,6 +8,7 @@ from jaxstate import _jax
 from jaxstate.errors import (
     ClosedStateError,
     CopyWriteError,
+    FrozenPartError,
     LaneWriteError,
     SlotTypeError,
     StructureChangeError,
@@ -114,6 +115,20 @@ def held_weakly(cls: type) -> Exception:
         f"mutate copies the objects of the tree, and cannot copy a {cls.__name__} of them.\n"
         "To mend it:\n    parent.child = weakref.ref(child)      # a weak reference, or a plain"
         " container"
+    )
+
+
+def frozen_part(label: str) -> Exception:
+    return FrozenPartError(
+        message(
+            f"{label} was assigned, and mutate(deep=False) lets a function assign to the parts of"
+            " its tree only, and not to the parts of these.",
+            fix="""
+            tree.part = dataclasses.replace(tree.part, x=value)     # another part
+            jaxstate.mutate(fn)(tree)                               # or parts on all levels
+            """,
+            used=_jax.user_location(),
+        )
     )
 
 

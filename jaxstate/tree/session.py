@@ -29,6 +29,7 @@ class Session(Holder):
     Attributes:
       roots: a list with the tree.
       detached: objects that are no longer part of the tree, and that somebody holds.
+      own: the ids of the objects that are copies. (Others the program has put into the tree.)
       base: the traces that the call is made under.
       frames: the boundaries that the program is in (`jaxstate.tree.frames`), outermost first.
       copies: of objects, which functions were called with (`jaxstate.tree.copies`).
@@ -44,6 +45,7 @@ class Session(Holder):
         self.level = sum(isinstance(h, Session) for h in holders())
         self.roots = list(walk.roots)
         self.detached: list[Any] = []
+        self.own = {id(node.object) for node in walk.nodes}
         self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
         self.copies: list[Any] = []
@@ -177,6 +179,8 @@ class Session(Holder):
                     del held[i]
             self.detached = held
             walk = Walk(self.everything(), avals)
+        if not self.frames:
+            self.own.intersection_update(id(node.object) for node in walk.nodes)
         self._walk = walk
         return walk
 
@@ -206,7 +210,9 @@ class Session(Holder):
         walk = self.walk
         self.renewed = numbers
         for n in numbers:
-            walk.replace(n, Blank.of(walk.nodes[n].object).make())
+            made = Blank.of(walk.nodes[n].object).make()
+            self.own.add(id(made))
+            walk.replace(n, made)
         for node in walk.nodes:
             node.values = [walk.value_of(e) for e in node.entries]
             node.fill(node.values)
