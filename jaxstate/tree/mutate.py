@@ -32,9 +32,10 @@ from jaxstate.core.slots import open_holder
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments
-from jaxstate.tree.graph import Walk, fitted, value_of
+from jaxstate.tree.graph import value_of
 from jaxstate.tree.objects import NODE, STATIC, kind_of
 from jaxstate.tree.session import Session, writable
+from jaxstate.tree.walk import Walk, fitted
 
 __all__ = ["mutate"]
 

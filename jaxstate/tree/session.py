@@ -18,9 +18,10 @@ from jaxstate.arrays.array import Writable, activation, fresh, is_array, snapsho
 from jaxstate.core import slots
 from jaxstate.core.slots import Address, Holder, holders
 from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, NewLeaf, Shape, TreeAddress
-from jaxstate.tree.graph import Walk, fitted, value_of
+from jaxstate.tree.graph import value_of
 from jaxstate.tree.objects import NODE, Blank, fill, kind_of
 from jaxstate.tree.problems import another_structure, structure_changed
+from jaxstate.tree.walk import Walk, fitted
 
 
 class Session(Holder):
@@ -80,7 +81,7 @@ class Session(Holder):
     def cell(self, address: Any) -> Any:
         if isinstance(address, LeafAddress):
             self._check_graph(address)
-        return _CELLS[type(address)](self, address)
+        return _Cell(self, address)
 
     def is_given(self) -> bool:
         """Whether a function runs that was given the arrays that it uses."""
@@ -316,47 +317,23 @@ class _Cell:
         self.session = session
         self.address = address
 
-
-class _LeafCell(_Cell):
-    __slots__ = ()
-
     @property
     def value(self) -> Any:
+        if not isinstance(self.address, LeafAddress):
+            raise structure_changed(self.address.label)
         return self.session.get(self.address.number)
 
     @value.setter
     def value(self, value: Any) -> None:
-        renewed = self.address.renewed_objects
-        if renewed and self.session.renewed is not renewed:
-            self.session.renew(renewed)
-        self.session.set(self.address.number, value)
-
-
-class _ShapeCell(_Cell):
-    __slots__ = ()
-
-    @property
-    def value(self) -> Any:
-        raise structure_changed(self.address.label)
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self.session.begin_change(self.address.change)
-
-
-class _NewCell(_Cell):
-    __slots__ = ()
-
-    @property
-    def value(self) -> Any:
-        raise structure_changed(self.address.label)
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self.session.add_leaf(self.address.number, value)
-
-
-_CELLS: dict[type, Any] = {LeafAddress: _LeafCell, Shape: _ShapeCell, NewLeaf: _NewCell}
+        session, address = self.session, self.address
+        if isinstance(address, Shape):
+            session.begin_change(address.change)
+        elif isinstance(address, NewLeaf):
+            session.add_leaf(address.number, value)
+        else:
+            if address.renewed_objects and session.renewed is not address.renewed_objects:
+                session.renew(address.renewed_objects)
+            session.set(address.number, value)
 
 
 # -- The sessions of a thread ----------------------------------------------------------------
