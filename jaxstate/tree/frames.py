@@ -66,9 +66,9 @@ class Frame:
         self.function = publishes.function
         self.stages = rule is not None or isinstance(trace_, _jax.StagingTrace)
         self.roots = list(session.roots)
-        self.detached = list(session.detached)
         self.called = session.called
         self.walk = walk = session.refresh()
+        self.detached = list(session.detached)
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
         self._source: Any = None

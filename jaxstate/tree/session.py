@@ -171,9 +171,9 @@ class Session(Holder):
         if before is not None:
             others.update((id(n.object), n.object) for n in before.nodes)
         held = [x for x in others.values() if walk.number_of(x) is None]
+        self.detached = []
         if held:
             avals = walk
-            self.detached = []
             del before, walk, others, self._walk
             for i in reversed(range(len(held))):
                 if sys.getrefcount(held[i]) <= 2 and id(held[i]) not in known:

@@ -167,6 +167,14 @@ def detached(t):
     t["c"].add(old.n)
 
 
+def taken_out_and_back(t):
+    old = t.pop("c")
+    jax.jit(lambda: old.add(1.0))()
+    t["c"] = old
+    loop(2, lambda i: old.add(1.0))
+    return old.n
+
+
 def old_values(t):
     def body(i):
         old = t["a"]
@@ -282,6 +290,7 @@ PROGRAMS = {
     swapped_in_a_loop: [1.0, 5.0, 10.0, 2.0, 0.0],
     structure_in_jit: None,
     detached: [1.0, 5.0, 16.0, 10.0, 0.0],
+    taken_out_and_back: [5.0, 1.0, 5.0, 5.0, 10.0, 0.0],
     old_values: [8.0, 0.0, 4.0, 2.0, 10.0, 0.0],
     results_are_the_objects: [1.0, 1.0, 5.0, 5.0, 22.0, 0.0, 5.0],
     generators: [1.0, 20.0, 10.0, 5.0, 2.0, 10.0, 0.0],
