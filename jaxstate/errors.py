@@ -22,6 +22,7 @@ __all__ = [
     "CopyWriteError",
     "CustomRuleStateError",
     "DeviceWriteError",
+    "FrozenPartError",
     "HostCallbackError",
     "InitializerDataError",
     "LaneWriteError",
@@ -174,6 +175,10 @@ class StructureChangeError(StateError):
 
 class CopyWriteError(StateError):
     """A function under ``mutate`` assigned to a copy of its tree, which would be lost."""
+
+
+class FrozenPartError(StateError):
+    """A function under ``mutate(deep=False)`` assigned to a part of a part of its tree."""
 
 
 class ClosedStateError(StateError):

@@ -40,9 +40,8 @@ FLOORS = {
         "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",
     ],
     "tree": [
-        "objects", "problems", "graph", "addresses", "entry", "session", "copies", "frames",
-        "operands",
-        "boundaries", "frozen", "mutate",
+        "objects", "problems", "graph", "walk", "addresses", "entry", "session", "copies",
+        "holding", "frames", "operands", "boundaries", "frozen", "mutate",
     ],
     "": [],
 }  # fmt: skip

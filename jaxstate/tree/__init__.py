@@ -4,9 +4,12 @@ Between the places where JAX calls functions of the program, nothing is intercep
 just happens. In those places the objects are looked at, and compared with what they were.
 
 * `objects`: where objects of Python keep their parts, and how one is made of given parts.
-* `graph`: what objects there are and where their arrays are, static and hashable; the looking.
+* `graph`: what objects there are and where their arrays are, static and hashable.
+* `walk`: the looking.
 * `addresses`: the slots of arrays and of the structure, as they stand in a jaxpr.
 * `session`: the objects of one call of `mutate`, which answer for these addresses.
+* `copies`: objects that JAX calls functions with, put together anew.
+* `holding`: whether the program holds an object that a loop replaces.
 * `frames`: what happens to the objects where a trace begins and ends.
 * `operands`: an object that is passed to a loop, branch or jitted function goes by reference.
 * `boundaries`: the places, and what is done there.

@@ -19,8 +19,9 @@ import numpy as np
 from jaxstate import _jax
 from jaxstate.core.slots import Address
 from jaxstate.tree import problems
-from jaxstate.tree.graph import Graph, Walk, first_difference
+from jaxstate.tree.graph import Graph
 from jaxstate.tree.objects import Blank
+from jaxstate.tree.walk import Walk, first_difference
 
 
 class TreeAddress(Address):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from jaxstate import _jax
@@ -127,17 +127,6 @@ def _publish_graphs(yes: bool) -> None:
         signature_changed()
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_nothing = _Nothing()
-
-
 def refresh() -> None:
     for session in sessions():
         session.refresh()
@@ -151,7 +140,7 @@ def _before_rule() -> None:
 
 def _around_tracing(fun: Any) -> Any:
     if not sessions() or discharge.in_bind() or publishes.jax_only:
-        return _nothing
+        return nullcontext()
     return _around(fun)
 
 

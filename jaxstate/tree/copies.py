@@ -14,8 +14,9 @@ import jax
 from jaxstate import _jax
 from jaxstate.tree import problems
 from jaxstate.tree.entry import Entry
-from jaxstate.tree.graph import LEAF, Node, Walk
+from jaxstate.tree.graph import LEAF
 from jaxstate.tree.session import Session
+from jaxstate.tree.walk import Node, Walk
 
 
 class Copy(NamedTuple):

@@ -13,15 +13,10 @@ A frame is one such place that the program is in. There are two kinds:
 
 from __future__ import annotations
 
-import gc
 import sys
-import types
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import jax
 
 from jaxstate import _jax
 from jaxstate.arrays.array import Writable, snapshot
@@ -31,9 +26,10 @@ from jaxstate.core.slots import Holder
 from jaxstate.tree import problems
 from jaxstate.tree.addresses import FLAG, Change, LeafAddress, NewLeaf, Shape
 from jaxstate.tree.entry import Entry
-from jaxstate.tree.graph import TraceNote, Walk, first_difference, fitted, mentions
-from jaxstate.tree.objects import MADE
+from jaxstate.tree.graph import TraceNote
+from jaxstate.tree.holding import is_held, is_reached
 from jaxstate.tree.session import Session, publishes
+from jaxstate.tree.walk import Walk, first_difference, fitted
 
 # What JAX traces to run it once where it is called. Others are loops and branches.
 _ONCE = {
@@ -70,9 +66,9 @@ class Frame:
         self.function = publishes.function
         self.stages = rule is not None or isinstance(trace_, _jax.StagingTrace)
         self.roots = list(session.roots)
-        self.detached = list(session.detached)
         self.called = session.called
         self.walk = walk = session.refresh()
+        self.detached = list(session.detached)
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
         self._source: Any = None
@@ -109,8 +105,7 @@ class Frame:
         if self.rule is not None:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
-        address.holder()  # which a kernel refuses
-        self._source = source = self._source or _jax.current_source()
+        source = self._source_of(address)
         captured = _jax.new_const(self.trace, StateTracer(address, aval), source)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
         (value,) = _jax.emit(
@@ -160,7 +155,7 @@ class Frame:
             for address, value in self.writes:  # which may be to the objects, as they are outside
                 self.rule.cell(address).value = value  # type: ignore[union-attr]
             for n in replaced:
-                if self._reaches(n) if self.is_loop else self._is_held(n):
+                if is_reached(self, n) if self.is_loop else is_held(self, n):
                     raise problems.held_outside(self.walk.graph.label_of_node(n))
         finally:
             self.session.called, self.session.added = self.called, []
@@ -234,10 +229,16 @@ class Frame:
         if self.rule is not None:
             self.writes.append((address, value))
             return
-        address.holder()
-        self._source = self._source or _jax.current_source()
+        source = self._source_of(address)
         params, effects = dict(address=address), {resolve.state_effect}
-        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, self._source)
+        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, source)
+
+    def _source_of(self, address: Any) -> Any:
+        """Where the program is, for equations. (One place for all of a frame: to look is slow.)"""
+        if self._source is None:
+            address.holder()  # a kernel refuses
+            self._source = _jax.current_source()
+        return self._source
 
     @property
     def runs_once(self) -> bool:
@@ -257,31 +258,6 @@ class Frame:
     @property
     def builds_jaxpr(self) -> bool:
         return self.rule is None and isinstance(self.trace, _jax.StagingTrace)
-
-    def _reaches(self, n: int) -> bool:
-        """Whether the function that was traced has an object, and not from the objects."""
-        x = self.walk.nodes[n].object
-        return any(y is x for y in _reached(self.function, self.walk))
-
-    def _is_held(self, n: int) -> bool:
-        """Whether anything but the objects, and what is known of them here, refers to an object."""
-        x = self.walk.nodes[n].object
-        frames = [self, *self.session.frames]
-        walks = [self.session.walk, self.session.called]
-        walks += [w for f in frames for w in (f.walk, f.called)]
-        known = 2  # the argument and the variable
-        for walk in {id(w): w for w in walks if w is not None}.values():
-            known += sum(node.object is x for node in walk.nodes)
-            known += sum(value is x for node in walk.nodes for value in node.values)
-            known += sum(r is x for r in walk.roots)
-        tuples: set[int] = set()
-        for node in self.walk.nodes:
-            for value, entry in zip(node.values, node.entries, strict=True):
-                known += value is x
-                if entry[0] is MADE and mentions(entry, n):
-                    known += _count(value, x, tuples)
-        known += sum(r is x for r in self.roots) * 2
-        return sys.getrefcount(x) > known
 
     def _lower(self) -> None:
         session = self.session
@@ -313,36 +289,3 @@ class Frame:
             lanes = _jax.lane_count(self.trace)
             raise problems.lanes_differ(label, self.session.made, lanes)
         return value
-
-
-_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _jax.Tracer, str)
-
-
-def _reached(function: Any, walk: Walk) -> Iterator[Any]:
-    """What a function has in its closure, its defaults and its globals, but for what it has through
-    the objects."""
-    todo, seen = [function], {id(walk), id(walk.nodes)}
-    while todo:
-        x = todo.pop()
-        if id(x) in seen or isinstance(x, _OPAQUE):
-            continue
-        seen.add(id(x))
-        yield x
-        if walk.number_of(x) is not None:
-            continue
-        if isinstance(x, weakref.ref):
-            todo.append(x())
-        if not isinstance(x, types.FunctionType):
-            todo += gc.get_referents(x)
-            continue
-        names = (n for n in x.__code__.co_names if n in x.__globals__)
-        todo += (x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__)
-        todo += (x.__globals__[n] for n in names if not callable(x.__globals__[n]))
-
-
-def _count(value: Any, x: Any, seen: set[int]) -> int:
-    """How often an object is in a tuple, and in the tuples in it."""
-    if not isinstance(value, tuple) or id(value) in seen:
-        return 0
-    seen.add(id(value))
-    return sum((part is x) + _count(part, x, seen) for part in value)

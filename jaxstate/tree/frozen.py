@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from jaxstate.tree.graph import Walk
 from jaxstate.tree.objects import layout_of, made_of, parts_of
 from jaxstate.tree.session import sessions
+from jaxstate.tree.walk import Walk
 
 
 def permit_assignments(walk: Walk) -> None:

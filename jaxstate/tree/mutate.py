@@ -32,9 +32,10 @@ from jaxstate.core.slots import open_holder
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments
-from jaxstate.tree.graph import Walk, fitted, value_of
-from jaxstate.tree.objects import NODE, STATIC, Blank, fill, kind_of
+from jaxstate.tree.graph import value_of
+from jaxstate.tree.objects import NODE, STATIC, kind_of
 from jaxstate.tree.session import Session, writable
+from jaxstate.tree.walk import Walk, fitted
 
 __all__ = ["mutate"]
 
@@ -42,13 +43,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
+def mutate(fn: Callable[P, R], *, deep: bool = True) -> Callable[P, tuple[R, Any]]:
     """Makes a pure function out of one that assigns to its first argument.
 
     Args:
       fn: called as ``fn(tree, *args, **kwargs)``; may assign to the attributes and items of
         ``tree`` and of its parts, call its methods, add and remove items. A method that is bound
         to an object has that object as its tree, and is called with the other arguments only.
+      deep: if False, ``fn`` may assign to the attributes and items of ``tree`` itself, and not to
+        those of its parts.
 
     Returns:
       A function of ``(tree, *args, **kwargs)`` that returns ``(out, new_tree)``: what ``fn``
@@ -60,6 +63,7 @@ def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
       StructureChangeError: if ``fn`` adds or removes parts inside a loop or a branch.
       SlotTypeError: if ``fn`` changes the shape or dtype of an array there.
       LaneWriteError: if lanes of a vmap inside ``fn`` assign different values.
+      FrozenPartError: if ``fn`` assigns to a part of a part, and not ``deep``.
       CopyWriteError: if ``fn`` assigns to a copy that a transformation has made of the tree.
       ClosedStateError: if what ``fn`` was given is used after it has returned.
 
@@ -85,7 +89,7 @@ def mutate(fn: Callable[P, R]) -> Callable[P, tuple[R, Any]]:
     @functools.wraps(fn)
     def mutated(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
         tree, *rest = args if owner is None else (owner, *args)
-        return _run(function, tree, rest, kwargs)
+        return _run(function, tree, rest, kwargs, deep)
 
     return mutated
 
@@ -98,7 +102,7 @@ def _owner(fn: Any) -> Any:
     return owner if kind_of(owner) is NODE else None
 
 
-def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _run(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool) -> tuple[Any, Any]:
     if kind_of(tree) is STATIC:
         raise TypeError(
             f"mutate wants a tree with parts that can be assigned to, and was given {tree!r}.\n"
@@ -106,17 +110,23 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         )
     boundaries.install()
     given = _Given()
-    roots = [_copied(tree, given.copy)]
-    session = Session(roots, _jax.user_location())
+    session = Session(Walk([tree], tree=True).copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)
+    frozen = [] if deep else [n.copy(n.object) for n in session.walk.nodes if n.parent >= 0]
+    graph = session.walk.graph
     with open_holder(session):
         try:
-            out = _called(function, roots[0], args, kwargs)
+            out = _called(function, session.roots[0], args, kwargs)
             walk = session.refresh()
+            for i, node in enumerate(frozen, start=len(graph.nodes) - len(frozen)):
+                if (part := node.changed_part()) is not None:
+                    raise problems.frozen_part(graph.label_of_node(i) + part)
         finally:
             session.is_open = False
     _check_leaves(walk)
-    new = _remade(_copied(roots[0], given.back, walk))
+    is_tree = walk.is_tree and len(walk.roots) == 1
+    tree = walk if is_tree else Walk(session.roots, walk, tree=True)
+    new = _remade(tree.copied(given.back).roots[0])
     out = _without_objects_of(walk, out)
     _end(session, walk)
     return out, new
@@ -169,20 +179,6 @@ def _may_be_nan(x: Any) -> bool:
     return x.dtype.kind in "fc"
 
 
-def _copied(tree: Any, leaf: Callable[[Any, Any], Any], before: Walk | None = None) -> Any:
-    """The objects again, with what ``leaf(x, type)`` makes of the arrays.
-
-    It is a tree: an object of a class that JAX knows is not in two places.
-    """
-    walk = Walk([tree], before, tree=True)
-    nodes = [Blank.of(node.object).make() for node in walk.nodes]
-    leaves = [leaf(x, aval) for x, aval in zip(walk.leaves, walk.avals, strict=True)]
-    get, object_of = leaves.__getitem__, nodes.__getitem__
-    for x, node in zip(nodes, walk.nodes, strict=True):
-        fill(x, node.names, node.keys, [value_of(e, get, object_of) for e in node.entries])
-    return value_of(walk.graph.roots[0], get, object_of)
-
-
 def _remade(tree: Any) -> Any:
     """The tree as its classes make it of leaves."""
     try:
@@ -215,7 +211,7 @@ def _without_objects_of(walk: Walk, out: Any) -> Any:
     _check_leaves(found)
     if all(walk.find(node.object) is None for node in found.nodes):
         return out
-    return _copied(out, lambda x, _: x)
+    return Walk([out], tree=True).copied(lambda x, _: x).roots[0]
 
 
 def _check_leaves(walk: Walk) -> None:
@@ -253,8 +249,10 @@ def _tracers_in(value: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _end(session: Session, walk: Walk) -> None:
-    """Takes the arrays out of the objects: the program may have kept them."""
-    leaves = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
-    walk.with_leaves(leaves, put=True)
+    """Takes the arrays out of the copies: the program may have kept them."""
+    ended = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
+    for node in walk.nodes:
+        if node.with_leaves and id(node.object) in session.own:
+            node.fill([value_of(e, ended.__getitem__, walk.object_of) for e in node.entries])
     session.walk = None
     session.roots = []

@@ -23,10 +23,10 @@ from jaxstate import _jax
 from jaxstate.core.discharge import in_bind
 from jaxstate.core.slots import signature_changed
 from jaxstate.tree import copies
-from jaxstate.tree.graph import Walk
 from jaxstate.tree.objects import NODE, kind_of
 from jaxstate.tree.problems import closed
 from jaxstate.tree.session import Session, is_object, publishes, sessions
+from jaxstate.tree.walk import Walk
 
 
 class Reference:

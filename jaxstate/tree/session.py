@@ -18,9 +18,10 @@ from jaxstate.arrays.array import Writable, activation, fresh, is_array, snapsho
 from jaxstate.core import slots
 from jaxstate.core.slots import Address, Holder, holders
 from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, NewLeaf, Shape, TreeAddress
-from jaxstate.tree.graph import Walk, fitted, value_of
+from jaxstate.tree.graph import value_of
 from jaxstate.tree.objects import NODE, Blank, fill, kind_of
 from jaxstate.tree.problems import another_structure, structure_changed
+from jaxstate.tree.walk import Walk, fitted
 
 
 class Session(Holder):
@@ -29,6 +30,7 @@ class Session(Holder):
     Attributes:
       roots: a list with the tree.
       detached: objects that are no longer part of the tree, and that somebody holds.
+      own: the ids of the objects that are copies. (Others the program has put into the tree.)
       base: the traces that the call is made under.
       frames: the boundaries that the program is in (`jaxstate.tree.frames`), outermost first.
       copies: of objects, which functions were called with (`jaxstate.tree.copies`).
@@ -38,12 +40,13 @@ class Session(Holder):
       added: the objects after the last change of the structure, by their numbers in that change.
     """
 
-    def __init__(self, roots: list[Any], made: str) -> None:
+    def __init__(self, walk: Walk, made: str) -> None:
         super().__init__()
         self.made = made
         self.level = sum(isinstance(h, Session) for h in holders())
-        self.roots = roots
+        self.roots = list(walk.roots)
         self.detached: list[Any] = []
+        self.own = {id(node.object) for node in walk.nodes}
         self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
         self.copies: list[Any] = []
@@ -55,7 +58,7 @@ class Session(Holder):
         self.is_open = True
         self._graph: Any = None
         self._pending: _Pending | None = None
-        self._walk: Walk | None = Walk(roots)
+        self._walk: Walk | None = walk
 
     # -- As a holder -------------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ class Session(Holder):
     def cell(self, address: Any) -> Any:
         if isinstance(address, LeafAddress):
             self._check_graph(address)
-        return _CELLS[type(address)](self, address)
+        return _Cell(self, address)
 
     def is_given(self) -> bool:
         """Whether a function runs that was given the arrays that it uses."""
@@ -168,15 +171,17 @@ class Session(Holder):
         if before is not None:
             others.update((id(n.object), n.object) for n in before.nodes)
         held = [x for x in others.values() if walk.number_of(x) is None]
+        self.detached = []
         if held:
             avals = walk
-            self.detached = []
             del before, walk, others, self._walk
             for i in reversed(range(len(held))):
                 if sys.getrefcount(held[i]) <= 2 and id(held[i]) not in known:
                     del held[i]
             self.detached = held
             walk = Walk(self.everything(), avals)
+        if not self.frames:
+            self.own.intersection_update(id(node.object) for node in walk.nodes)
         self._walk = walk
         return walk
 
@@ -206,7 +211,9 @@ class Session(Holder):
         walk = self.walk
         self.renewed = numbers
         for n in numbers:
-            walk.replace(n, Blank.of(walk.nodes[n].object).make())
+            made = Blank.of(walk.nodes[n].object).make()
+            self.own.add(id(made))
+            walk.replace(n, made)
         for node in walk.nodes:
             node.values = [walk.value_of(e) for e in node.entries]
             node.fill(node.values)
@@ -310,47 +317,23 @@ class _Cell:
         self.session = session
         self.address = address
 
-
-class _LeafCell(_Cell):
-    __slots__ = ()
-
     @property
     def value(self) -> Any:
+        if not isinstance(self.address, LeafAddress):
+            raise structure_changed(self.address.label)
         return self.session.get(self.address.number)
 
     @value.setter
     def value(self, value: Any) -> None:
-        renewed = self.address.renewed_objects
-        if renewed and self.session.renewed is not renewed:
-            self.session.renew(renewed)
-        self.session.set(self.address.number, value)
-
-
-class _ShapeCell(_Cell):
-    __slots__ = ()
-
-    @property
-    def value(self) -> Any:
-        raise structure_changed(self.address.label)
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self.session.begin_change(self.address.change)
-
-
-class _NewCell(_Cell):
-    __slots__ = ()
-
-    @property
-    def value(self) -> Any:
-        raise structure_changed(self.address.label)
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self.session.add_leaf(self.address.number, value)
-
-
-_CELLS: dict[type, Any] = {LeafAddress: _LeafCell, Shape: _ShapeCell, NewLeaf: _NewCell}
+        session, address = self.session, self.address
+        if isinstance(address, Shape):
+            session.begin_change(address.change)
+        elif isinstance(address, NewLeaf):
+            session.add_leaf(address.number, value)
+        else:
+            if address.renewed_objects and session.renewed is not address.renewed_objects:
+                session.renew(address.renewed_objects)
+            session.set(address.number, value)
 
 
 # -- The sessions of a thread ----------------------------------------------------------------

@@ -8,6 +8,7 @@ each round.
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -99,3 +100,20 @@ def compare(sides: Mapping[str, Side], reference: str, repeats: int) -> dict[str
         )
         for name, found in times.items()
     }
+
+
+def python_calls(fun: Callable[[], Any]) -> int:
+    """The number of calls of Python and C functions that ``fun()`` makes."""
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        fun()
+    finally:
+        sys.setprofile(before)
+    return calls

@@ -224,6 +224,88 @@ def _port(name: str) -> Callable[[], dict[str, Side]]:
     return sides
 
 
+# -- Objects ---------------------------------------------------------------------------------
+
+
+def object_of(n: int) -> dict[str, Any]:
+    """A tree of n arrays."""
+    return {"list": [], "arrays": {f"k{i}": jnp.float32(i) for i in range(n)}}
+
+
+def write_all(n: int) -> nets.Pair:
+    """A loop whose body reads and writes every array."""
+
+    def ours(tree: Any) -> Any:
+        arrays = tree["arrays"]
+        jax.lax.fori_loop(
+            0, 3, lambda i, _: arrays.update({k: x + 1.0 for k, x in arrays.items()}), None
+        )
+
+    def by_hand(arrays: Any) -> Any:
+        def body(_: Any, arrays: Any) -> Any:
+            return {k: x + 1.0 for k, x in arrays.items()}
+
+        return jax.lax.fori_loop(0, 3, body, arrays)
+
+    return nets.Pair(
+        lambda tree: jaxstate.mutate(ours)(tree)[1]["arrays"],
+        lambda tree: by_hand(tree["arrays"]),
+        (object_of(n),),
+    )
+
+
+def write_one(n: int) -> nets.Pair:
+    """A loop whose body reads and writes one array of n."""
+
+    def update(x: Any) -> Any:
+        return jnp.where(x > 3, jnp.sin(x), jnp.clip(x, 0, 1))
+
+    def ours(tree: Any) -> None:
+        arrays = tree["arrays"]
+        jax.lax.fori_loop(0, 3, lambda i, _: arrays.update(k0=update(arrays["k0"])), None)
+
+    def by_hand(tree: Any) -> Any:
+        arrays = tree["arrays"]
+        return {**arrays, "k0": jax.lax.fori_loop(0, 3, lambda _, x: update(x), arrays["k0"])}
+
+    return nets.Pair(
+        lambda tree: jaxstate.mutate(ours)(tree)[1]["arrays"], by_hand, (object_of(n),)
+    )
+
+
+def calls_and_appends(n: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Eagerly: 20 jitted calls that change one array of n, and 30 appends in a Python loop."""
+    tree, step = object_of(n), jax.jit(lambda x: x + 1)
+
+    def calls(tree: Any) -> None:
+        for _ in range(20):
+            tree["arrays"]["k0"] = step(tree["arrays"]["k0"])
+
+    def appends(tree: Any) -> None:
+        for i in range(30):
+            tree["list"].append(tree["arrays"]["k0"] + i)
+
+    return lambda: jaxstate.mutate(calls)(tree), lambda: jaxstate.mutate(appends)(tree)
+
+
+def _per_array(which: int) -> Callable[[], dict[str, Side]]:
+    """1,600 arrays against eight times 200."""
+
+    def sides() -> dict[str, Side]:
+        many, few = calls_and_appends(1600)[which], calls_and_appends(200)[which]
+
+        def eight() -> None:
+            for _ in range(8):
+                few()
+
+        return {
+            "n = 1600": Side(many, clock=time.thread_time),
+            "8 times n = 200": Side(eight, clock=time.thread_time),
+        }
+
+    return sides
+
+
 # -- Traces ----------------------------------------------------------------------------------
 
 
@@ -355,6 +437,12 @@ PROGRAMS = [
     Program("trace, mutate of 200 leaves", 1.3, _traces(lambda: nets.assigned_leaves(200))),
     Program("calls of plain JAX after inplace", 1.01, after_in_place),
     Program("trace, scan of a scan of a cond", 1.15, _traces(lambda: nets.nested_loops(10))),
+    Program("trace, objects, 200 of 200 arrays", 1.3, _traces(lambda: write_all(200))),
+    Program("trace, objects, 1600 of 1600 arrays", 1.3, _traces(lambda: write_all(1600))),
+    Program("trace, objects, 1 of 200 arrays", 1.3, _traces(lambda: write_one(200))),
+    Program("trace, objects, 1 of 1600 arrays", 1.3, _traces(lambda: write_one(1600))),
+    Program("objects, 20 jitted calls, 1600 / 200", 1.1, _per_array(0)),
+    Program("objects, 30 appends, 1600 / 200", 1.1, _per_array(1)),
     Program("trace, 1000 / 100 parameters", 1.1, _growth(nets.many_parameters, 100)),
     Program("trace, 1000 / 100 modules", 1.1, _growth(nets.many_modules, 100)),
     Program("trace, 1000 / 100 variables in a scan", 1.1, _growth(nets.many_variables, 100)),

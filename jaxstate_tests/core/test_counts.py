@@ -7,7 +7,6 @@ keys and counts are passed and returned explicitly.
 
 import contextlib
 import re
-import sys
 from collections import Counter
 
 import jax
@@ -17,6 +16,7 @@ import pytest
 
 import jaxstate
 from jaxstate_tests.bench import measure, nets, programs
+from jaxstate_tests.bench.measure import python_calls
 from jaxstate_tests.bench.models import QUICK, train_step
 from jaxstate_tests.bench.peers import by_hand, with_jaxstate
 
@@ -168,23 +168,6 @@ def test_eager_loop_of_applies_traces_once():
 
 
 # -- The work of tracing ---------------------------------------------------------------------
-
-
-def python_calls(fun):
-    """The number of calls of Python and C functions that ``fun()`` makes."""
-    calls = 0
-
-    def count(frame, event, arg):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        fun()
-    finally:
-        sys.setprofile(before)
-    return calls
 
 
 # The calls of one more element when there are ten times as many, against one more of a few:

@@ -617,6 +617,15 @@ def mended_a_lane_is_a_copy():
     assert jax.vmap(jaxstate.mutate(add_one))({"x": jnp.zeros(3)})[1]["x"].sum() == 3
 
 
+def a_part_of_a_part():
+    jaxstate.mutate(lambda tree: add_one(tree["part"]), deep=False)({"part": {"x": jnp.zeros(3)}})
+
+
+def mended_a_part_of_a_part():
+    _, new = jaxstate.mutate(add_one, deep=False)({"x": jnp.zeros(3)})
+    assert new["x"].sum() == 3
+
+
 CATALOGUE = [
     (errors.MaskedWriteError, vector_by_traced_mask, mended_vector_by_traced_mask,
      "shape \\(3,\\)"),
@@ -700,6 +709,8 @@ CATALOGUE = [
      r"structure of tree\['new'\] was changed inside a loop"),
     (errors.CopyWriteError, a_lane_is_a_copy, mended_a_lane_is_a_copy,
      r"tree\['x'\].*is a copy.*jax.vmap\(jaxstate.mutate"),
+    (errors.FrozenPartError, a_part_of_a_part, mended_a_part_of_a_part,
+     r"tree\['part'\]\['x'\] was assigned.*deep=False"),
     (errors.UnusedReuseError, unused_reuse, mended_unused_reuse,
      "nothing in common with 'pair'"),
 ]  # fmt: skip

@@ -252,6 +252,21 @@ try:
     KINDS["equinox"] = Kind(Equinox)
 except ImportError:
     eqx = None
+try:
+    from penzai import pz
+
+    @pz.pytree_dataclass
+    class Penzai(pz.Struct):
+        a: Any
+        b: Any
+
+    KINDS["penzai"] = Kind(Penzai)
+except ImportError:
+    pass
+try:
+    import optax
+except ImportError:
+    optax = None
 
 
 # -- Programs --------------------------------------------------------------------------------
@@ -275,6 +290,7 @@ simple = st.one_of(
     st.tuples(st.just("paths"), numbers),
     st.tuples(st.just("descend"), numbers),
     st.tuples(st.just("tree_at"), numbers),
+    st.tuples(st.just("optimize"), numbers),
     st.tuples(st.just("copy"), numbers, numbers),
 )
 ONCE = ("jit", "jit of the tree", "checkpoint", "grad", "jvp", "vmap")
@@ -462,6 +478,18 @@ class Run:
             tree = self.get(root, path)
             updates = jax.tree.map(lambda y: -0.1 * y, tree)
             self.put(root, path, jax.tree.map(lambda y, u: y + u, tree, updates))
+        return x
+
+    def optimize(self, root, x, i):
+        """Two steps of an optimizer with a state of its own."""
+        if self.known and optax is not None:
+            path = self.known[i % len(self.known)]
+            optimizer = optax.chain(optax.trace(0.9), optax.scale(-0.1))
+            state = optimizer.init(self.get(root, path))
+            for _ in range(2):
+                tree = self.get(root, path)
+                updates, state = optimizer.update(tree, state)
+                self.put(root, path, optax.apply_updates(tree, updates))
         return x
 
     def tree_at(self, root, x, i):

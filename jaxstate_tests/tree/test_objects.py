@@ -167,6 +167,14 @@ def detached(t):
     t["c"].add(old.n)
 
 
+def taken_out_and_back(t):
+    old = t.pop("c")
+    jax.jit(lambda: old.add(1.0))()
+    t["c"] = old
+    loop(2, lambda i: old.add(1.0))
+    return old.n
+
+
 def old_values(t):
     def body(i):
         old = t["a"]
@@ -282,6 +290,7 @@ PROGRAMS = {
     swapped_in_a_loop: [1.0, 5.0, 10.0, 2.0, 0.0],
     structure_in_jit: None,
     detached: [1.0, 5.0, 16.0, 10.0, 0.0],
+    taken_out_and_back: [5.0, 1.0, 5.0, 5.0, 10.0, 0.0],
     old_values: [8.0, 0.0, 4.0, 2.0, 10.0, 0.0],
     results_are_the_objects: [1.0, 1.0, 5.0, 5.0, 22.0, 0.0, 5.0],
     generators: [1.0, 20.0, 10.0, 5.0, 2.0, 10.0, 0.0],
@@ -495,6 +504,57 @@ def test_what_a_jitted_function_returns_in_a_transformation_is_the_object(transf
 
     out, new = mutate(f)({"c": Cell(f32(1))})
     assert out in (1.0, 2.0) and numbers(new) == [3.0]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("how", ["assigned", "in a loop", "returned", "held in a list"])
+def test_objects_from_outside_stay_what_they_are(how, run):
+    outside, held = Cell(f32(7)), []
+
+    def f(t):
+        if how == "assigned":
+            t["c"] = outside
+        elif how == "in a loop":
+            loop(2, lambda i: t.update(c=outside))
+        elif how == "returned":
+            t["c"] = outside
+            return outside
+        else:
+            t["l"].append(outside)
+            held.append(t["l"][1])
+
+    out, new = RUNS[run](f)(example())
+    assert outside.n == 7 and numbers(out) == ([7.0] if how == "returned" else [])
+    assert numbers(new)[2 if how != "held in a list" else -1] == 7.0
+    new["c"].n = f32(0)
+    assert outside.n == 7
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_level_can_be_assigned(run):
+    def one_level(t):
+        loop(2, lambda i: t.update(a=t["a"] + t["c"].n))
+        t["c"] = Cell(t["a"])
+        jax.jit(lambda: t["c"].add(1.0))()  # the function's own
+        t["new"] = [t["a"]]
+
+    deeper = {
+        r"tree\['d'\].n": lambda t: t["d"].add(1.0),
+        r"tree\['l'\]\[1\]": lambda t: jax.jit(lambda: t["l"].append(t["a"]))(),
+        r"tree\['c'\].n": lambda t: loop(2, lambda i: t["c"].add(1.0)),
+        r"tree\['d'\].k": lambda t: setattr(t["d"], "k", 5),
+    }
+    shallow = functools.partial(mutate, deep=False)
+    runs = {
+        "mutate": shallow,
+        "jit outside": lambda f: lambda tree: jax.jit(shallow(f))(tree),
+        "jit inside": lambda f: lambda tree: shallow(jax.jit(f))(tree),
+    }
+    _, new = runs[run](one_level)(example())
+    assert numbers(new) == [5.0, 5.0, 6.0, 10.0, 0.0, 5.0]
+    for label, f in deeper.items():
+        with pytest.raises(jaxstate.FrozenPartError, match=label):
+            runs[run](lambda t, f=f: f(t) and None)(example())
 
 
 # -- What escapes ----------------------------------------------------------------------------
