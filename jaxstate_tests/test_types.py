@@ -3,6 +3,7 @@
 import functools
 import inspect
 import pathlib
+import re
 import typing
 
 import jax
@@ -33,7 +34,8 @@ def test_a_sampler_has_the_signature_of_jax_without_the_key(name):
     stream = ("stream", inspect.Parameter.KEYWORD_ONLY, "default")
     assert parameters(inspect.signature(sample)) == [*expected, stream]
     declared = parameters(inspect.signature(sample.__wrapped__, follow_wrapped=False))
-    assert [p for p in declared if p[0] not in NEWER] == [*expected, stream]
+    known = {p[0] for p in expected} | {"stream"}
+    assert [p for p in declared if p[0] in known or p[0] not in NEWER] == [*expected, stream]
     annotations = typing.get_type_hints(sample.__wrapped__)
     assert annotations.keys() == {name for name, *_ in declared} | {"return"}
 
@@ -111,8 +113,13 @@ class Owner:
         return x
 
 
+def private(value):
+    # (Generic classes of Python 3.11 have one.)
+    return [name for name in dir(value) if re.match("_[^_]", name) and name != "_is_protocol"]
+
+
 @pytest.mark.parametrize(
     "value", [net, Owner().part, jaxstate.stack(net, 2), net.shaped(1.0)], ids=repr
 )
 def test_an_object_shows_what_is_public(value):
-    assert [name for name in dir(value) if name.startswith("_") and name[1] != "_"] == []
+    assert private(value) == []
