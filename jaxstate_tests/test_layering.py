@@ -14,8 +14,9 @@ PACKAGE = pathlib.Path(jaxstate.__file__).parent
 # in its own folder.
 FLOORS = {
     "_jax": [
-        "names", "jaxprs", "types", "meshes", "traces", "registries", "tracers", "building",
-        "context", "frames", "params", "solves", "custom_rules", "calls", "hooks",
+        "hooks", "names", "jaxprs", "types", "meshes", "traces", "registries", "tracers",
+        "building", "context", "frames", "params", "solves", "custom_rules", "calls", "wrappers",
+        "wrappers_in_place",
     ],
     "errors": [],
     "core": ["slots", "capture", "resolve", "specs", "refs", "initializers", "discharge"],

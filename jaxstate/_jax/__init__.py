@@ -23,3 +23,5 @@ from jaxstate._jax.solves import *
 from jaxstate._jax.tracers import *
 from jaxstate._jax.traces import *
 from jaxstate._jax.types import *
+from jaxstate._jax.wrappers import *
+from jaxstate._jax.wrappers_in_place import *

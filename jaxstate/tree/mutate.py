@@ -104,7 +104,11 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
             f"mutate wants a tree with parts that can be assigned to, and was given {tree!r}.\n"
             'To mend it:\n    out, new = jaxstate.mutate(fn)({"value": value})'
         )
-    boundaries.install()
+    with boundaries.hooks():
+        return _run_on_copies(function, tree, args, kwargs)
+
+
+def _run_on_copies(function: Any, tree: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     given = _Given()
     roots = [_copied(tree, given.copy)]
     session = Session(roots, _jax.user_location())
