@@ -372,7 +372,10 @@ def wrap_conversions(
             converted, consts = plain.__wrapped__(_untraced(fun), *types)
             return converted, [resolve(c) for c in consts]
 
-        closure_convert.__wrapped__ = closure_convert  # type: ignore[attr-defined]
+        def uncached(fun: Any, *types: Any) -> Any:
+            return closure_convert(fun, *types)
+
+        closure_convert.__wrapped__ = uncached  # type: ignore[attr-defined]
         return closure_convert
 
     def wrap_make(make_jaxpr: Any) -> Any:
