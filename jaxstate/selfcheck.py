@@ -18,7 +18,18 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-import jaxstate
+from jaxstate import (
+    SplitStreamError,
+    UnsupportedPrimitiveError,
+    __version__,
+    array,
+    inplace,
+    mutate,
+    next_key,
+    param,
+    parametrized,
+    rng_stream,
+)
 
 __all__ = ["failures", "main"]
 
@@ -36,7 +47,7 @@ def program(fun: Callable[[], Pairs]) -> Callable[[], Pairs]:
 
 
 def noise() -> Any:
-    return jax.random.uniform(jaxstate.next_key())
+    return jax.random.uniform(next_key())
 
 
 def by_hand(n: int) -> Any:
@@ -46,7 +57,7 @@ def by_hand(n: int) -> Any:
 
 def drawn(fun: Callable[..., Any], *args: Any) -> Any:
     """The result, and how often it has drawn."""
-    with jaxstate.rng_stream(jax.random.key(KEY_DATA)) as stream:
+    with rng_stream(jax.random.key(KEY_DATA)) as stream:
         out = fun(*args)
         return out, int(stream.count)
 
@@ -94,7 +105,7 @@ def derivatives() -> Pairs:
     try:
         drawn(jax.jacfwd(f), 0.5)
         yield "no error", "SplitStreamError"
-    except jaxstate.SplitStreamError:
+    except SplitStreamError:
         pass
 
 
@@ -104,7 +115,7 @@ def vmap() -> Pairs:
         return jax.vmap(fun)(jnp.arange(3.0))
 
     def share() -> Any:
-        with jaxstate.rng_stream(jax.random.key(KEY_DATA), vmap="share"):
+        with rng_stream(jax.random.key(KEY_DATA), vmap="share"):
             return lanes(lambda x: x * noise())
 
     yield share(), jnp.arange(3) * by_hand(0)
@@ -162,11 +173,11 @@ def devices() -> Pairs:
 
 @program
 def closures() -> Pairs:
-    @jaxstate.parametrized
+    @parametrized
     def net(x: Any) -> Any:
-        w = jaxstate.param("w", jax.nn.initializers.ones, ())
+        w = param("w", jax.nn.initializers.ones, ())
         converted, consts = jax.closure_convert(lambda y: y * w, x)
-        traced = jax.make_jaxpr(lambda y: y * jaxstate.param("w", jax.nn.initializers.ones, ()))(x)
+        traced = jax.make_jaxpr(lambda y: y * param("w", jax.nn.initializers.ones, ()))(x)
         return converted(x, *consts) + jax.core.eval_jaxpr(
             getattr(traced, "jaxpr", traced), traced.consts, x
         )[0]  # fmt: skip
@@ -184,7 +195,7 @@ def kernels() -> Pairs:
     try:
         drawn(lambda: lax.reduce(X, 0.0, lambda a, b: a + b + noise(), (0, 1)))
         yield "no error", "UnsupportedPrimitiveError"
-    except jaxstate.UnsupportedPrimitiveError:
+    except UnsupportedPrimitiveError:
         pass
 
 
@@ -192,7 +203,7 @@ def kernels() -> Pairs:
 
 
 def in_place(fun: Callable[..., Any]) -> list[Callable[..., Any]]:
-    return [jaxstate.inplace(fun), jax.jit(jaxstate.inplace(fun))]
+    return [inplace(fun), jax.jit(inplace(fun))]
 
 
 @program
@@ -268,9 +279,9 @@ def writes_at_top_level() -> Pairs:
         same = jax.random.key_data(key.copy())[0] == jax.random.key_data(first)
         return compiled(x), np.asarray(jax.device_get(x)), bool(same.all()), named
 
-    out, fetched, same, named = jaxstate.inplace(body)(jnp.zeros(3))
+    out, fetched, same, named = inplace(body)(jnp.zeros(3))
     yield (out, fetched, same, named), ([2, 1, 1], [1, 0, 0], True, ("i",))
-    loose = jaxstate.array(jnp.zeros(2))
+    loose = array(jnp.zeros(2))
 
     @jax.jit
     def visit(i: Any) -> Any:
@@ -303,8 +314,8 @@ def objects() -> Pairs:
 
     tree = {"total": jnp.float32(0)}
     wanted = (16.0, 8.0, [8.0, 9.0]), {"total": 8.0}
-    yield jaxstate.mutate(body)(tree, 1), wanted
-    yield jax.jit(jaxstate.mutate(body))(tree, 1), wanted
+    yield mutate(body)(tree, 1), wanted
+    yield jax.jit(mutate(body))(tree, 1), wanted
     yield tree, {"total": 0.0}
 
 
@@ -336,7 +347,7 @@ def failures() -> Iterator[tuple[str, str | None]]:
 
 def main() -> int:
     print(
-        f"jaxstate {jaxstate.__version__}, JAX {jax.__version__}, Python"
+        f"jaxstate {__version__}, JAX {jax.__version__}, Python"
         f" {platform.python_version()}, on {jax.devices()[0].device_kind}"
     )
     bad = 0

@@ -11,7 +11,6 @@ import sys
 import types
 from typing import Any
 
-import jax
 from jax._src import dtypes, source_info_util, traceback_util, tree_util
 from jax._src.interpreters import partial_eval as pe
 
@@ -21,8 +20,8 @@ from jaxstate._jax.traces import chain, current_trace, lane_count
 __all__ = [
     "calls_no_user",
     "is_asked_by_builder",
-    "is_called_by_jax",
     "is_operator_instruction",
+    "is_statement_of_jax",
     "location_of",
     "takes_results",
     "transformations",
@@ -51,17 +50,25 @@ def is_asked_by_builder() -> bool:
 
 
 _to_jaxpr_tracer_code = pe.DynamicJaxprTrace.to_jaxpr_tracer.__code__
-_jax_package = os.path.dirname(jax.__file__) + os.sep
 
 
-def is_called_by_jax(depth: int) -> bool:
-    """Whether the frame ``depth`` above the caller's is code of JAX itself."""
-    return sys._getframe(depth + 1).f_code.co_filename.startswith(_jax_package)
+def is_statement_of_jax(depth: int) -> bool:
+    """Whether the frame ``depth`` above the caller's is at an ``x += y`` in code of JAX itself.
+
+    That means ``x = x + y``: JAX's library gets arrays of a program by no way that could be told
+    from any other. What it calls through `operator.iadd` is the program's own assignment.
+    """
+    frame = sys._getframe(depth + 1)
+    module = frame.f_globals.get("__name__") or ""
+    return module.startswith("jax.") and _is_at_operator(frame)
 
 
 def is_operator_instruction(depth: int) -> bool:
     """Whether the frame ``depth`` above the caller's is at an operator, such as ``a += b``."""
-    frame = sys._getframe(depth + 1)
+    return _is_at_operator(sys._getframe(depth + 1))
+
+
+def _is_at_operator(frame: types.FrameType) -> bool:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "BINARY_OP"
 
 

@@ -830,12 +830,9 @@ class Writable:
             raise ValueError(f"fill() wants a scalar, and got an array of shape {np.shape(value)}")
         self[...] = value
 
-    def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> Any:
-        """Sorts in place. (Code of JAX itself gets a sorted copy, as it expects.)"""
-        if _jax.is_called_by_jax(1):
-            return jnp.sort(self._read(), axis, *args, **kwargs)
+    def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> None:
+        """Sorts in place."""
         self[...] = jnp.sort(self._read(), axis, *args, **kwargs)
-        return None
 
     def partition(self, kth: Any, axis: int = -1, *args: Any, **kwargs: Any) -> None:
         """Moves the ``kth`` elements of the sorted order to their places, smaller ones before."""
@@ -1039,7 +1036,7 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
     operation = getattr(operator, name)
 
     def assign(self: Writable, other: Any) -> Any:
-        if self._is_scalar() or _jax.is_called_by_jax(1):
+        if self._is_scalar() or _jax.is_statement_of_jax(1):
             return NotImplemented
         other = _jax.canonicalize(other) if isinstance(other, Writable) else other
         if isinstance(other, (list, tuple, np.ndarray)):
