@@ -6,6 +6,7 @@ It says whether jaxstate works with the JAX that is installed: exit status 0 if 
 
 from __future__ import annotations
 
+import importlib
 import platform
 import sys
 import traceback
@@ -22,6 +23,7 @@ from jaxstate import (
     SplitStreamError,
     UnsupportedPrimitiveError,
     __version__,
+    _jax,
     array,
     inplace,
     mutate,
@@ -144,6 +146,39 @@ def custom_rules() -> Pairs:
 
 
 @program
+def other_calls() -> Pairs:
+    """Primitives that few programs bind, and rules as JAX has them behind flags."""
+    module = importlib.import_module("jax.experimental.compute_on")
+    compute_on = getattr(module, "compute_on2", module.compute_on)
+    on_host = compute_on(compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
+    yield drawn(jax.jit(on_host(lambda x: x * noise())), 2.0), (2 * by_hand(0), 1)
+
+    def linear(x: Any) -> Any:
+        call = jax.custom_derivatives.linear_call
+        return call(lambda r, x: x * r, lambda r, ct: ct * r, noise(), x)
+
+    yield drawn(jax.jit(linear), 2.0), (2 * by_hand(0), 1)
+    metadata = importlib.import_module("jax.experimental.xla_metadata")
+    if _jax.xla_metadata_call_p is not None and hasattr(metadata, "xla_metadata_call"):
+        named = metadata.xla_metadata_call(lambda x: x * noise(), name="f")
+        yield drawn(jax.jit(named), 2.0), (2 * by_hand(0), 1)
+    for flag, kind in (("jax_custom_jvp3", "jvp"), ("jax_custom_vjp3", "vjp")):
+        if not hasattr(jax.config, "jax_custom_jvp3"):
+            continue  # those of jax 0.10 are not finished
+        before = getattr(jax.config, flag)
+        jax.config.update(flag, True)
+        try:
+            f = getattr(jax, f"custom_{kind}")(lambda x: jnp.sin(x) * noise())
+            if kind == "jvp":
+                f.defjvp(lambda xs, ts: (jnp.sin(xs[0]), ts[0] * 3.0))
+            else:
+                f.defvjp(lambda x: (jnp.sin(x), None), lambda r, ct: (ct * 3.0,))
+            yield drawn(jax.jit(f), 2.0), (jnp.sin(2.0) * by_hand(0), 1)
+        finally:
+            jax.config.update(flag, before)
+
+
+@program
 def solves() -> Pairs:
     def solved(b: Any) -> Any:
         return lax.custom_linear_solve(
@@ -152,6 +187,12 @@ def solves() -> Pairs:
 
     yield drawn(solved, 3.0), (1.5, 1)
     yield drawn(jax.grad(solved), 3.0)[0], 0.5
+
+    def transposed(b: Any) -> Any:
+        half = lambda f, b: b / 2 + 0 * noise()  # noqa: E731
+        return lax.custom_linear_solve(lambda x: 2 * x, b, half, half)
+
+    yield drawn(jax.grad(transposed), 3.0)[0], 0.5
 
     def root(a: Any) -> Any:
         newton = lambda f, x: lax.fori_loop(0, 20, lambda i, x: (x + a / x) / 2, x)  # noqa: E731
@@ -269,10 +310,11 @@ def writes_in_rules() -> Pairs:
 def writes_at_top_level() -> Pairs:
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
     mesh = Mesh(np.array(jax.devices()[:1]), ("i",))
+    key = jax.random.split(jax.random.key(0), 2)
+    yield [jax.random.key_data(k) for k in key.copy()], jax.random.key_data(key)
 
     def body(x: Any) -> Any:
         x[0] = 1
-        key = jax.random.split(jax.random.key(0), 2)
         first, _ = list(key)
         with jax.set_mesh(mesh):
             named = tuple(jax.sharding.get_mesh().axis_names)
@@ -310,6 +352,11 @@ def objects() -> Pairs:
         out = jax.jit(lambda t: t["total"] * 2)(tree)
         slope = jax.grad(jax.checkpoint(lambda s, t: s * t["total"]))(1.0, tree)
         lanes = jax.vmap(lambda t, y: t["total"] + y, in_axes=(None, 0))(tree, jnp.arange(2.0))
+        doubled = jax.custom_batching.custom_vmap(lambda y: 2 * y)
+        doubled.def_vmap(lambda size, batched, y: (2 * y, True))
+        lanes = jax.vmap(doubled)(lanes) / 2
+        mapped = jax.pmap(lambda y: y + 1)(jnp.zeros(1))
+        lanes = lanes + mapped[0] - 1
         return out, slope, lanes
 
     tree = {"total": jnp.float32(0)}
@@ -347,7 +394,7 @@ def failures() -> Iterator[tuple[str, str | None]]:
 
 def main() -> int:
     print(
-        f"jaxstate {__version__}, JAX {jax.__version__}, Python"
+        f"jaxstate {__version__}, JAX {_jax.HERE}, Python"
         f" {platform.python_version()}, on {jax.devices()[0].device_kind}"
     )
     bad = 0

@@ -16,11 +16,14 @@ import jax
 from jaxstate._jax.hooks import LATER, TABLE, VERSION, place_of, version_of
 from jaxstate._jax.internals import MEMBERS, USED
 
-__all__ = ["SUPPORTED", "UntestedJaxWarning"]
+__all__ = ["HERE", "SUPPORTED", "UntestedJaxWarning"]
 
 # All tests pass with these. The metadata of the package (pyproject.toml) has the bounds, and
 # excludes what lies between and cannot work: 0.11.0 and 0.11.1.
 SUPPORTED = ("0.10.2", "0.11.2", "0.12.0", "0.12.0.1")
+
+
+HERE: str = jax.__version__
 
 
 class UntestedJaxWarning(UserWarning):
@@ -126,15 +129,15 @@ def check() -> None:
     found = problems()
     if found:
         raise ImportError(
-            f"jaxstate works with JAX {', '.join(SUPPORTED)}, and this is JAX {jax.__version__},"
+            f"jaxstate works with JAX {', '.join(SUPPORTED)}, and this is JAX {HERE},"
             " whose internals are others:\n"
             + "".join(f"    {text}\n" for text in found)
             + f"To mend it:\n    pip install 'jax=={SUPPORTED[-1]}'"
         )
-    if jax.__version__ not in SUPPORTED:
+    if HERE not in SUPPORTED:
         warnings.warn(
             f"jaxstate is tested with JAX {', '.join(SUPPORTED)}, and this is JAX"
-            f" {jax.__version__}. What it uses of JAX is there; `python -m jaxstate.selfcheck` says"
+            f" {HERE}. What it uses of JAX is there; `python -m jaxstate.selfcheck` says"
             " whether it works.",
             UntestedJaxWarning,
             stacklevel=2,

@@ -23,6 +23,8 @@ from jax._src import (
     dtypes,
     pjit,
 )
+from jax._src.interpreters import ad, batching
+from jax._src.interpreters import partial_eval as pe
 
 from jaxstate._jax.building import traced_for
 from jaxstate._jax.calls import JitCall, Jitted, _Inference, _jit_call
