@@ -266,6 +266,18 @@ def writes() -> Pairs:
 
 
 @program
+def refused_writes() -> Pairs:
+    def write(x: Any) -> Any:
+        try:
+            x[0] = 1.0
+        except TypeError as error:
+            return float(any("jaxstate" in note for note in getattr(error, "__notes__", ())))
+        return 2.0
+
+    yield (write(jnp.zeros(2)), jax.jit(write)(jnp.zeros(2))), (1.0, 1.0)
+
+
+@program
 def writes_in_transformations() -> Pairs:
     def squared(r: Any) -> Any:
         r[0] = r[1] ** 2

@@ -1,13 +1,17 @@
 """What is changed in JAX: checked when jaxstate is imported, made whole or not at all, and shared
 with other libraries."""
 
+import dataclasses
+import gc
 import pathlib
 import subprocess
 import sys
 import textwrap
 import tomllib
+import weakref
 
 import jax
+import jax.numpy as jnp
 import pytest
 from packaging.requirements import Requirement
 
@@ -233,16 +237,26 @@ def wrap_all(hooks):
 """
 
 
-def test_another_library_may_wrap_the_same_functions():
+FEW = ["jit", "branches", "refused writes"]
+
+
+@pytest.mark.parametrize(
+    "programs", [FEW, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_another_library_may_wrap_the_same_functions(programs):
     """Before jaxstate is imported, and after. The programs of the self-check go through every
     function that is replaced."""
     shown = run(
-        WITHOUT_JAXSTATE + COUNTING,
+        WITHOUT_JAXSTATE + COUNTING + f"programs = {programs}",
         """
         inside = wrap_all(hooks)
         forget()
         from jaxstate import _jax, selfcheck
         outside = wrap_all(_jax)
+        selfcheck.PROGRAMS[:] = [
+            p for p in selfcheck.PROGRAMS
+            if programs is None or p.__name__.replace("_", " ") in programs
+        ]
         wrong = [(name, text) for name, text in selfcheck.failures() if text is not None]
         assert not wrong, wrong
         print(*(path for row in _jax.TABLE for path in [row.path]
@@ -250,6 +264,8 @@ def test_another_library_may_wrap_the_same_functions():
                 and not (inside[path] and outside[path])))
         """,
     )
+    if programs is not None:
+        return
     unused = set(shown.split())
     assert unused <= BEHIND_FLAGS, " ".join(sorted(unused - BEHIND_FLAGS))
 
@@ -279,8 +295,9 @@ def snapshot():
 def changed(before, after):
     "Whatever can be called, and is another one. (Modules may have been imported since.)"
     return {
-        owner + k for owner, old in before.items() for k in {*old, *after[owner]}
-        if old.get(k) is not after[owner].get(k) and callable(old.get(k) or after[owner].get(k))
+        owner + k for owner, old in before.items()
+        for new in [after.get(owner, old)] for k in {*old, *new}
+        if old.get(k) is not new.get(k) and callable(old.get(k) or new.get(k))
     }
 """
 
@@ -310,6 +327,7 @@ def test_all_that_is_changed_is_in_the_table():
         known = {path for row in _jax.TABLE for path in (row.path, *row.also)}
         # A function is found in modules that import it, and a primitive in several.
         names = {path.partition(":")[2] for path in known}
+        names |= {name.replace("eval_jaxpr_p", "call_p") for name in names}  # an alias
         print(*sorted(p for p in seen if p.partition(":")[2] not in names))
         """,
     )
@@ -457,3 +475,72 @@ def test_plain_jax_does_not_pay_for_what_has_been_used():
         print(after / before)
     """)
     assert float(shown) <= 1.03
+
+
+# -- What is kept ----------------------------------------------------------------------------
+
+
+def test_classes_and_their_objects_are_not_kept():
+    """By what `mutate` notes of classes: frozen or not, with slots, in pytrees or not."""
+
+    def classes():
+        @jax.tree_util.register_dataclass
+        @dataclasses.dataclass(frozen=True)
+        class Frozen:
+            x: jax.Array
+
+        @jax.tree_util.register_pytree_node_class
+        class Slots:
+            __slots__ = ("__weakref__", "x")
+
+            def __init__(self, x):
+                self.x = x
+
+            def tree_flatten(self):
+                return (self.x,), None
+
+            @classmethod
+            def tree_unflatten(cls, _, children):
+                return cls(*children)
+
+        class Plain:
+            def __init__(self, x):
+                self.x = x
+
+        return [Frozen, Slots, Plain]
+
+    def assign(tree):
+        for x in tree:
+            x.x = x.x + 1
+
+    from jaxstate.tree import objects
+
+    made = classes()
+    _, new = jaxstate.mutate(assign)([cls(jnp.zeros(())) for cls in made])
+    assert [float(x.x) for x in new] == [1, 1, 1]
+    plain = weakref.ref(made[2])  # (JAX keeps the classes that are registered)
+    assert plain() in [r() for r in objects._kinds._by_class]
+    del made, new
+    gc.unfreeze()
+    jax.clear_caches()
+    gc.collect()
+    assert plain() is None
+    for noted in (objects._kinds, objects._unknown, objects._children, objects._layouts):
+        assert None not in [r() for r in noted._by_class]
+
+
+def test_the_calls_of_a_jitted_function_are_bounded(monkeypatch):
+    """With ever other slots that it uses: the last few are kept, and all are right."""
+    from jaxstate.rules import jitted
+
+    monkeypatch.setattr(jitted._Calls, "ENOUGH", 3)
+    slots = [jaxstate.extend.new_slot(jnp.float32(i)) for i in range(6)]
+
+    def read(i, x):
+        return x + jaxstate.extend.read(slots[i])
+
+    f = jax.jit(read, static_argnums=0)
+    for _ in range(2):
+        assert [float(f(i, 1.0)) for i in range(6)] == [1, 2, 3, 4, 5, 6]
+    calls = jitted._calls_of(read, f._jit_info)
+    assert 0 < len(calls._by_state) <= 3

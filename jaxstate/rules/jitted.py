@@ -140,7 +140,9 @@ class _OtherStateError(Exception):
 
 
 class _Calls:
-    """The threaded calls of one jitted function, by the state that they use."""
+    """The threaded calls of one jitted function, by the state that they use: the last few."""
+
+    ENOUGH = 64
 
     def __init__(self) -> None:
         self.last: _ThreadedCall | None = None
@@ -149,6 +151,8 @@ class _Calls:
     def threaded(self, jitted: _jax.Jitted, state: _StateOfCall) -> _ThreadedCall:
         threaded = self._by_state.get(state)
         if threaded is None:
+            for oldest in list(self._by_state)[: 1 - self.ENOUGH or None]:
+                self._by_state.pop(oldest, None)
             threaded = self._by_state.setdefault(state, _ThreadedCall(jitted, state))
         self.last = threaded  # (another thread may have another one)
         return threaded
