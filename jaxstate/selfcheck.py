@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxstate import (
@@ -219,7 +219,7 @@ def closures() -> Pairs:
         w = param("w", jax.nn.initializers.ones, ())
         converted, consts = jax.closure_convert(lambda y: y * w, x)
         traced = jax.make_jaxpr(lambda y: y * param("w", jax.nn.initializers.ones, ()))(x)
-        return converted(x, *consts) + jax.core.eval_jaxpr(
+        return converted(x, *consts) + core.eval_jaxpr(
             getattr(traced, "jaxpr", traced), traced.consts, x
         )[0]  # fmt: skip
 

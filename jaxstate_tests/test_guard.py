@@ -231,8 +231,9 @@ def wrap_all(hooks):
         def counted(*args, _plain=plain, _path=row.path, **kwargs):
             counts[_path] += 1
             return _plain(*args, **kwargs)
+        is_static = isinstance(place.raw(), staticmethod)
         for other in [place, *map(hooks.place_of, row.also)]:
-            setattr(other.owner, other.name, counted)
+            setattr(other.owner, other.name, staticmethod(counted) if is_static else counted)
     return counts
 """
 

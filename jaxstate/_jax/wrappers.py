@@ -265,7 +265,7 @@ def wrap_jitted_calls(
                 return _Inference.around(plain, jitted, args, kwargs, is_call)
             results = call(jitted, args, kwargs)
             if results is not NotImplemented:
-                done = _Done([], {"jaxpr": _NO_JAXPR}, (), None, None, None)
+                done = _Done([], {"jaxpr": _NO_JAXPR}, (), None, None, ())
                 done.results = results
                 return done, []
             p, flat = _Inference.around(plain, jitted, args, kwargs, True)
