@@ -218,7 +218,7 @@ def closures() -> Pairs:
     def net(x: Any) -> Any:
         w = param("w", jax.nn.initializers.ones, ())
         converted, consts = jax.closure_convert(lambda y: y * w, x)
-        traced = jax.make_jaxpr(lambda y: y * param("w", jax.nn.initializers.ones, ()))(x)
+        traced: Any = jax.make_jaxpr(lambda y: y * param("w", jax.nn.initializers.ones, ()))(x)
         return converted(x, *consts) + core.eval_jaxpr(
             getattr(traced, "jaxpr", traced), traced.consts, x
         )[0]  # fmt: skip
