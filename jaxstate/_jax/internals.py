@@ -87,6 +87,7 @@ USED: dict[str, dict[str, str]] = {
         "is_symbolic_dim": ": v",
         "jaxprs_in_params": ": params",
         "modify_spec_for_auto_manual": ": spec, mesh",
+        "new_jaxpr_eqn": ": invars, outvars, primitive, params, effects, source_info, ctx",
         "pvary": ": x, axis_name",
         "pytype_aval_mappings": ": ",
         "set_current_trace": ": ",
