@@ -4,6 +4,8 @@
 #   make demo                                   train a classifier, draw what it gets wrong
 #   make test                                   tests and doctests, without the slow ones
 #   make test-with PYTHON=python3.12 JAX=0.11.2 the same on another Python and JAX
+#   make smoke-with PYTHON=python3.13 JAX=0.12.0
+#                                               the self-check and a few tests, on another pair
 #   make matrix                                 what takes too long for make test: every kind of
 #                                               state under every pair of transformations, more
 #                                               solvers, programs and indices
@@ -28,8 +30,9 @@ LINT := .venv-lint
 DOCS := .venv-docs
 BENCH := .venv-bench
 SUITES := .venv-suites
+SMOKE := .venv-smoke
 
-.PHONY: demo test test-with matrix fuzz mutants suites lint format types docs notebooks bench clean
+.PHONY: demo test test-with smoke smoke-with matrix fuzz mutants suites lint format types docs notebooks bench clean
 .DEFAULT_GOAL := test
 .SECONDARY:
 
@@ -41,6 +44,7 @@ EXTRAS_lint := lint
 EXTRAS_docs := docs,demo,test
 EXTRAS_bench := bench
 EXTRAS_suites := test,suites
+EXTRAS_smoke := smoke
 
 # The stamp is written last, so that an installation that was interrupted is taken up again.
 .venv-%/installed: pyproject.toml
@@ -62,6 +66,16 @@ test-with:
 	@test -n '$(JAX)' || { echo 'usage: make test-with PYTHON=python3.12 JAX=0.11.2'; exit 2; }
 	version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
 	    $(MAKE) test TEST=.venv-test-python$$version-jax$(JAX)
+
+smoke: $(SMOKE)/installed
+	$(SMOKE)/bin/python -W error -m jaxstate.selfcheck
+	$(SMOKE)/bin/python -m pytest -n auto -m 'not slow' \
+	    jaxstate_tests/test_guard.py jaxstate_tests/core/test_jitted.py
+
+smoke-with:
+	@test -n '$(JAX)' || { echo 'usage: make smoke-with PYTHON=python3.13 JAX=0.12.0'; exit 2; }
+	version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+	    $(MAKE) smoke SMOKE=.venv-smoke-python$$version-jax$(JAX)
 
 matrix: $(TEST)/installed
 	$(TEST)/bin/python -m pytest -n auto -m slow -k 'not test_fuzz' \

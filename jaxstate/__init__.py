@@ -1,7 +1,7 @@
 """State for JAX: random streams, parameters, variables, arrays written in place, sown values and
 slots that go through every transformation."""
 
-from jaxstate import extend, random
+from jaxstate import _jax, extend, random
 from jaxstate import rules as _rules  # noqa: F401  they register themselves
 from jaxstate.arrays.inplace import array, inplace
 from jaxstate.causal.fixed_point import causal_fixed_point
@@ -57,6 +57,9 @@ from jaxstate.sow.harvest import plant, reap, sow
 from jaxstate.tree.mutate import mutate
 
 __version__ = "0.1.0"
+
+# All of jaxstate is there, so what it changes in JAX can be.
+_jax.ALWAYS.install()
 
 __all__ = [
     "AheadOfTimeError",

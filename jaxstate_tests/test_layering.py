@@ -14,8 +14,9 @@ PACKAGE = pathlib.Path(jaxstate.__file__).parent
 # in its own folder.
 FLOORS = {
     "_jax": [
-        "names", "jaxprs", "types", "meshes", "traces", "registries", "tracers", "building",
-        "context", "frames", "params", "solves", "custom_rules", "calls", "hooks",
+        "hooks", "internals", "versions", "names", "jaxprs", "types", "meshes", "traces",
+        "registries", "tracers", "building", "context", "frames", "params", "solves",
+        "custom_rules", "calls", "wrappers", "wrappers_in_place",
     ],
     "errors": [],
     "core": ["slots", "capture", "resolve", "specs", "refs", "initializers", "discharge"],
@@ -44,6 +45,7 @@ FLOORS = {
         "holding", "frames", "operands", "boundaries", "frozen", "mutate",
     ],
     "": [],
+    "selfcheck": [],
 }  # fmt: skip
 # A folder is imported from by its files; what its `__init__` does comes after them.
 ORDER = [

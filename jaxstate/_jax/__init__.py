@@ -1,12 +1,18 @@
 """The only folder that imports ``jax._src`` or looks at a JAX version.
 
 Everything jaxstate needs from JAX beyond the public API has a name here, with one meaning on
-every supported version (0.10.2, 0.11.2, 0.12.0.1). Where versions differ, the difference ends in
+every supported version (`versions.SUPPORTED`). Where versions differ, the difference ends in
 this folder.
 
 JAX changed most at 0.11: there a jaxpr carries its own constants (before, only a ``ClosedJaxpr``
 did), and scan describes its operands with trees. Both came with the module ``flattree``.
 """
+
+# ruff: noqa: E402
+from jaxstate._jax.versions import *
+from jaxstate._jax.versions import check
+
+check()  # before anything takes what may not be there
 
 from jaxstate._jax.building import *
 from jaxstate._jax.calls import *
@@ -23,3 +29,5 @@ from jaxstate._jax.solves import *
 from jaxstate._jax.tracers import *
 from jaxstate._jax.traces import *
 from jaxstate._jax.types import *
+from jaxstate._jax.wrappers import *
+from jaxstate._jax.wrappers_in_place import *

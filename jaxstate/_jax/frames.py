@@ -6,16 +6,12 @@
 from __future__ import annotations
 
 import dis
-import inspect
 import os
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-from jax._src import api, dtypes, source_info_util, traceback_util, tree_util
-from jax._src.interpreters import batching
+from jax._src import dtypes, source_info_util, traceback_util, tree_util
 from jax._src.interpreters import partial_eval as pe
 
 from jaxstate._jax.names import DIFFERENTIATING, BatchTrace, flattree
@@ -24,43 +20,13 @@ from jaxstate._jax.traces import chain, current_trace, lane_count
 __all__ = [
     "calls_no_user",
     "is_asked_by_builder",
-    "is_called_by_jax",
     "is_operator_instruction",
-    "lanes_are_directions",
+    "is_statement_of_jax",
     "location_of",
     "takes_results",
     "transformations",
     "user_location",
 ]
-
-
-def lanes_are_directions(trace: Any) -> bool:
-    """Whether the vmap of ``trace`` is the one in `jax.jacfwd`, which runs over directions.
-
-    Nothing in the trace tells this vmap from one around `jax.jvp`. So look for the frame that runs
-    it (the one with its tag), and for who called that: jacfwd, or the user.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        in_vmap = frame.f_code.co_filename == batching.__file__
-        if in_vmap and frame.f_locals.get("tag") is trace.tag:
-            break
-        frame = frame.f_back
-    while frame is not None and not source_info_util.is_user_filename(frame.f_code.co_filename):
-        if frame.f_code in _jacfwd_code:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _code_objects(constant)
-
-
-_jacfwd_code = frozenset(_code_objects(inspect.unwrap(api.jacfwd).__code__))
 
 
 def takes_results() -> bool:
@@ -84,17 +50,25 @@ def is_asked_by_builder() -> bool:
 
 
 _to_jaxpr_tracer_code = pe.DynamicJaxprTrace.to_jaxpr_tracer.__code__
-_jax_package = os.path.dirname(jax.__file__) + os.sep
 
 
-def is_called_by_jax(depth: int) -> bool:
-    """Whether the frame ``depth`` above the caller's is code of JAX itself."""
-    return sys._getframe(depth + 1).f_code.co_filename.startswith(_jax_package)
+def is_statement_of_jax(depth: int) -> bool:
+    """Whether the frame ``depth`` above the caller's is at an ``x += y`` in code of JAX itself.
+
+    That means ``x = x + y``: JAX's library gets arrays of a program by no way that could be told
+    from any other. What it calls through `operator.iadd` is the program's own assignment.
+    """
+    frame = sys._getframe(depth + 1)
+    module = frame.f_globals.get("__name__") or ""
+    return module.startswith("jax.") and _is_at_operator(frame)
 
 
 def is_operator_instruction(depth: int) -> bool:
     """Whether the frame ``depth`` above the caller's is at an operator, such as ``a += b``."""
-    frame = sys._getframe(depth + 1)
+    return _is_at_operator(sys._getframe(depth + 1))
+
+
+def _is_at_operator(frame: types.FrameType) -> bool:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "BINARY_OP"
 
 

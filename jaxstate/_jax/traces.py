@@ -44,6 +44,8 @@ __all__ = [
     "lane_count",
     "lane_tracer",
     "lane_value",
+    "lanes_are_directions",
+    "note_directions",
     "owns",
     "parent_of",
     "plain_value",
@@ -196,6 +198,19 @@ def all_lanes(trace: Any, value: Any) -> Any:
     value, batch_dim = trace.to_batch_info(value)
     with set_current_trace(trace.parent_trace):
         return batching.bdim_at_front(value, batch_dim, trace.axis_data.size)
+
+
+def note_directions(trace: Any) -> None:
+    """Notes that the vmap of ``trace`` is the one in `jax.jacfwd`."""
+    trace.tag.__dict__["_jaxstate_directions"] = True
+
+
+def lanes_are_directions(trace: Any) -> bool:
+    """Whether the vmap of ``trace`` is the one in `jax.jacfwd`, which runs over directions.
+
+    Nothing of JAX's in the trace tells this vmap from one around `jax.jvp`.
+    """
+    return "_jaxstate_directions" in trace.tag.__dict__
 
 
 def lane_count(trace: Any) -> int:

@@ -103,7 +103,8 @@ def activated(new: Activation) -> Iterator[None]:
     If it called them instead (`jax.disable_jit`), they would write the arrays that they are given,
     and not arrays of their own.
     """
-    install()
+    _jax.IN_PLACE.begin()
+    _begin_use()
     _thread.activations.append(new)
     tracing = jax.disable_jit(False) if _jax.jit_is_disabled() else nullcontext()
     try:
@@ -112,6 +113,7 @@ def activated(new: Activation) -> Iterator[None]:
     finally:
         _thread.activations.remove(new)
         new.ended = True
+        _jax.IN_PLACE.end()
 
 
 @contextmanager
@@ -150,7 +152,9 @@ class Buffer:
       is_own: whether nothing but a write has made ``value``.
     """
 
-    __slots__ = ("activation", "age", "home", "is_own", "made", "slot", "value", "version")
+    __slots__ = (
+        "__weakref__", "activation", "age", "home", "is_own", "made", "slot", "value", "version",
+    )  # fmt: skip
 
     def __init__(self, value: Any, home: Any, age: int, within: Activation | None) -> None:
         assert not isinstance(value, Writable)
@@ -829,12 +833,9 @@ class Writable:
             raise ValueError(f"fill() wants a scalar, and got an array of shape {np.shape(value)}")
         self[...] = value
 
-    def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> Any:
-        """Sorts in place. (Code of JAX itself gets a sorted copy, as it expects.)"""
-        if _jax.is_called_by_jax(1):
-            return jnp.sort(self._read(), axis, *args, **kwargs)
+    def sort(self, axis: int = -1, *args: Any, **kwargs: Any) -> None:
+        """Sorts in place."""
         self[...] = jnp.sort(self._read(), axis, *args, **kwargs)
-        return None
 
     def partition(self, kth: Any, axis: int = -1, *args: Any, **kwargs: Any) -> None:
         """Moves the ``kth`` elements of the sorted order to their places, smaller ones before."""
@@ -1038,7 +1039,7 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
     operation = getattr(operator, name)
 
     def assign(self: Writable, other: Any) -> Any:
-        if self._is_scalar() or _jax.is_called_by_jax(1):
+        if self._is_scalar() or _jax.is_statement_of_jax(1):
             return NotImplemented
         other = _jax.canonicalize(other) if isinstance(other, Writable) else other
         if isinstance(other, (list, tuple, np.ndarray)):
@@ -1120,8 +1121,16 @@ class WritableArray(Writable, _jax.Tracer):
 
 
 def _restored(value: np.ndarray) -> WritableArray:
-    install()
-    return fresh(jnp.asarray(value))
+    return loose(jnp.asarray(value))
+
+
+def loose(value: Any) -> WritableArray:
+    """A new writable array, in an in-place function or outside of any."""
+    array = fresh(value)
+    if activation() is None:
+        _jax.IN_PLACE.keep_for(array._buffer)
+        _begin_use()
+    return array
 
 
 def fresh(value: Any) -> WritableArray:
@@ -1414,29 +1423,26 @@ def _in_place(fun: Any) -> Any:
     return _jax.wrap_rule_function(fun, run)
 
 
-_installed: list[bool] = []
+_jax.choose_tracer_type(_choose)
+_jax.wrap_operands(_read_operand, _hand_out)
+_jax.wrap_arguments(_adopt, _cut)
+_jax.wrap_auxiliary(_hand_out_auxiliary)
+_jax.wrap_forwarding(_may_forward)
+for _primitive in _jax.FORWARDING:
+    _jax.wrap_bind(_primitive, _around_forwarding, _jax.IN_PLACE)
+_jax.wrap_bind(_jax.convert_element_type_p, _around_conversion, _jax.IN_PLACE)
+for _primitive in (_jax.custom_jvp_call_p, _jax.custom_vjp_call_p):
+    _jax.wrap_bind_with_trace(_primitive, _around_rules, _jax.IN_PLACE)
+_jax.wrap_device_get(_around_device_get)
+_jax.wrap_what_is_not_traced(_around_top_level)
+_jax.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
+_jax.wrap_transfers(_around_transfer)
 
 
-def install() -> None:
-    """Once, when the first in-place function is called: outside, nothing of JAX is touched."""
-    if not _installed:
-        _installed.append(True)
-        _jax.choose_tracer_type(_choose)
-        _jax.wrap_operands(_read_operand, _hand_out)
-        _jax.wrap_arguments(_adopt, _cut)
-        _jax.wrap_auxiliary(_hand_out_auxiliary)
-        _jax.wrap_forwarding(_may_forward)
-        for primitive in _jax.FORWARDING:
-            _jax.wrap_bind(primitive, _around_forwarding)
-        _jax.wrap_bind(_jax.convert_element_type_p, _around_conversion)
-        for primitive in (_jax.custom_jvp_call_p, _jax.custom_vjp_call_p):
-            _jax.wrap_bind_with_trace(primitive, _around_rules)
-        _jax.wrap_device_get(_around_device_get)
-        _jax.wrap_what_is_not_traced(_around_top_level)
-        _jax.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
-        resolve.to_program = _own
-        _jax.wrap_transfers(_around_transfer)
-        discharge.around_binds.append(_around_bind)
+def _begin_use() -> None:
+    """From the first writable array on: what other parts of jaxstate ask."""
+    resolve.to_program = _own
+    discharge.around_binds[:] = [_around_bind]
 
 
 def _value(array: Writable) -> Any:

@@ -21,8 +21,8 @@ from jaxstate.arrays.array import (
     activated,
     activation,
     fresh,
-    install,
     is_array,
+    loose,
     objects,
     snapshot,
 )
@@ -113,10 +113,9 @@ def array(x: Any, dtype: Any = None) -> jax.Array:
     >>> seen
     Array([0., 0., 2.], dtype=float32)
     """
-    install()
     x = x.copy() if isinstance(x, np.ndarray) else snapshot(x)  # a jaxpr keeps what it is given
     value = jnp.array(x, dtype=dtype)
-    array = fresh(jax.lax.convert_element_type(value, value.dtype))
+    array = loose(jax.lax.convert_element_type(value, value.dtype))
     if activation() is None:
         array.become_slot()  # state is open from now on: what JAX transforms may use it
     return array

@@ -145,11 +145,13 @@ class _OtherStateError(Exception):
 
 
 class _Calls:
-    """The threaded calls of one jitted function, by the state that they use.
+    """The threaded calls of one jitted function, by the state that they use: the last few.
 
     Attributes:
       last: the last one for each signature of the open holders (`slots.open_here`).
     """
+
+    ENOUGH = 64
 
     def __init__(self, fun: Any, info: Any) -> None:
         number = id(info)
@@ -161,6 +163,8 @@ class _Calls:
     def threaded(self, jitted: _jax.Jitted, state: _StateOfCall) -> _ThreadedCall:
         threaded = self._by_state.get(state)
         if threaded is None:
+            for oldest in list(self._by_state)[: 1 - self.ENOUGH or None]:
+                self._by_state.pop(oldest, None)
             threaded = self._by_state.setdefault(state, _ThreadedCall(jitted, state))
         if len(self.last) >= _MOST:
             self.last.clear()

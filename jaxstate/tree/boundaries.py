@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -193,17 +193,28 @@ def _of_every_session(do: Any) -> Any:
     return of_every
 
 
-@functools.cache
-def install() -> None:
-    """Hooks into JAX, when the first tree is there."""
-    _jax.wrap_current_trace(_enter, _leave)
-    _jax.wrap_tracing(_around_tracing, _result_of)
-    _jax.wrap_copied_arguments(_of_every_session(note_arguments), _of_every_session(note_result))
-    _jax.wrap_control_flow(around_control_flow)
-    _jax.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
-    _jax.around_inference(_around_inference)
-    objects_in_place.is_object = staticmethod(is_object)
-    objects_in_place.writable = staticmethod(all_writable)
-    slots.around_functions.append(_function_inside)
-    discharge.before_rules.append(_before_rule)
-    jitted.first.append(_call)
+_jax.wrap_current_trace(_enter, _leave)
+_jax.wrap_tracing(_around_tracing, _result_of)
+_jax.wrap_copied_arguments(_of_every_session(note_arguments), _of_every_session(note_result))
+_jax.wrap_control_flow(around_control_flow)
+_jax.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
+
+_installing = threading.Lock()
+
+
+@contextmanager
+def hooks() -> Iterator[None]:
+    """While there are objects of a session: what JAX and other parts of jaxstate ask."""
+    _jax.OBJECTS.begin()
+    try:
+        with _installing:
+            if _call not in jitted.first:
+                _jax.around_inference(_around_inference)
+                objects_in_place.is_object = staticmethod(is_object)
+                objects_in_place.writable = staticmethod(all_writable)
+                slots.around_functions.append(_function_inside)
+                discharge.before_rules.append(_before_rule)
+                jitted.first.append(_call)
+        yield
+    finally:
+        _jax.OBJECTS.end()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from jaxstate.tree.objects import layout_of, made_of, parts_of
+from jaxstate.tree.objects import PerClass, layout_of, made_of, parts_of
 from jaxstate.tree.session import sessions
 from jaxstate.tree.walk import Walk
 
@@ -19,13 +19,13 @@ def permit_assignments(walk: Walk) -> None:
     objects of a session."""
     for node in walk.nodes:
         cls = type(node.object)
-        if cls not in _known:
-            _known.add(cls)
+        if _known.get(cls) is None:
+            _known.put(cls, True)
             if _refuses(cls, node.object):
                 _wrap(cls)
 
 
-_known: set[type] = set()
+_known = PerClass()
 
 
 def _refuses(cls: type, x: Any) -> bool:
@@ -52,15 +52,11 @@ def _is_live(x: Any) -> bool:
     return any(s.refresh().number_of(x) is not None for s in here)
 
 
-_wrapped: set[Any] = set()
-
-
 def _wrap(cls: type) -> None:
     for name, plain in (("__setattr__", object.__setattr__), ("__delattr__", object.__delattr__)):
         owner = next((c for c in cls.__mro__ if name in c.__dict__ and c is not object), None)
-        if owner is None or (owner, name) in _wrapped:
+        if owner is None or hasattr(owner.__dict__[name], "_jaxstate_guarded"):
             continue
-        _wrapped.add((owner, name))
         type.__setattr__(owner, name, _guarded(owner.__dict__[name], plain))
 
 
@@ -80,4 +76,5 @@ def _guarded(original: Any, plain: Any) -> Any:
                 raise
             plain(self, *args)
 
+    guarded._jaxstate_guarded = True  # type: ignore[attr-defined]
     return guarded

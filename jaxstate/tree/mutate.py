@@ -108,7 +108,11 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool) -> tuple[
             f"mutate wants a tree with parts that can be assigned to, and was given {tree!r}.\n"
             'To mend it:\n    out, new = jaxstate.mutate(fn)({"value": value})'
         )
-    boundaries.install()
+    with boundaries.hooks():
+        return _run_on_copies(function, tree, args, kwargs, deep)
+
+
+def _run_on_copies(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool) -> tuple[Any, Any]:
     given = _Given()
     session = Session(Walk([tree], tree=True).copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)

@@ -33,8 +33,27 @@ _ATOMS = (
 )  # fmt: skip
 _CONTAINERS = (dict, list, deque, set, bytearray)
 _MADE = (tuple, types.MethodType, functools.partial)
-_kinds: dict[type, str] = {}
-_unknown: set[type] = set()  # to JAX, and nodes all the same
+
+
+class PerClass:
+    """Something for each class, as long as the class is there."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[Any, Any] = {}
+
+    def get(self, cls: type) -> Any:
+        return self._by_class.get(weakref.ref(cls))
+
+    def put(self, cls: type, value: Any) -> Any:
+        self._by_class[weakref.ref(cls, self._forget)] = value
+        return value
+
+    def _forget(self, cls: Any) -> None:
+        self._by_class.pop(cls, None)
+
+
+_kinds = PerClass()
+_unknown = PerClass()  # to JAX, and nodes all the same
 
 
 def kind_of(x: Any) -> str:
@@ -42,8 +61,8 @@ def kind_of(x: Any) -> str:
     cls = type(x)
     kind = _kinds.get(cls)
     if kind is None:
-        kind = _kinds[cls] = _kind(x)
-    return STATIC if cls in _unknown and _is_sentinel(x) else kind
+        kind = _kinds.put(cls, _kind(x))
+    return STATIC if _unknown.get(cls) and _is_sentinel(x) else kind
 
 
 def _kind(x: Any) -> str:
@@ -62,7 +81,7 @@ def _kind(x: Any) -> str:
         return NODE if has_parts and package not in _LIBRARIES else MADE
     if not has_parts or package in _LIBRARIES or _is_value(cls) or _is_its_own_copy(x):
         return STATIC
-    _unknown.add(cls)
+    _unknown.put(cls, True)
     return NODE
 
 
@@ -124,8 +143,15 @@ class Layout(NamedTuple):
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
-@functools.cache
+_layouts = PerClass()
+
+
 def layout_of(cls: type) -> Layout:
+    found = _layouts.get(cls)
+    return _layouts.put(cls, _layout(cls)) if found is None else found
+
+
+def _layout(cls: type) -> Layout:
     base: Any = next(
         c for c in cls.__mro__
         if not c.__flags__ & _HEAP_TYPE
@@ -268,7 +294,8 @@ def made_of(cls: type, names: Any, values: list[Any]) -> Any:
     return made
 
 
-_children: dict[Any, frozenset[str]] = {}
+_children = PerClass()
+_ENOUGH = 256  # sets of attributes that are remembered of one class
 
 
 def children_names(x: Any, names: list[str], values: list[Any]) -> frozenset[str]:
@@ -281,8 +308,10 @@ def children_names(x: Any, names: list[str], values: list[Any]) -> frozenset[str
     cls = type(x)
     if not names or layout_of(cls).items is not None:
         return frozenset()
-    key = cls, tuple(names)
-    found = _children.get(key)
+    known = _children.get(cls)
+    if known is None:
+        known = _children.put(cls, {})
+    found = known.get(tuple(names))
     if found is None:
         marks: list[Any] = [object() for _ in names]
         try:
@@ -291,7 +320,9 @@ def children_names(x: Any, names: list[str], values: list[Any]) -> frozenset[str
             marks, children = values, _jax.children_of(x) or ()
         pairs = zip(names, marks, strict=True)
         found = frozenset(n for n, m in pairs if any(m is c for c in children))
-        _children[key] = found
+        if len(known) >= _ENOUGH:
+            known.clear()
+        known[tuple(names)] = found
     return found
 
 

@@ -4,8 +4,6 @@ A solver converts the functions that it is given: what they close over becomes o
 passes on as it likes. Reads see every write all the same, and derivatives are right.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
