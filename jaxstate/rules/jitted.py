@@ -342,10 +342,9 @@ class _ThreadedCall:
             settle(self._aliases, uses.results)
             slots = read_as_stored(uses.ins)
             outs, written = self._run([*slots, *captures], *args, **kwargs)
-            for address, before, now in zip(
-                uses.writes, slots[len(uses.reads) :], read_as_stored(uses.writes), strict=True
-            ):
-                if now is not before:
+            for address, before in zip(uses.writes, slots[len(uses.reads) :], strict=True):
+                # (What an object holds may be a number, of which each read makes an array.)
+                if not address.in_objects and read_as_stored((address,))[0] is not before:
                     raise _written_meanwhile(address)
             write_all(uses.results, written)
         finally:

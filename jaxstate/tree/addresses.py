@@ -96,6 +96,9 @@ class LeafAddress(TreeAddress):
         if session is not None:
             session.refresh()  # the program may have assigned it since
 
+    def path_to(self) -> Any:
+        return self.graph  # a number means an array in objects of one structure
+
     def seen_from(self, boundary: Any) -> Any:
         session = self._session()
         return self if session is None else session.address_at_entry(self, boundary) or self
