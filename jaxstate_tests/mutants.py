@@ -46,6 +46,7 @@ AREAS: dict[str, tuple[str, str]] = {
         " numpy_ports inplace_programs inplace_indices",
     ),
     "sow": ("sow/*", "sow"),
+    "causal": ("causal/*", "fixed_point"),
     "rules": (
         "rules/*",
         "rules derivatives jitted combinators solvers variables libraries call_sequences"
