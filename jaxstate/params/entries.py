@@ -12,7 +12,9 @@ What is special to either is in the subclass of `EntryAddress` that it has
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from jaxstate import _jax
@@ -57,6 +59,7 @@ __all__ = [
     "innermost_store",
     "level_entered",
     "place_of",
+    "room_for_nests",
 ]
 
 
@@ -655,6 +658,23 @@ def level_entered(store: Store | None, level: PathElement, module: Any = None) -
     if store is None:
         return Entered(None, level, innermost_boundary(), None, module)
     return store.entered(level, module)
+
+
+class _RoomForNests:
+    """Room for 400 modules inside of each other, where a call takes a third frame in C."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = sys.getrecursionlimit()
+        if self._before < 2000:
+            sys.setrecursionlimit(2000)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setrecursionlimit(self._before)
+
+
+room_for_nests = _RoomForNests if sys.version_info < (3, 12) else nullcontext
 
 
 def innermost_store() -> Store | None:

@@ -23,10 +23,9 @@ import copy
 import functools
 import inspect
 import re
-import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ContextDecorator, ExitStack, contextmanager, nullcontext
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
@@ -51,6 +50,7 @@ from jaxstate.params.entries import (
     current_origin,
     innermost_store,
     level_entered,
+    room_for_nests,
 )
 from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import Describable, checked
@@ -388,7 +388,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 open_holder(FoldedStreams(param_key)),
                 _open_streams(streams),
                 store.root_entered(self),
-                _room_for_nests(),
+                room_for_nests(),
             ):
                 try:
                     refuse_lazy(self, self.as_called(None)(*args, **kwargs))
@@ -514,7 +514,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 open_holder(store),
                 _open_streams(streams),
                 store.root_entered(self),
-                _room_for_nests(),
+                room_for_nests(),
             ):
                 try:
                     out = self.as_called(None)(*args, **kwargs)
@@ -748,23 +748,6 @@ def _writable(mutable: Any) -> bool | frozenset[str]:
             f' {mutable!r}.\nTo mend it:\n    net.apply_with_state(..., mutable=["statistics"])'
         )
     return frozenset(mutable)
-
-
-class _RoomForNests:
-    """Room for 400 modules inside of each other, where a call takes a third frame in C."""
-
-    __slots__ = ("_before",)
-
-    def __enter__(self) -> None:
-        self._before = sys.getrecursionlimit()
-        if self._before < 2000:
-            sys.setrecursionlimit(2000)
-
-    def __exit__(self, *_: object) -> None:
-        sys.setrecursionlimit(self._before)
-
-
-_room_for_nests = _RoomForNests if sys.version_info < (3, 12) else nullcontext
 
 
 @contextmanager

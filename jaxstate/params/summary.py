@@ -20,6 +20,7 @@ from jaxstate import _jax
 from jaxstate.core.resolve import boundaries
 from jaxstate.core.slots import open_holder
 from jaxstate.params.arguments import split_arrays
+from jaxstate.params.entries import room_for_nests
 from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path
 from jaxstate.params.reuse import ObservingStore
@@ -200,7 +201,12 @@ class Summarizable:
         def forward(key: Any, arrays: Any) -> dict[Path, Any]:
             args, kwargs = rebuild(arrays)
             store = _SummaryStore(self._token, key, calls)
-            with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(self):
+            with (
+                open_holder(store),
+                open_holder(FoldedStreams(key)),
+                store.root_entered(self),
+                room_for_nests(),
+            ):
                 calls.append(((), _shapes(self.as_called(None)(*args, **kwargs))))
             return store.initial_values("parameter")
 
