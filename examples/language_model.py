@@ -23,7 +23,7 @@ import optax
 import jaxstate
 
 WIDTH, HEADS, LAYERS, LENGTH = 128, 4, 4, 96
-STEPS, BATCH, LEARNING_RATE, DROPOUT = 1500, 32, 3e-3, 0.1
+STEPS, BATCH, LEARNING_RATE, DROPOUT = 600, 32, 3e-3, 0.1
 
 # The characters, as numbers. What is not ASCII is a question mark.
 text = "\n".join(topics[name] for name in sorted(topics))
@@ -120,7 +120,7 @@ def train(key, steps=STEPS, batch=BATCH):
         params, state, value = step(params, state, sequences, jax.random.fold_in(key, i))
         losses.append(float(value))
         if i % 100 == 0:
-            print(f"step {i}: loss {value:.2f}")
+            print(f"step {i}: loss {value:.2f}", flush=True)
     return params, losses
 
 

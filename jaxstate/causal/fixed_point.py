@@ -164,6 +164,7 @@ def _not_causal(number: int, needs: int, culprit: str | None) -> str:
         f" earlier elements only: x[:{number}].",
         fix=mixes if culprit else shifts,
         all_elements_are_needed_by=culprit,
+        used=_jax.user_location(),
     )
 
 
@@ -412,4 +413,5 @@ def _not_masked() -> str:
         fix="""
         logits = jnp.where(mask, logits, -jnp.inf)     # and at least one True in each row of a mask
         """,
+        used=_jax.user_location(),
     )

@@ -351,6 +351,7 @@ def _effect(operation: Operation) -> str:
         fix="""
         causal_fixed_point(f, x)            # an f without prints and writes of what depends on x
         """,
+        used=_jax.user_location(),
     )
 
 
@@ -361,4 +362,5 @@ def _long_loop(operation: Operation, length: int) -> str:
         fix="""
         jax.lax.scan(body, init, x)         # a loop over time: x alone depends on the sequence
         """,
+        used=_jax.user_location(),
     )

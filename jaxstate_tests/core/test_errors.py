@@ -626,6 +626,14 @@ def mended_a_part_of_a_part():
     assert new["x"].sum() == 3
 
 
+def a_sequence_that_is_not_causal(shift=0):
+    jaxstate.causal_fixed_point(lambda x: 1 + jnp.pad(x, (shift, 0))[: len(x)], jnp.zeros(3))
+
+
+def mended_a_sequence_that_is_not_causal():
+    a_sequence_that_is_not_causal(shift=1)
+
+
 CATALOGUE = [
     (errors.MaskedWriteError, vector_by_traced_mask, mended_vector_by_traced_mask,
      "shape \\(3,\\)"),
@@ -713,6 +721,8 @@ CATALOGUE = [
      r"tree\['part'\]\['x'\] was assigned.*deep=False"),
     (errors.UnusedReuseError, unused_reuse, mended_unused_reuse,
      "nothing in common with 'pair'"),
+    (errors.NotCausalError, a_sequence_that_is_not_causal, mended_a_sequence_that_is_not_causal,
+     r"f\(x\)\[0\] depends on x\[0\]"),
 ]  # fmt: skip
 
 
