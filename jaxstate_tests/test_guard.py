@@ -532,6 +532,7 @@ def test_classes_and_their_objects_are_not_kept():
 
 def test_the_calls_of_a_jitted_function_are_bounded(monkeypatch):
     """With ever other slots that it uses: the last few are kept, and all are right."""
+    from jaxstate import _jax
     from jaxstate.rules import jitted
 
     monkeypatch.setattr(jitted._Calls, "ENOUGH", 3)
@@ -543,5 +544,5 @@ def test_the_calls_of_a_jitted_function_are_bounded(monkeypatch):
     f = jax.jit(read, static_argnums=0)
     for _ in range(2):
         assert [float(f(i, 1.0)) for i in range(6)] == [1, 2, 3, 4, 5, 6]
-    calls = jitted._calls_of(read, f._jit_info)
+    calls = jitted._calls_of(_jax.Jitted(read, f._jit_info))
     assert 0 < len(calls._by_state) <= 3

@@ -549,8 +549,8 @@ class _InOtherTypes:
         self._level.__enter__()
         self._before = self._store.use_types(self._store.types_here())
 
-    def __exit__(self, *_: object) -> None:
-        self._level.__exit__()
+    def __exit__(self, *error: object) -> None:
+        self._level.__exit__(*error)
         self._store.use_types(self._before)
 
 

@@ -208,14 +208,15 @@ _recalled = _Recalled()
 class _StateOfCall(NamedTuple):
     """The slots that a call uses, captured and threaded, and where they are.
 
-    Two jaxprs of one function may use slots of one module under other modules or scopes. Their
-    addresses are equal, and mean other slots.
+    Two jaxprs of one function may use slots of one module under other modules or scopes, or expect
+    other types of them. Their addresses are equal.
     """
 
     captured: Addresses
     uses: Uses
     order: Addresses  # of first use
     paths: tuple[Hashable, ...]  # to the captured ones, and to those in `order`
+    types: tuple[Hashable, ...]  # of the same, for which the function is traced
 
     def __bool__(self) -> bool:
         return bool(self.captured or self.order)
@@ -223,10 +224,12 @@ class _StateOfCall(NamedTuple):
 
 def _state_of_call(call: _jax.JitCall) -> _StateOfCall:
     jaxpr = call.params["jaxpr"]
-    captured = tuple(c.address for c in call.consts if isinstance(c, StateTracer))
+    tracers = [c for c in call.consts if isinstance(c, StateTracer)]
     order = in_order(jaxpr)
+    captured = tuple([c.address for c in tracers])
     paths = tuple([address.path_to() for address in (*captured, *order)])
-    return _StateOfCall(captured, uses_of([jaxpr]), order, paths)
+    types = (*[c.aval for c in tracers], *[address.wanted for address in order])
+    return _StateOfCall(captured, uses_of([jaxpr]), order, paths, types)
 
 
 class _ThreadedCall:
@@ -234,7 +237,7 @@ class _ThreadedCall:
 
     def __init__(self, jitted: _jax.Jitted, state: _StateOfCall) -> None:
         self._state = state
-        captured, uses, order, _ = state
+        captured, uses, order, _, _ = state
         self._aliases = tuple(a for a in order if a.may_alias)
         self._slots = (*uses.ins, *captured, *uses.outs)
         n = len(uses.ins)
@@ -333,7 +336,7 @@ class _ThreadedCall:
             self._memories[place] = memory
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        captured, uses, _, _ = self._state
+        captured, uses, _, _, _ = self._state
         holder = self._holder()
         place = None if holder is None else holder.place_here()
         use = begin_use(())

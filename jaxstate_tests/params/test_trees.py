@@ -361,7 +361,7 @@ def test_a_misspelt_attribute_of_a_variable_is_an_error():
 def test_an_initializer_that_makes_no_arrays_is_named(bad):
     net = jaxstate.parametrized(lambda: jaxstate.param("p", lambda key: [w(key), bad]), name="net")
     for run in (lambda: net.init(KEY), lambda: net.apply({"p": jnp.ones(2)})):
-        with pytest.raises(TypeError, match=r"initializer of parameter 'p' made .* no array"):
+        with pytest.raises(TypeError, match=r"initializer of parameter 'p' made (a function|.* no array)"):
             run()
 
 
@@ -372,7 +372,7 @@ def test_an_initializer_that_makes_no_arrays_is_named(bad):
     | st.dictionaries(st.sampled_from("abc"), parts, max_size=3)
     | st.tuples(parts, parts).map(lambda p: Point(*p))
     | st.tuples(parts, parts).map(lambda p: Record(*p, n=1)),
-))  # fmt: skip
+).filter(lambda tree: tree is not None))  # fmt: skip
 @settings(max_examples=30, deadline=None)
 def test_any_tree(tree):
     """A number stands for an array of that length."""
