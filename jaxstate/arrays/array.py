@@ -306,7 +306,7 @@ class ArraySlot(Slot):
 
     def lane(self, address: Address, trace_: Any, notes: dict[Any, Any]) -> Lane | None:
         """An array that was born in a vmap is one array per lane."""
-        if self.age < _inits_of(trace_):
+        if self.age < _age_of(trace_):
             return None
         lane = notes.get(address)
         if lane is None:
@@ -333,7 +333,7 @@ class ArraySlot(Slot):
         return (self.activation or Activation("array")).escaped()
 
 
-def _inits_of(trace_: Any) -> float:
+def _age_of(trace_: Any) -> float:
     """The age of the first tracer of a vmap: what is younger was born in it."""
     return _jax.tag_of(trace_).__dict__.get("_jaxstate_age", float("inf"))
 
