@@ -46,7 +46,7 @@ class Recorder:
         text = shown(raised)
         for line in lines:
             assert line in text, text
-        # A message names a line of the program: so a program is a function that calls what is wrong.
+        # A message names a line of the program, which is a function that calls what is wrong.
         assert __file__ not in text, text
         self.messages.append(text)
 

@@ -824,9 +824,6 @@ class Writable:
     def _own_buffer_shape(self) -> tuple[int, ...]:
         return self._steps[0].parent if self._steps else self.shape
 
-    def _write_all(self, value: Any) -> None:
-        self[...] = value
-
     def fill(self, value: Any) -> None:
         """Writes one value, a scalar, to all elements."""
         if np.shape(value):

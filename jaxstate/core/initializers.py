@@ -211,7 +211,7 @@ init_p.def_effectful_abstract_eval(
 
 
 @init_p.def_bind_with_trace
-def _bear_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
+def _initialize_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose initializers are not run yet."""
     with _jax.set_current_trace(trace):
         return initialize_at(params["addresses"], params["traced_init"], args)

@@ -310,16 +310,7 @@ class NameTables:
 
     def expected_path_of(self, levels: Sequence[PathElement]) -> Path:
         """What `path_of` would be, without giving out names."""
-        path: Path = ()
-        for level in levels:
-            known = self.known(level.token)
-            if known is not None:
-                path = known
-            elif level.token is None:
-                path = (*path, level.base)
-            else:
-                path = (*path, self._free_name(path, level.base)[0])
-        return path
+        return self._path(levels, lambda path, level: (*path, self._free_name(path, level.base)[0]))
 
     def path_now(self, levels: Sequence[PathElement], is_given: Callable[[Path], bool]) -> Path:
         """What is told to the program as the path of ``levels``, without giving out names.
@@ -328,6 +319,12 @@ class NameTables:
         has none) it is told the name that it would get, and no other module is told that: unless
         ``is_given`` says that parameters of that name are there.
         """
+        return self._path(levels, lambda path, level: self._path_to_show(path, level, is_given))
+
+    def _path(
+        self, levels: Sequence[PathElement], nameless: Callable[[Path, PathElement], Path]
+    ) -> Path:
+        """The path of ``levels``. That of a module without a name is ``nameless(scope, level)``."""
         path: Path = ()
         for level in levels:
             known = self.known(level.token)
@@ -336,7 +333,7 @@ class NameTables:
             elif level.token is None:
                 path = (*path, level.base)
             else:
-                path = self._path_to_show(path, level, is_given)
+                path = nameless(path, level)
         return path
 
     def _path_to_show(

@@ -51,11 +51,8 @@ STREAMS = (*SPLIT_STREAMS, "shared")
 INITIAL = {"v": 0.4, "r": -0.2}
 SLOTS = {"a": 0.2, "b": -0.3}
 
-# What the package gets wrong today, and is not made: given the way in which a function is used, and
-# what the function does (see `facts_of`).
 # The contexts in which state is refused or lost today.
 KNOWN_CONTEXTS = ("jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3", "jax_scan3")
-KNOWN_FAULTS: dict[str, Callable[[str, set[str]], bool]] = {}
 
 
 # -- Statements ------------------------------------------------------------------------------
@@ -995,11 +992,6 @@ _leaves = [
 ]
 
 
-def is_known(way: str, facts: set[str]) -> bool:
-    """Whether one of the known faults would show."""
-    return any(shows(way, facts) for shows in KNOWN_FAULTS.values())
-
-
 @st.composite
 def _statements(draw: Any, facts: list[set[str]], scoped: bool = False) -> Any:
     kind = draw(st.integers(0, 9))
@@ -1007,7 +999,7 @@ def _statements(draw: Any, facts: list[set[str]], scoped: bool = False) -> Any:
         Use(number, name)
         for number, inside in enumerate(facts)
         for name, way in WAYS.items()
-        if not refused(way.not_with, inside) and not is_known(name, inside)
+        if not refused(way.not_with, inside)
     ]
     if kind >= 4 and uses:
         return draw(st.sampled_from(uses))
