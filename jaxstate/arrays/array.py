@@ -141,7 +141,36 @@ def _place() -> Any:
     return _jax.holding_trace(_jax.current_trace())
 
 
-class Buffer:
+class _Kept:
+    """Keeps a value that is taken out while it is written, so that its memory can be used again.
+
+    Other threads wait for it then.
+    """
+
+    __slots__ = ()
+
+    kept: Any
+
+    @property
+    def value(self) -> Any:
+        value = self.kept
+        if value is None:
+            with _writing:
+                value = self.kept
+        return value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.kept = value
+
+
+class _ArrayCell(_Kept, Cell):
+    """The cell of a buffer that is a slot."""
+
+    __slots__ = ("kept",)
+
+
+class Buffer(_Kept):
     """The value that a writable array and its views share.
 
     Attributes:
@@ -153,7 +182,7 @@ class Buffer:
     """
 
     __slots__ = (
-        "__weakref__", "activation", "age", "home", "is_own", "made", "slot", "value", "version",
+        "__weakref__", "activation", "age", "home", "is_own", "kept", "made", "slot", "version",
     )  # fmt: skip
 
     def __init__(self, value: Any, home: Any, age: int, within: Activation | None) -> None:
@@ -169,7 +198,9 @@ class Buffer:
 
     def aval(self) -> Any:
         """The type of the value."""
-        return _jax.typeof(self.value) if self.slot is None else self.slot.aval(self.slot.address)
+        with _writing:
+            slot = self.slot
+            return _jax.typeof(self.value) if slot is None else slot.aval(slot.address)
 
     def read(self) -> Any:
         """The current value, as the current trace sees it."""
@@ -178,18 +209,15 @@ class Buffer:
         here = _jax.current_trace()
         way = _way_home(self.home, here)
         is_held = self.is_held_elsewhere()
-        if self.slot is None:
-            staged = any(isinstance(t, _jax.StagingTrace) for t in way or ())
-            if not is_held and not staged:
-                value = self.value
-                if value is None:  # another thread is writing
-                    with _writing:
-                        return self.read()
+        staged = any(isinstance(t, _jax.StagingTrace) for t in way or ())
+        if not is_held and (not way or (self.slot is None and not staged)):
+            value = self.place_of_value().value
+            if value is not None:
                 return value
-            self.become_slot()
+        self.become_slot()
         assert self.slot is not None
-        if not way and not is_held:
-            return self.slot.cell(self.slot.address).value
+        if not way and not is_held:  # it has just become a slot, on another thread
+            return self.place_of_value().value
         with _quiet(), _jax.set_current_trace(here):
             try:
                 value = resolve.read(self.slot.address)
@@ -202,16 +230,17 @@ class Buffer:
                     value = value if way is None else resolve.read(self.slot.address)
             return _jax.canonicalize(value)
 
+    def place_of_value(self) -> _Kept:
+        return self if self.slot is None else self.slot.cell(self.slot.address)
+
     def write(self, value: Any) -> None:
         here = _jax.current_trace()
         self.version += 1
         self.is_own = False
         if _place() is self.home and not self.is_held_elsewhere():
-            if self.slot is None:
-                self.value = value
-            else:
+            if self.slot is not None:
                 self.slot.address.note_write()
-                self.slot.cell(self.slot.address).value = value
+            self.place_of_value().value = value
             return
         self.become_slot()
         assert self.slot is not None
@@ -232,9 +261,10 @@ class Buffer:
         return holder.age > self.age and (holder.is_boundary or holder.outside is not None)
 
     def become_slot(self) -> None:
-        if self.slot is None:
-            self.slot = ArraySlot(self)
-            self.value = None
+        with _writing:
+            if self.slot is None:
+                self.slot = ArraySlot(self)
+                self.kept = None
 
 
 class _Same:
@@ -298,7 +328,7 @@ class ArraySlot(Slot):
     def __init__(self, buffer: Buffer) -> None:
         with _jax.set_current_trace(buffer.home):
             aval = _jax.typeof(buffer.value)
-            super().__init__(Cell(buffer.value), aval, "a writable array", buffer.made or "")
+            super().__init__(_ArrayCell(buffer.value), aval, "a writable array", buffer.made or "")
         self.address = ArrayAddress(self)
         self.age = buffer.age
         self.activation = buffer.activation
@@ -933,7 +963,7 @@ def _written(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
         if not (home and _is_computed(base)):
             return _jax.as_array(_jax.canonicalize(write(base)))
         # (What a jitted function has read is in a cell since then.)
-        kept = buffer if buffer.slot is None else buffer.slot.cell(buffer.slot.address)
+        kept = buffer.place_of_value()
         held = [base]
         del base
         kept.value = None

@@ -6,6 +6,7 @@ to be an error.
 
 import copy
 import pickle
+import sys
 import threading
 
 import jax
@@ -295,25 +296,56 @@ def test_an_argument_is_not_given_away():
     assert list(x) == [0, 1, 2]
 
 
-def test_threads_write_elements_of_one_array():
-    x = jaxstate.array(jnp.zeros(200))
+@pytest.fixture
+def threads_take_turns():
+    """Each thread runs for a microsecond, so that it meets the others amid their writes."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def read_jitted(x):
+    return jax.jit(lambda: x.sum())()
+
+
+def read_with_a_derivative(x):
+    return jax.grad(lambda a: (a * x).sum())(jnp.ones(x.shape))
+
+
+READERS = {"none": lambda x: None, "copy": lambda x: x.T.copy()} | {
+    f.__name__: f for f in (read_jitted, read_with_a_derivative)
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_threads_write_elements_of_one_array(read, threads_take_turns):
+    x = jaxstate.array(jnp.zeros(80))
     errors = []
 
-    def write(k):
+    def attempt(work, *args):
         try:
-            for i in range(25):
-                x[25 * k + i] = i
-                x[25 * k + i] += 1
+            work(*args)
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=write, args=(k,)) for k in range(8)]
+    def write(k):
+        for i in range(20):
+            x[20 * k + i] = i
+            x[20 * k + i] += 1
+
+    def read_often():
+        for _ in range(20):
+            read(x)
+
+    threads = [threading.Thread(target=attempt, args=(write, k)) for k in range(4)]
+    threads.append(threading.Thread(target=attempt, args=(read_often,)))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not errors
-    np.testing.assert_array_equal(np.asarray(x), np.tile(np.arange(25.0) + 1, 8))
+    np.testing.assert_array_equal(np.asarray(x), np.tile(np.arange(20.0) + 1, 4))
 
 
 @pytest.mark.parametrize("way", MODES.values(), ids=MODES)
