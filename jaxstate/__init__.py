@@ -52,8 +52,8 @@ from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack
 from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
 from jaxstate.params.variables import Variable, is_writable, variable
-from jaxstate.random import Stream, next_key, rng_stream
 from jaxstate.sow.harvest import plant, reap, sow
+from jaxstate.streams.stream import Stream, next_key, rng_stream
 from jaxstate.tree.mutate import mutate
 
 __version__ = "0.1.0"

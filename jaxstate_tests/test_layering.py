@@ -30,6 +30,7 @@ FLOORS = {
         "indices", "recurrences", "table", "fixed_point",
     ],
     "extend": [],
+    "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
         "paths", "entries", "places", "interception", "stores", "arguments", "names", "reuse",

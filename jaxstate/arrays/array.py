@@ -230,7 +230,7 @@ class Buffer(_Kept):
                     value = value if way is None else resolve.read(self.slot.address)
             return _jax.canonicalize(value)
 
-    def place_of_value(self) -> _Kept:
+    def place_of_value(self) -> Buffer | Cell:
         return self if self.slot is None else self.slot.cell(self.slot.address)
 
     def write(self, value: Any) -> None:

@@ -70,7 +70,9 @@ from jaxstate.params.pieces import pieces_here
 from jaxstate.params.reuse import Reusable, Reused, ReusingStore, reused
 from jaxstate.params.stores import ApplyStore, InitStore
 from jaxstate.params.summary import Summarizable
-from jaxstate.random import FoldedStreams, KeyLike, check_key, rng_stream
+from jaxstate.streams.holders import FoldedStreams
+from jaxstate.streams.keys import KeyLike, check_key
+from jaxstate.streams.stream import rng_stream
 
 __all__ = ["Parametrized", "param", "parametrized", "scope"]
 

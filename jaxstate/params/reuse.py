@@ -45,7 +45,7 @@ from jaxstate.params.entries import Entry, home_of
 from jaxstate.params.names import by_path, nested
 from jaxstate.params.paths import FrameId, ModuleId, NameTable, Path
 from jaxstate.params.stores import InitStore, flattened
-from jaxstate.random import FoldedStreams
+from jaxstate.streams.holders import FoldedStreams
 
 __all__ = [
     "ObservingStore",

@@ -24,7 +24,8 @@ from jaxstate.params.entries import room_for_nests
 from jaxstate.params.names import nested
 from jaxstate.params.paths import ModuleId, Path
 from jaxstate.params.reuse import ObservingStore
-from jaxstate.random import FoldedStreams, check_key
+from jaxstate.streams.holders import FoldedStreams
+from jaxstate.streams.keys import check_key
 
 __all__ = ["ParameterRow", "ScopeRow", "Summarizable", "Summary", "summary"]
 

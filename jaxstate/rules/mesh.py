@@ -1,6 +1,6 @@
 """shard_map and pmap: what every device has of its own, and what all devices share.
 
-Inside the function a stream is a stream per device (`jaxstate.random`), whose key is made from one
+Inside the function a stream is a stream per device (`jaxstate.streams`), whose key is made from one
 draw outside and the device's index along the mapped axes (the last axis fastest). What is only read
 is replicated, as what a function closes over is.
 

@@ -1,0 +1,1 @@
+"""Random streams: keys that nobody has to split or pass."""
