@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import jaxstate
+
 ROOT = pathlib.Path(__file__).parents[1]
 # The page of errors is made of programs that the tests of errors run: most of them fail.
 PAGES = [
@@ -77,6 +79,17 @@ def test_a_page_says_how_to_install_what_it_imports(path):
         elif isinstance(statement, ast.ImportFrom):
             imported.add(statement.module.partition(".")[0])
     assert imported <= installed
+
+
+@pytest.mark.parametrize("module", [jaxstate, jaxstate.random, jaxstate.extend])
+def test_every_public_name_is_on_the_page_of_the_api(module):
+    page = (ROOT / "docs" / "api.md").read_text()
+    if f".. automodule:: {module.__name__}\n   :members:" in page:
+        return  # all of them
+    shown = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, flags=re.M))
+    names = {f"{module.__name__}.{name}" for name in module.__all__}
+    modules = {"jaxstate.random", "jaxstate.extend"}
+    assert names - modules - shown == set()
 
 
 def test_the_readme_has_an_example():

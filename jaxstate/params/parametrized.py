@@ -225,7 +225,12 @@ def scope(name: str) -> _Scope:
 
 
 class Parametrized(Reusable[P, R], Describable, Summarizable):
-    """A function with parameters: see `parametrized`."""
+    """A function with parameters: see `parametrized`.
+
+    Attributes:
+      fn: the function.
+      name: how its parameters are called in those of a network that calls it.
+    """
 
     def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
         if not callable(fn):
@@ -253,7 +258,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         try:
             with level_entered(store, PathElement(self.name, self._token), self):
                 if watched is None or interceptions("module"):
-                    return self.as_called(store)(*args, **kwargs)
+                    return self._as_called(store)(*args, **kwargs)
                 watched.called(self, args, kwargs)
                 out = self.fn(*args, **kwargs)
                 watched.returned(out)
@@ -262,7 +267,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             self._explain(error, "", args, kwargs)
             raise
 
-    def as_called(self, store: Any) -> Callable[..., Any]:
+    def _as_called(self, store: Any) -> Callable[..., Any]:
         """What runs where the program is in this module: its function, if nobody looks at it.
 
         (Without a frame of Python in between, of which a nest of modules may have too many.)
@@ -391,7 +396,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 room_for_nests(),
             ):
                 try:
-                    refuse_lazy(self, self.as_called(None)(*args, **kwargs))
+                    refuse_lazy(self, self._as_called(None)(*args, **kwargs))
                 except Exception as error:
                     self._explain(error, where, args, kwargs)
                     raise
@@ -517,7 +522,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 room_for_nests(),
             ):
                 try:
-                    out = self.as_called(None)(*args, **kwargs)
+                    out = self._as_called(None)(*args, **kwargs)
                 except Exception as error:
                     where = "apply_with_state" if writable else "apply"
                     self._explain(error, where, args, kwargs)
