@@ -621,7 +621,12 @@ def rng_stream(
     (True, 1)
     """
     if not isinstance(name, str):
-        raise TypeError(f"rng_stream: a name is a string, not {name!r}.")
+        aval = _jax.type_of(name)
+        found = repr(name) if aval is None else aval.str_short()
+        raise TypeError(
+            f"rng_stream wants the name of a stream second, and was given {found}.\n"
+            'To mend it:\n    with jaxstate.rng_stream(key, "dropout"):'
+        )
     holder = _StreamHolder(
         *_key_and_type(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
         _jax.user_location(),
@@ -672,6 +677,12 @@ def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:
     >>> y
     Array([0., 0., 0.], dtype=float32)
     """
+    if isinstance(name, Stream):
+        raise TypeError(
+            f"A random stream was given where its name is wanted.\nTo mend it:\n"
+            f"    jaxstate.random.normal(shape, stream={name.name!r})\n"
+            "    key = stream.next_key()      # or a key from the stream itself"
+        )
     if not isinstance(name, str):
         raise _no_key_wanted("next_key", 'jaxstate.next_key("dropout")')
     return _draw(name, None) if default is _REQUIRED or _is_open(name) else default
@@ -782,8 +793,12 @@ def _sampler(declared: F) -> F:
 
     @functools.wraps(declared)
     def sample(*args: Any, stream: str = "default", **kwargs: Any) -> jax.Array:
-        if "key" in kwargs or (args and _is_a_key(args[0])):
-            raise _no_key_wanted(f"jaxstate.random.{name}", f"jaxstate.random.{name}({first}=...)")
+        if "key" in kwargs or (args and is_a_key(args[0])):
+            raise _no_key_wanted(
+                f"jaxstate.random.{name}",
+                f"jaxstate.random.{name}({first}=...)\n"
+                f"    jax.random.{name}(key, {first}=...)      # or with a key of your own",
+            )
         return with_key(next_key(stream), *args, **kwargs)
 
     sample.__signature__ = _without_key(with_key, declared_signature)  # type: ignore[attr-defined]
@@ -809,7 +824,7 @@ def _without_key(with_key: Any, declared: inspect.Signature) -> inspect.Signatur
     return declared.replace(parameters=[*parameters, known["stream"]])
 
 
-def _is_a_key(x: Any) -> bool:
+def is_a_key(x: Any) -> bool:
     """Whether an argument is one key, or looks like a raw one."""
     if not isinstance(x, jax.Array):
         return False
