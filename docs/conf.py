@@ -45,6 +45,9 @@ default_role = "code"
 
 def _docstring_to_rst(app, what, name, obj, options, lines):
     """Docstrings are written to be read in the source; reStructuredText wants two things else."""
+    if what == "module":
+        lines.clear()  # the page says what the module has
+        return
     text = "\n".join(lines)
     text = text.replace("*args, **kwargs:", "args, kwargs:")
     text = re.sub(r"(?<!`)`([^`\n]+)`(?=\w)", r"`\1`\\ ", text)  # `Name`s

@@ -1,5 +1,20 @@
 """State for JAX: random streams, parameters, variables, arrays written in place, sown values and
-slots that go through every transformation."""
+slots that go through every transformation.
+
+    parametrized, param, scope, variable    functions with parameters and variables
+    stack, ensemble, summary, intercept     copies of them, tables of them, functions around them
+    flatten_names, unflatten_names          parameters by name: "encoder/dense/w"
+    path, is_writable                       where the program is, and what it may do there
+    rng_stream, next_key, random            random streams, and the samplers of `jax.random` on them
+    inplace, array                          arrays that are written in place
+    mutate                                  objects whose parts are assigned
+    sow, reap, plant                        values in the middle of a program
+    causal_fixed_point                      sampling from models of sequences
+    extend                                  slots, traces and rules of your own
+
+What is public is in ``dir(jaxstate)``, `jaxstate.random` and `jaxstate.extend`. The packages inside
+of this one are how it is made, and may change in any release.
+"""
 
 from jaxstate import _jax, extend, random
 from jaxstate import rules as _rules  # noqa: F401  they register themselves

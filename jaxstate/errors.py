@@ -7,10 +7,14 @@ of the user's program), and ends with the lines of code that mend it.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import textwrap
 import threading
+import types
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from jaxstate import _jax
 
@@ -210,6 +214,26 @@ def thread_that_has_nothing() -> str | None:
     if thread is threading.main_thread():
         return None
     return f"{thread.name!r}, where only what was opened in it is open"
+
+
+def check_runs_when_called(fn: Any, where: str) -> None:
+    """A generator or coroutine runs when the state is gone, in pieces."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    is_function = isinstance(fn, (types.FunctionType, types.MethodType))
+    body = fn if is_function else getattr(type(fn), "__call__", fn)  # noqa: B004
+    kinds = {
+        "a generator": inspect.isgeneratorfunction(body),
+        "a coroutine": inspect.iscoroutinefunction(body),
+        "an asynchronous generator": inspect.isasyncgenfunction(body),
+    }
+    for kind, is_kind in kinds.items():
+        if is_kind:
+            raise TypeError(
+                f"{where} wants a function that runs when it is called, and {fn!r} makes"
+                f" {kind}.\nTo mend it:\n"
+                "    return [f(x) for x in xs]      # return what it makes, and no yield or await"
+            )
 
 
 def warn_of_unopened(what: str, fix: str) -> None:

@@ -88,7 +88,11 @@ def _sampler(declared: F) -> F:
     @functools.wraps(declared)
     def sample(*args: Any, stream: str = "default", **kwargs: Any) -> jax.Array:
         if "key" in kwargs or (args and is_a_key(args[0])):
-            raise no_key_wanted(f"jaxstate.random.{name}", f"jaxstate.random.{name}({first}=...)")
+            raise no_key_wanted(
+                f"jaxstate.random.{name}",
+                f"jaxstate.random.{name}({first}=...)\n"
+                f"    jax.random.{name}(key, {first}=...)      # or with a key of your own",
+            )
         return with_key(next_key(stream), *args, **kwargs)
 
     sample.__signature__ = _without_key(with_key, declared_signature)  # type: ignore[attr-defined]

@@ -1,11 +1,16 @@
 """The examples of the README and of the documentation run, each file from top to bottom."""
 
 import ast
+import os
 import pathlib
 import re
+import subprocess
 import sys
+import venv
 
 import pytest
+
+import jaxstate
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The page of errors is made of programs that the tests of errors run: most of them fail.
@@ -77,6 +82,47 @@ def test_a_page_says_how_to_install_what_it_imports(path):
         elif isinstance(statement, ast.ImportFrom):
             imported.add(statement.module.partition(".")[0])
     assert imported <= installed
+
+
+@pytest.mark.parametrize("module", [jaxstate, jaxstate.random, jaxstate.extend])
+def test_every_public_name_is_on_the_page_of_the_api(module):
+    page = (ROOT / "docs" / "api.md").read_text()
+    if f".. automodule:: {module.__name__}\n   :members:" in page:
+        return  # all of them
+    shown = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, flags=re.M))
+    names = {f"{module.__name__}.{name}" for name in module.__all__}
+    modules = {"jaxstate.random", "jaxstate.extend"}
+    assert names - modules - shown == set()
+
+
+@pytest.mark.slow
+@pytest.mark.leaks_allowed("runs in processes of its own")
+def test_by_copying_from_the_front_page_to_a_model_that_is_trained_saved_and_loaded(tmp_path):
+    """In a new virtual environment: the commands of both pages, and each page as one program."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    path = f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": path}
+
+    def run(command, folder):
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for name in ("index", "quickstart"):
+        page = ROOT / "docs" / f"{name}.md"
+        commands = re.findall("^```sh\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+        assert commands
+        for command in commands:
+            run(command, ROOT)
+        lines, body = statements(page)
+        program = tmp_path / f"{name}.py"
+        program.write_text("\n".join(lines))
+        shown = [line for statement in body for line in comment_after(lines, statement.end_lineno)]
+        printed = run(f"python -W error {program.name}", tmp_path).splitlines()
+        assert [line.rstrip() for line in printed] == shown
+    assert (tmp_path / "net.safetensors").is_file()
 
 
 def test_the_readme_has_an_example():

@@ -91,6 +91,13 @@ def test_dir_and_star_show_what_is_public(module):
     assert all(hasattr(module, name) for name in shown)
 
 
+def test_the_help_of_the_package_begins_with_all_that_can_be_called():
+    [table] = [part for part in jaxstate.__doc__.split("\n\n") if part.startswith("    ")]
+    shown = [name for line in table.splitlines() for name in line[:44].split(",")]
+    classes = {name for name, value in vars(jaxstate).items() if inspect.isclass(value)}
+    assert sorted(name.strip() for name in shown) == sorted(set(jaxstate.__all__) - classes)
+
+
 def has_doc(value):
     return not callable(value) or bool(inspect.getdoc(value))
 

@@ -26,6 +26,7 @@ from jaxstate.arrays.array import (
     objects,
     snapshot,
 )
+from jaxstate.errors import check_runs_when_called
 
 __all__ = ["array", "inplace"]
 
@@ -74,6 +75,8 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
     Array([ 0,  1,  3,  6, 10], dtype=int32)
     """
 
+    check_runs_when_called(fun, "inplace")
+
     @functools.wraps(fun)
     def pure(*args: P.args, **kwargs: P.kwargs) -> R:
         outside, inside = _jax.current_trace(), activation()
@@ -83,13 +86,36 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
         here = outside if is_staged else InplaceTrace(outside, call)
         with activated(call), _jax.set_current_trace(here), objects.writable(inside):
             inner_args, inner_kwargs = jax.tree.map(_writable, values, is_leaf=objects.is_object)
-            results = fun(*inner_args, **inner_kwargs)  # pyright: ignore[reportCallIssue]
+            try:
+                results = fun(*inner_args, **inner_kwargs)  # pyright: ignore[reportCallIssue]
+            except Exception as error:
+                _note_numpy(error)
+                raise
             results = jax.tree.map(snapshot, results, is_leaf=objects.is_object)
         if inside is None:
             return results
         return jax.tree.map(_writable, results, is_leaf=objects.is_object)
 
     return pure
+
+
+_NUMPY = """\
+NumPy cannot hold, compute with, or be indexed by what JAX has no numbers for yet (under jit, in a
+loop).
+To mend it:
+    x = jnp.zeros(n)         # for np.zeros(n)
+    x = jaxstate.array(x)    # of an array of NumPy
+    y = jnp.sort(x)          # for a function of NumPy"""
+
+
+def _note_numpy(error: Exception) -> None:
+    """NumPy was given a tracer: as an array, an index, or the value of an element."""
+    is_element = isinstance(error, ValueError) and isinstance(
+        error.__cause__, jax.errors.ConcretizationTypeError
+    )
+    is_refused = is_element or isinstance(error, jax.errors.TracerArrayConversionError)
+    if is_refused and _NUMPY not in getattr(error, "__notes__", ()):
+        error.add_note(_NUMPY)
 
 
 def array(x: Any, dtype: Any = None) -> jax.Array:

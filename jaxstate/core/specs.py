@@ -204,18 +204,20 @@ class NoArrayError(TypeError):
 
     Attributes:
       found: what it made, or a part of that.
+      is_part: whether it is a part.
     """
 
-    def __init__(self, found: Any) -> None:
+    def __init__(self, found: Any, is_part: bool) -> None:
         super().__init__(f"{found!r} is no array")
         self.found = found
+        self.is_part = is_part
 
 
 def all_arrays(value: Any) -> Any:
     """What an initializer made, if it is a tree of arrays."""
     for leaf in [None] if value is None else jax.tree.leaves(value):
         if not _jax.is_array_like(leaf):
-            raise NoArrayError(leaf)
+            raise NoArrayError(leaf, leaf is not value)
     return value
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxstate import _jax
 from jaxstate.core.specs import NoArrayError
 from jaxstate.errors import StateError, message
+from jaxstate.streams.keys import is_a_key
 
 __all__ = [
     "LAZY",
@@ -28,7 +29,7 @@ __all__ = [
 _TAKEN = frozenset({"key", "params", "state", "reuse"})
 
 # What runs when it is asked for values.
-LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
+LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter})
 
 
 # -- Calls of a network ----------------------------------------------------------------------
@@ -48,6 +49,14 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
         return None
     name, takes = net.name, f"{net.name}({', '.join(_shown(signature))})"
     starts_with_dict = bool(args) and isinstance(args[0], Mapping)
+    if not how and isinstance(kwargs.get("params"), Mapping):
+        return TypeError(
+            message(
+                f"{takes} was called with params=. Did you mean {name}.apply?",
+                fix=f"y = {name}.apply(params, x)",
+                used=_jax.user_location(),
+            )
+        )
     if starts_with_dict and _does_not_fit(signature, args[1:], kwargs) is None:
         if not how:
             return TypeError(
@@ -81,12 +90,39 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
             )
         )
     call = f"{name}.{how}" if how else name
+    inputs = ", ".join(_shown(signature))
+    if how.startswith("apply"):
+        given = "params, state" if how == "apply_with_state" else "params"
+        keys = [k for k in kwargs if k in ("rng", "rngs", "prng_key", "random_key")]
+        if any(is_a_key(x) for x in args) or keys:
+            found = f"{keys[0]}=" if keys else "a random key among its inputs"
+            return TypeError(
+                message(
+                    f"{takes} was given {found} in {call}, which takes the key as key=.",
+                    fix=f"""
+                    {call}({given}, {inputs}, key=key)
+                    {call}({given}, {inputs}, key={{"dropout": key}})   # of streams by name
+                    """,
+                    used=_jax.user_location(),
+                )
+            )
+        if how == "apply" and "mutable" in kwargs:
+            return TypeError(
+                message(
+                    f"{name}.apply only reads variables, and was given mutable=.",
+                    fix=f"""
+                    y, state = {name}.apply_with_state(params, state, {inputs})   # writes all
+                    y, state = {name}.apply_with_state(params, state, {inputs}, mutable="cache")
+                    """,
+                    used=_jax.user_location(),
+                )
+            )
     first = {"": "", "init": "key, ", "apply": "params, "}.get(how, "params, state, ")
     first = "key, " if how == "init_with_state" else first
     return TypeError(
         message(
             f"{takes} does not take the arguments of this call of {call}: {problem}.",
-            fix=f"{call}({first}{', '.join(_shown(signature))})",
+            fix=f"{call}({first}{inputs})",
             used=_jax.user_location(),
         )
     )
@@ -139,6 +175,8 @@ def note_mistakes(error: Exception, how: str, args: Any) -> None:
     if "'jaxstate.params.variables.Variable'" in text:
         notes.append(_HANDLE_FOR_VALUE)
     dict_first = bool(args) and isinstance(args[0], Mapping)
+    if not how and dict_first and "Did you mean" not in text:
+        notes.append(_NETWORK_WITH_DICT)
     if how == "apply" and dict_first and isinstance(error, (AttributeError, TypeError, ValueError)):
         notes.append(_TWO_DICTS)
     for note in notes:
@@ -156,6 +194,10 @@ A variable was given where its value is wanted.
 To mend it:
     jnp.sin(v.value)"""
 
+_NETWORK_WITH_DICT = """\
+The network itself was called, with a dict first. If these are the parameters, did you mean apply?
+    y = net.apply(params, x)"""
+
 _TWO_DICTS = """\
 apply was given a dict as the first input of the function. If that is the variables:
     y, state = net.apply_with_state(params, state, x)    # reads and writes variables
@@ -164,10 +206,13 @@ apply was given a dict as the first input of the function. If that is the variab
 
 def refuse_lazy(net: Any, out: Any) -> None:
     """A generator or coroutine runs when its parameters are gone."""
-    if type(out) in LAZY:
-        if inspect.iscoroutine(out):
-            out.close()  # or Python warns that nobody has run it
-        kind = "a coroutine" if inspect.iscoroutine(out) else "a generator"
+    parts = out.values() if type(out) is dict else out if type(out) in (tuple, list) else [out]
+    for part in parts:
+        if type(part) not in LAZY:
+            continue
+        kind = f"a {type(part).__name__}"
+        if inspect.iscoroutine(part):
+            part.close()  # or Python warns that nobody has run it
         raise TypeError(
             message(
                 f"{net.name} returned {kind}, which runs when init or apply is over.",
@@ -189,7 +234,7 @@ def about_initializer(
     if isinstance(error, StateError):
         return error
     if isinstance(error, NoArrayError):
-        return _no_array(address, init, error.found)
+        return _no_array(address, init, error)
     takes_key = address.takes_key
     function = "param" if address.kind == "parameter" else "variable"
     wanted = "init(key, *init_args)" if takes_key else "init(*init_args), without a key"
@@ -214,6 +259,8 @@ def about_initializer(
         problem = None
     if problem is not None:
         example = "lambda key: value" if takes_key else "jnp.zeros, (3,)"
+        if problem.startswith("missing a required argument: 'shape'") and takes_key:
+            example = f"{called}, shape"
         return TypeError(
             message(
                 f"The initializer of {address} cannot be called as {wanted}: {problem}.",
@@ -225,10 +272,11 @@ def about_initializer(
     return error
 
 
-def _no_array(address: Any, init: Callable[..., Any], found: Any) -> Exception:
+def _no_array(address: Any, init: Callable[..., Any], error: NoArrayError) -> Exception:
+    found = error.found
     function = "param" if address.kind == "parameter" else "variable"
     called = _name_of(init)
-    if callable(found):
+    if callable(found) and not error.is_part:
         what = f"made a function, {found!r}. Is {called} to be called first?"
         fix = f'jaxstate.{function}("{address.name}", {called}(), shape)'
     elif found is None:
@@ -255,4 +303,7 @@ def _name_of(init: Any) -> str:
     name = getattr(init, "__name__", "<")
     if "<" in name:
         return "init"
-    return f"jnp.{name}" if getattr(jnp, name, None) is init else name
+    for module, prefix in ((jnp, "jnp."), (np, "np.")):
+        if getattr(module, name, None) is init:
+            return prefix + name
+    return name

@@ -40,6 +40,7 @@ from jaxstate.errors import (
     NameClashError,
     ParameterConflictError,
     ParameterMismatchError,
+    check_runs_when_called,
     message,
     thread_that_has_nothing,
     warn_of_unopened,
@@ -227,12 +228,17 @@ def scope(name: str) -> _Scope:
 
 
 class Parametrized(Reusable[P, R], Describable, Summarizable):
-    """A function with parameters: see `parametrized`."""
+    """A function with parameters: see `parametrized`.
+
+    Attributes:
+      fn: the function.
+      name: how its parameters are called in those of a network that calls it.
+    """
 
     def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
         if not callable(fn):
             raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
-        check_runs_when_called(fn)
+        check_runs_when_called(fn, "parametrized")
         if name is not None:
             check_name(name, "parametrized")
         self.fn = fn
@@ -255,16 +261,16 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         try:
             with level_entered(store, PathElement(self.name, self._token), self):
                 if watched is None or interceptions("module"):
-                    return self.as_called(store)(*args, **kwargs)
+                    return self._as_called(store)(*args, **kwargs)
                 watched.called(self, args, kwargs)
                 out = self.fn(*args, **kwargs)
                 watched.returned(out)
                 return out
-        except TypeError as error:
+        except Exception as error:
             self._explain(error, "", args, kwargs)
             raise
 
-    def as_called(self, store: Any) -> Callable[..., Any]:
+    def _as_called(self, store: Any) -> Callable[..., Any]:
         """What runs where the program is in this module: its function, if nobody looks at it.
 
         (Without a frame of Python in between, of which a nest of modules may have too many.)
@@ -393,7 +399,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 room_for_nests(),
             ):
                 try:
-                    refuse_lazy(self, self.as_called(None)(*args, **kwargs))
+                    refuse_lazy(self, self._as_called(None)(*args, **kwargs))
                 except Exception as error:
                     self._explain(error, where, args, kwargs)
                     raise
@@ -498,7 +504,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
         Raises what `apply` raises; but variables may be written, those that are ``mutable``.
         """
-        self._check_state(state)
+        self._check_state(state, "apply_with_state")
         out, store = self._apply(params, state, _writable(mutable), key, args, kwargs)
         return out, store.state()
 
@@ -519,7 +525,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                 room_for_nests(),
             ):
                 try:
-                    out = self.as_called(None)(*args, **kwargs)
+                    out = self._as_called(None)(*args, **kwargs)
                 except Exception as error:
                     where = "apply_with_state" if writable else "apply"
                     self._explain(error, where, args, kwargs)
@@ -553,7 +559,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             other = about_call(self, where, args, kwargs)
             if other is not None:
                 raise other from None
-        if where:
+        if where or innermost_store() is None:
             note_mistakes(error, where, args)
 
     def _check_taken(self, given: dict[str, Any], args: Any) -> None:
@@ -572,15 +578,19 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
                     )
                 )
 
-    def _check_state(self, state: Any) -> None:
+    def _check_state(self, state: Any, how: str = "apply") -> None:
         fix = "y, state = net.apply_with_state(params, state, x)"
-        self._check_dict(state, "the variables", fix)
+        self._check_dict(state, "the variables", fix, how)
 
-    def _check_dict(self, given: Any, what: str, fix: str) -> None:
+    def _check_dict(self, given: Any, what: str, fix: str, how: str = "apply") -> None:
         if not isinstance(given, Mapping):
+            aval = _jax.type_of(given)
+            found = type(given).__name__ if aval is None else aval.str_short()
+            if isinstance(given, tuple) and len(given) == 2:
+                fix = f"params, state = net.init_with_state(key, x)\n    {fix}"
             raise TypeError(
-                f"{self.name}.apply wants {what} as a dict (what init returned), and was given"
-                f" {type(given).__name__}.\nTo mend it:\n    {fix}"
+                f"{self.name}.{how} wants {what} as a dict (what init returned), and was given"
+                f" {found}.\nTo mend it:\n    {fix}"
             )
 
     def __copy__(self) -> Self:
@@ -658,29 +668,10 @@ def _intercepted(around: Any, name: str, fn: Any, /, *args: Any, **kwargs: Any) 
 def check_name(name: Any, where: str) -> None:
     """Names are joined with slashes where a path is written, or made into a key."""
     if not isinstance(name, str) or not name or "/" in name:
+        fix = f'\nTo mend it:\n    jaxstate.{where}("w", init, shape)' if callable(name) else ""
         raise TypeError(
-            f"{where} wants a non-empty string without '/' as name, and was given {name!r}."
+            f"{where} wants a non-empty string without '/' as name, and was given {name!r}.{fix}"
         )
-
-
-def check_runs_when_called(fn: Any) -> None:
-    """A generator or coroutine runs when its parameters are gone, in pieces."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    is_function = isinstance(fn, (types.FunctionType, types.MethodType))
-    body = fn if is_function else getattr(type(fn), "__call__", fn)  # noqa: B004
-    kinds = {
-        "a generator": inspect.isgeneratorfunction(body),
-        "a coroutine": inspect.iscoroutinefunction(body),
-        "an asynchronous generator": inspect.isasyncgenfunction(body),
-    }
-    for kind, is_kind in kinds.items():
-        if is_kind:
-            raise TypeError(
-                f"parametrized wants a function that runs when it is called, and {fn!r} makes"
-                f" {kind}.\nTo mend it:\n"
-                "    return [f(x) for x in xs]      # return what it makes, and no yield or await"
-            )
 
 
 def _name_of(fn: Any) -> str:

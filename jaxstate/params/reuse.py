@@ -597,7 +597,7 @@ def observe(
         args, kwargs = rebuild(arrays)
         store = store_with(key)
         with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(module):
-            module.as_called(None)(*args, **kwargs)
+            module._as_called(None)(*args, **kwargs)
         return see(store)
 
     first: Exception | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -614,9 +614,9 @@ def _of_other_network(address: EntryAddress, path: Path, given: Any) -> tuple[st
     """What to say if the given dict is that of a network around this one, or of a part of it."""
     whole = "params" if address.kind == "parameter" else "state"
     call = "apply(params" if address.kind == "parameter" else "apply_with_state(params, state"
-    for name, part in given.items() if isinstance(given, Mapping) else ():
+    for outer, part in _parts(given):
         if _has(part, path):
-            of_part = f'{whole}["{name}"]'
+            of_part = whole + "".join(f'["{name}"]' for name in outer)
             return (
                 f" It is in {of_part}: these are the {address.kind}s of a network in which this one"
                 " is a part.",
@@ -630,6 +630,19 @@ def _of_other_network(address: EntryAddress, path: Path, given: Any) -> tuple[st
                 f"{path[n - 1]}.{call}, x)      # the part; or the {address.kind}s of the whole",
             )
     return "", ""
+
+
+def _parts(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The dicts in a nested dict, with their paths: those that are further up first."""
+    level: list[tuple[tuple[str, ...], Any]] = [((), tree)] if isinstance(tree, Mapping) else []
+    while level:
+        level = [
+            ((*outer, name), part)
+            for outer, node in level
+            for name, part in node.items()
+            if isinstance(part, Mapping)
+        ]
+        yield from level
 
 
 def _has(tree: Any, path: Path) -> bool:

@@ -160,7 +160,7 @@ def _row(path: str, x: Any) -> ParameterRow:
 class Summarizable:
     """What a parametrized object can say of itself before there are parameters."""
 
-    as_called: Callable[..., Any]
+    _as_called: Callable[..., Any]
     _token: ModuleId
 
     def summary(self, key: Any, *args: Any, **kwargs: Any) -> Summary:
@@ -208,7 +208,7 @@ class Summarizable:
                 store.root_entered(self),
                 room_for_nests(),
             ):
-                calls.append(((), _shapes(self.as_called(None)(*args, **kwargs))))
+                calls.append(((), _shapes(self._as_called(None)(*args, **kwargs))))
             return store.initial_values("parameter")
 
         with jax.disable_jit(False):  # every branch is traced

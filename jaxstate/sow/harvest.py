@@ -27,7 +27,7 @@ from jaxstate import _jax
 from jaxstate.core import resolve
 from jaxstate.core.refs import ZeroCell, strong
 from jaxstate.core.slots import Cell
-from jaxstate.errors import NameClashError, PlantMismatchError, message
+from jaxstate.errors import NameClashError, PlantMismatchError, check_runs_when_called, message
 from jaxstate.params.paths import Path
 from jaxstate.sow.sites import (
     Kind,
@@ -261,6 +261,7 @@ def reap(
     >>> jax.tree.map(int, sown)
     {'first': {'h': 2}, 'second': {'h': 20}}
     """
+    check_runs_when_called(fn, "reap")
     scope = Scope.given("reap", tag, nested, allow, block)
 
     @functools.wraps(fn)
@@ -431,6 +432,7 @@ def plant(
     10.0
     """
 
+    check_runs_when_called(fn, "plant")
     scope = Scope.given("plant", tag, nested, allow, block)
 
     @functools.wraps(fn)

@@ -191,7 +191,12 @@ def rng_stream(
     (True, 1)
     """
     if not isinstance(name, str):
-        raise TypeError(f"rng_stream: a name is a string, not {name!r}.")
+        aval = _jax.type_of(name)
+        found = repr(name) if aval is None else aval.str_short()
+        raise TypeError(
+            f"rng_stream wants the name of a stream second, and was given {found}.\n"
+            'To mend it:\n    with jaxstate.rng_stream(key, "dropout"):'
+        )
     holder = StreamHolder(
         *key_and_type(key, "rng_stream"), name, _check_vmap(vmap), _check_count(count),
         _jax.user_location(),
@@ -242,6 +247,12 @@ def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:
     >>> y
     Array([0., 0., 0.], dtype=float32)
     """
+    if isinstance(name, Stream):
+        raise TypeError(
+            f"A random stream was given where its name is wanted.\nTo mend it:\n"
+            f"    jaxstate.random.normal(shape, stream={name.name!r})\n"
+            "    key = stream.next_key()      # or a key from the stream itself"
+        )
     if not isinstance(name, str):
         raise no_key_wanted("next_key", 'jaxstate.next_key("dropout")')
     return draw(name, None) if default is _REQUIRED or _is_open(name) else default

@@ -29,6 +29,7 @@ import numpy as np
 from jaxstate import _jax
 from jaxstate.arrays.array import Writable, snapshot
 from jaxstate.core.slots import open_holder
+from jaxstate.errors import check_runs_when_called
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments
@@ -77,6 +78,7 @@ def mutate(fn: Callable[P, R], *, deep: bool = True) -> Callable[P, tuple[R, Any
     >>> int(new["total"]), int(tree["total"])
     (6, 0)
     """
+    check_runs_when_called(fn, "mutate")
     owner, function = _owner(fn), fn
     if owner is not None:
         function = fn.__func__  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ lines that mend it; afterwards the library is as before.
 """
 
 import ast
+import functools
 import pathlib
 import pickle
 import re
@@ -900,6 +901,31 @@ def test_a_handle_is_not_taken_for_its_value(use):
         TypeError, match=r"'v' was used as if it were its value .*\n(.*\n)*.*v\.value"
     ):
         in_a_network(use)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [jaxstate.parametrized, jaxstate.inplace, jaxstate.mutate, jaxstate.reap, jaxstate.plant],
+    ids=lambda wrap: wrap.__name__,
+)
+def test_what_runs_later_is_refused_where_it_is_wrapped(wrap):
+    def generator(self, x):
+        yield x
+
+    async def coroutine(self, x):
+        return x
+
+    async def both(self, x):
+        yield x
+
+    class Callable:
+        __call__ = generator
+
+    later = [generator, coroutine, both, Callable()]
+    for fn in [*later, *(functools.partial(fn, None) for fn in later)]:
+        with pytest.raises(TypeError, match=f"{wrap.__name__} wants a function that runs when it"):
+            wrap(fn)
+    wrap(lambda x: [x for _ in range(3)])
 
 
 def test_handles_are_compared_by_identity():
