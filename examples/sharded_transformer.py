@@ -105,8 +105,11 @@ def block(x):
     return x + dropout(mlp(normalize(x)))
 
 
+blocks = jaxstate.stack(block, LAYERS, checkpoint=True, axis="layers")
+
+
 @jaxstate.parametrized(name="transformer")
-def net(tokens, blocks=jaxstate.stack(block, LAYERS, checkpoint=True, axis="layers")):
+def net(tokens):
     """The logits of the next tokens, for each position."""
     letters = cut(jax.nn.one_hot(tokens, VOCABULARY), "data", None, "model")
     embedding = weight("embedding", ("vocabulary", "embed"), VOCABULARY, WIDTH)

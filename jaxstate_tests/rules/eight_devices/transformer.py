@@ -1,4 +1,4 @@
-"""The step of `examples/sharded_transformer.py` is compiled to what the step by hand is compiled to.
+"""The step of `examples/sharded_transformer.py` is compiled to the same program as that by hand.
 
 By hand, the parameters are passed from function to function, the layers are scanned with the number
 of draws in the carry, and the shardings are written out for each weight.
