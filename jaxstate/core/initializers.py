@@ -43,15 +43,17 @@ class TracedInit:
 
     Attributes:
       jaxpr: closed, and closed over arrays only.
-      form: structure and types of the value.
+      spec: structure and types of the value.
+      mesh: that in which it is traced, whose axes have the types that its operations expect.
       jitted: what makes the value from a key and two words, if many slots share the initializer.
     """
 
-    __slots__ = ("_looks_at_key", "jaxpr", "jitted", "spec")
+    __slots__ = ("_looks_at_key", "jaxpr", "jitted", "mesh", "spec")
 
     def __init__(self, jaxpr: Any, spec: Spec) -> None:
         self.jaxpr = jaxpr
         self.spec = spec
+        self.mesh = _jax.abstract_mesh()
         self.jitted: Callable[..., Any] | None = None
         self._looks_at_key = _looks_at_last_input(jaxpr)
 

@@ -63,8 +63,11 @@ class InitStore(Store):
 
     def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
         with _jax.out_of_devices(self.mesh):
+            key_aval = self.key_aval
+            if _jax.mesh_of(key_aval) is not None:
+                key_aval = _jax.type_in_mesh(key_aval, _jax.abstract_mesh())
             traced_init, data = initializer_at(
-                address, init, init_args, *[self.key_aval] * address.takes_key
+                address, init, init_args, *[key_aval] * address.takes_key
             )
         address.traced_init = traced_init
         place = self.located(address)
@@ -91,9 +94,11 @@ class InitStore(Store):
         """Makes an entry from the initializer in its address."""
         traced_init = address.traced_init
         assert traced_init is not None
-        with _jax.set_current_trace(self.anchor), _jax.out_of_devices(self.mesh):
+        with _jax.set_current_trace(self.anchor), _jax.use_abstract_mesh(traced_init.mesh):
+            data = list(map(_jax.in_mesh, data))
             if address.takes_key:
-                values = traced_init.run_with_key(data, self.key, words_of("/".join(path)))
+                key = _jax.in_mesh(self.key)
+                values = traced_init.run_with_key(data, key, words_of("/".join(path)))
             else:
                 values = traced_init.run(data)
             leaves = [_jax.in_mesh(_jax.as_array(value), self.mesh) for value in values]

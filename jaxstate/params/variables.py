@@ -17,6 +17,7 @@ alone.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -178,35 +179,44 @@ class _Merge(_Together):
     """Makes one value of the lanes' values by the method ``merge`` of the value's class."""
 
     def reduced(self, pairs: Any) -> list[Any]:
-        tree = pairs[0][0].spec.tree
-        leaves: list[Any] = [None] * len(pairs)
-        for address, values in pairs:
-            leaves[address.leaf.index] = values
-        values = tree.unflatten(leaves)
-        while (n := leaves[0].shape[0]) > 1:  # neighbours, so that their order is kept
-            first, second = (_every_second(values, n, i) for i in (0, 1))
-            merged = jax.vmap(lambda a, b: a.merge(b))(first, second)
+        addresses = [address for address, _ in pairs]
+        values = [lanes for _, lanes in pairs]
+        merge = jax.vmap(functools.partial(self._of_two, addresses))
+        while (n := values[0].shape[0]) > 1:  # neighbours, so that their order is kept
+            first, second = ([x[i : n - n % 2 : 2] for x in values] for i in (0, 1))
+            merged = merge(first, second)
             if n % 2:
-                last = jax.tree.map(lambda x: x[-1:], values)
-                merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), merged, last)
+                merged = [jnp.concatenate([m, x[-1:]]) for m, x in zip(merged, values, strict=True)]
             values = merged
-            leaves, structure = jax.tree.flatten(values)
-            if not same_structure(structure, tree):
-                raise _wrong_merge(pairs[0][0], str(structure))
-        return [address.checked(leaves[address.leaf.index][0]) for address, _ in pairs]
+        return [x[0] for x in values]
 
-
-def _every_second(values: Any, n: int, start: int) -> Any:
-    return jax.tree.map(lambda x: x[start : n - n % 2 : 2], values)
+    def _of_two(self, addresses: list[VariableAddress], first: Any, second: Any) -> list[Any]:
+        """The arrays that the values with the arrays ``first`` and ``second`` merge to."""
+        spec = addresses[0].spec
+        assert spec is not None
+        places = [address.leaf.index for address in addresses]
+        values = [
+            spec.tree.unflatten(arrays[places.index(i)] for i in range(len(places)))
+            for arrays in (first, second)
+        ]
+        merged = values[0].merge(values[1])
+        leaves, structure = jax.tree.flatten(merged)
+        if not same_structure(structure, spec.tree):
+            raise _wrong_merge(addresses[0], str(structure))
+        found = [strong(leaves[i]) for i in places]
+        for address, x in zip(addresses, found, strict=True):
+            if not _jax.same_type(x, address.wanted):
+                raise _wrong_merge(addresses[0], str(spec_of(merged)))
+        return found
 
 
 def _wrong_merge(address: VariableAddress, found: str) -> Exception:
-    assert address.spec is not None
     return SlotTypeError(
         message(
             f"Variable {address.name!r} is {address.spec}, and its merge makes {found}.",
             fix="""
-            def merge(self, other): return type(self)(self.total + other.total)  # the same class
+            def merge(self, other):         # a value of the same class, shapes and dtypes
+                return type(self)(self.total + other.total)
             """,
             used=address.used,
         )

@@ -159,26 +159,43 @@ def test_bad_reductions_are_named_errors():
             lambda: jaxstate.variable("v", jnp.zeros, (), reduce="merge").value
         ).init(KEY)
 
-    @jax.tree_util.register_pytree_node_class
-    class Odd:
-        def __init__(self, x):
-            self.x = x
 
-        def tree_flatten(self):
-            return (self.x,), None
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Wrong:
+    """A value whose merge makes something else."""
 
-        @classmethod
-        def tree_unflatten(cls, aux, children):
-            return cls(*children)
+    x: jax.Array
+    y: jax.Array
+    how: str = dataclasses.field(metadata={"static": True})
 
-        def merge(self, other):
-            return self.x + other.x
+    def merge(self, other):
+        return {
+            "no value": None,
+            "an array": self.x + other.x,
+            "a dict": {"x": self.x + other.x, "y": self.y},
+            "shape": dataclasses.replace(self, x=jnp.stack([self.x, other.x])),
+            "dtype": dataclasses.replace(self, y=self.y + 0.5),
+            "static part": dataclasses.replace(self, how="static part "),
+        }[self.how]
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the error's traceback")
+@pytest.mark.parametrize("lanes", [2, 3, 5, 8])
+@pytest.mark.parametrize("how", ["no value", "an array", "a dict", "shape", "dtype", "static part"])
+def test_a_merge_that_makes_something_else_is_named(how, lanes):
+    """However many lanes there are; a single one is not merged."""
 
     @jaxstate.parametrized
-    def odd(x):
-        jaxstate.variable("v", lambda: Odd(jnp.float32(0)), reduce="merge").value = Odd(x)
+    def one(x):
+        start = Wrong(jnp.float32(0), jnp.int32(0), how)
+        wrong = jaxstate.variable("wrong", lambda: start, reduce="merge")
+        wrong.value = Wrong(x, jnp.int32(1), how)
         return x
 
-    net = jaxstate.parametrized(lambda x: jax.vmap(odd)(x), name="net")
-    with pytest.raises(jaxstate.SlotTypeError, match="its merge makes"):
-        net.init_with_state(KEY, X[0])
+    net = jaxstate.parametrized(lambda x: jax.vmap(one)(x), name="net")
+    with pytest.raises(jaxstate.SlotTypeError, match=r"'wrong' is Wrong\(.*its merge makes") as e:
+        net.init_with_state(KEY, jnp.arange(float(lanes)))
+    assert "def merge(self, other):" in str(e.value)
+    _, state = net.init_with_state(KEY, jnp.ones(1))
+    assert net.apply_with_state({}, state, jnp.full(1, 7.0))[1]["one"]["wrong"].x == 7.0

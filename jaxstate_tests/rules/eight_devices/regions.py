@@ -271,6 +271,51 @@ def check(region, around, use):
     close(found, wanted)
 
 
+# What an initializer looks at, and the initializers of a parameter and of a variable.
+INITIALIZERS = {
+    "key": lambda x: (jax.nn.initializers.normal(), (8, 8)),
+    "key, of the program": lambda x: (lambda key: jax.random.normal(key, (8, 8)) * 2,),
+    "data": lambda x: (lambda key, x: jax.random.normal(key, x.shape) + x.max(), x.max(0)),
+    "constant": lambda x: (jax.nn.initializers.ones, (8, 8)),
+}
+
+
+def in_lanes(f):
+    """The batch axis of ``X`` is not cut in the lanes, so that each lane has the same types."""
+    return lambda x: jax.vmap(f, 1, 1)(jnp.stack([x, x], 1))[:, 0]
+
+
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("around", ["nothing", "jit of scan", "cond", "lanes"])
+def test_parameters_and_variables_that_a_region_makes_are_those_of_one_device(region, around):
+    """Their types are those of the mesh in which ``init`` is called."""
+    mesh_outside, enter, _ = REGIONS[region]
+    transform = in_lanes if around == "lanes" else AROUND[around][0]
+
+    def net_of(wrap, x, names):
+        def f(x):
+            for name in names:
+                args = INITIALIZERS[name](x)
+                jaxstate.param(f"p {name}", *args)
+                jaxstate.variable(f"v {name}", *args, takes_key=True)
+            return x
+
+        return jaxstate.parametrized(lambda: wrap(f)(x), name="net")
+
+    names = ["key", "key, of the program", "constant"]
+    if around == "nothing" and "loop" not in region:
+        names.append("data")
+    wanted = net_of(lambda f: f, X, names).init_with_state(KEY)
+    with jax.set_mesh(mesh_outside):
+        x = jax.device_put(X, NamedSharding(mesh_outside, P("a", None)))
+        net = net_of(lambda f: transform(enter(f)), x, names)
+        of_mesh = jax.device_put(KEY, NamedSharding(mesh_outside, P()))
+        for found in (net.init_with_state(KEY), jax.jit(net.init_with_state)(of_mesh)):
+            close(found, wanted)
+            axis_types = {t for leaf in jax.tree.leaves(found) for t in types_of(leaf)}
+            assert axis_types <= set(mesh_outside.axis_types)
+
+
 def types_of(x):
     found = jax.typeof(x).sharding.mesh
     return () if found.empty else found.axis_types
