@@ -238,6 +238,38 @@ def wrap_all(hooks):
 """
 
 
+def test_functions_of_jax_that_were_imported_before():
+    """A jaxpr that `make_jaxpr` has made has the parameters of the module that made it, evaluated
+    in another module and after `apply`."""
+    shown = run("""
+        from jax import make_jaxpr
+        from jax.core import eval_jaxpr
+        import jax
+        import jaxstate
+
+        def scale():
+            return jaxstate.param("scale", jax.nn.initializers.ones, ())
+
+        kept = []
+
+        @jaxstate.parametrized
+        def part(x):
+            kept[:] = [make_jaxpr(lambda x: x * scale())(x)]
+            return x * scale()
+
+        def evaluated(x):
+            return eval_jaxpr(kept[0].jaxpr, kept[0].consts, x)[0]
+
+        @jaxstate.parametrized
+        def whole(x):
+            return part(x), scale(), evaluated(x)
+
+        params = {"part": {"scale": 5.0}, "scale": 7.0}
+        print(*map(float, whole.apply(params, 3.0)), evaluated(3.0))
+    """)
+    assert [*map(float, shown.split())] == [15, 7, 15, 15]
+
+
 FEW = ["jit", "branches", "refused writes"]
 
 

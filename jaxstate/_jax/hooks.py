@@ -365,8 +365,7 @@ TABLE: tuple[Hook, ...] = (
     Hook("jax._src.core:eval_jaxpr", "jaxpr, consts, propagate_source_info, *args", ALWAYS,
          also=("jax.core:eval_jaxpr",)),
     Hook(f"{_RULES}_closure_convert_for_avals", "fun, in_tree, in_avals, debug_info", ALWAYS),
-    Hook("jax._src.api:make_jaxpr", "fun, static_argnums, axis_env, return_shape", ALWAYS,
-         also=("jax:make_jaxpr",)),
+    Hook("jax._src.api:make_jaxpr<fun>", "fun, static_argnums, axis_env, return_shape", ALWAYS),
     # The error that JAX has for ``x[i] = y``.
     Hook("jax._src.array:ArrayImpl.__setitem__", "self, i, x", ALWAYS),
     Hook("jax._src.core:ShapedArray._setitem", "self, i, x", ALWAYS),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -131,4 +132,4 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Programs may put something else in the place of `jax.jit` for a while (`chex.fake_jit`).
 jit = jax.jit
 flat_list = tree_util.FlatTree.flatten_list if flattree is None else flattree.flatten_list
-make_jaxpr = jax.make_jaxpr
+make_jaxpr = inspect.unwrap(jax.make_jaxpr)  # what is replaced is inside of the one of the API

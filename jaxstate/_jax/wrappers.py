@@ -437,7 +437,6 @@ def wrap_conversions(
         return closure_convert
 
     def wrap_make(make_jaxpr: Any) -> Any:
-        @functools.wraps(make_jaxpr)
         def make_jaxpr_of_values(fun: Any, *args: Any, **options: Any) -> Any:
             plain = make_jaxpr(fun, *args, **options)
 
@@ -463,7 +462,7 @@ def wrap_conversions(
         return make_jaxpr_of_values
 
     change("jax._src.custom_derivatives:_closure_convert_for_avals", wrap_convert, ALWAYS)
-    change("jax._src.api:make_jaxpr", wrap_make, ALWAYS)
+    _wrap_inside("jax._src.api:make_jaxpr", wrap_make, ALWAYS)
 
 
 def _untraced(fun: Callable[..., Any]) -> Callable[..., Any]:

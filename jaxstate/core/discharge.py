@@ -34,6 +34,7 @@ from jaxstate.core.resolve import (
     read,
     read_p,
     read_since,
+    read_stored,
     state_effect,
     write_each,
     write_p,
@@ -41,6 +42,7 @@ from jaxstate.core.resolve import (
 from jaxstate.core.slots import Address, any_known, any_open
 from jaxstate.errors import (
     DeviceWriteError,
+    HostCallbackError,
     SlotTypeError,
     UnsupportedPrimitiveError,
     message,
@@ -567,7 +569,10 @@ def read_all(addresses: Sequence[Address]) -> list[Any]:
 def read_as_stored(addresses: Iterable[Address]) -> list[Any]:
     """`read_all`, for a caller who sees to the types."""
     use = current_use()
-    return [read(address.renewed(use)) for address in addresses]
+    here = [address.renewed(use) for address in addresses]
+    if _binds.seen is not None:
+        _binds.seen.update((a, read_stored(a)) for a in here if not a.in_objects)
+    return [read(address) for address in here]
 
 
 def check_type(address: Address, wanted: Any, value: Any) -> None:
@@ -584,7 +589,29 @@ def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
       values: one array per address.
     """
     use = current_use()
-    write_each([address.renewed(use) for address in addresses], values)
+    here = [address.renewed(use) for address in addresses]
+    for address in here if _binds.seen else ():
+        if address in _binds.seen and read_stored(address) is not _binds.seen[address]:
+            raise written_meanwhile(address)
+    write_each(here, values)
+
+
+def written_meanwhile(address: Address) -> Exception:
+    """The error for a slot that a rule or call writes, and that somebody wrote since it was read:
+    what runs is a compiled program."""
+    return HostCallbackError(
+        message(
+            f"A slot ({address}) was changed while a compiled call (a jitted function, a loop, a"
+            " branch) that uses it was running: by a function that the call runs on the host, or by"
+            " another thread. The call would overwrite that.",
+            fix="""
+            key = jaxstate.next_key()                     # use the state in the jitted function,
+            y = jax.pure_callback(f, shape, x, key)       # and give the host what it needs
+            with lock: f(x)                               # for threads, a threading.Lock
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def write_last(addresses: Sequence[Address], outs: Sequence[Any]) -> list[Any]:
@@ -662,13 +689,29 @@ before_rules: list[Callable[[], None]] = []
 
 
 class _Binds(threading.local):
-    """How many binds of primitives with rules are in progress. What is traced meanwhile are jaxprs,
-    and no functions of a program."""
+    """The binds of primitives with rules that are in progress.
+
+    Attributes:
+      depth: how many. What is traced meanwhile are jaxprs, and no functions of a program.
+      seen: what was read of slots, where the innermost one runs a compiled program; else None.
+    """
 
     depth = 0
+    seen: dict[Address, Any] | None = None
 
 
 _binds = _Binds()
+
+
+@contextmanager
+def watched(is_run: bool = True) -> Iterator[None]:
+    """Where slots are read, a compiled program is run, and they are written: `write_all` raises if
+    they were written since `read_all`. (Nothing is watched unless ``is_run``.)"""
+    seen, _binds.seen = _binds.seen, {} if is_run else None
+    try:
+        yield
+    finally:
+        _binds.seen = seen
 
 
 def in_bind() -> bool:
@@ -727,7 +770,8 @@ def _stateful_bind(
             if not has_state(params):
                 return bind(trace, args, avals, params)
             settle_jaxprs(list(_jax.jaxprs_in(params)))
-            return _rules[primitive](args, params)
+            with watched(trace is _jax.eval_trace):
+                return _rules[primitive](args, params)
 
     return bind_with_trace
 

@@ -43,13 +43,15 @@ from jaxstate.core.discharge import (
     settle,
     state_of,
     uses_of,
+    watched,
     write_all,
     write_last,
+    written_meanwhile,
 )
 from jaxstate.core.initializers import has_inits, initialize
 from jaxstate.core.resolve import begin_use, check_captured, end_use
-from jaxstate.core.slots import Address, any_open, open_here
-from jaxstate.errors import AheadOfTimeError, HostCallbackError, message
+from jaxstate.core.slots import any_open, open_here
+from jaxstate.errors import AheadOfTimeError, message
 
 
 @register_rule(_jax.jit_p)
@@ -277,7 +279,7 @@ class _ThreadedCall:
             return NotImplemented
         for i in self._carried:
             if cells[i].value is not values[i]:
-                raise _written_meanwhile(self._slots[i])
+                raise written_meanwhile(self._slots[i])
         for address in self._noticing:
             address.note_write()
         for i, value in zip(self._written, written):  # noqa: B905 (that takes its time)
@@ -304,7 +306,7 @@ class _ThreadedCall:
         for i in self._carried:
             value = others[i].value if i in others else now[numbers[self._ranks[i]]]
             if value is not values[i]:
-                raise _written_meanwhile(self._slots[i])
+                raise written_meanwhile(self._slots[i])
         holder.recall(memory)
         for address in self._noticing:
             address.note_write()
@@ -341,15 +343,12 @@ class _ThreadedCall:
         place = None if holder is None else holder.place_here()
         use = begin_use(())
         try:
-            captures = read_as_stored(captured)
-            settle(self._aliases, uses.results)
-            slots = read_as_stored(uses.ins)
-            outs, written = self._run([*slots, *captures], *args, **kwargs)
-            for address, before in zip(uses.writes, slots[len(uses.reads) :], strict=True):
-                # (What an object holds may be a number, of which each read makes an array.)
-                if not address.in_objects and read_as_stored((address,))[0] is not before:
-                    raise _written_meanwhile(address)
-            write_all(uses.results, written)
+            with watched():
+                captures = read_as_stored(captured)
+                settle(self._aliases, uses.results)
+                slots = read_as_stored(uses.ins)
+                outs, written = self._run([*slots, *captures], *args, **kwargs)
+                write_all(uses.results, written)
         finally:
             end_use(use)
         if place is not None:
@@ -381,20 +380,6 @@ class _ThreadedCall:
             names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
             out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
         )
-
-
-def _written_meanwhile(address: Address) -> Exception:
-    return HostCallbackError(
-        message(
-            f"A slot ({address}) was changed while a jitted call that uses it was running:"
-            " by a function that the call runs on the host. The call would overwrite that.",
-            fix="""
-            key = jaxstate.next_key()                     # use the state in the jitted function,
-            y = jax.pure_callback(f, shape, x, key)       # and give the host what it needs
-            """,
-            used=_jax.user_location(),
-        )
-    )
 
 
 @_jax.wrap_ahead_of_time

@@ -677,7 +677,7 @@ CATALOGUE = [
     (errors.UnsupportedPrimitiveError, no_rule, mended_no_rule, "custom_vmap_call"),
     (errors.AheadOfTimeError, ahead_of_time, mended_ahead_of_time, "compiled ahead of time"),
     (errors.HostCallbackError, drawn_on_the_host, mended_drawn_on_the_host,
-     "count of random stream 'default'.* was changed while a jitted call"),
+     "count of random stream 'default'.* was changed while a compiled call"),
     (errors.DeviceWriteError, devices_write, mended_devices_write, "slot 'total'.*mesh axes d"),
     (errors.CustomRuleStateError, rule_has_no_derivative, mended_rule_has_no_derivative,
      "parameter 'w', and is differentiated with respect to it"),

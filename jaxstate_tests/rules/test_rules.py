@@ -488,6 +488,47 @@ def test_state_is_an_operand_of_callbacks(key):
     np.testing.assert_allclose(seen, [u(key, 0), u(key, 1)], rtol=1e-6)
 
 
+COMPILED = {
+    "jit": lambda f: jax.jit(f)(jnp.float32(1)),
+    "scan": lambda f: jax.lax.scan(lambda c, _: (f(c), None), jnp.float32(1), length=2),
+    "while": lambda f: jax.lax.while_loop(lambda x: x < 2, lambda x: f(x) + 1, jnp.float32(1)),
+    "cond": lambda f: jax.lax.cond(True, f, lambda x: x, jnp.float32(1)),
+    "checkpoint": lambda f: jax.checkpoint(f)(jnp.float32(1)),
+}
+
+
+def own_slot():
+    slot = new_slot(jnp.float32(0))
+    return lambda: read(slot), lambda value: write(slot, value)
+
+
+def own_array():
+    array = jaxstate.array(jnp.float32(0))
+    return array.copy, lambda value: array.__setitem__((), value)
+
+
+@pytest.mark.parametrize("make", [own_slot, own_array])
+@pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED)
+def test_what_a_callback_writes_is_not_lost(call, make):
+    """The call would overwrite it. To read is allowed, and to write what the call only reads."""
+    get, put = make()
+
+    def on_the_host(x):
+        put(jnp.float32(100))
+        return np.float32(x)
+
+    def f(x, writes=True):
+        if writes:
+            put(get() + 1)
+        x += 0 * get()
+        return jax.pure_callback(on_the_host, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    with pytest.raises(jaxstate.HostCallbackError, match="while a compiled call"):
+        jax.block_until_ready(call(f))
+    jax.block_until_ready(call(lambda x: f(x, writes=False)))
+    assert get() == 100
+
+
 def test_refs_beside_and_inside_state(key):
     slot, outer = new_slot(0.0), jax.new_ref(jnp.float32(0))
 
