@@ -12,7 +12,7 @@ from jax._src import core, source_info_util
 from jax._src.lax import lax
 
 from jaxstate._jax.names import StagingTrace, Var, flattree
-from jaxstate._jax.traces import chain, current_trace
+from jaxstate._jax.traces import chain, current_trace, parent_of
 
 __all__ = [
     "abandon_traces_inside",
@@ -23,6 +23,7 @@ __all__ = [
     "current_place",
     "emit",
     "is_finished",
+    "jaxpr_around",
     "may_run_again",
     "new_const",
     "notes_of",
@@ -59,8 +60,16 @@ def traced_for(trace: Any) -> str:
 
 
 def is_finished(trace: Any) -> bool:
-    """Whether a trace with notes has built its jaxpr. (JAX does not mark it as invalid.)"""
-    return type(trace.frame.constvar_to_val) is not _Constants
+    """Whether a trace has built its jaxpr. (JAX does not mark it as invalid.)"""
+    return type(trace.frame.constid_to_tracer) is dict
+
+
+def jaxpr_around(trace: Any) -> Any:
+    """What builds the jaxpr around the one that ``trace`` builds; None if there is none."""
+    trace = trace.parent_trace
+    while trace is not None and not isinstance(trace, StagingTrace):
+        trace = parent_of(trace)
+    return None if trace is None or is_finished(trace) else trace
 
 
 def new_const(trace: Any, value: Any, aval: Any, place: tuple[Any, Any]) -> Any:

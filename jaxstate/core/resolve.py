@@ -135,13 +135,13 @@ class Notes:
       refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
       lane_tables: see `_lanes`.
-      around: a holder, what was open (`slots.OpenHere`), and the `boundaries` then.
+      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then.
     """
 
     __slots__ = ("around", "extra", "lane_tables", "refreshed", "values", "written")
 
     def __init__(self) -> None:
-        self.around: tuple[Holder, Any, Sequence[Any]] | None = None
+        self.around: tuple[Holder, Any, Boundaries] | None = None
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.written: set[Address] = set()
@@ -149,8 +149,7 @@ class Notes:
         self.extra: dict[Any, Any] = {}
 
 
-def notes_of(trace: Any) -> Notes:
-    return _jax.notes_of(trace, Notes)
+notes_of: Callable[[Any], Notes] = functools.partial(_jax.notes_of, make=Notes)
 
 
 def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
@@ -338,22 +337,52 @@ def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
     return _jax.in_mesh_of(before, value)
 
 
-def boundaries(holder: Holder) -> Sequence[Any]:
-    """What stands between here and the holder, innermost first.
+class Boundaries(list):
+    """What stands between a place in the program and a holder, innermost first.
 
     A boundary is a jaxpr under construction, or a custom rule that is given its state as operands
     (`rules.derivatives`): names and addresses inside are relative to it.
+
+    Attributes:
+      outer: all but the first, as they are seen from the jaxpr around; None if that is not known.
+      extra: what clients note, by their own keys.
     """
-    trace = _jax.current_trace()
+
+    def __init__(self, found: Sequence[Any], outer: Boundaries | None = None) -> None:
+        super().__init__(found)
+        self.outer = outer
+        self.extra: dict[Any, Any] = {}
+
+
+def boundaries(holder: Holder) -> Boundaries:
+    """What stands between here and the holder."""
+    trace, here = _jax.current_trace(), open_here()
+    known = _known_boundaries(trace, holder, here)
+    if known is not None:
+        return known
+    found = _find_boundaries(holder, trace)
+    if not found or found[0] is not trace or _jax.is_finished(trace):
+        return Boundaries(found)
+    # A nest may be deep, and each jaxpr of it asks: what is found is noted for all of them.
+    n = 1
+    while n < len(found) and _jax.jaxpr_around(found[n - 1]) is found[n]:
+        n += 1
+    outer: Boundaries | None = None
+    for i in reversed(range(n)):
+        outer = _known_boundaries(found[i], holder, here) or Boundaries(found[i:], outer)
+        notes_of(found[i]).around = holder, here, outer
+    return outer
+
+
+def _known_boundaries(trace: Any, holder: Holder, here: Any) -> Boundaries | None:
+    """The boundaries from a jaxpr under construction, if they have been found already."""
     if not isinstance(trace, _jax.StagingTrace) or _jax.is_finished(trace):
-        return _find_boundaries(holder, trace)
-    notes, here = notes_of(trace), open_here()
-    if notes.around is None or notes.around[0] is not holder or notes.around[1] is not here:
-        notes.around = holder, here, _find_boundaries(holder, trace)
-    return notes.around[2]
+        return None
+    around = notes_of(trace).around
+    return None if around is None or around[0] is not holder or around[1] is not here else around[2]
 
 
-def _find_boundaries(holder: Holder, trace: Any) -> Sequence[Any]:
+def _find_boundaries(holder: Holder, trace: Any) -> list[Any]:
     found: list[Any] = []
     known: set[int] = set()  # of what is found: the number of each trace
     bottom = [holder] if holder is _OUTERMOST else []
@@ -420,12 +449,15 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     value is what a Python closure would see.
     """
     levels: list[Any] = []
-    for trace in _jax.chain(_jax.current_trace()):
-        if same_trace(trace, holder.opened_under):
+    trace, anchor = _jax.current_trace(), holder.opened_under
+    tag = getattr(anchor, "tag", None)
+    while trace is not None:
+        if trace is anchor or (tag is not None and getattr(trace, "tag", None) is tag):
             return levels, None
         if isinstance(trace, _jax.StagingTrace):
             return levels, trace
         levels.append(trace)
+        trace = _jax.parent_of(trace)
     return levels, None
 
 
