@@ -5,23 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jax._src import core, source_info_util
 from jax._src.lax import lax
 
 from jaxstate._jax.names import StagingTrace, Var, flattree
-from jaxstate._jax.traces import chain, current_trace
+from jaxstate._jax.traces import chain, current_trace, parent_of
 
 __all__ = [
     "abandon_traces_inside",
     "builds_jaxpr",
     "constant_of",
+    "constants_of",
     "copied",
-    "current_source",
+    "current_place",
     "emit",
     "is_finished",
+    "jaxpr_around",
     "may_run_again",
     "new_const",
     "notes_of",
@@ -38,17 +40,18 @@ def stage(trace: Any, primitive: Any, operands: Sequence[Any], params: dict[str,
     return trace.default_process_primitive(primitive, operands, params, source_info)
 
 
+def current_place() -> tuple[Any, Any]:
+    """Where the program is, as equations note it."""
+    return source_info_util.current(), core.current_jaxpr_eqn_context()
+
+
 def emit(
     trace: Any, primitive: Any, operands: Sequence[Any], avals: Sequence[Any], params: Any,
-    effs: Any, source_info: Any = None,
+    effs: Any, place: tuple[Any, Any],
 ) -> list[Any]:  # fmt: skip
     """`stage`, of an equation of which everything is known."""
-    source_info = source_info or source_info_util.current()
-    operands = [trace.to_jaxpr_tracer(x, source_info) for x in operands]
-    return trace.emit_eqn(operands, avals, primitive, params, effs, source_info)
-
-
-current_source = source_info_util.current
+    operands = [trace.to_jaxpr_tracer(x, place[0]) for x in operands]
+    return trace.emit_eqn(operands, avals, primitive, params, effs, *place)
 
 
 def traced_for(trace: Any) -> str:
@@ -57,13 +60,21 @@ def traced_for(trace: Any) -> str:
 
 
 def is_finished(trace: Any) -> bool:
-    """Whether a trace with notes has built its jaxpr. (JAX does not mark it as invalid.)"""
-    return type(trace.frame.constvar_to_val) is not _Constants
+    """Whether a trace has built its jaxpr. (JAX does not mark it as invalid.)"""
+    return type(trace.frame.constid_to_tracer) is dict
 
 
-def new_const(trace: Any, value: Any, source_info: Any = None) -> Any:
+def jaxpr_around(trace: Any) -> Any:
+    """What builds the jaxpr around the one that ``trace`` builds; None if there is none."""
+    trace = trace.parent_trace
+    while trace is not None and not isinstance(trace, StagingTrace):
+        trace = parent_of(trace)
+    return None if trace is None or is_finished(trace) else trace
+
+
+def new_const(trace: Any, value: Any, aval: Any, place: tuple[Any, Any]) -> Any:
     """The tracer of ``value`` as a constant of the jaxpr that ``trace`` is building."""
-    return trace.new_const(value, source_info or source_info_util.current())
+    return trace.new_const(value, place[0], aval)
 
 
 class _Constants(dict):
@@ -136,6 +147,11 @@ def with_constvars(jaxpr: Any, kept: Sequence[bool], eqns: Sequence[Any]) -> Any
         constvars, list(inputs), jaxpr.outvars, list(eqns), jaxpr.effects, debug_info,
         jaxpr.is_high,
     )  # fmt: skip
+
+
+def constants_of(trace: Any) -> Collection[Any]:
+    """The constants, so far, of the jaxpr that ``trace`` is building."""
+    return trace.frame.constvar_to_val.values()
 
 
 def constant_of(tracer: Any) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -62,4 +63,4 @@ def register_tracer_type(tracer_type: type, resolve: Callable[[Any], Any]) -> No
     """Makes every ``bind`` call ``resolve`` on operands of ``tracer_type``."""
     _captures.append(tracer_type)
     dtypes.register_canonicalize_value_handler(tracer_type, resolve)
-    core.pytype_aval_mappings[tracer_type] = lambda tracer: tracer.aval
+    core.pytype_aval_mappings[tracer_type] = operator.attrgetter("aval")

@@ -55,6 +55,7 @@ __all__ = [
     "is_weak",
     "mesh_of",
     "of_type",
+    "plain_arrays",
     "refuse_user_type",
     "same_aval",
     "same_place",
@@ -91,15 +92,15 @@ def is_known(x: Any) -> bool:
     return not isinstance(x, Tracer) or core.is_concrete(x)
 
 
-# JAX's own arrays and tracers: what needs no conversion.
-_plain_arrays = frozenset(
+# JAX's own arrays and tracers: what needs no conversion, and has its type as an attribute.
+plain_arrays = frozenset(
     {array.ArrayImpl, pe.DynamicJaxprTracer, BatchTracer, JVPTracer, LinearizeTracer}
 )
 
 
 def is_plain_array(x: Any) -> bool:
     """Whether ``x`` is an array or tracer of JAX's own, and no subclass or relative of these."""
-    return type(x) in _plain_arrays
+    return type(x) in plain_arrays
 
 
 def is_concrete_array(x: Any) -> bool:
@@ -156,7 +157,7 @@ def _put(x: Any, place: Any) -> Any:
 
 def as_array(x: Any) -> Any:
     """``x`` as a JAX array or tracer."""
-    if type(x) in _plain_arrays or isinstance(x, (jax.Array, Tracer)):
+    if type(x) in plain_arrays or isinstance(x, (jax.Array, Tracer)):
         return x
     refuse_user_type(x)
     return jax.numpy.asarray(x)
@@ -175,7 +176,7 @@ def refuse_user_type(x: Any) -> None:
 
 def is_array_like(x: Any) -> bool:
     """Whether JAX takes ``x`` as one array."""
-    return type(x) in _plain_arrays or type_of(x) is not None
+    return type(x) in plain_arrays or type_of(x) is not None
 
 
 def type_of(x: Any) -> Any:

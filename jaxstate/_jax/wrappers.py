@@ -94,18 +94,18 @@ def wrap_refused_assignments(note: str) -> None:
 
 
 def wrap_finished_jaxprs(
-    finish_result: Callable[[Any, Any], Any], finish: Callable[[Any, list[Any]], Any]
+    finish_results: Callable[[Any, Sequence[Any]], Sequence[Any]],
+    finish: Callable[[Any, list[Any]], Any],
 ) -> None:
     """Comes between where JAX finishes the construction of a jaxpr.
 
-    ``finish_result(trace, tracer)`` replaces each result, and ``finish(jaxpr, consts)`` the open
+    ``finish_results(trace, tracers)`` replaces the results, and ``finish(jaxpr, consts)`` the open
     jaxpr and its constants.
     """
 
     def wrap(plain: Any) -> Any:
         def to_jaxpr(frame: Any, trace: Any, results: Sequence[Any], *info: Any) -> Any:
-            results = [finish_result(trace, x) for x in results]
-            return finish(*plain(frame, trace, results, *info))
+            return finish(*plain(frame, trace, finish_results(trace, results), *info))
 
         return to_jaxpr
 

@@ -20,7 +20,7 @@ under whatever trace is current: no transformation of JAX ever sees a jaxpr with
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from jaxstate.core.resolve import (
     begin_use,
     current_use,
     end_use,
-    read,
+    read_each,
     read_p,
     read_since,
     read_stored,
@@ -79,66 +79,25 @@ def state_of(jaxpr: Any) -> State:
     Raises:
       UnsupportedPrimitiveError: if an equation of the jaxpr has state and no rule.
     """
-    return _state_of(jaxpr) if state_effect in jaxpr.effects else stateless
+    return _contents(jaxpr).state if state_effect in jaxpr.effects else stateless
 
 
 def state_of_all(jaxprs: Iterable[Any]) -> State:
     """The slots that several jaxprs use, as one state."""
     states = [state_of(jaxpr) for jaxpr in jaxprs]
-    writes = tuple(dict.fromkeys(a for s in states for a in s.writes))
-    reads = tuple(dict.fromkeys(a for s in states for a in s.reads if a not in writes))
-    return State(reads, writes)
+    if len(states) == 1:
+        return states[0]
+    writes = dict.fromkeys([a for s in states for a in s.writes])
+    reads = dict.fromkeys([a for s in states for a in s.reads if a not in writes])
+    return State(tuple(reads), tuple(writes))
 
 
-@_jax.weakref_lru_cache
-def _state_of(jaxpr: Any) -> State:
-    reads: dict[Address, None] = {}
-    writes: dict[Address, None] = {}
-    captures = _captures_of(jaxpr)
-    for eqn in _jax.equations(jaxpr):
-        if eqn.primitive is read_p and _reads_captured(eqn, captures):
-            continue
-        if eqn.primitive is read_p or eqn.primitive is init_p:
-            reads.update(dict.fromkeys(addresses_of(eqn)))
-        elif eqn.primitive is write_p:
-            writes[eqn.params["address"]] = None
-        elif state_effect in eqn.effects:
-            jaxprs = _jax.jaxprs_in(eqn.params)
-            raise _no_rule(eqn.primitive.name, jaxprs, _jax.location_of(eqn))
-    return State(tuple(a for a in reads if a not in writes), tuple(writes))
+class Captured(NamedTuple):
+    """An input of a jaxpr that is the capture of a slot which may be written."""
 
-
-def _is_read_of_capture(eqn: Any) -> bool:
-    return eqn.primitive is read_p and bool(eqn.invars)
-
-
-@_jax.weakref_lru_cache
-def _captures_of(jaxpr: Any, writes: frozenset[Address] = frozenset()) -> dict[Any, Any]:
-    """The inputs of a jaxpr, and what is read of slots of which they are the captures: variable ->
-    input. What is read may be an operand of the next such read: an argument that can be written.
-
-    ``writes`` are slots that others write while the jaxpr is used.
-    """
-    constants = _jax.constvars(jaxpr)
-    if _jax.is_closed(jaxpr):  # a value among them is read anew, as nothing depends on it
-        pairs = zip(constants, _jax.consts_of(jaxpr), strict=True)
-        constants = [v for v, c in pairs if type(c) is StateTracer]
-    captures: dict[Any, Any] = {v: v for v in (*constants, *_jax.invars(jaxpr))}
-    eqns = _jax.equations(jaxpr)
-    written = writes | {e.params["address"] for e in eqns if e.primitive is write_p}
-    for eqn in eqns:
-        if eqn.primitive is read_p and eqn.invars and eqn.params["address"] not in written:
-            operand = eqn.invars[0]
-            if isinstance(operand, _jax.Var) and operand in captures:
-                captures[eqn.outvars[0]] = captures[operand]
-    return captures
-
-
-def _reads_captured(eqn: Any, captures: dict[Any, Any]) -> bool:
-    """Whether an equation reads a slot of which an input of its jaxpr is the capture."""
-    if not _is_read_of_capture(eqn):
-        return False
-    return isinstance(eqn.invars[0], _jax.Var) and eqn.invars[0] in captures
+    at: int
+    address: Address
+    version: int
 
 
 class Computed(NamedTuple):
@@ -149,20 +108,103 @@ class Computed(NamedTuple):
     version: int
 
 
+class _Contents(NamedTuple):
+    """What the equations of a jaxpr do with slots.
+
+    Attributes:
+      state: the slots that are no inputs or outputs.
+      order: all slots, in the order of first use.
+      replaced: those that are written and not read.
+      captures: see `_captures_of`.
+      captured_reads: the numbers of the equations that read a slot of which an input of the jaxpr
+        is the capture.
+      captured: these inputs.
+      computed: the other reads with an operand.
+    """
+
+    state: State
+    order: Addresses
+    replaced: frozenset[Address]
+    captures: dict[Any, Any]
+    captured_reads: frozenset[int]
+    captured: tuple[Captured, ...]
+    computed: tuple[Computed, ...]
+
+
+_uses_slots = frozenset({read_p, init_p, write_p})
+
+
 @_jax.weakref_lru_cache
-def _computed_captures(jaxpr: Any) -> tuple[Computed, ...]:
-    captures = _captures_of(jaxpr)
-    return tuple(
-        Computed(i, eqn.params["address"], eqn.params["version"])
-        for i, eqn in enumerate(_jax.equations(jaxpr))
-        if eqn.primitive is read_p and eqn.invars and not _reads_captured(eqn, captures)
+def _contents(jaxpr: Any) -> _Contents:
+    order: dict[Address, None] = {}
+    read: dict[Address, None] = {}
+    reads: dict[Address, None] = {}
+    writes: dict[Address, None] = {}
+    of_captures = []
+    for i, eqn in enumerate(_jax.equations(jaxpr)):
+        if eqn.primitive in _uses_slots:
+            is_captured = eqn.primitive is read_p and bool(eqn.invars)
+            if is_captured:
+                of_captures.append((i, eqn))
+            for address in addresses_of(eqn):
+                order[address] = None
+                if eqn.primitive is write_p:
+                    writes[address] = None
+                else:
+                    read[address] = None
+                    if not is_captured:
+                        reads[address] = None
+        elif eqn.effects and state_effect in eqn.effects:
+            jaxprs = _jax.jaxprs_in(eqn.params)
+            raise _no_rule(eqn.primitive.name, jaxprs, _jax.location_of(eqn))
+    captures = _captures_of(jaxpr, [eqn for _, eqn in of_captures], writes)
+    captured_reads, captured, computed = set(), [], []
+    places = {v: i for i, v in enumerate(_jax.invars(jaxpr))} if of_captures else {}
+    for i, eqn in of_captures:
+        address, version, (operand,) = eqn.params["address"], eqn.params["version"], eqn.invars
+        if isinstance(operand, _jax.Var) and operand in captures:
+            captured_reads.add(i)
+            if captures[operand] in places:
+                captured.append(Captured(places[captures[operand]], address, version))
+        else:
+            reads[address] = None
+            computed.append(Computed(i, address, version))
+    return _Contents(
+        State(tuple([a for a in reads if a not in writes]), tuple(writes)),
+        tuple(order),
+        frozenset([a for a in writes if a not in read]),
+        captures,
+        frozenset(captured_reads),
+        tuple(captured),
+        tuple(computed),
     )
+
+
+def _captures_of(jaxpr: Any, reads: Iterable[Any], written: Collection[Address]) -> dict[Any, Any]:
+    """The inputs of a jaxpr, and what is read of slots of which they are the captures: variable ->
+    input. What is read may be an operand of the next such read: an argument that can be written.
+
+    Args:
+      reads: the equations of the jaxpr that read a slot and have an operand.
+      written: slots that are written while the jaxpr is used.
+    """
+    constants = _jax.constvars(jaxpr)
+    if _jax.is_closed(jaxpr):  # a value among them is read anew, as nothing depends on it
+        pairs = zip(constants, _jax.consts_of(jaxpr), strict=True)
+        constants = [v for v, c in pairs if type(c) is StateTracer]
+    captures: dict[Any, Any] = {v: v for v in (*constants, *_jax.invars(jaxpr))}
+    for eqn in reads:
+        if eqn.params["address"] not in written:
+            operand = eqn.invars[0]
+            if isinstance(operand, _jax.Var) and operand in captures:
+                captures[eqn.outvars[0]] = captures[operand]
+    return captures
 
 
 def settled_captures(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of an equation, without the reads that are what was captured for certain."""
     stateful = [j for j in _jax.jaxprs_in(params) if state_effect in j.effects]
-    if not any(map(_computed_captures, stateful)):
+    if not any(_contents(jaxpr).computed for jaxpr in stateful):
         return params
     if _jax.may_run_again(_jax.current_trace()):
         return params  # what comes later may write before this runs again
@@ -171,7 +213,7 @@ def settled_captures(params: dict[str, Any]) -> dict[str, Any]:
     def settled(jaxpr: Any) -> Any:
         current = tuple(
             i
-            for i, address, version in _computed_captures(jaxpr)
+            for i, address, version in _contents(jaxpr).computed
             if address not in writes and address.renewed(use).version() == version
         )
         return _without_reads(jaxpr, current) if current else jaxpr
@@ -223,26 +265,9 @@ def _reading_captures(jaxpr: Any) -> Any:
     return _jax.with_computed_constants(jaxpr, read_of)
 
 
-class Captured(NamedTuple):
-    """An input of a jaxpr that is the capture of a slot which may be written."""
-
-    at: int
-    address: Address
-    version: int
-
-
-@_jax.weakref_lru_cache
 def captured_inputs(jaxpr: Any) -> tuple[Captured, ...]:
     """The inputs of a jaxpr of which its reads say what slots they are (`resolve.read_since`)."""
-    captures, inputs = _captures_of(jaxpr), list(_jax.invars(jaxpr))
-    eqns = _jax.equations(jaxpr)
-    reads = [e for e in eqns if e.primitive is read_p and _reads_captured(e, captures)]
-    origins = [captures[eqn.invars[0]] for eqn in reads]
-    return tuple(
-        Captured(inputs.index(v), eqn.params["address"], eqn.params["version"])
-        for eqn, v in zip(reads, origins, strict=True)
-        if any(v is input_ for input_ in inputs)
-    )
+    return _contents(jaxpr).captured
 
 
 def superseded(jaxpr: Any, writes: Sequence[Address]) -> tuple[int, ...]:
@@ -254,17 +279,18 @@ def superseded(jaxpr: Any, writes: Sequence[Address]) -> tuple[int, ...]:
 
 @_jax.weakref_lru_cache
 def _superseded(jaxpr: Any, writes: frozenset[Address]) -> tuple[int, ...]:
-    captures = _captures_of(jaxpr, writes)
-    eqns = _jax.equations(jaxpr)
-    used = [v for e in eqns if not _is_read_of_capture(e) for v in e.invars]
+    eqns, written = _jax.equations(jaxpr), {*writes, *_contents(jaxpr).state.writes}
+    reads = [e for e in eqns if e.primitive is read_p and e.invars]
+    if not reads:
+        return ()
+    captures = _captures_of(jaxpr, reads, written)
+    of_captures = {id(eqn) for eqn in reads}
+    used = [v for e in eqns if id(e) not in of_captures for v in e.invars]
     used = [v for v in (*used, *_jax.outvars(jaxpr)) if isinstance(v, _jax.Var)]
     kept = {captures[v] for v in used if v in captures}
-    meant = {
-        captures[e.invars[0]]
-        for e in eqns
-        if _reads_captured(e, captures) and e.params["address"] in writes
-    }
-    return tuple(i for i, v in enumerate(_jax.invars(jaxpr)) if v in meant and v not in kept)
+    operands = [e.invars[0] for e in reads if e.params["address"] in writes]
+    meant = {captures[v] for v in operands if isinstance(v, _jax.Var) and v in captures}
+    return tuple([i for i, v in enumerate(_jax.invars(jaxpr)) if v in meant and v not in kept])
 
 
 def refreshed(jaxpr: Any, operands: Sequence[Any], writes: Sequence[Address] = ()) -> Sequence[Any]:
@@ -277,9 +303,12 @@ def refreshed(jaxpr: Any, operands: Sequence[Any], writes: Sequence[Address] = (
     """
     if state_effect not in jaxpr.effects:
         return operands
-    use, operands = current_use(), list(operands)
-    for i, address, version in captured_inputs(jaxpr):
-        if address not in writes and i < len(operands):
+    captured = captured_inputs(jaxpr)
+    if not captured:
+        return operands
+    use, operands, written = current_use(), list(operands), set(writes)
+    for i, address, version in captured:
+        if address not in written and i < len(operands):
             operands[i] = read_since(address.renewed(use), operands[i], version)
     return operands
 
@@ -305,16 +334,16 @@ class Uses(NamedTuple):
 def uses_of(jaxprs: Sequence[Any]) -> Uses:
     """The slots that jaxprs use which run at most once, one of them."""
     reads, writes = state_of_all(jaxprs)
-    outs = tuple(a for a in writes if all(a in _replaced(jaxpr) for jaxpr in jaxprs))
-    return Uses(reads, tuple(a for a in writes if a not in outs), outs)
+    if not writes:
+        return Uses(reads, (), ())
+    replaced = frozenset.intersection(*[_replaced(jaxpr) for jaxpr in jaxprs])
+    outs = tuple([a for a in writes if a in replaced])
+    return Uses(reads, tuple([a for a in writes if a not in replaced]), outs)
 
 
-@_jax.weakref_lru_cache
 def _replaced(jaxpr: Any) -> frozenset[Address]:
     """The slots that a jaxpr writes without having read them."""
-    eqns = _jax.equations(jaxpr)
-    read = {a for e in eqns if e.primitive in (read_p, init_p) for a in addresses_of(e)}
-    return frozenset(a for a in state_of(jaxpr).writes if a not in read)
+    return _contents(jaxpr).replaced if state_effect in jaxpr.effects else frozenset()
 
 
 def settle(addresses: Sequence[Address], writes: Addresses) -> None:
@@ -332,23 +361,23 @@ def settle(addresses: Sequence[Address], writes: Addresses) -> None:
         if not address.may_alias:
             continue
         other = first.setdefault(address.renewed(use).meaning_here(), address)
-        if other != address and (address in writes or other in writes):
+        if other is address or other == address:
+            continue
+        if address in writes or other in writes:
             raise address.aliased(other)
 
 
 def settle_jaxprs(jaxprs: Iterable[Any]) -> None:
     """`settle` for the slots that jaxprs use."""
     stateful = [jaxpr for jaxpr in jaxprs if state_effect in jaxpr.effects]
-    addresses = [a for jaxpr in stateful for a in in_order(jaxpr)]
+    addresses = [a for jaxpr in stateful for a in in_order(jaxpr) if a.may_alias]
     if len(addresses) > 1:
         settle(addresses, state_of_all(stateful).writes)
 
 
-@_jax.weakref_lru_cache
 def in_order(jaxpr: Any) -> Addresses:
     """The slots that a jaxpr uses, in the order of first use."""
-    eqns = (e for e in _jax.equations(jaxpr) if e.primitive in (read_p, init_p, write_p))
-    return tuple(dict.fromkeys(a for eqn in eqns for a in addresses_of(eqn)))
+    return _contents(jaxpr).order
 
 
 def _no_rule(name: str, jaxprs: Iterable[Any], used: str) -> Exception:
@@ -422,12 +451,12 @@ def _thread(jaxpr: Any, how: Layout, avals: tuple[Any, ...]) -> Any:
     current: dict[Address, Any] = dict(incoming)
     inputs = list(_jax.invars(jaxpr))
     written = {*how.writes, *how.outs}
-    captures = _captures_of(jaxpr)
+    captured_reads = _contents(jaxpr).captured_reads
     renamed: dict[Any, Any] = {}
     eqns = []
 
-    def rename(atom: Any) -> Any:
-        return renamed.get(atom, atom) if isinstance(atom, _jax.Var) else atom
+    def rename(atoms: Sequence[Any]) -> list[Any]:
+        return [renamed[v] if type(v) is _jax.Var and v in renamed else v for v in atoms]
 
     def varying_like(like: Any, atom: Any) -> Any:
         """``atom`` as one that varies over the mesh axes over which ``like`` does."""
@@ -446,45 +475,51 @@ def _thread(jaxpr: Any, how: Layout, avals: tuple[Any, ...]) -> Any:
         eqns.append(eqn)
         return eqn.outvars[0]
 
-    for eqn in _jax.equations(jaxpr):
-        is_read = eqn.primitive is read_p
-        if is_read and _reads_captured(eqn, captures) and eqn.params["address"] not in written:
-            renamed[eqn.outvars[0]] = rename(eqn.invars[0])
-        elif is_read or eqn.primitive is init_p:
-            for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
-                _check_axes(address, current[address].aval, outvar.aval)
-                renamed[outvar] = in_mesh_of(outvar.aval, varying_like(outvar, current[address]))
-        elif eqn.primitive is write_p:
-            current[eqn.params["address"]] = rename(eqn.invars[0])
-        elif renamed:
-            eqns.append(eqn.replace(invars=[rename(v) for v in eqn.invars]))
-        else:
-            eqns.append(eqn)
+    def as_read(address: Address, outvar: Any) -> Any:
+        """What a slot holds, of the mesh and axes of the variable that it is read into."""
+        atom = current[address]
+        if atom.aval is outvar.aval:
+            return atom
+        _check_axes(address, atom.aval, outvar.aval)
+        return in_mesh_of(outvar.aval, varying_like(outvar, atom))
 
     def as_it_came(address: Address) -> Any:
         """What a slot holds at the end, of the mesh and sharding that it has at the start."""
         first, last = incoming[address], current[address]
+        if last.aval is first.aval:
+            return last
         last = in_mesh_of(first.aval, varying_like(first, last))
         if address.may_be_resharded and not _jax.same_sharding(first.aval, last.aval):
             eqns.append(_jax.resharding_equation(last, first.aval))
             last = eqns[-1].outvars[0]
+        if not how.once:
+            _check_turn(address, first.aval, last.aval)
+            check_place(address, first.aval, last.aval, "the body of a loop")
         return last
+
+    for i, eqn in enumerate(_jax.equations(jaxpr)):
+        if eqn.primitive is write_p:
+            (current[eqn.params["address"]],) = rename(eqn.invars)
+        elif i in captured_reads and eqn.params["address"] not in written:
+            (renamed[eqn.outvars[0]],) = rename(eqn.invars)
+        elif eqn.primitive in _uses_slots:
+            for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):
+                renamed[outvar] = as_read(address, outvar)
+        elif renamed:
+            eqns.append(eqn.replace(invars=rename(eqn.invars)))
+        else:
+            eqns.append(eqn)
 
     reads = [incoming[a] for a in how.reads]
     writes = [incoming[a] for a in how.writes]
     lasts = [incoming[a] for a in how.lasts]
-    outvars = [rename(v) for v in _jax.outvars(jaxpr)]
+    outvars = rename(_jax.outvars(jaxpr))
     dropped = {inputs[i] for i in how.dropped}
     invars = [*reads, *inputs[: how.at], *writes, *inputs[how.at :], *lasts]
     invars = [v for v in invars if v not in dropped]
     if how.out:
         out_at = len(outvars) if how.out_at is None else how.out_at
-        outs = [as_it_came(a) for a in how.writes]
-        if not how.once:
-            for address, out in zip(how.writes, outs, strict=True):
-                _check_turn(address, incoming[address].aval, out.aval)
-                check_place(address, incoming[address].aval, out.aval, "the body of a loop")
-        outvars[out_at:out_at] = outs
+        outvars[out_at:out_at] = [as_it_came(a) for a in how.writes]
     outvars += [in_mesh_of(None, current[a]) for a in how.outs]
     return _jax.remade(
         jaxpr, invars=invars, outvars=outvars, eqns=eqns, effs=jaxpr.effects - {state_effect}
@@ -562,7 +597,8 @@ def read_all(addresses: Sequence[Address]) -> list[Any]:
     """
     values = [_jax.canonicalize(value) for value in read_as_stored(addresses)]
     for address, value in zip(addresses, values, strict=True):
-        check_type(address, address.wanted, value)
+        if address.wanted is not None:
+            check_type(address, address.wanted, value)
     return values
 
 
@@ -572,7 +608,7 @@ def read_as_stored(addresses: Iterable[Address]) -> list[Any]:
     here = [address.renewed(use) for address in addresses]
     if _binds.seen is not None:
         _binds.seen.update((a, read_stored(a)) for a in here if not a.in_objects)
-    return [read(address) for address in here]
+    return read_each(here)
 
 
 def check_type(address: Address, wanted: Any, value: Any) -> None:
@@ -590,8 +626,9 @@ def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
     """
     use = current_use()
     here = [address.renewed(use) for address in addresses]
-    for address in here if _binds.seen else ():
-        if address in _binds.seen and read_stored(address) is not _binds.seen[address]:
+    seen = _binds.seen or {}
+    for address in here if seen else ():
+        if address in seen and read_stored(address) is not seen[address]:
             raise written_meanwhile(address)
     write_each(here, values)
 

@@ -55,11 +55,8 @@ class StateEffect(_jax.Effect):
             " rule (jaxstate.UnsupportedPrimitiveError; see jaxstate.extend.register_rule)"
         )
 
-    def __hash__(self) -> int:
-        return hash(StateEffect)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StateEffect)
+    def __reduce__(self) -> str:
+        return "state_effect"  # there is one only
 
     def __lt__(self, other: object) -> bool:
         return False
@@ -138,13 +135,13 @@ class Notes:
       refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
       lane_tables: see `_lanes`.
-      around: a holder, what was open (`slots.OpenHere`), and the `boundaries` then.
+      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then.
     """
 
     __slots__ = ("around", "extra", "lane_tables", "refreshed", "values", "written")
 
     def __init__(self) -> None:
-        self.around: tuple[Holder, Any, Sequence[Any]] | None = None
+        self.around: tuple[Holder, Any, Boundaries] | None = None
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.written: set[Address] = set()
@@ -152,8 +149,7 @@ class Notes:
         self.extra: dict[Any, Any] = {}
 
 
-def notes_of(trace: Any) -> Notes:
-    return _jax.notes_of(trace, Notes)
+notes_of: Callable[[Any], Notes] = functools.partial(_jax.notes_of, make=Notes)
 
 
 def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
@@ -228,45 +224,69 @@ def read(address: Address) -> Any:
 
 def read_stored(address: Address) -> Any:
     """The current value of the slot, of the mesh type that it has."""
+    return _read_under(_jax.current_trace(), address)
+
+
+def _read_under(trace: Any, address: Address) -> Any:
+    """`read_stored`, if ``trace`` is the one that is current."""
     holder = address.holder()
-    if holder.anchor is _jax.current_trace():
+    if holder.anchor is trace:
         return holder.cell(address).value
     levels, base = _way_to(holder)
     return _read_at(address, holder, levels, 0, base)[0]
 
 
+def read_each(addresses: Iterable[Address]) -> list[Any]:
+    """`read`, of several slots."""
+    trace = _jax.current_trace()
+    values = [_read_under(trace, address) for address in addresses]
+    return values if _jax.abstract_mesh().empty else [_jax.in_mesh(value) for value in values]
+
+
 def write(address: Address, value: Any) -> None:
     """Makes ``value`` the current value of the slot, which keeps its mesh type."""
+    _write_under(_jax.current_trace(), _jax.abstract_mesh().empty, address, value)
+
+
+def _write_under(trace: Any, is_in_no_mesh: bool, address: Address, value: Any) -> None:
+    """`write`, if ``trace`` is the one that is current."""
     holder = address.holder()
-    value = _to_write(address, holder, value)
-    if holder.anchor is _jax.current_trace():
+    value = _to_write(address, holder, value, is_in_no_mesh)
+    if holder.anchor is trace:
         holder.cell(address).value = _jax.canonicalize(value)
         return
     levels, base = _way_to(holder)
     _write_at([address], holder, levels, 0, base, [value])
 
 
-def _to_write(address: Address, holder: Holder, value: Any) -> Any:
-    address.note_write()
-    if _jax.abstract_mesh().empty:
+def _to_write(address: Address, holder: Holder, value: Any, is_in_no_mesh: bool) -> Any:
+    if address.notices_writes:
+        address.note_write()
+    if is_in_no_mesh:
         return value
     return _of_mesh_before(address, holder, _jax.canonicalize(value))
 
 
 def write_each(addresses: Iterable[Address], values: Iterable[Any]) -> None:
     """Writes several slots, and those together that belong together (`Address.joint`)."""
+    trace, is_in_no_mesh = _jax.current_trace(), _jax.abstract_mesh().empty
+    addresses = tuple(addresses)
+    if not any([address.joint for address in addresses]):  # noqa: C419 (a generator takes longer)
+        for address, value in zip(addresses, values, strict=True):
+            _write_under(trace, is_in_no_mesh, address, value)
+        return
     for group in _groups(addresses, values):
         levels: list[Any] = []
         if len(group) > 1:
             holder = group[0][0].holder()
             levels, base = _way_to(holder)
-        if any(isinstance(trace, _jax.BatchTrace) for trace in levels):
+        if levels and any(isinstance(level, _jax.BatchTrace) for level in levels):
             together = [address for address, _ in group]
-            written = [_to_write(address, holder, value) for address, value in group]
+            written = [_to_write(a, holder, value, is_in_no_mesh) for a, value in group]
             _write_at(together, holder, levels, 0, base, written)
         else:
             for address, value in group:
-                write(address, value)
+                _write_under(trace, is_in_no_mesh, address, value)
 
 
 def one_of_each(addresses: Sequence[Address], values: Sequence[Any]) -> list[Any]:
@@ -284,12 +304,18 @@ def one_of_each(addresses: Sequence[Address], values: Sequence[Any]) -> list[Any
 
 def _groups(addresses: Iterable[Address], values: Iterable[Any]) -> list[list[tuple[Any, Any]]]:
     """Pairs of addresses and values, in lists of those that belong together."""
-    groups: dict[Any, list[tuple[Any, Any]]] = {}
+    groups: list[list[tuple[Any, Any]]] = []
+    known: dict[Any, list[tuple[Any, Any]]] = {}
     for address, value in zip(addresses, values, strict=True):
         joint = address.joint
-        key = len(groups) if joint is None else joint.whole(address)
-        groups.setdefault(key, []).append((address, value))
-    return list(groups.values())
+        group = None if joint is None else known.get(joint.whole(address))
+        if group is None:
+            groups += ([(address, value)],)
+            if joint is not None:
+                known[joint.whole(address)] = groups[-1]
+        else:
+            group.append((address, value))
+    return groups
 
 
 def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
@@ -311,22 +337,53 @@ def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
     return _jax.in_mesh_of(before, value)
 
 
-def boundaries(holder: Holder) -> Sequence[Any]:
-    """What stands between here and the holder, innermost first.
+class Boundaries(list):
+    """What stands between a place in the program and a holder, innermost first.
 
     A boundary is a jaxpr under construction, or a custom rule that is given its state as operands
     (`rules.derivatives`): names and addresses inside are relative to it.
+
+    Attributes:
+      outer: all but the first, as they are seen from the jaxpr around; None if that is not known.
+      extra: what clients note, by their own keys.
     """
-    trace = _jax.current_trace()
+
+    def __init__(self, found: Sequence[Any], outer: Boundaries | None = None) -> None:
+        super().__init__(found)
+        self.outer = outer
+        self.extra: dict[Any, Any] = {}
+
+
+def boundaries(holder: Holder) -> Boundaries:
+    """What stands between here and the holder."""
+    trace, here = _jax.current_trace(), open_here()
+    known = _known_boundaries(trace, holder, here)
+    if known is not None:
+        return known
+    found = _find_boundaries(holder, trace)
+    if not found or found[0] is not trace or _jax.is_finished(trace):
+        return Boundaries(found)
+    # A nest may be deep, and each jaxpr of it asks: what is found is noted for all of them.
+    n = 1
+    while n < len(found) and _jax.jaxpr_around(found[n - 1]) is found[n]:
+        n += 1
+    outer: Boundaries | None = None
+    for i in reversed(range(n)):
+        outer = _known_boundaries(found[i], holder, here) or Boundaries(found[i:], outer)
+        notes_of(found[i]).around = holder, here, outer
+    assert outer is not None
+    return outer
+
+
+def _known_boundaries(trace: Any, holder: Holder, here: Any) -> Boundaries | None:
+    """The boundaries from a jaxpr under construction, if they have been found already."""
     if not isinstance(trace, _jax.StagingTrace) or _jax.is_finished(trace):
-        return _find_boundaries(holder, trace)
-    notes, here = notes_of(trace), open_here()
-    if notes.around is None or notes.around[0] is not holder or notes.around[1] is not here:
-        notes.around = holder, here, _find_boundaries(holder, trace)
-    return notes.around[2]
+        return None
+    around = notes_of(trace).around
+    return None if around is None or around[0] is not holder or around[1] is not here else around[2]
 
 
-def _find_boundaries(holder: Holder, trace: Any) -> Sequence[Any]:
+def _find_boundaries(holder: Holder, trace: Any) -> list[Any]:
     found: list[Any] = []
     known: set[int] = set()  # of what is found: the number of each trace
     bottom = [holder] if holder is _OUTERMOST else []
@@ -393,12 +450,15 @@ def _way_to(holder: Holder) -> tuple[list[Any], Any]:
     value is what a Python closure would see.
     """
     levels: list[Any] = []
-    for trace in _jax.chain(_jax.current_trace()):
-        if same_trace(trace, holder.opened_under):
+    trace, anchor = _jax.current_trace(), holder.opened_under
+    tag = getattr(anchor, "tag", None)
+    while trace is not None:
+        if trace is anchor or (tag is not None and getattr(trace, "tag", None) is tag):
             return levels, None
         if isinstance(trace, _jax.StagingTrace):
             return levels, trace
         levels.append(trace)
+        trace = _jax.parent_of(trace)
     return levels, None
 
 
@@ -691,11 +751,14 @@ def _result_of_jaxpr(value: Any) -> Any:
 _jax.wrap_results_of_jaxprs(_result_of_jaxpr)
 
 
-def _finished_result(trace: Any, tracer: Any) -> Any:
+def _finished_results(trace: Any, tracers: Sequence[Any]) -> Sequence[Any]:
     """A result that is a capture is one of an equation: JAX hands on constants and operands that
     are results as they are, and an equation resolves them."""
-    is_capture = type(_jax.constant_of(tracer)) is StateTracer
-    return _jax.copied(trace, tracer) if is_capture else tracer
+    if StateTracer not in map(type, _jax.constants_of(trace)):
+        return tracers
+    return [
+        _jax.copied(trace, x) if type(_jax.constant_of(x)) is StateTracer else x for x in tracers
+    ]
 
 
 def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
@@ -708,16 +771,18 @@ def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
     if not any(dropped):
         return jaxpr, consts
 
-    def without_operand(eqn: Any) -> Any:
-        drops = eqn.primitive is read_p and eqn.invars and eqn.params["address"] in written
-        return eqn.replace(invars=[]) if drops else eqn
-
     kept = [not d for d in dropped]
-    jaxpr = _jax.with_constvars(jaxpr, kept, [without_operand(e) for e in eqns])
+    without_operands = [
+        eqn.replace(invars=[])
+        if eqn.primitive is read_p and eqn.invars and eqn.params["address"] in written
+        else eqn
+        for eqn in eqns
+    ]
+    jaxpr = _jax.with_constvars(jaxpr, kept, without_operands)
     return jaxpr, [c for c, k in zip(consts, kept, strict=True) if k]
 
 
-_jax.wrap_finished_jaxprs(_finished_result, _finished)
+_jax.wrap_finished_jaxprs(_finished_results, _finished)
 
 
 def _handed_out(constant: Any) -> Any:
@@ -770,12 +835,12 @@ def _read_staged(address: Address, trace: Any) -> Any:
             aval = _staged_aval(address, key, trace)
         else:
             aval = _jax.type_in_jaxpr(trace, address.aval())
-        captured: list[Any] = []
+        captured, place = [], _jax.current_place()
         if not address.threaded:
-            captured.append(_jax.new_const(trace, StateTracer(key, aval)))
+            captured.append(_jax.new_const(trace, StateTracer(key, aval), aval, place))
         if address.may_be_written:
             params = dict(address=key, aval=aval, version=address.version())
-            value = _jax.stage(trace, read_p, captured, params)
+            (value,) = _jax.emit(trace, read_p, captured, [aval], params, {state_effect}, place)
         else:
             value = captured[0]
         notes.values[key] = value
@@ -831,8 +896,9 @@ def _staged_since(x: Any, levels: list[Any], base: Any, address: Address, versio
     known = (notes.values.get(key), *notes.refreshed.get(key, ()))
     if any(_jax.is_same(x, value) for value in known):
         return x
-    params = dict(address=key, aval=_jax.typeof(x), version=version)
-    value = _jax.stage(base, read_p, (x,), params)
+    aval = _jax.typeof(x)
+    params, place = dict(address=key, aval=aval, version=version), _jax.current_place()
+    (value,) = _jax.emit(base, read_p, (x,), [aval], params, {state_effect}, place)
     notes.refreshed.setdefault(key, []).append(value)
     return value
 
@@ -884,7 +950,8 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
 
 def _write_staged(address: Address, trace: Any, value: Any) -> None:
     key = address.seen_from(trace)
-    _jax.stage(trace, write_p, (value,), dict(address=key))
+    params, place = dict(address=key), _jax.current_place()
+    _jax.emit(trace, write_p, (value,), [], params, {state_effect}, place)
     notes = notes_of(trace)
     notes.values[key] = value
     notes.written.add(key)

@@ -85,7 +85,7 @@ class Address:
 
     def holder(self) -> Holder:
         """The innermost open holder that knows the address; a named error if there is none."""
-        for holder in holders():
+        for holder in reversed(_thread.stack):
             if holder.knows(self):
                 return holder
         raise self.missing()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from jaxstate import _jax
 from jaxstate.core.initializers import TracedInit
 from jaxstate.core.resolve import (
+    Boundaries,
     boundaries,
     boundary_of,
     innermost_boundary,
@@ -159,6 +160,11 @@ class EntryAddress(Address):
         if store is None:
             raise self.missing()
         return store
+
+    def aval(self) -> Any:
+        if self.home is None and self.wanted is not None:
+            return self.wanted  # the program has declared it, here
+        return self.store().aval(self)
 
     @property
     def is_recalled(self) -> bool:  # type: ignore[override]
@@ -490,7 +496,19 @@ class Store(Holder):
 
     def layers(self) -> NameTables:
         """The names visible here: of the boundaries around the program, then the store's own."""
-        return NameTables([*map(self.layer_of, boundaries(self)), self.layer])
+        return self._layers_of(boundaries(self))
+
+    def _layers_of(self, around: Boundaries) -> NameTables:
+        found = around.extra.get(self)
+        if found is None:
+            outer = around.outer
+            layers = (
+                [*map(self.layer_of, around), self.layer]
+                if outer is None
+                else [self.layer_of(around[0]), *self._layers_of(outer).layers]
+            )
+            found = around.extra[self] = NameTables(layers)
+        return found
 
     def layer_of(self, boundary: Any) -> NameTable:
         extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra

@@ -242,9 +242,8 @@ class NameTables:
         """The path of a module, if it has one already."""
         if token is not None:
             for layer in self.layers:
-                path = layer.paths.get(token)
-                if path is not None:
-                    return path
+                if token in layer.paths:
+                    return layer.paths[token]
         return None
 
     def known_path_of(self, levels: Sequence[PathElement]) -> Path:
@@ -366,9 +365,8 @@ class NameTables:
 
     def _kind(self, path: Path) -> str | None:
         for layer in self.layers:
-            kind = layer.taken.get(path)
-            if kind is not None:
-                return kind
+            if path in layer.taken:
+                return layer.taken[path]
         return None
 
 
@@ -443,7 +441,7 @@ class ScopeStack(threading.local):
         if len(boundaries) == 1:
             (boundary,) = boundaries
             return tuple([e.level for e in self.entries if e.boundary is boundary])
-        return tuple([e.level for e in self.entries if any(e.boundary is b for b in boundaries)])
+        return tuple([e.level for e in self.entries if e.boundary in boundaries])
 
     def call_in(self, boundary: Any) -> tuple[Entered | None, tuple[str, ...]]:
         """The innermost call of a module that was begun directly inside a boundary, and the scopes

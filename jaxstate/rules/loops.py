@@ -64,6 +64,8 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
 def _read_all(reads: Addresses, writes: Addresses) -> list[Any]:
     """The values of slots; those that are carried are of the mesh, as they are after a turn."""
     values = read_all(reads + writes)
+    if _jax.abstract_mesh().empty:
+        return values
     return [*values[: len(reads)], *map(_jax.with_mesh, values[len(reads) :])]
 
 
@@ -104,7 +106,7 @@ def _groups(addresses: Addresses, length: int) -> Iterator[tuple[Address, list[A
 
 
 def _without(dropped: Sequence[int], operands: Sequence[Any]) -> list[Any]:
-    return [x for i, x in enumerate(operands) if i not in dropped]
+    return [x for i, x in enumerate(operands) if i not in dropped] if dropped else list(operands)
 
 
 @register_rule(_jax.while_p)

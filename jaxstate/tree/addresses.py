@@ -11,6 +11,7 @@ that a jitted function which was traced in one call can be used in the next one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,19 +25,20 @@ from jaxstate.tree.objects import Blank
 from jaxstate.tree.walk import Walk, first_difference
 
 
-class TreeAddress(Address):
-    """A slot of the objects of a call of `mutate`."""
+class TreeAddress(Address, tuple):
+    """A slot of the objects of a call of `mutate`: a tuple, which Python compares by itself, of all
+    that tells it from others in one jaxpr."""
 
-    __slots__ = ("_hash", "_key", "graph", "level")
+    graph: Graph
+    level: int = property(operator.itemgetter(1))  # type: ignore[assignment]
 
     in_objects = True
     may_be_written = True  # type: ignore[assignment]
 
-    def __init__(self, level: int, graph: Graph, *key: Any) -> None:
-        self.level = level
+    def __new__(cls, level: int, graph: Graph, *key: Any) -> Any:
+        self = tuple.__new__(cls, (cls, level, *key))
         self.graph = graph
-        self._key = (type(self), level, *key)
-        self._hash = hash(self._key)
+        return self
 
     def missing(self) -> Exception:
         return problems.closed(self.label)
@@ -45,12 +47,6 @@ class TreeAddress(Address):
     def label(self) -> str:
         """How a program gets to it."""
         raise NotImplementedError
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, TreeAddress) and self._key == other._key)
-
-    def __hash__(self) -> int:
-        return self._hash
 
     def __repr__(self) -> str:
         return f"leaf {self.label}"
@@ -63,14 +59,14 @@ class LeafAddress(TreeAddress):
       renewed_objects: the numbers of the objects that a loop replaces by others like them.
     """
 
-    __slots__ = ("number", "renewed_objects")
+    number: int = property(operator.itemgetter(2))  # type: ignore[assignment]
+    renewed_objects: tuple[int, ...] = ()
 
-    def __init__(
-        self, level: int, graph: Graph, number: int, renewed: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__(level, graph, number)
-        self.number = number
-        self.renewed_objects = renewed
+    def __new__(cls, level: int, graph: Graph, number: int, renewed: tuple[int, ...] = ()) -> Any:
+        self = super().__new__(cls, level, graph, number)
+        if renewed:
+            self.renewed_objects = renewed
+        return self
 
     @property
     def label(self) -> str:
@@ -136,12 +132,13 @@ class Change:
 class Shape(TreeAddress):
     """The structure of the objects, for a jaxpr that changes it."""
 
-    __slots__ = ("change",)
+    change: Change
     threaded = True
 
-    def __init__(self, level: int, change: Change) -> None:
-        super().__init__(level, change.after, id(change))
+    def __new__(cls, level: int, change: Change) -> Any:
+        self = super().__new__(cls, level, change.after, id(change))
         self.change = change
+        return self
 
     @property
     def label(self) -> str:
@@ -160,13 +157,14 @@ class Shape(TreeAddress):
 class NewLeaf(TreeAddress):
     """An array that a change of the structure adds."""
 
-    __slots__ = ("change", "number")
+    change: Change
+    number: int = property(operator.itemgetter(3))  # type: ignore[assignment]
     threaded = True
 
-    def __init__(self, level: int, change: Change, number: int) -> None:
-        super().__init__(level, change.after, id(change), number)
+    def __new__(cls, level: int, change: Change, number: int) -> Any:
+        self = super().__new__(cls, level, change.after, id(change), number)
         self.change = change
-        self.number = number
+        return self
 
     @property
     def label(self) -> str:

@@ -113,11 +113,14 @@ class _around:
         publishes.jax_only, publishes.function = self.jax_only, self.function
         if not self.jax_only:
             refresh()
-        _publish_graphs(not self.jax_only)
+            _publish_graphs(True)
+        elif publishes.graphs:
+            _publish_graphs(False)
 
     def __exit__(self, *_: object) -> None:
         graphs, publishes.jax_only, publishes.function = self.before
-        _publish_graphs(graphs)
+        if graphs or publishes.graphs:
+            _publish_graphs(graphs)
 
 
 def _publish_graphs(yes: bool) -> None:

@@ -71,10 +71,11 @@ class Frame:
         self.detached = list(session.detached)
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
-        self._source: Any = None
+        self._place: Any = None
         self._numbers: dict[int, int] | None = None
         self._copies = len(session.copies)
         self.writes: list[Any] = []
+        self._addresses: dict[int, LeafAddress] = {}
         if self.stages and rule is None:
             resolve.notes_of(trace_)
         self.entries: list[Any] = walk.leaves
@@ -96,20 +97,30 @@ class Frame:
 
     # -- Reads -------------------------------------------------------------------------------
 
+    def address(self, number: int, renewed: tuple[int, ...] = ()) -> LeafAddress:
+        """The slot of an array that was there at the beginning."""
+        if renewed:
+            return LeafAddress(self.session.level, self.walk.graph, number, renewed)
+        found = self._addresses.get(number)
+        if found is None:
+            found = LeafAddress(self.session.level, self.walk.graph, number)
+            self._addresses[number] = found
+        return found
+
     def read(self, number: int) -> Any:
         """What an array was at the beginning, for the trace of this frame."""
-        address = LeafAddress(self.session.level, self.walk.graph, number)
+        address = self.address(number)
         aval = self.walk.avals[number]
         if self.is_finished():
             raise problems.read_before(address.label)
         if self.rule is not None:
             with self._as_it_was():
                 return fitted(self.rule.cell(address).value, aval)
-        source = self._source_of(address)
-        captured = _jax.new_const(self.trace, StateTracer(address, aval), source)
+        place = self._place_of(address)
+        captured = _jax.new_const(self.trace, StateTracer(address, aval), aval, place)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
         (value,) = _jax.emit(
-            self.trace, resolve.read_p, (captured,), [aval], params, {resolve.state_effect}, source
+            self.trace, resolve.read_p, (captured,), [aval], params, {resolve.state_effect}, place
         )
         return value
 
@@ -201,20 +212,23 @@ class Frame:
 
     def _read_replaced(self, after: Walk) -> None:
         """What the program has read, and keeps, is what was there before anything is written."""
+        n = len(after.leaves)
         for i in range(len(self.entries)):
-            is_there = i < len(after.leaves) and after.leaves[i] is self.entries[i]
+            is_there = i < n and after.leaves[i] is self.entries[i]
             if not is_there and sys.getrefcount(self.entries[i]) > 2:
                 _jax.canonicalize(self.entries[i])
 
     def _write_leaf(self, after: Walk, i: int, renewed: tuple[int, ...]) -> None:
         aval = self.walk.avals[i]
-        value = _jax.canonicalize(fitted(after.leaves[i], aval))
-        if not _jax.same_type(value, aval):
-            raise problems.type_changed(after.graph.label(i), value, aval)
+        value = after.leaves[i]
+        if type(value) not in _jax.plain_arrays or value.aval is not aval:
+            value = _jax.canonicalize(fitted(value, aval))
+            if not _jax.same_type(value, aval):
+                raise problems.type_changed(after.graph.label(i), value, aval)
         if isinstance(self.entries[i], Writable) and not self.runs_once:
             self.entries[i][...] = value  # the next turn reads it there
             return
-        self._stage(LeafAddress(self.session.level, self.walk.graph, i, renewed), value)
+        self._stage(self.address(i, renewed), value)
 
     def _write_change(self, after: Walk) -> None:
         level = self.session.level
@@ -229,16 +243,19 @@ class Frame:
         if self.rule is not None:
             self.writes.append((address, value))
             return
-        source = self._source_of(address)
-        params, effects = dict(address=address), {resolve.state_effect}
-        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, source)
+        params, effects, place = (
+            dict(address=address),
+            {resolve.state_effect},
+            self._place_of(address),
+        )
+        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, place)
 
-    def _source_of(self, address: Any) -> Any:
+    def _place_of(self, address: Any) -> Any:
         """Where the program is, for equations. (One place for all of a frame: to look is slow.)"""
-        if self._source is None:
+        if self._place is None:
             address.holder()  # a kernel refuses
-            self._source = _jax.current_source()
-        return self._source
+            self._place = _jax.current_place()
+        return self._place
 
     @property
     def runs_once(self) -> bool:

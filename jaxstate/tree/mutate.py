@@ -27,13 +27,12 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.arrays.array import Writable, snapshot
+from jaxstate.arrays.array import Writable, activation, snapshot
 from jaxstate.core.slots import open_holder
 from jaxstate.errors import check_runs_when_called
 from jaxstate.tree import boundaries, problems
 from jaxstate.tree.entry import Ended, Entry
 from jaxstate.tree.frozen import permit_assignments
-from jaxstate.tree.graph import value_of
 from jaxstate.tree.objects import NODE, STATIC, kind_of
 from jaxstate.tree.session import Session, writable
 from jaxstate.tree.walk import Walk, fitted
@@ -163,10 +162,13 @@ class _Given:
 
     def __init__(self) -> None:
         self._given: dict[int, tuple[Any, Any]] = {}
+        self._is_in_place = activation() is not None
 
     def copy(self, x: Any, _: Any) -> Any:
         """A program can write into an array of NumPy, or of an in-place function."""
-        copied = x.copy() if isinstance(x, np.ndarray) else writable(snapshot(x))
+        copied = x
+        if self._is_in_place or type(x) not in _jax.plain_arrays:
+            copied = x.copy() if isinstance(x, np.ndarray) else writable(snapshot(x))
         self._given[id(copied)] = copied, x
         return copied
 
@@ -222,8 +224,9 @@ def _without_objects_of(walk: Walk, out: Any) -> Any:
 
 def _check_leaves(walk: Walk) -> None:
     """Raises if a tracer is left in the objects that is worth nothing from here on."""
+    here = _jax.current_trace()
     for i, x in enumerate(walk.leaves):
-        if isinstance(x, _jax.Tracer) and _has_ended(x):
+        if isinstance(x, _jax.Tracer) and x._trace is not here and _has_ended(x):
             raise problems.tracer_left(walk.graph.label(i), x)
     for number, node in enumerate(walk.nodes):
         for place, (entry, value) in enumerate(zip(node.entries, node.values, strict=True)):
@@ -259,6 +262,6 @@ def _end(session: Session, walk: Walk) -> None:
     ended = [Ended(walk.graph, i, aval) for i, aval in enumerate(walk.avals)]
     for node in walk.nodes:
         if node.with_leaves and id(node.object) in session.own:
-            node.fill([value_of(e, ended.__getitem__, walk.object_of) for e in node.entries])
+            node.fill(walk.values_of(node.entries, ended))
     session.walk = None
     session.roots = []

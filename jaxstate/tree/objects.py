@@ -218,13 +218,17 @@ def _mapping(cls: type) -> Any:
 
 def put(x: Any, names: Any, keys: Any, i: int, value: Any) -> None:
     """Sets the part number ``i`` of an object whose parts are at ``names`` and ``keys``."""
+    cls = type(x)
+    if cls is dict or cls is list:
+        x[i if cls is list else keys[i]] = value
+        return
     if i < len(names):
         put_attribute(x, names[i], value)
         return
     i -= len(names)
-    items = layout_of(type(x)).items
+    items = layout_of(cls).items
     if items is dict:
-        _mapping(type(x)).__setitem__(x, keys[i], value)
+        _mapping(cls).__setitem__(x, keys[i], value)
     elif items is set:
         raise AssertionError("arrays have no hash")
     else:

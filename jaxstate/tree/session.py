@@ -17,7 +17,7 @@ from jaxstate import _jax
 from jaxstate.arrays.array import Writable, activation, fresh, is_array, snapshot
 from jaxstate.core import slots
 from jaxstate.core.slots import Address, Holder, holders
-from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, NewLeaf, Shape, TreeAddress
+from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, Shape
 from jaxstate.tree.graph import value_of
 from jaxstate.tree.objects import NODE, Blank, fill, kind_of
 from jaxstate.tree.problems import another_structure, structure_changed
@@ -71,7 +71,7 @@ class Session(Holder):
         pass
 
     def knows(self, address: Address) -> bool:
-        return isinstance(address, TreeAddress) and address.level == self.level
+        return address.in_objects and address.level == self.level  # type: ignore[attr-defined]
 
     @property
     def opened_under(self) -> Any:
@@ -79,9 +79,10 @@ class Session(Holder):
         return self.base[0] if self.base else None
 
     def cell(self, address: Any) -> Any:
-        if isinstance(address, LeafAddress):
-            self._check_graph(address)
-        return _Cell(self, address)
+        if not isinstance(address, LeafAddress):
+            return _ChangeCell(self, address)
+        self._check_graph(address)
+        return _LeafCell(self, address)
 
     def is_given(self) -> bool:
         """Whether a function runs that was given the arrays that it uses."""
@@ -110,7 +111,7 @@ class Session(Holder):
         if frame is None or address.number >= len(self.walk.leaves):
             return None
         number = frame.number_of(self.walk.leaves[address.number])
-        return None if number is None else LeafAddress(self.level, frame.walk.graph, number)
+        return None if number is None else frame.address(number)
 
     def aval(self, address: Any) -> Any:
         if isinstance(address, LeafAddress):
@@ -194,11 +195,13 @@ class Session(Holder):
         walk.replace_leaf(number, writable(value))
         n, place = walk.places[number]
         if n < 0:
-            walk.roots[place] = self.roots[place] = walk.value_of(walk.graph.roots[place])
+            (made,) = walk.values_of([walk.graph.roots[place]])
+            walk.roots[place] = self.roots[place] = made
             return
         node = walk.nodes[n]
-        node.values[place] = walk.value_of(node.entries[place])
-        node.put(place, node.values[place])
+        (made,) = walk.values_of([node.entries[place]])
+        node.values[place] = made
+        node.put(place, made)
 
     def map_leaves(self, change: Callable[[Any], Any]) -> None:
         """Puts ``change(array)`` in the place of every array."""
@@ -215,9 +218,9 @@ class Session(Holder):
             self.own.add(id(made))
             walk.replace(n, made)
         for node in walk.nodes:
-            node.values = [walk.value_of(e) for e in node.entries]
+            node.values = walk.values_of(node.entries)
             node.fill(node.values)
-        walk.roots = [walk.value_of(e) for e in walk.graph.roots]
+        walk.roots = walk.values_of(walk.graph.roots)
         self.roots[:] = walk.roots[: len(self.roots)]
         self.detached = walk.roots[len(self.roots) :]
 
@@ -308,8 +311,29 @@ def is_object(x: Any) -> bool:
 # -- Cells -----------------------------------------------------------------------------------
 
 
-class _Cell:
-    """The value of a slot, which is in the objects."""
+class _LeafCell:
+    """The value of an array, which is in the objects."""
+
+    __slots__ = ("address", "session")
+
+    def __init__(self, session: Session, address: LeafAddress) -> None:
+        self.session = session
+        self.address = address
+
+    @property
+    def value(self) -> Any:
+        return self.session.get(self.address.number)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        session, renewed = self.session, self.address.renewed_objects
+        if renewed and session.renewed is not renewed:
+            session.renew(renewed)
+        session.set(self.address.number, value)
+
+
+class _ChangeCell:
+    """What is written when the structure of the objects changes."""
 
     __slots__ = ("address", "session")
 
@@ -319,21 +343,14 @@ class _Cell:
 
     @property
     def value(self) -> Any:
-        if not isinstance(self.address, LeafAddress):
-            raise structure_changed(self.address.label)
-        return self.session.get(self.address.number)
+        raise structure_changed(self.address.label)
 
     @value.setter
     def value(self, value: Any) -> None:
-        session, address = self.session, self.address
-        if isinstance(address, Shape):
-            session.begin_change(address.change)
-        elif isinstance(address, NewLeaf):
-            session.add_leaf(address.number, value)
+        if isinstance(self.address, Shape):
+            self.session.begin_change(self.address.change)
         else:
-            if address.renewed_objects and session.renewed is not address.renewed_objects:
-                session.renew(address.renewed_objects)
-            session.set(address.number, value)
+            self.session.add_leaf(self.address.number, value)
 
 
 # -- The sessions of a thread ----------------------------------------------------------------

@@ -121,7 +121,10 @@ class Walk:
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
         self._find_referents()
         records = [self._record(node) for node in self.nodes]
-        places = tuple([(n, self._rank(n, place)) for n, place in self.places])
+        ranks = [node.ranks for node in self.nodes]
+        places = tuple(
+            [(n, ranks[n][i] if n >= 0 and ranks[n] else i) for n, i in self.places]  # type: ignore[index]
+        )
         self.graph = Graph(tuple(records), tuple(entries), tuple(self.avals), places)
         self._before = None
         self._clock = 0 if before is None else before._clock + 1
@@ -151,7 +154,9 @@ class Walk:
         cls = type(x)
         if cls is str or x is None:
             return (STATIC, Static(x))
-        if _jax.is_plain_array(x) or isinstance(x, (jax.Array, _jax.Tracer)):
+        if cls in _jax.plain_arrays:
+            return self._leaf(x, x.aval, node, place)
+        if isinstance(x, (jax.Array, _jax.Tracer)):
             return self._leaf(x, _jax.typeof(x), node, place)
         if isinstance(x, _NUMBERS) and not static:
             aval = None if isinstance(x, np.ndarray) and x.dtype == object else _jax.type_of(x)
@@ -292,11 +297,12 @@ class Walk:
             other = node.copy(node.object)
             walk.nodes.append(other)
             if put and node.with_leaves:
-                for i in node.with_leaves:
-                    other.values[i] = self._with(node.entries[i], leaves)
+                made = self.values_of([node.entries[i] for i in node.with_leaves], leaves)
+                for i, value in zip(node.with_leaves, made, strict=True):
+                    other.values[i] = value
                 other.fill(other.values)
         walk.roots = [
-            self._with(e, leaves) if put and has_leaves(e) else r
+            self.values_of([e], leaves)[0] if put and has_leaves(e) else r
             for e, r in zip(self.graph.roots, self.roots, strict=True)
         ]
         return walk
@@ -307,9 +313,9 @@ class Walk:
         walk.nodes = [node.copy(objects.Blank.of(node.object).make()) for node in self.nodes]
         walk._memo = {id(node.object): n for n, node in enumerate(walk.nodes)}
         for node in walk.nodes:
-            node.values = [walk.value_of(entry) for entry in node.entries]
+            node.values = walk.values_of(node.entries)
             node.fill(node.values)
-        walk.roots = [walk.value_of(entry) for entry in self.graph.roots]
+        walk.roots = walk.values_of(self.graph.roots)
         return walk
 
     def _like(self, leaves: list[Any]) -> Walk:
@@ -321,17 +327,15 @@ class Walk:
         walk.nodes = []
         return walk
 
-    def _with(self, entry: Entry, leaves: list[Any]) -> Any:
-        return (
-            leaves[entry[1]]
-            if entry[0] is LEAF
-            else value_of(entry, leaves.__getitem__, self.object_of)
-        )
-
     # -- What stands where -------------------------------------------------------------------
 
-    def value_of(self, entry: Entry) -> Any:
-        return value_of(entry, self.leaves.__getitem__, self.object_of)
+    def values_of(self, entries: Sequence[Entry], leaves: list[Any] | None = None) -> list[Any]:
+        """What entries stand for, with these arrays or others."""
+        arrays = self.leaves if leaves is None else leaves
+        return [
+            arrays[e[1]] if e[0] is LEAF else value_of(e, arrays.__getitem__, self.object_of)
+            for e in entries
+        ]
 
     def object_of(self, number: int) -> Any:
         return self.nodes[number].object
@@ -373,7 +377,7 @@ def can_hold(old: Any, value: Any, found: Any) -> bool:
 def fitted(value: Any, aval: Any) -> Any:
     """The array that a number in the place of an array of type ``aval`` stands for."""
     found = getattr(value, "aval", None)
-    if found is not None and not getattr(found, "weak_type", False):
+    if found is aval or (found is not None and not getattr(found, "weak_type", False)):
         return value
     if isinstance(value, (bool, int, float, complex)) or getattr(value, "weak_type", False):
         array = _jax.as_array(value)
