@@ -9,6 +9,7 @@ import contextlib
 import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax._src import dispatch, dtypes, pjit, stages
 from jax._src.interpreters import partial_eval as pe
@@ -132,8 +133,13 @@ def may_share_memory(x: Any) -> bool:
 def like_copy(x: Any) -> Any:
     """A computed array that differs from ``x`` in nothing but its memory; None if there is none."""
     copy = jnp.copy(x)
-    is_like = copy.aval == x.aval and copy.committed == x.committed and copy.format == x.format
-    return copy if is_like else None
+    if x.committed and not _is_like(copy, x):  # an operation gives its sharding in another spelling
+        copy = jax.device_put(x, x.sharding, may_alias=False)
+    return copy if _is_like(copy, x) else None
+
+
+def _is_like(a: Any, b: Any) -> bool:
+    return a.aval == b.aval and a.committed == b.committed and a.format == b.format
 
 
 def primal_of(x: Any) -> Any:

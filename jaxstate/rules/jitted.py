@@ -18,9 +18,9 @@ holder itself remembers what such a call found in it (`slots.Holder.remembered`)
 
 What a call writes in a large cell (`refs.KeptCell`), it writes in the memory of the old value if
 nothing else has that: the operand is donated. Otherwise a copy is. So there is one program, and no
-second compilation when the program begins or ends to hold a value. The old value is taken out of
-the cell for no longer than JAX's C++ dispatch runs, which knows the executable then: a call for
-which a function is to be traced or compiled gets copies, and changes nothing if it fails.
+second compilation when somebody begins or ends to hold a value. The old value is out of its cell
+for no longer than JAX's C++ dispatch runs (`_Donation`): a call for which the function is to be
+traced or compiled gets copies, and changes nothing if it fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -208,29 +207,13 @@ def _forget(fun: Any) -> None:
 _jax.wrap_clear_cache(_forget, _calls.clear)
 
 
-class _Trial(threading.local):
-    """The operands of a call that may be made only if there is an executable for it: since a holder
-    remembers it, and has not recalled it yet, or since they are taken out of their cells."""
+class _Recalled(threading.local):
+    """The operands of a call that a holder remembers, and has not recalled yet."""
 
     values: Any = None
 
 
-_trial = _Trial()
-
-
-class _on_trial:
-    """While the call with such operands is made."""
-
-    __slots__ = ("_outer", "_values")
-
-    def __init__(self, values: Any) -> None:
-        self._values = values
-
-    def __enter__(self) -> None:
-        self._outer, _trial.values = _trial.values, self._values
-
-    def __exit__(self, *_: object) -> None:
-        _trial.values = self._outer
+_recalled = _Recalled()
 
 
 class _StateOfCall(NamedTuple):
@@ -321,47 +304,23 @@ class _ThreadedCall:
     def _try_large(self, cells: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """The same where cells are large: what the call writes, it writes in the memory of what was
         there, or of a copy of it."""
-        donated = () if _results_are_checked() else self._donated
-        with writing if donated else nullcontext():
-            values = [c.peek() if type(c) is KeptCell else c.value for c in cells[: self._n_in]]
-            done: list[Any] = []
-            try:
-                donates = bool(donated) and self._take(donated, cells, values, done)
-                pairs = zip(cells[: self._n_in], values, strict=True)
-                before = [c.kept if type(c) is KeptCell else value for c, value in pairs]
-                run = self._run_donating if donates else self._run
-                with _on_trial(values) if donates else nullcontext():
-                    append_result(done, partial(run, values, *args, **kwargs))
-            except _OtherStateError:
-                return NotImplemented
-            except Exception as error:
-                for i in donated:
-                    if cells[i].kept is None and values[i].is_deleted():
+        which = () if _results_are_checked() else self._donated
+        run = self._run_donating if which else self._run
+        try:
+            with _Donation(cells[: self._n_in], which, self._carried) as donation:
+                done = donation.done
+                try:
+                    append_result(done, partial(run, donation.values, *args, **kwargs))
+                except Exception as error:
+                    for i in donation.lost():
                         error.add_note(_lost(self._slots[i]))
-                raise
-            finally:
-                if done:
-                    self._keep(cells, before, done[0][1])
-                for i in donated:
-                    cells[i].put_back()
+                    raise
+                finally:
+                    if done:
+                        self._keep(cells, donation.before, done[0][1])
+        except _OtherStateError:
+            return NotImplemented
         return done[0][0]
-
-    def _take(
-        self, which: Sequence[int], cells: Sequence[Any], values: list[Any], done: list[Any]
-    ) -> bool:
-        """Takes values out of their cells, or copies of those whose memory something else has.
-
-        False if that cannot be; then nothing is taken.
-        """
-        for i in which:
-            if not cells[i].take(Taken(values, i, done, self._carried.index(i))):
-                copy = _jax.like_copy(values[i])
-                if copy is None:
-                    for j in which:
-                        cells[j].put_back()
-                    return False
-                values[i] = copy
-        return True
 
     def _keep(self, cells: Sequence[Any], before: Sequence[Any], written: Sequence[Any]) -> None:
         """Writes the cells, unless another one has written them meanwhile."""
@@ -389,6 +348,7 @@ class _ThreadedCall:
             return self._run, values
         copies = {i: _jax.like_copy(values[i]) for i in self._donated}
         if None in copies.values():
+            self._donated = ()
             return self._run, values
         return self._run_donating, [copies.get(i, value) for i, value in enumerate(values)]
 
@@ -419,11 +379,13 @@ class _ThreadedCall:
         for i, cell in others.items():
             values.insert(i, cell.value)
         del values[self._n_in :]
+        _recalled.values = values
         try:
-            with _on_trial(values):
-                results, written = self._run(values, *args, **kwargs)
+            results, written = self._run(values, *args, **kwargs)
         except _OtherStateError:
             return NotImplemented
+        finally:
+            _recalled.values = None
         for i in self._carried:
             value = others[i].value if i in others else now[numbers[self._ranks[i]]]
             if value is not values[i]:
@@ -489,8 +451,10 @@ class _ThreadedCall:
         donated: Sequence[int] = (),
     ) -> _jax.JitCall:
         """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
-        if _trial.values is values:  # to trace the function would look at cells and their holder
+        if _recalled.values is values:  # to trace the function would look at what the holder knows
             raise _OtherStateError
+        if _donations.last is not None and _donations.last.values is values:
+            _donations.last.give_back()
         call = jitted.infer(args, kwargs)
         if _looks_at_operands(call) or _state_of_call(call) != self._state:
             raise _OtherStateError
@@ -510,6 +474,87 @@ class _ThreadedCall:
             names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
             out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
         )
+
+
+class _Donation:
+    """The operands of a call. Those at ``which`` are donated: they are taken out of their cells, or
+    are copies, if something else has their memory.
+
+    Attributes:
+      values: the operands.
+      before: what the cells hold until they are written.
+      done: what the call returns, when it has.
+    """
+
+    def __init__(self, cells: Sequence[Any], which: Sequence[int], carried: range) -> None:
+        self.which = which
+        self.values: list[Any] = []
+        self.before: list[Any] = []
+        self.done: list[Any] = []
+        self._cells = cells
+        self._carried = carried
+        self._is_locked = False
+
+    def __enter__(self) -> _Donation:
+        self._outer, _donations.last = _donations.last, self
+        if self.which:
+            writing.acquire()
+            self._is_locked = True
+        try:
+            cells = self._cells
+            self.values[:] = [c.peek() if type(c) is KeptCell else c.value for c in cells]
+            for i in self.which:
+                rank = self._carried.index(i)
+                if not cells[i].take(Taken(self.values, i, self.done, rank)):
+                    self._copy(i)
+            self._note_before()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _donations.last = self._outer
+        self._end()
+
+    def give_back(self) -> None:
+        """Goes on with copies of what is taken."""
+        taken = [i for i in self.which if self._cells[i].kept is None]
+        self._end()
+        for i in taken:
+            self._copy(i)
+        self._note_before()
+
+    def lost(self) -> list[int]:
+        """Of what there is no value any more, if the call has failed."""
+        taken = [i for i in self.which if self._cells[i].kept is None]
+        return [i for i in taken if self.values[i].is_deleted()]
+
+    def _copy(self, i: int) -> None:
+        copy = _jax.like_copy(self.values[i])
+        if copy is None:
+            raise _OtherStateError
+        self.values[i] = copy
+
+    def _note_before(self) -> None:
+        pairs = zip(self._cells, self.values, strict=True)
+        self.before = [c.kept if type(c) is KeptCell else value for c, value in pairs]
+
+    def _end(self) -> None:
+        for i in self.which:
+            self._cells[i].put_back()
+        if self._is_locked:
+            self._is_locked = False
+            writing.release()
+
+
+class _Donations(threading.local):
+    """The donation of the innermost call in progress."""
+
+    last: _Donation | None = None
+
+
+_donations = _Donations()
 
 
 def _lost(address: Address) -> str:
