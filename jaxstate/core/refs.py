@@ -68,7 +68,9 @@ class Kept:
 
     @property
     def value(self) -> Any:
-        value = self.peek()
+        value = self.kept
+        if value is None:
+            value = self.peek()
         self.is_own = False  # (After that: another thread may have written it.)
         return value
 

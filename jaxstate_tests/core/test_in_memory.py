@@ -173,6 +173,32 @@ def test_memory_of_an_eager_write_in_an_in_place_function():
     assert len(set(pointers)) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_operands_of_several_types_in_turns(kind):
+    """JAX's dispatch knows both after the first call, and keeps no value of a call it did not."""
+    state, traces = kind(jnp.asarray(start())), []
+
+    @jax.jit
+    def f(i, xs):
+        traces.append(1)
+        state.set(i, xs.sum())
+
+    operands = [jnp.ones(2), jnp.ones(3), np.ones(4, np.int32)]
+    for i, xs in enumerate(operands):
+        held = state.read()
+        f(i, xs)
+        assert held[i] == i
+    assert len(traces) == 3
+    f(0, operands[0])
+    memory = where(state)
+    for _ in range(2):
+        for i, xs in enumerate(operands):
+            f(i, xs)
+            assert where(state) == memory
+    assert len(traces) == 3
+    np.testing.assert_array_equal(state.read(), [2, 3, 4, *range(3, N)])
+
+
 def test_several_slots_of_one_call():
     slots = [new_slot(jnp.zeros(N)) for _ in range(2)] + [new_slot(0.0)]
 
