@@ -190,7 +190,11 @@ class Program:
             value = Value(aval, lean(np.asarray(when, np.int32)))
             value.operation, value.place = operation, place
             operation.outs.append(value)
-        return operation.outs
+        # What has no elements depends on nothing.
+        return [
+            self.constant(jnp.zeros(x.shape, x.dtype)) if 0 in x.shape else x
+            for x in operation.outs
+        ]
 
     def _fixed(self, eqn: Any, ins: list[Value]) -> list[Value]:
         """Runs what does not depend on the input; what can be known of it while tracing is."""

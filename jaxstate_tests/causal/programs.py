@@ -322,6 +322,14 @@ def solved(x):
     return read_out(y + jnp.linalg.solve(matrix + h[:, :, None] * 0.1, h[:, :, None])[..., 0])
 
 
+def without_elements(x):
+    """Parts of an array that have none; and one row several times, of an array with one row."""
+    h = embedded(x)
+    first = jnp.concatenate([h[:0].reshape(0, 2, 2).sum(1).sum(1), shifted(x)])
+    once = jnp.broadcast_to(h[:, None], (len(x), 1, 4))[:, jnp.zeros(3, int)]
+    return jnp.sin(first) + h[:, :0].reshape(len(x), 0, 3).sum((1, 2)) + read_out(once)
+
+
 def associative(x):
     return jnp.sin(jax.lax.associative_scan(lambda a, b: a * 0.9 + b, shifted(x))) + 0.3
 
@@ -351,6 +359,6 @@ CAUSAL = {
         loop_over_layers, loop_over_heads, recurrent, loops_without_time, branches, calls, dilated,
         strided, each_channel, unpadded, pooled, lagging, moved, beside_time, second_axis, table,
         products, masked_sums, running, running_from_the_end,
-        running_in_pairs, solved, associative, special, random_numbers,
+        running_in_pairs, without_elements, solved, associative, special, random_numbers,
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Random causal functions: operations on features of shape (n, 3), one after the other.
 
-Each operation keeps the order of time: row i of its result depends on rows up to i. What it works on
-is the last value, which is then mixed with an earlier one.
+Each operation keeps the order of time: row i of its result depends on rows up to i. It works on the
+last value, and the result is mixed with an earlier one.
 """
 
 import random
