@@ -301,8 +301,6 @@ def places_in_group(
     for n, table in zip(new, region, strict=True):
         rows = np.arange(n)[None] if table is None else table.rows
         flat = (flat[:, :, None] * n + rows[:, None, :]).reshape(max(len(flat), len(rows)), -1)
-    if len(old) == 0:
-        return []
     tables: list[Table | None] = []
     again = np.zeros((1, 1), np.int64)
     for d, n in enumerate(old):

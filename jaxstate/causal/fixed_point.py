@@ -136,12 +136,12 @@ def _culprit(y: Value) -> str | None:
     while stack:
         value = stack.pop()
         operation = value.operation
-        if value in seen or operation is None:
+        if value in seen or operation is None or not value.stamps.size:
             continue
         seen.add(value)
         stack += operation.ins
         mixes = value.stamps.min() == most and any(
-            x.stamps.min() < most for x in operation.ins if x.depends
+            x.stamps.min() < most for x in operation.ins if x.depends and x.stamps.size
         )
         if mixes and (found is None or operation.number < found.number):
             found = operation

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxstate.causal.knowledge import Facts, latest, mixed, placed
 from jaxstate.causal.program import Operation, run_equation
-from jaxstate.causal.regions import Region, only
+from jaxstate.causal.regions import Region, only, without
 from jaxstate.causal.rule import Rule
 
 
@@ -63,6 +63,25 @@ def all_but(axes: Callable[[Any, int], Sequence[int]]) -> Mixing:
 
 MATRICES = Mixing(lambda op: range(max(len(x.shape) for x in op.ins) - 2))
 WHOLE = Mixing(lambda op: ())
+
+
+class TriangularSolve(Rule):
+    """Of a matrix and a right-hand side, each of whose columns (or rows) is solved for itself."""
+
+    def _mixed(self, op: Operation) -> tuple[list[int], list[int]]:
+        """The axes of the matrix and those of the right-hand side that are mixed."""
+        n = len(op.ins[0].shape)
+        return [n - 2, n - 1], [n - 2 if op.params["left_side"] else n - 1]
+
+    def stamps(self, op: Operation) -> list[np.ndarray]:
+        parts = [mixed(x.stamps, d) for x, d in zip(op.ins, self._mixed(op), strict=True)]
+        return [latest(parts, len(op.avals[0].shape))]
+
+    def compute(self, op: Operation, run: Any, place: int, region: Region) -> Any:
+        mixes = self._mixed(op)
+        args = [run.pull(x, without(region, axes)) for x, axes in zip(op.ins, mixes, strict=True)]
+        [out] = op.bind(args)
+        return run.clock.take(out, only(region, mixes[1]))
 
 
 NEUTRAL = {

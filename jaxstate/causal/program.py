@@ -25,6 +25,7 @@ CALLS = {
     "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
     "xla_metadata_call", "composite",
 }  # fmt: skip
+RUNNING = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
 _NOT_ASKED = object()
 MOST_TURNS = 256  # of a loop that becomes the operations in it
 
@@ -174,6 +175,8 @@ class Program:
             return self._branches(params["branches"], ins)
         if name == "scan":
             return self._scan(eqn, ins)
+        if name in RUNNING and params["reverse"]:
+            return self._from_the_end(eqn, ins)
         if eqn.effects:
             raise NotCausalError(_effect(Operation(eqn, params, ins, ())))
         return self.add(Operation(eqn, params, ins, [v.aval for v in eqn.outvars]))
@@ -187,7 +190,11 @@ class Program:
             value = Value(aval, lean(np.asarray(when, np.int32)))
             value.operation, value.place = operation, place
             operation.outs.append(value)
-        return operation.outs
+        # What has no elements depends on nothing.
+        return [
+            self.constant(jnp.zeros(x.shape, x.dtype)) if 0 in x.shape else x
+            for x in operation.outs
+        ]
 
     def _fixed(self, eqn: Any, ins: list[Value]) -> list[Value]:
         """Runs what does not depend on the input; what can be known of it while tracing is."""
@@ -209,6 +216,15 @@ class Program:
                 operation.rule = operation.rule or self.rule_of(operation)
                 value.operation, value.place = operation, place
         return outs
+
+    def _from_the_end(self, eqn: Any, ins: list[Value]) -> list[Value]:
+        """A running sum from the end, of what may run from the end itself."""
+        axis, params = eqn.params["axis"], {**eqn.params, "reverse": False}
+
+        def turned(x: Any) -> Any:
+            return jnp.flip(eqn.primitive.bind(jnp.flip(x, axis), **params), axis)
+
+        return self.call(turned, *ins)
 
     def _branches(self, branches: Sequence[Any], ins: list[Value]) -> list[Value]:
         """The branch that is taken, if that is known; else both, and a selection."""

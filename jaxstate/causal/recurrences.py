@@ -33,7 +33,7 @@ class Cumulative(Rule):
     def advance(self, op: Operation, run: Any, boxes: Sequence[Region]) -> list[Any]:
         axis, x, region = op.params["axis"], op.ins[0], boxes[0]
         out = run.buffers[op.outs[0]]
-        for column, before, is_first in turns(region[axis]):
+        for column, before, is_first in turns(region[axis], x.shape[axis]):
             here = tuple(column if d == axis else t for d, t in enumerate(region))
             last = run.clock.take(
                 out, tuple(before if d == axis else t for d, t in enumerate(region))
@@ -45,21 +45,23 @@ class Cumulative(Rule):
 
 
 def cumulative(combine: Callable[[Any, Any], Any]) -> Callable[[Operation], Rule]:
+    """The rule of a running sum from the start; one from the end is turned round before."""
+
     def rule(op: Operation) -> Rule:
-        moves = op.ins[0].stamps.shape[op.params["axis"]] > 1
-        if op.params["reverse"] or not moves:
+        if op.ins[0].stamps.shape[op.params["axis"]] == 1:
             return all_but(lambda p, ndim: [p["axis"]])
         return Cumulative(combine)
 
     return rule
 
 
-def turns(table: Table | None) -> list[tuple[Table, Table, np.ndarray]]:
-    """For the indices of a table, one after the other: it, that before, whether it is the first."""
-    assert table is not None, "what moves along an axis has a table for it"
+def turns(table: Table | None, size: int) -> list[tuple[Table, Table, np.ndarray]]:
+    """For the indices of a table, or all of an axis of that size, one after the other: it, that
+    before, whether it is the first."""
+    every = np.arange(size)[None] if table is None else table.rows
     return [
         (Table(rows), Table(np.maximum(rows - 1, 0)), (rows == 0).reshape(len(rows)))
-        for rows in np.split(table.rows, table.size, axis=1)
+        for rows in np.split(every, every.shape[1], axis=1)
     ]
 
 
@@ -82,7 +84,7 @@ class LoopOverTime(Rule):
         init, xs = op.ins[:carried], op.ins[carried:]
         outs = [run.buffers[x] for x in op.outs]
         starts = [run.pull(x, (None,) * len(x.shape)) for x in init]
-        for column, before, is_first in turns(boxes[0][0]):
+        for column, before, is_first in turns(boxes[0][0], op.params["length"]):
             first = run.clock.lookup(is_first)
             carry = [
                 jnp.where(first, start, run.clock.take(h, at(before, h))[0])

@@ -16,7 +16,15 @@ from jaxstate.causal.indices import (
     dynamic_update_slice_rule,
     scatter_rule,
 )
-from jaxstate.causal.mixing import MATRICES, WHOLE, Mixing, Product, Reduction, all_but
+from jaxstate.causal.mixing import (
+    MATRICES,
+    WHOLE,
+    Mixing,
+    Product,
+    Reduction,
+    TriangularSolve,
+    all_but,
+)
 from jaxstate.causal.program import Operation
 from jaxstate.causal.recurrences import cumulative
 from jaxstate.causal.rule import Rule
@@ -48,7 +56,7 @@ SCATTERS = {
 }  # fmt: skip
 OF_MATRICES = {
     "cholesky", "cholesky_update", "eig", "eigh", "householder_product", "lu", "qr", "svd",
-    "triangular_solve", "tridiagonal_solve",
+    "tridiagonal_solve",
 }  # fmt: skip
 COLLECTIVES = {"pmax", "pmin", "psum", "psum_invariant"}
 
@@ -96,6 +104,7 @@ RULES: dict[str, Rule | Callable[[Operation], Rule]] = {
     "tile": Copies(copies.of_tile),
     "top_k": all_but(lambda p, ndim: [p.get("axis", ndim - 1)]),
     "transpose": Copies(copies.of_transpose),
+    "triangular_solve": TriangularSolve(),
     "unstack": Copies(copies.of_unstack),
 }
 

@@ -301,6 +301,35 @@ def running(x):
     return jnp.sin(sums.sum(0)) + jax.lax.cumlogsumexp(h) * 0.1 + jnp.cumsum(embedded(x), 1)[:, 1]
 
 
+def running_from_the_end(x):
+    """What comes first is at the end; what is summed there comes last."""
+    h = jnp.flip(embedded(x), 0)
+    h = jax.lax.cumsum(h, reverse=True) * 0.1 + jax.lax.cummax(h, reverse=True)
+    return jnp.flip(read_out(h), 0)
+
+
+def running_in_pairs(x):
+    """Several elements of a running sum are new at once; in the shortest sequence, all."""
+    h = jnp.repeat(embedded(x)[::2], 2, axis=0)
+    _, y = jax.lax.scan(lambda c, h: (jnp.tanh(c + h), c), jnp.zeros(4), h)
+    return read_out(jax.lax.cumprod(jnp.cos(h)) + jax.lax.cumlogsumexp(h) + y)
+
+
+def solved(x):
+    """A linear system for each time, whose right-hand sides are the columns of a matrix."""
+    h, matrix = embedded(x), weights(5, 4, 4) + 2 * jnp.eye(4)
+    y = jnp.linalg.solve(matrix, h.T).T + jax.scipy.linalg.solve_triangular(matrix, h.T).T
+    return read_out(y + jnp.linalg.solve(matrix + h[:, :, None] * 0.1, h[:, :, None])[..., 0])
+
+
+def without_elements(x):
+    """Parts of an array that have none; and one row several times, of an array with one row."""
+    h = embedded(x)
+    first = jnp.concatenate([h[:0].reshape(0, 2, 2).sum(1).sum(1), shifted(x)])
+    once = jnp.broadcast_to(h[:, None], (len(x), 1, 4))[:, jnp.zeros(3, int)]
+    return jnp.sin(first) + h[:, :0].reshape(len(x), 0, 3).sum((1, 2)) + read_out(once)
+
+
 def associative(x):
     return jnp.sin(jax.lax.associative_scan(lambda a, b: a * 0.9 + b, shifted(x))) + 0.3
 
@@ -329,6 +358,7 @@ CAUSAL = {
         padded_attention, attention_to_a_prefix, attention_in_blocks, rotated_attention,
         loop_over_layers, loop_over_heads, recurrent, loops_without_time, branches, calls, dilated,
         strided, each_channel, unpadded, pooled, lagging, moved, beside_time, second_axis, table,
-        products, masked_sums, running, associative, special, random_numbers,
+        products, masked_sums, running, running_from_the_end,
+        running_in_pairs, without_elements, solved, associative, special, random_numbers,
     )
 }  # fmt: skip

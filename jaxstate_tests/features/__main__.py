@@ -1,0 +1,3 @@
+from jaxstate_tests.features.table import table
+
+print(*table(), sep="\n")
