@@ -14,6 +14,8 @@ sys.path.insert(0, str(root))
 shutil.rmtree(here / "notebooks", ignore_errors=True)
 shutil.copytree(root / "notebooks", here / "notebooks", ignore=shutil.ignore_patterns("*.ipynb"))
 
+from docutils import nodes  # noqa: E402
+
 import jaxstate  # noqa: E402
 
 project = "jaxstate"
@@ -54,5 +56,18 @@ def _docstring_to_rst(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def _long_names_may_break(app, doctree, docname):
+    """In tables: ``UnsupportedPrimitiveError`` may go on in the next line, before a capital."""
+    for cell in doctree.findall(nodes.entry):
+        for text in list(cell.findall(nodes.Text)):
+            parts = re.findall(r".[^A-Z]*", text.astext(), flags=re.S)
+            if len(text.astext()) > 12 and " " not in text.astext() and len(parts) > 1:
+                new = [nodes.Text(parts[0])]
+                for part in parts[1:]:
+                    new += [nodes.raw("", "<wbr>", format="html"), nodes.Text(part)]
+                text.parent.replace(text, new)
+
+
 def setup(app):
+    app.connect("doctree-resolved", _long_names_may_break)
     app.connect("autodoc-process-docstring", _docstring_to_rst, priority=400)  # before napoleon

@@ -38,10 +38,7 @@ def statements(path):
 
 FILES = [path for path in PAGES if python_source(path).strip()]
 # A comment below what prints is what it prints.
-SHOW_OUTPUT = [
-    ROOT / "docs" / f"{name}.md"
-    for name in ("index", "quickstart", "recipes", "gallery", "coming_from", "faq")
-]
+SHOW_OUTPUT = [path for path in FILES if path.parent == ROOT / "docs"]
 
 
 def comment_after(lines, number):
