@@ -14,10 +14,12 @@ sys.path.insert(0, str(root))
 shutil.rmtree(here / "notebooks", ignore_errors=True)
 shutil.copytree(root / "notebooks", here / "notebooks", ignore=shutil.ignore_patterns("*.ipynb"))
 
+from docutils import nodes  # noqa: E402
+
 import jaxstate  # noqa: E402
 
 project = "jaxstate"
-author = "the jaxstate authors"
+author = copyright = "the jaxstate authors"
 version = release = jaxstate.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -36,7 +38,9 @@ nb_execution_timeout = 300
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_class_signature = "separated"  # what nobody calls is not shown
+autodoc_class_signature = "separated"
+autodoc_default_options = {"exclude-members": "__init__, __new__"}  # nobody calls them
+autodoc_type_aliases = {name: name for name in ("ArrayLike", "DTypeLike", "KeyLike", "Keys")}
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -54,5 +58,27 @@ def _docstring_to_rst(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def _as_written(app, what, name, obj, options, signature, annotation):
+    """Aliases have their names, and an argument that is there to be refused is not shown."""
+    if signature:
+        signature = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature)
+        signature = re.sub(r"\*nothing[^,)]*", "", signature)
+    return signature, annotation
+
+
+def _long_names_may_break(app, doctree, docname):
+    """In tables: ``UnsupportedPrimitiveError`` may go on in the next line."""
+    for cell in doctree.findall(nodes.entry):
+        for text in list(cell.findall(nodes.Text)):
+            parts = re.split(r"(?<=[a-z]{8})(?=[A-Z])|(?=Error$)", text.astext())
+            if len(text.astext()) > 12 and len(parts) > 1:
+                new = [nodes.Text(parts[0])]
+                for part in parts[1:]:
+                    new += [nodes.raw("", "<wbr>", format="html"), nodes.Text(part)]
+                text.parent.replace(text, new)
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", _as_written)
+    app.connect("doctree-resolved", _long_names_may_break)
     app.connect("autodoc-process-docstring", _docstring_to_rst, priority=400)  # before napoleon

@@ -23,7 +23,7 @@ import optax
 import jaxstate
 
 WIDTH, HEADS, LAYERS, LENGTH = 128, 4, 4, 96
-STEPS, BATCH, LEARNING_RATE, DROPOUT = 1200, 16, 3e-3, 0.1
+STEPS, BATCH, LEARNING_RATE, DROPOUT = 600, 32, 3e-3, 0.1
 
 # The characters, as numbers. What is not ASCII is a question mark.
 text = "\n".join(topics[name] for name in sorted(topics))
@@ -139,7 +139,7 @@ def writer(prompt, length, temperature):
     return jnp.concatenate([prompt[:1], characters])
 
 
-def write(params, key, prompt, length=LENGTH, temperature=0.6):
+def write(params, key, prompt, length=LENGTH, temperature=0.8):
     """A text that starts with ``prompt``."""
     prompt = np.searchsorted(letters, np.frombuffer(prompt.encode(), np.uint8)).astype(np.int32)
     _, caches = writer.init_with_state(key, prompt, length, temperature)

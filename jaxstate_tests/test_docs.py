@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 
 import pytest
@@ -37,11 +38,12 @@ def statements(path):
 
 
 FILES = [path for path in PAGES if python_source(path).strip()]
-# A comment below what prints is what it prints.
-SHOW_OUTPUT = [
+FIRST_STEPS = [
     ROOT / "docs" / f"{name}.md"
     for name in ("index", "quickstart", "recipes", "gallery", "coming_from", "faq")
 ]
+# A comment below what prints is what it prints.
+SHOW_OUTPUT = [path for path in FILES if path.parent == ROOT / "docs"]
 
 
 def comment_after(lines, number):
@@ -70,7 +72,16 @@ def test_examples_run(path, capsys, monkeypatch, tmp_path):
             assert shown == printed, f"{path.name}, line {statement.lineno}"
 
 
-@pytest.mark.parametrize("path", SHOW_OUTPUT, ids=lambda p: p.name)
+@pytest.mark.leaks_allowed("NetKet keeps what it has traced")
+def test_the_recipe_for_netket():
+    pytest.importorskip("netket", reason="NetKet is large, and no other test needs it")
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    imports = page.partition("```python\n")[2].partition("```")[0]
+    [program] = re.findall("^```py\n(.*?)^```", page, flags=re.M | re.S)
+    exec(imports + program, {})
+
+
+@pytest.mark.parametrize("path", FIRST_STEPS, ids=lambda p: p.name)
 def test_a_page_says_how_to_install_what_it_imports(path):
     installed = {"jax", "jaxstate", "numpy", *sys.stdlib_module_names}
     for line in re.findall(r"^pip install (.*)$", path.read_text(), flags=re.M):
@@ -123,6 +134,16 @@ def test_by_copying_from_the_front_page_to_a_model_that_is_trained_saved_and_loa
         printed = run(f"python -W error {program.name}", tmp_path).splitlines()
         assert [line.rstrip() for line in printed] == shown
     assert (tmp_path / "net.safetensors").is_file()
+
+
+def test_the_source_distribution_has_what_the_tests_read():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        targets = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]
+    included = {name.strip("/") for name in targets["sdist"]["include"]} | {"pyproject.toml"}
+    tests = "".join(path.read_text() for path in (ROOT / "jaxstate_tests").rglob("*.py"))
+    read = set(re.findall(r"(?:ROOT|parents\[[12]\]) / [\"']([\w.]+)", tests))
+    assert {"README.md", "docs"} <= read
+    assert read <= included
 
 
 def test_the_readme_has_an_example():

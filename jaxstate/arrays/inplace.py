@@ -108,14 +108,27 @@ To mend it:
     y = jnp.sort(x)          # for a function of NumPy"""
 
 
+_IF = """\
+A traced value decides nothing in Python.
+To mend it:
+    x[i] = jnp.where(condition, a, b)     # for an if that chooses a value
+    jax.lax.cond(condition, f, g)         # for one that writes: f and g may write arrays
+    jax.lax.while_loop(test, body, None)  # for while; both find the arrays around them"""
+
+
 def _note_numpy(error: Exception) -> None:
-    """NumPy was given a tracer: as an array, an index, or the value of an element."""
+    """Says what JAX has for what a program in the style of NumPy has tried with a tracer."""
     is_element = isinstance(error, ValueError) and isinstance(
         error.__cause__, jax.errors.ConcretizationTypeError
     )
-    is_refused = is_element or isinstance(error, jax.errors.TracerArrayConversionError)
-    if is_refused and _NUMPY not in getattr(error, "__notes__", ()):
-        error.add_note(_NUMPY)
+    if is_element or isinstance(error, jax.errors.TracerArrayConversionError):
+        note = _NUMPY
+    elif isinstance(error, jax.errors.TracerBoolConversionError):
+        note = _IF
+    else:
+        return
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def array(x: Any, dtype: Any = None) -> jax.Array:
