@@ -137,7 +137,8 @@ def compare(model, n):
     assert (again == found).all(), "only one sequence has x == f(x)"
     per_element, naive = 1e3 * seconds / n, 1e3 * naive_seconds
     print(
-        f"{n:6}{flops:20,}{naive_flops:16,}{per_element:18.3f}{naive:11.3f}{naive / per_element:9.0f}x",
+        f"{n:6}{flops:20,}{naive_flops:16,}"
+        f"{per_element:18.3f}{naive:11.3f}{naive / per_element:9.0f}x",
         flush=True,
     )
 
