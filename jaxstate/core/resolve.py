@@ -135,13 +135,14 @@ class Notes:
       refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
       lane_tables: see `_lanes`.
-      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then.
+      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then. (What is open
+        may be closed before the construction ends, and is not kept.)
     """
 
     __slots__ = ("around", "extra", "lane_tables", "refreshed", "values", "written")
 
     def __init__(self) -> None:
-        self.around: tuple[Holder, Any, Boundaries] | None = None
+        self.around: tuple[Holder, weakref.ref[Any], Boundaries] | None = None
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.written: set[Address] = set()
@@ -367,12 +368,14 @@ def boundaries(holder: Holder) -> Boundaries:
     n = 1
     while n < len(found) and _jax.jaxpr_around(found[n - 1]) is found[n]:
         n += 1
-    outer: Boundaries | None = None
+    known = None
     for i in reversed(range(n)):
-        outer = _known_boundaries(found[i], holder, here) or Boundaries(found[i:], outer)
-        notes_of(found[i]).around = holder, here, outer
-    assert outer is not None
-    return outer
+        outer, known = known, _known_boundaries(found[i], holder, here)
+        if known is None:
+            known = Boundaries(found[i:], outer)
+            notes_of(found[i]).around = holder, weakref.ref(here), known
+    assert known is not None
+    return known
 
 
 def _known_boundaries(trace: Any, holder: Holder, here: Any) -> Boundaries | None:
@@ -380,7 +383,9 @@ def _known_boundaries(trace: Any, holder: Holder, here: Any) -> Boundaries | Non
     if not isinstance(trace, _jax.StagingTrace) or _jax.is_finished(trace):
         return None
     around = notes_of(trace).around
-    return None if around is None or around[0] is not holder or around[1] is not here else around[2]
+    if around is None or around[0] is not holder or around[1]() is not here:
+        return None
+    return around[2]
 
 
 def _find_boundaries(holder: Holder, trace: Any) -> list[Any]:
@@ -416,12 +421,13 @@ def _find_boundaries(holder: Holder, trace: Any) -> list[Any]:
 
 def boundary_of(holder: Holder) -> Any:
     """The innermost boundary between here and the holder, or None."""
-    return next(iter(boundaries(holder)), None)
+    around = boundaries(holder)
+    return around[0] if around else None
 
 
 def innermost_boundary() -> Any:
     """The innermost boundary of all, or None."""
-    return next(iter(boundaries(_OUTERMOST)), None)
+    return boundary_of(_OUTERMOST)
 
 
 # Stands for a holder that is outside of all.

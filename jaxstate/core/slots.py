@@ -383,7 +383,7 @@ class OpenHere:
       found: what callers note.
     """
 
-    __slots__ = ("found", "signature")
+    __slots__ = ("__weakref__", "found", "signature")
 
     def __init__(self, signature: Hashable) -> None:
         self.signature = signature

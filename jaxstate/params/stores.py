@@ -449,7 +449,7 @@ class ApplyStore(Store):
             guess((*path, *leaf.path), len(leaf.path) + 1, aval)
             for leaf, aval in zip(wanted.leaves, wanted.avals, strict=True)
         ]
-        return wanted._replace(avals=tuple(avals))
+        return wanted if tuple(avals) == wanted.avals else wanted._replace(avals=tuple(avals))
 
     def _given_leaves(
         self, address: EntryAddress, path: Path, wanted: Spec
@@ -466,7 +466,9 @@ class ApplyStore(Store):
             leaves, structure = flattened(found, wanted.tree)
             if not same_structure(structure, wanted.tree):
                 raise self._other_structure(address, path, found, wanted)
-        avals = [self._types.get(id(leaf)) or _type_of(leaf) for leaf in leaves]
+        avals = [
+            leaf.aval if type(leaf) in _jax.plain_arrays else _type_of(leaf) for leaf in leaves
+        ]
         if type in map(type, avals):
             raise self._other_structure(address, path, found, wanted)
         return list(zip(leaves, avals, strict=True))
@@ -487,13 +489,14 @@ class ApplyStore(Store):
         scope = self._scopes.get((kind, path))
         if scope is not None:
             return scope
-        known = next((n for n in range(len(path), 0, -1) if (kind, path[:n]) in self._scopes), 0)
-        scope = self._scopes[kind, path[:known]] if known else self._given[kind]
-        for n in range(known, len(path) + 1):
-            scope = scope.get(path[n - 1]) if n > known else scope
-            if not isinstance(scope, Mapping):
-                return None
-            self._scopes[kind, path[:n]] = scope
+        if not path:
+            scope = self._given[kind]
+        else:
+            around = self._scope(kind, path[:-1])
+            scope = None if around is None else around.get(path[-1])
+        if type(scope) is not dict and not isinstance(scope, Mapping):
+            return None
+        self._scopes[kind, path] = scope
         return scope
 
 
@@ -561,7 +564,7 @@ class _InOtherTypes:
 
 def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool) -> Cell:
     """``is_stored`` says whether the value is of the type of what is stored of it."""
-    if not is_stored or not _jax.is_plain_array(value):
+    if not is_stored or type(value) not in _jax.plain_arrays:
         value = address.as_stored(value)
     entry.initial[leaf] = value
     cell = entry.cells[leaf] = Cell(value)
@@ -748,4 +751,6 @@ def _with_dicts(tree: Any, of_all_mappings: bool = True) -> Any:
 
 def _type_of(x: Any) -> Any:
     """The type of an array; of anything else, its class."""
+    if type(x) in _jax.plain_arrays:
+        return x.aval
     return _jax.typeof(x) if _jax.is_array_like(x) else type(x)
