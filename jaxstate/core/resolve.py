@@ -34,6 +34,7 @@ from jaxstate.core.slots import (
     Holder,
     Lane,
     any_open,
+    any_stacked,
     open_here,
     stack,
     where_unused,
@@ -358,6 +359,8 @@ class Boundaries(list):
 def boundaries(holder: Holder) -> Boundaries:
     """What stands between here and the holder."""
     trace, here = _jax.current_trace(), open_here()
+    if trace is _jax.eval_trace and not any_stacked():
+        return Boundaries(())
     known = _known_boundaries(trace, holder, here)
     if known is not None:
         return known

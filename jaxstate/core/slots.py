@@ -423,6 +423,11 @@ def holders() -> Iterator[Holder]:
     return reversed(_thread.stack)
 
 
+def any_stacked() -> bool:
+    """Whether this thread has open holders."""
+    return bool(_thread.stack)
+
+
 def any_open() -> bool:
     """Whether this thread has state: open holders, or slots that it has made or used."""
     return bool(_thread.stack or _thread.loose)

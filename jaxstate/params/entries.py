@@ -332,7 +332,8 @@ def home_of(boundary: Any) -> FrameId:
 
 def current_home() -> FrameId | None:
     """The home of what is made here; None outside of any jaxpr under construction."""
-    for trace in _jax.chain(_jax.current_trace()):
+    here = _jax.current_trace()
+    for trace in () if here is _jax.eval_trace else _jax.chain(here):
         if isinstance(trace, _jax.StagingTrace):
             return home_of(trace)
     return None

@@ -235,13 +235,13 @@ class ApplyStore(Store):
         self._guesses: dict[str, _Guess] = {}
         self._leaves, tree = jax.tree.flatten(self._given)
         kinds = set(map(type, self._leaves))
-        if any(issubclass(kind, Mapping) for kind in kinds):  # a mapping that is no pytree
-            self._given = _with_dicts(self._given, of_all_mappings=False)
+        self._may_recall = _jax.are_concrete_arrays(kinds)
+        if not self._may_recall and any(issubclass(kind, Mapping) for kind in kinds):
+            self._given = _with_dicts(self._given, of_all_mappings=False)  # they are no pytrees
             self._leaves, tree = jax.tree.flatten(self._given)
         self._tree = tree
         self.numbered = self._leaves.copy()
         self._known: _Known | None = None
-        self._may_recall = _jax.are_concrete_arrays(kinds)
         if self._may_recall:
             self._leaf_types, self._signature = _types_of_arrays(writable, tree, self._leaves)
         else:
