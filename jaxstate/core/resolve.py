@@ -135,14 +135,17 @@ class Notes:
       written: the slots that the jaxpr wrote.
       refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
+      place: where the program was when it first wrote one, for all such equations: nobody sees
+        them, and to look takes long.
       lane_tables: see `_lanes`.
       around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then. (What is open
         may be closed before the construction ends, and is not kept.)
     """
 
-    __slots__ = ("around", "extra", "lane_tables", "refreshed", "values", "written")
+    __slots__ = ("around", "extra", "lane_tables", "place", "refreshed", "values", "written")
 
     def __init__(self) -> None:
+        self.place: Any = None
         self.around: tuple[Holder, weakref.ref[Any], Boundaries] | None = None
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
@@ -847,7 +850,7 @@ def _read_staged(address: Address, trace: Any) -> Any:
         captured, place = [], _jax.current_place()
         if not address.threaded:
             captured.append(_jax.new_const(trace, StateTracer(key, aval), aval, place))
-        if address.may_be_written:
+        if address.threaded or address.may_be_written:
             params = dict(address=key, aval=aval, version=address.version())
             (value,) = _jax.emit(trace, read_p, captured, [aval], params, {state_effect}, place)
         else:
@@ -945,6 +948,8 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
     In a shard_map it depends on what the slot holds around that jaxpr: a derivative sums over
     devices where a value that does not vary becomes one that does.
     """
+    if _jax.abstract_mesh().empty:
+        return address.aval()
     aval = _jax.type_in_jaxpr(trace, address.aval())
     parent = _jax.parent_of(trace)
     if not address.has_axes or parent is None or not _jax.device_axes():
@@ -958,9 +963,9 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
 
 
 def _write_staged(address: Address, trace: Any, value: Any) -> None:
-    key = address.seen_from(trace)
-    params, place = dict(address=key), _jax.current_place()
-    _jax.emit(trace, write_p, (value,), [], params, {state_effect}, place)
-    notes = notes_of(trace)
+    notes, key = notes_of(trace), address.seen_from(trace)
+    if notes.place is None:
+        notes.place = _jax.current_place()
+    _jax.emit(trace, write_p, (value,), [], dict(address=key), {state_effect}, notes.place)
     notes.values[key] = value
     notes.written.add(key)

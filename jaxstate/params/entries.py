@@ -540,21 +540,24 @@ class Store(Holder):
 
     def located(self, address: EntryAddress) -> Located:
         here = self.is_here()
-        layers = self.own_layers if here else self.layers()
         if here and address.place is None and not address.levels:
-            path = (*self.scopes.own_path(layers), address.name)
-        elif here and address.place is _OUTSIDE:
-            path = (*layers.path_of(address.levels), address.name)
-        else:
-            path = self.path(layers, address)
-        return Located(here, layers, path)
-
-    def path(self, layers: NameTables, address: EntryAddress) -> Path:
-        return (*layers.path_of(self._above(address) + address.levels), address.name)
-
-    def _above(self, address: EntryAddress) -> tuple[PathElement, ...]:
-        """The levels around the place that an address is relative to."""
+            path = (*self.scopes.own_path(self.own_layers), address.name)
+            return Located(here, self.own_layers, path)
+        if here and address.place is _OUTSIDE:
+            path = (*self.own_layers.path_of(address.levels), address.name)
+            return Located(here, self.own_layers, path)
         around = boundaries(self)
+        layers = self.own_layers if here else self._layers_of(around)
+        return Located(here, layers, self.path(layers, address, around))
+
+    def path(
+        self, layers: NameTables, address: EntryAddress, around: Boundaries | None = None
+    ) -> Path:
+        above = self._above(address, boundaries(self) if around is None else around)
+        return (*layers.path_of(above + address.levels), address.name)
+
+    def _above(self, address: EntryAddress, around: Boundaries) -> tuple[PathElement, ...]:
+        """The levels around the place that an address is relative to."""
         if address.place is None:
             return self.scopes.inside(None, *around)
         for i, boundary in enumerate(around):

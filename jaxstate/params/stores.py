@@ -401,6 +401,9 @@ class ApplyStore(Store):
         """What is in the cells of a variable; as it was given what is in none."""
         given = self._scope("variable", path[:-1])[path[-1]]
         assert entry.expected is not None
+        if entry.expected.is_array:
+            value = entry.cells[ONLY_LEAF].value
+            return given if value is entry.initial[ONLY_LEAF] else _jax.in_mesh(value)
         leaves, tree = flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
