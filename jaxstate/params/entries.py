@@ -165,7 +165,7 @@ class EntryAddress(Address):
     def aval(self) -> Any:
         if self.home is None and self.wanted is not None:
             return self.wanted  # the program has declared it, here
-        return self.store().aval(self)
+        return super().aval()
 
     @property
     def is_recalled(self) -> bool:  # type: ignore[override]
