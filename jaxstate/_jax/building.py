@@ -101,7 +101,7 @@ def builds_jaxpr(outside: Any, inside: Any) -> bool:
     """Whether what runs under the trace ``inside`` builds a jaxpr, which ``outside`` does not."""
     known = list(chain(outside))
     for trace in chain(inside):
-        if any(trace is t for t in known):
+        if trace in known:
             return False
         if isinstance(trace, StagingTrace):
             return True

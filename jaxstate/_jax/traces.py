@@ -81,7 +81,7 @@ def chain(trace: Any) -> Iterator[Any]:
     """The traces from ``trace`` outwards."""
     while trace is not None:
         yield trace
-        trace = parent_of(trace)
+        trace = getattr(trace, "parent_trace", None)
 
 
 class TransparentTrace(core.Trace):

@@ -373,10 +373,13 @@ def is_typed_key(x: Any) -> bool:
     return hasattr(x, "dtype") and dtypes.issubdtype(x.dtype, dtypes.prng_key)
 
 
+_globals_of_initializers = vars(initializers)
+
+
 def is_standard_initializer(init: Any) -> bool:
     """Whether ``init(key, shape, ...)`` is one of `jax.nn.initializers`: its first argument is the
     shape of what it makes. (``functools.wraps`` may give any other the same ``__module__``.)"""
-    return getattr(init, "__globals__", None) is vars(initializers)
+    return getattr(init, "__globals__", None) is _globals_of_initializers
 
 
 def children_of(x: Any) -> Sequence[Any] | None:

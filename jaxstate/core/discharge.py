@@ -771,25 +771,21 @@ def _one_use_per_bind(
     has_state: Callable[[dict[str, Any]], bool],
     runs_jaxprs: bool = True,
 ) -> Callable[..., Any]:
-    def bind_around(args: Any, params: Any) -> Any:
-        for around in around_binds:
-            return around(bind, args, params)
-        return bind(*args, **params)
-
     def one_bind(*args: Any, **params: Any) -> Any:
         if not any_known():
             return bind(*args, **params)
         _binds.depth += runs_jaxprs
+        uses = None
         try:
-            if StateTracer not in map(type, args) and not has_state(params):
-                return bind_around(args, params)
-            uses = begin_use(args)
-            try:
-                return bind_around(args, params)
-            finally:
-                end_use(uses)
+            if StateTracer in map(type, args) or has_state(params):
+                uses = begin_use(args)
+            for around in around_binds:
+                return around(bind, args, params)
+            return bind(*args, **params)
         finally:
             _binds.depth -= runs_jaxprs
+            if uses is not None:
+                end_use(uses)
 
     return one_bind
 

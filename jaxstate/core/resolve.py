@@ -34,6 +34,7 @@ from jaxstate.core.slots import (
     Holder,
     Lane,
     any_open,
+    any_stacked,
     open_here,
     stack,
     where_unused,
@@ -134,14 +135,18 @@ class Notes:
       written: the slots that the jaxpr wrote.
       refreshed: what captures of slots, as operands, are here, see `read_since`.
       extra: what clients note, by their own keys.
+      place: where the program was when it first wrote one, for all such equations: nobody sees
+        them, and to look takes long.
       lane_tables: see `_lanes`.
-      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then.
+      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then. (What is open
+        may be closed before the construction ends, and is not kept.)
     """
 
-    __slots__ = ("around", "extra", "lane_tables", "refreshed", "values", "written")
+    __slots__ = ("around", "extra", "lane_tables", "place", "refreshed", "values", "written")
 
     def __init__(self) -> None:
-        self.around: tuple[Holder, Any, Boundaries] | None = None
+        self.place: Any = None
+        self.around: tuple[Holder, weakref.ref[Any], Boundaries] | None = None
         self.lane_tables: dict[int, Any] = {}
         self.values: dict[Address, Any] = {}
         self.written: set[Address] = set()
@@ -357,6 +362,8 @@ class Boundaries(list):
 def boundaries(holder: Holder) -> Boundaries:
     """What stands between here and the holder."""
     trace, here = _jax.current_trace(), open_here()
+    if trace is _jax.eval_trace and not any_stacked():
+        return Boundaries(())
     known = _known_boundaries(trace, holder, here)
     if known is not None:
         return known
@@ -367,12 +374,14 @@ def boundaries(holder: Holder) -> Boundaries:
     n = 1
     while n < len(found) and _jax.jaxpr_around(found[n - 1]) is found[n]:
         n += 1
-    outer: Boundaries | None = None
+    known = None
     for i in reversed(range(n)):
-        outer = _known_boundaries(found[i], holder, here) or Boundaries(found[i:], outer)
-        notes_of(found[i]).around = holder, here, outer
-    assert outer is not None
-    return outer
+        outer, known = known, _known_boundaries(found[i], holder, here)
+        if known is None:
+            known = Boundaries(found[i:], outer)
+            notes_of(found[i]).around = holder, weakref.ref(here), known
+    assert known is not None
+    return known
 
 
 def _known_boundaries(trace: Any, holder: Holder, here: Any) -> Boundaries | None:
@@ -380,7 +389,9 @@ def _known_boundaries(trace: Any, holder: Holder, here: Any) -> Boundaries | Non
     if not isinstance(trace, _jax.StagingTrace) or _jax.is_finished(trace):
         return None
     around = notes_of(trace).around
-    return None if around is None or around[0] is not holder or around[1] is not here else around[2]
+    if around is None or around[0] is not holder or around[1]() is not here:
+        return None
+    return around[2]
 
 
 def _find_boundaries(holder: Holder, trace: Any) -> list[Any]:
@@ -416,12 +427,13 @@ def _find_boundaries(holder: Holder, trace: Any) -> list[Any]:
 
 def boundary_of(holder: Holder) -> Any:
     """The innermost boundary between here and the holder, or None."""
-    return next(iter(boundaries(holder)), None)
+    around = boundaries(holder)
+    return around[0] if around else None
 
 
 def innermost_boundary() -> Any:
     """The innermost boundary of all, or None."""
-    return next(iter(boundaries(_OUTERMOST)), None)
+    return boundary_of(_OUTERMOST)
 
 
 # Stands for a holder that is outside of all.
@@ -838,7 +850,7 @@ def _read_staged(address: Address, trace: Any) -> Any:
         captured, place = [], _jax.current_place()
         if not address.threaded:
             captured.append(_jax.new_const(trace, StateTracer(key, aval), aval, place))
-        if address.may_be_written:
+        if address.threaded or address.may_be_written:
             params = dict(address=key, aval=aval, version=address.version())
             (value,) = _jax.emit(trace, read_p, captured, [aval], params, {state_effect}, place)
         else:
@@ -936,6 +948,8 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
     In a shard_map it depends on what the slot holds around that jaxpr: a derivative sums over
     devices where a value that does not vary becomes one that does.
     """
+    if _jax.abstract_mesh().empty:
+        return address.aval()
     aval = _jax.type_in_jaxpr(trace, address.aval())
     parent = _jax.parent_of(trace)
     if not address.has_axes or parent is None or not _jax.device_axes():
@@ -949,9 +963,9 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
 
 
 def _write_staged(address: Address, trace: Any, value: Any) -> None:
-    key = address.seen_from(trace)
-    params, place = dict(address=key), _jax.current_place()
-    _jax.emit(trace, write_p, (value,), [], params, {state_effect}, place)
-    notes = notes_of(trace)
+    notes, key = notes_of(trace), address.seen_from(trace)
+    if notes.place is None:
+        notes.place = _jax.current_place()
+    _jax.emit(trace, write_p, (value,), [], dict(address=key), {state_effect}, notes.place)
     notes.values[key] = value
     notes.written.add(key)

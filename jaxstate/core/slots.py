@@ -383,7 +383,7 @@ class OpenHere:
       found: what callers note.
     """
 
-    __slots__ = ("found", "signature")
+    __slots__ = ("__weakref__", "found", "signature")
 
     def __init__(self, signature: Hashable) -> None:
         self.signature = signature
@@ -421,6 +421,11 @@ on_open: list[Callable[[], None]] = []
 def holders() -> Iterator[Holder]:
     """The open holders of this thread, innermost first."""
     return reversed(_thread.stack)
+
+
+def any_stacked() -> bool:
+    """Whether this thread has open holders."""
+    return bool(_thread.stack)
 
 
 def any_open() -> bool:

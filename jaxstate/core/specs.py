@@ -246,7 +246,7 @@ _INT = frozenset([int])
 
 
 def _is_shape(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and _INT.issuperset(map(type, x))
+    return (type(x) is tuple or isinstance(x, (tuple, list))) and _INT.issuperset(map(type, x))
 
 
 @functools.lru_cache(16)

@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxstate import _jax
 from jaxstate.core.initializers import TracedInit
@@ -106,16 +106,17 @@ class EntryAddress(Address):
         self.wanted: Any = None
         self.place: FrameId | None = None
         self._hash: int | None = None  # and with it `_meaning`, once somebody asks
+        self._seen: tuple[Any, Any, EntryAddress] | None = None  # see `seen_from`
 
     def having(self, **changes: Any) -> Any:
         """A copy with other attributes."""
         new = object.__new__(type(self))
-        new.__dict__ = {**self.__dict__, **changes, "_hash": None}
+        new.__dict__ = {**self.__dict__, **changes, "_hash": None, "_seen": None}
         return new
 
     def place_at(self, place: FrameId | None, levels: tuple[PathElement, ...]) -> None:
         """Makes a new address relative to another place."""
-        self.place, self.levels, self._hash = place, levels, None
+        self.place, self.levels, self._hash, self._seen = place, levels, None, None
 
     def leaves(self, spec: Spec, traced_init: TracedInit | None) -> list[Any]:
         """The addresses of the leaves of an entry of that form; its own, if there is only one."""
@@ -164,7 +165,7 @@ class EntryAddress(Address):
     def aval(self) -> Any:
         if self.home is None and self.wanted is not None:
             return self.wanted  # the program has declared it, here
-        return self.store().aval(self)
+        return super().aval()
 
     @property
     def is_recalled(self) -> bool:  # type: ignore[override]
@@ -177,14 +178,19 @@ class EntryAddress(Address):
     def seen_from(self, boundary: Any) -> EntryAddress:
         store = self.store()
         boundary = None if boundary is store else boundary
-        home = home_of(boundary)
-        levels, place = self.levels, self.place
+        home, run = home_of(boundary), store.run
+        levels, place, seen = self.levels, self.place, self._seen
         if place is None:
             levels = store.scopes.inside(boundary) + levels
+        elif seen is not None and seen[0] is home and seen[1] is run:
+            return seen[2]
         elif place is home:
             place = None
-        levels = tuple([level.inside(home, store.run) for level in levels])
-        return self.having(levels=levels, place=place, home=home)
+        levels = tuple([level.inside(home, run) for level in levels])
+        new = self.having(levels=levels, place=place, home=home)
+        if self.place is not None:
+            self._seen = home, run, new
+        return new
 
     def _is_made_anew(self) -> bool:
         """Whether a module on the way to it is made by every use of the jaxpr it stands in."""
@@ -326,7 +332,8 @@ def home_of(boundary: Any) -> FrameId:
 
 def current_home() -> FrameId | None:
     """The home of what is made here; None outside of any jaxpr under construction."""
-    for trace in _jax.chain(_jax.current_trace()):
+    here = _jax.current_trace()
+    for trace in () if here is _jax.eval_trace else _jax.chain(here):
         if isinstance(trace, _jax.StagingTrace):
             return home_of(trace)
     return None
@@ -403,7 +410,7 @@ class Entry:
         return entry
 
 
-class Located(NamedTuple):
+class Located:
     """Where an address is, seen from the program.
 
     Attributes:
@@ -412,12 +419,15 @@ class Located(NamedTuple):
       path: of the entry, among these.
     """
 
-    here: bool
-    layers: NameTables
-    path: Path
+    __slots__ = ("here", "layers", "path")  # (a NamedTuple takes longer to make)
+
+    def __init__(self, here: bool, layers: NameTables, path: Path) -> None:
+        self.here = here
+        self.layers = layers
+        self.path = path
 
 
-class Use(NamedTuple):
+class Use:
     """One use of a parameter or variable by the program.
 
     Attributes:
@@ -426,9 +436,12 @@ class Use(NamedTuple):
       entry: the entry, if the store is here (`Store.is_here`) and has the cells of all leaves.
     """
 
-    spec: Spec
-    addresses: list[Any]
-    entry: Entry | None
+    __slots__ = ("addresses", "entry", "spec")
+
+    def __init__(self, spec: Spec, addresses: list[Any], entry: Entry | None) -> None:
+        self.spec = spec
+        self.addresses = addresses
+        self.entry = entry
 
     def values(self) -> list[Any]:
         """The current values of the leaves."""
@@ -464,6 +477,11 @@ class Store(Holder):
         names = NameTable()
         names.paths[self.root] = ()
         return names
+
+    @functools.cached_property
+    def own_layers(self) -> NameTables:
+        """The names that are visible where no boundary is around the program."""
+        return NameTables([self.layer])
 
     def knows(self, address: Address) -> bool:
         return isinstance(address, EntryAddress)
@@ -522,21 +540,24 @@ class Store(Holder):
 
     def located(self, address: EntryAddress) -> Located:
         here = self.is_here()
-        layers = NameTables((self.layer,)) if here else self.layers()
         if here and address.place is None and not address.levels:
-            path = (*self.scopes.own_path(layers), address.name)
-        elif here and address.place is _OUTSIDE:
-            path = (*layers.path_of(address.levels), address.name)
-        else:
-            path = self.path(layers, address)
-        return Located(here, layers, path)
-
-    def path(self, layers: NameTables, address: EntryAddress) -> Path:
-        return (*layers.path_of(self._above(address) + address.levels), address.name)
-
-    def _above(self, address: EntryAddress) -> tuple[PathElement, ...]:
-        """The levels around the place that an address is relative to."""
+            path = (*self.scopes.own_path(self.own_layers), address.name)
+            return Located(here, self.own_layers, path)
+        if here and address.place is _OUTSIDE:
+            path = (*self.own_layers.path_of(address.levels), address.name)
+            return Located(here, self.own_layers, path)
         around = boundaries(self)
+        layers = self.own_layers if here else self._layers_of(around)
+        return Located(here, layers, self.path(layers, address, around))
+
+    def path(
+        self, layers: NameTables, address: EntryAddress, around: Boundaries | None = None
+    ) -> Path:
+        above = self._above(address, boundaries(self) if around is None else around)
+        return (*layers.path_of(above + address.levels), address.name)
+
+    def _above(self, address: EntryAddress, around: Boundaries) -> tuple[PathElement, ...]:
+        """The levels around the place that an address is relative to."""
         if address.place is None:
             return self.scopes.inside(None, *around)
         for i, boundary in enumerate(around):
@@ -594,7 +615,7 @@ class Store(Holder):
         cell = entry.cells.get(address.leaf)
         if cell is None:
             # Its name is given out by the store, whatever jaxprs are around the program.
-            path = place.path if place.here else self.path(NameTables([self.layer]), address)
+            path = place.path if place.here else self.path(self.own_layers, address)
             cell = self.new_cell(entry, address, path)
         return cell
 

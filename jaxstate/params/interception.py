@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from jaxstate.core.slots import Address, Holder, holders, open_holder, signature_changed
+from jaxstate.core.slots import Address, Holder, holders, open_here, open_holder, signature_changed
 from jaxstate.params.paths import program
 from jaxstate.params.places import following, path_of
 
@@ -143,11 +143,15 @@ def _identity(hook: Any) -> Any:
 
 def interceptions(kind: str) -> list[_Interception]:
     """Those that calls of that kind come to, in the order in which they are called."""
-    return [
-        holder
-        for holder in holders()
-        if isinstance(holder, _Interception) and holder.active and kind in holder.hooks
-    ]
+    found = open_here().found
+    key = _Interception, kind
+    if key not in found:
+        found[key] = [
+            holder
+            for holder in holders()
+            if isinstance(holder, _Interception) and holder.active and kind in holder.hooks
+        ]
+    return found[key]
 
 
 def intercepted(

@@ -24,8 +24,8 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ContextDecorator, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ContextDecorator, ExitStack
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
@@ -583,7 +583,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self._check_dict(state, "the variables", fix, how)
 
     def _check_dict(self, given: Any, what: str, fix: str, how: str = "apply") -> None:
-        if not isinstance(given, Mapping):
+        if type(given) is not dict and not isinstance(given, Mapping):
             aval = _jax.type_of(given)
             found = type(given).__name__ if aval is None else aval.str_short()
             if isinstance(given, tuple) and len(given) == 2:
@@ -743,12 +743,25 @@ def _writable(mutable: Any) -> bool | frozenset[str]:
     return frozenset(mutable)
 
 
-@contextmanager
-def _open_streams(streams: Mapping[str, Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, key in streams.items():
-            stack.enter_context(rng_stream(key, name))
-        yield
+class _open_streams:
+    """Opens random streams: name -> key."""
+
+    __slots__ = ("_opened", "_streams")
+
+    def __init__(self, streams: Mapping[str, Any]) -> None:
+        self._streams = streams
+        self._opened: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        if self._streams:
+            with ExitStack() as opened:
+                for name, key in self._streams.items():
+                    opened.enter_context(rng_stream(key, name))
+                self._opened = opened.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._opened is not None:
+            self._opened.__exit__(*error)
 
 
 def _not_all_were_made(base: Path, n: int, of: int) -> Exception:

@@ -522,7 +522,7 @@ class Entered:
         return self.boundary if self.boundary is not None or store is None else store.place
 
     def __enter__(self) -> None:
-        if not _jax.at_top_level():
+        if _jax.current_trace() is not _jax.eval_trace:
             self._name_operations()
         if self.entries is not None:
             self.entries.append(self)
@@ -550,8 +550,7 @@ class Entered:
         elif self.entries is None:  # the network itself, which is in no path
             name = "" if program.entries else self.level.base
         else:
-            here = self.boundary is None
-            names = NameTables([self.store.layer]) if here else self.store.layers()
+            names = self.store.own_layers if self.boundary is None else self.store.layers()
             self.title = names.title_of(self.title, self.level)
             name = self.title[-1] if self.title else ""
         if name:

@@ -235,13 +235,13 @@ class ApplyStore(Store):
         self._guesses: dict[str, _Guess] = {}
         self._leaves, tree = jax.tree.flatten(self._given)
         kinds = set(map(type, self._leaves))
-        if any(issubclass(kind, Mapping) for kind in kinds):  # a mapping that is no pytree
-            self._given = _with_dicts(self._given, of_all_mappings=False)
+        self._may_recall = _jax.are_concrete_arrays(kinds)
+        if not self._may_recall and any(issubclass(kind, Mapping) for kind in kinds):
+            self._given = _with_dicts(self._given, of_all_mappings=False)  # they are no pytrees
             self._leaves, tree = jax.tree.flatten(self._given)
         self._tree = tree
         self.numbered = self._leaves.copy()
         self._known: _Known | None = None
-        self._may_recall = _jax.are_concrete_arrays(kinds)
         if self._may_recall:
             self._leaf_types, self._signature = _types_of_arrays(writable, tree, self._leaves)
         else:
@@ -401,6 +401,9 @@ class ApplyStore(Store):
         """What is in the cells of a variable; as it was given what is in none."""
         given = self._scope("variable", path[:-1])[path[-1]]
         assert entry.expected is not None
+        if entry.expected.is_array:
+            value = entry.cells[ONLY_LEAF].value
+            return given if value is entry.initial[ONLY_LEAF] else _jax.in_mesh(value)
         leaves, tree = flattened(given, entry.expected.tree)
         for leaf, cell in entry.cells.items():
             if cell.value is not entry.initial[leaf]:
@@ -449,7 +452,7 @@ class ApplyStore(Store):
             guess((*path, *leaf.path), len(leaf.path) + 1, aval)
             for leaf, aval in zip(wanted.leaves, wanted.avals, strict=True)
         ]
-        return wanted._replace(avals=tuple(avals))
+        return wanted if tuple(avals) == wanted.avals else wanted._replace(avals=tuple(avals))
 
     def _given_leaves(
         self, address: EntryAddress, path: Path, wanted: Spec
@@ -466,7 +469,9 @@ class ApplyStore(Store):
             leaves, structure = flattened(found, wanted.tree)
             if not same_structure(structure, wanted.tree):
                 raise self._other_structure(address, path, found, wanted)
-        avals = [self._types.get(id(leaf)) or _type_of(leaf) for leaf in leaves]
+        avals = [
+            leaf.aval if type(leaf) in _jax.plain_arrays else _type_of(leaf) for leaf in leaves
+        ]
         if type in map(type, avals):
             raise self._other_structure(address, path, found, wanted)
         return list(zip(leaves, avals, strict=True))
@@ -487,13 +492,14 @@ class ApplyStore(Store):
         scope = self._scopes.get((kind, path))
         if scope is not None:
             return scope
-        known = next((n for n in range(len(path), 0, -1) if (kind, path[:n]) in self._scopes), 0)
-        scope = self._scopes[kind, path[:known]] if known else self._given[kind]
-        for n in range(known, len(path) + 1):
-            scope = scope.get(path[n - 1]) if n > known else scope
-            if not isinstance(scope, Mapping):
-                return None
-            self._scopes[kind, path[:n]] = scope
+        if not path:
+            scope = self._given[kind]
+        else:
+            around = self._scope(kind, path[:-1])
+            scope = None if around is None else around.get(path[-1])
+        if type(scope) is not dict and not isinstance(scope, Mapping):
+            return None
+        self._scopes[kind, path] = scope
         return scope
 
 
@@ -561,7 +567,7 @@ class _InOtherTypes:
 
 def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool) -> Cell:
     """``is_stored`` says whether the value is of the type of what is stored of it."""
-    if not is_stored or not _jax.is_plain_array(value):
+    if not is_stored or type(value) not in _jax.plain_arrays:
         value = address.as_stored(value)
     entry.initial[leaf] = value
     cell = entry.cells[leaf] = Cell(value)
@@ -748,4 +754,6 @@ def _with_dicts(tree: Any, of_all_mappings: bool = True) -> Any:
 
 def _type_of(x: Any) -> Any:
     """The type of an array; of anything else, its class."""
+    if type(x) in _jax.plain_arrays:
+        return x.aval
     return _jax.typeof(x) if _jax.is_array_like(x) else type(x)

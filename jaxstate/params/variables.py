@@ -593,7 +593,7 @@ def variable(
             types = tuple(map(_jax.typeof, use.values()))
         if types != use.spec.avals:
             addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
-            use = use._replace(spec=use.spec._replace(avals=types), addresses=addresses)
+            use = Use(use.spec._replace(avals=types), addresses, use.entry)
         return Variable(name, store, use, metadata)
 
     around = interceptions("variable")
