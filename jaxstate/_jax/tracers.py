@@ -9,6 +9,8 @@ import contextlib
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax._src import dispatch, dtypes, pjit, stages
 from jax._src.interpreters import partial_eval as pe
 
@@ -22,19 +24,22 @@ from jaxstate._jax.names import (
     Tracer,
     Var,
 )
+from jaxstate._jax.types import is_concrete_array
 
 __all__ = [
     "FORWARDING",
     "PERTURBED",
     "TRACER_KINDS",
+    "can_be_donated",
     "content",
     "donates",
     "getitem",
-    "has_numpy_copy",
     "is_constant_of_jaxpr",
     "is_linear_part",
     "is_only_reference",
     "is_same",
+    "like_copy",
+    "may_share_memory",
     "plain_copy",
     "primal_of",
 ]
@@ -83,18 +88,58 @@ def getitem(x: Any, index: Any) -> Any:
     return Tracer.__getitem__(x, index) if isinstance(x, Tracer) else x[index]
 
 
-def has_numpy_copy(x: Any) -> bool:
-    """Whether NumPy code may hold the memory of the array."""
-    return getattr(x, "_npy_value", None) is not None
-
-
-def is_only_reference(held: list[Any]) -> bool:
-    """Whether the list has the only reference to its one element.
+def is_only_reference(held: list[Any], i: int = 0) -> bool:
+    """Whether the list has the only reference to its element ``i``.
 
     How many references the interpreter itself holds is measured, on an element that is alone.
     """
     alone = [object()]
-    return sys.getrefcount(held[0]) == sys.getrefcount(alone[0])
+    return sys.getrefcount(held[i]) == sys.getrefcount(alone[0])
+
+
+def can_be_donated(x: Any) -> bool:
+    """Whether JAX can use the memory of a computed array for a result."""
+    return is_concrete_array(x) and all(d.platform in _DONATING for d in x.sharding.device_set)
+
+
+_DONATING = ("cpu", "gpu", "tpu")
+
+
+def may_share_memory(x: Any) -> bool:
+    """Whether another array may have the memory of ``x``, or somebody outside of JAX.
+
+    `device_put`, `addressable_data` and others give arrays that have, of which ``x`` knows nothing.
+    So all arrays that there are are looked at. On a CPU, JAX itself copies what somebody outside
+    has (a NumPy view, DLPack) when memory is to be used again. Elsewhere that is not known, and
+    between several devices the parts would be to be compared: there the answer is yes.
+    """
+    devices = x.sharding.device_set
+    if len(devices) > 1:
+        return True
+    (device,) = devices
+    if device.platform != "cpu":
+        return True
+    shape, is_alone = x.shape, device.client.device_count() == 1
+    for other in device.client.live_arrays():
+        if is_alone or len(other.sharding.device_set) == 1:
+            is_like = other.shape == shape and other is not x and not other.is_deleted()
+            if is_like and other.unsafe_buffer_pointer() == x.unsafe_buffer_pointer():
+                return True
+        elif other.sharding.shard_shape(other.shape) == shape:  # that part may be ``x``
+            return True
+    return False
+
+
+def like_copy(x: Any) -> Any:
+    """A computed array that differs from ``x`` in nothing but its memory; None if there is none."""
+    copy = jnp.copy(x)
+    if x.committed and not _is_like(copy, x):  # an operation gives its sharding in another spelling
+        copy = jax.device_put(x, x.sharding, may_alias=False)
+    return copy if _is_like(copy, x) else None
+
+
+def _is_like(a: Any, b: Any) -> bool:
+    return a.aval == b.aval and a.committed == b.committed and a.format == b.format
 
 
 def primal_of(x: Any) -> Any:

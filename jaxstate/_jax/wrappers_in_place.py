@@ -34,7 +34,6 @@ __all__ = [
     "wrap_forwarding",
     "wrap_key_arrays",
     "wrap_operands",
-    "wrap_transfers",
     "wrap_what_is_not_traced",
 ]
 
@@ -199,9 +198,3 @@ def wrap_what_is_not_traced(wrap: Wrap) -> None:
 def wrap_device_get(wrap: Wrap) -> None:
     """Puts a wrapper around what `jax.device_get` does with one array."""
     change("jax._src.api:_device_get", wrap, IN_PLACE)
-
-
-def wrap_transfers(wrap: Wrap) -> None:
-    """Wraps `jax.device_put` of leaves: what it does under a trace, and at top level."""
-    change("jax._src.dispatch:device_put_p.bind", wrap, IN_PLACE)
-    change("jax._src.dispatch:_batched_device_put_impl", wrap, IN_PLACE)

@@ -37,8 +37,8 @@ from jaxstate.arrays.masked import MaskedElements, check_fits, mask_in, masked_e
 from jaxstate.arrays.updates import Update, update_at
 from jaxstate.core import discharge, resolve, slots
 from jaxstate.core.capture import nowhere
-from jaxstate.core.refs import Slot, SlotAddress
-from jaxstate.core.slots import Address, Cell, Holder, Lane
+from jaxstate.core.refs import Kept, KeptCell, Slot, SlotAddress, Taken, append_result, writing
+from jaxstate.core.slots import Address, Holder, Lane
 from jaxstate.errors import (
     ClosedStateError,
     CustomRuleStateError,
@@ -132,45 +132,13 @@ def _quiet() -> Iterator[None]:
 
 # -- Buffers ---------------------------------------------------------------------------------
 
-# Held while an array is written: threads may write elements of one array.
-_writing = threading.RLock()
-
 
 def _place() -> Any:
     """The trace that holds the arrays of the code that runs now."""
     return _jax.holding_trace(_jax.current_trace())
 
 
-class _Kept:
-    """Keeps a value that is taken out while it is written, so that its memory can be used again.
-
-    Other threads wait for it then.
-    """
-
-    __slots__ = ()
-
-    kept: Any
-
-    @property
-    def value(self) -> Any:
-        value = self.kept
-        if value is None:
-            with _writing:
-                value = self.kept
-        return value
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        self.kept = value
-
-
-class _ArrayCell(_Kept, Cell):
-    """The cell of a buffer that is a slot."""
-
-    __slots__ = ("kept",)
-
-
-class Buffer(_Kept):
+class Buffer(Kept):
     """The value that a writable array and its views share.
 
     Attributes:
@@ -178,11 +146,11 @@ class Buffer(_Kept):
       home: the trace under which the array was born.
       age: larger than that of what was there before.
       version: counts the writes made at home.
-      is_own: whether nothing but a write has made ``value``.
     """
 
     __slots__ = (
-        "__weakref__", "activation", "age", "home", "is_own", "kept", "made", "slot", "version",
+        "__weakref__", "activation", "age", "home", "is_own", "kept", "made", "slot", "taken",
+        "version",
     )  # fmt: skip
 
     def __init__(self, value: Any, home: Any, age: int, within: Activation | None) -> None:
@@ -194,16 +162,19 @@ class Buffer(_Kept):
         self.made: str | None = None
         self.slot: ArraySlot | None = None
         self.version = 0
-        self.is_own = False
+        self.taken = None
 
     def aval(self) -> Any:
         """The type of the value."""
-        with _writing:
+        with writing:
             slot = self.slot
-            return _jax.typeof(self.value) if slot is None else slot.aval(slot.address)
+            return _jax.typeof(self.kept) if slot is None else slot.aval(slot.address)
 
-    def read(self) -> Any:
-        """The current value, as the current trace sees it."""
+    def read(self, *, to_write: bool = False) -> Any:
+        """The current value, as the current trace sees it.
+
+        ``to_write`` says that neither it nor its memory is handed on.
+        """
         if self.activation is not None and self.activation.ended:
             raise self.activation.escaped()
         here = _jax.current_trace()
@@ -211,7 +182,8 @@ class Buffer(_Kept):
         is_held = self.is_held_elsewhere()
         staged = any(isinstance(t, _jax.StagingTrace) for t in way or ())
         if not is_held and (not way or (self.slot is None and not staged)):
-            value = self.place_of_value().value
+            place = self.place_of_value()
+            value = place.peek() if to_write else place.value
             if value is not None:
                 return value
         self.become_slot()
@@ -230,27 +202,36 @@ class Buffer(_Kept):
                     value = value if way is None else resolve.read(self.slot.address)
             return _jax.canonicalize(value)
 
-    def place_of_value(self) -> Buffer | Cell:
+    def place_of_value(self) -> Kept:
+        """Where the value is at home."""
         return self if self.slot is None else self.slot.cell(self.slot.address)
 
     def write(self, value: Any) -> None:
         here = _jax.current_trace()
-        self.version += 1
-        self.is_own = False
-        if _place() is self.home and not self.is_held_elsewhere():
-            if self.slot is not None:
-                self.slot.address.note_write()
+        if self.is_at_home():
+            self.note_write()
             self.place_of_value().value = value
             return
+        self.version += 1
         self.become_slot()
         assert self.slot is not None
         with _quiet(), _jax.set_current_trace(here):
             resolve.write(self.slot.address, value)
 
+    def is_at_home(self) -> bool:
+        """Whether the program sees the value where it is kept."""
+        return _place() is self.home and not self.is_held_elsewhere()
+
+    def note_write(self) -> None:
+        """To be called for every write at home."""
+        self.version += 1
+        if self.slot is not None:
+            self.slot.address.note_write()
+
     def state(self) -> Any:
         """Equal as long as nothing was written."""
-        if self.slot is None and _place() is self.home:
-            return self.version
+        if self.is_at_home():
+            return self.version if self.slot is None else self.slot.version
         return _Same(self.read())
 
     def is_held_elsewhere(self) -> bool:
@@ -261,7 +242,7 @@ class Buffer(_Kept):
         return holder.age > self.age and (holder.is_boundary or holder.outside is not None)
 
     def become_slot(self) -> None:
-        with _writing:
+        with writing:
             if self.slot is None:
                 self.slot = ArraySlot(self)
                 self.kept = None
@@ -327,8 +308,10 @@ class ArraySlot(Slot):
 
     def __init__(self, buffer: Buffer) -> None:
         with _jax.set_current_trace(buffer.home):
-            aval = _jax.typeof(buffer.value)
-            super().__init__(_ArrayCell(buffer.value), aval, "a writable array", buffer.made or "")
+            cell = KeptCell(buffer.kept)
+            cell.is_own = buffer.is_own
+            aval = _jax.typeof(cell.kept)
+            super().__init__(cell, aval, "a writable array", buffer.made or "")
         self.address = ArrayAddress(self)
         self.age = buffer.age
         self.activation = buffer.activation
@@ -601,8 +584,6 @@ class Writable:
         """An attribute of the computed array, which may give its memory away."""
         value = self._read()
         concrete = _jax.concrete(value)
-        if concrete is not None:
-            self._own_buffer().is_own = False
         return getattr(value if concrete is None else concrete, name)
 
     def _computed(self, method: str, *args: Any) -> Any:
@@ -840,10 +821,8 @@ class Writable:
         self._detach()
         if buffer.made is None:
             buffer.made = _jax.user_location()
-        with _writing:
-            new = _written(buffer, update)
-            buffer.write(new)
-            buffer.is_own = _is_computed(new)
+        with writing:
+            new = _write_to(buffer, update)
         if _place() is buffer.home:
             # In a shard_map: what was the same on every device may vary now.
             self.aval = _jax.with_varying_axes_of(self.aval, new)
@@ -919,7 +898,6 @@ class Writable:
             value = None if asked_by_jax else self.to_concrete_value()
             if value is None:
                 raise
-            self._own_buffer().is_own = False
             return getattr(value, name)
 
 
@@ -954,25 +932,36 @@ class _Flat:
     __jax_array__ = copy  # for jnp.asarray
 
 
-def _written(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
-    """The value of the buffer after a write: in the memory of the old one, if that is unused."""
-    base = buffer.read()
-    home = _jax.current_trace() is buffer.home
+def _write_to(buffer: Buffer, update: Callable[[Any], Update]) -> Any:
+    """Writes to the buffer: in the memory of the old value, if nothing else has it.
+
+    Returns:
+      The new value.
+    """
+    base = buffer.read(to_write=True)
+    place = buffer.place_of_value() if buffer.is_at_home() else None
     with _quiet():
         write = update(base)
-        if not (home and _is_computed(base)):
-            return _jax.as_array(_jax.canonicalize(write(base)))
-        # (What a jitted function has read is in a cell since then.)
-        kept = buffer.place_of_value()
-        held = [base]
-        del base
-        kept.value = None
-        into_x = buffer.is_own and _is_unused(held)
-        try:
-            return write.compiled(held[0], into_x=into_x)
-        except BaseException:
-            kept.value = held[0]
-            raise
+        if place is not None and place.kept is base and _is_computed(base):
+            del base
+            new = _write_kept(place, write)
+            buffer.note_write()
+            return new
+        new = _jax.as_array(_jax.canonicalize(write(base)))
+    buffer.write(new)
+    return new
+
+
+def _write_kept(place: Kept, write: Update) -> Any:
+    taken = Taken([None], 0, [])
+    try:
+        into_x = place.take(taken)
+        append_result(taken.new, write.program(taken.old[0], into_x=into_x))
+        (new,) = taken.new
+        place.make(new)
+        return new
+    finally:
+        place.put_back()
 
 
 def _same_step(a: views.Step, b: views.Step) -> bool:
@@ -1054,11 +1043,6 @@ def _is_computed(value: Any) -> bool:
     return isinstance(value, jax.Array) and not isinstance(value, _jax.Tracer)
 
 
-def _is_unused(held: list[Any]) -> bool:
-    """Whether nothing but the list ``held`` has the array in it."""
-    return _jax.is_only_reference(held) and not _jax.has_numpy_copy(held[0])
-
-
 # Augmented assignment: x += y and the like.
 
 
@@ -1106,7 +1090,7 @@ class WritableArray(Writable, _jax.Tracer):
     def __init__(
         self, buffer: Buffer, steps: tuple[views.Step, ...] = (), aval: Any = None
     ) -> None:
-        aval = _jax.typeof(buffer.value) if aval is None else aval
+        aval = _jax.typeof(buffer.peek()) if aval is None else aval
         if steps:
             aval = _jax.type_of_part(aval, steps[-1].shape, lambda x: views.read(steps, x))
         _jax.Tracer.__init__(self, nowhere, aval)
@@ -1329,29 +1313,20 @@ def _around_bind(bind: Callable[..., Any], operands: Any, params: Any) -> Any:
 
 def _given_away(x: Any, donated: bool) -> Any:
     """The value of an operand; a copy, if it is donated and the memory may be a caller's."""
+    if not donated or not isinstance(x, Writable):
+        return snapshot(x)
+    is_own = x._own_buffer().place_of_value().is_own
     value = snapshot(x)
-    if donated and isinstance(x, Writable) and _is_computed(value):
-        with _quiet():
-            return value if x._own_buffer().is_own else jnp.array(value)
-    return value
+    if is_own or not _is_computed(value):
+        return value
+    with _quiet():
+        return jnp.array(value)
 
 
 def _array_of_program(x: Any) -> Any:
     """A result of JAX as the program gets it: what an array is known to hold can be written."""
     unknown = isinstance(x, _jax.PartialTracer)
     return x if unknown or not is_array(x) or isinstance(x, Writable) else fresh(x)
-
-
-def _around_transfer(bind: Callable[..., Any]) -> Callable[..., Any]:
-    """What is on the device already may be handed back with the same memory."""
-
-    def transfer(*operands: Any, **params: Any) -> Any:
-        for x in operands:
-            if isinstance(x, Writable):
-                x._own_buffer().is_own = False
-        return bind(*operands, **params)
-
-    return transfer
 
 
 def _around_forwarding(bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -1463,7 +1438,6 @@ for _primitive in (_jax.custom_jvp_call_p, _jax.custom_vjp_call_p):
 _jax.wrap_device_get(_around_device_get)
 _jax.wrap_what_is_not_traced(_around_top_level)
 _jax.wrap_key_arrays(lambda: bool(_thread.activations) and not _thread.quiet)
-_jax.wrap_transfers(_around_transfer)
 
 
 def _begin_use() -> None:

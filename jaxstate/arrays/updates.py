@@ -15,7 +15,7 @@ an eager write can run it jitted, in the memory of the array itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,16 +54,15 @@ class Update(NamedTuple):
     def __call__(self, x: Any) -> Any:
         return _jax.of_type(_jax.typeof(x), self.run(self.static, x, *self.operands))
 
-    def compiled(self, x: Any, *, into_x: bool) -> Any:
+    def program(self, x: Any, *, into_x: bool) -> Callable[[], Any]:
         """The same, as one program; ``into_x`` gives the memory of ``x`` to the result.
 
         With a traced operand the result may be another array: one per lane, say.
         """
-        into_x = into_x and self.run not in (_nothing, _replace)
         is_traced = any(isinstance(y, _jax.Tracer) for y in self.operands)
         placed = x.sharding if x.committed and not is_traced else None
         into_x = into_x and not is_traced and self.run not in (_nothing, _replace)
-        return _program(self.run, self.static, into_x, placed)(x, *self.operands)
+        return partial(_program(self.run, self.static, into_x, placed), x, *self.operands)
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,12 @@ to ask JAX takes longer than the call. So the threaded call that was right for t
 tried before (`_call_like_last`): its dispatch has executables only for types for which it is right,
 and asks for others. Where the cells are is noted with the open holders (`slots.OpenHere`), or the
 holder itself remembers what such a call found in it (`slots.Holder.remembered`).
+
+What a call writes in a large cell (`refs.KeptCell`), it writes in the memory of the old value if
+nothing else has that: the operand is donated. Otherwise a copy is. So there is one program, and no
+second compilation when somebody begins or ends to hold a value. The old value is out of its cell
+for no longer than JAX's C++ dispatch runs (`_Donation`): a call for which the function is to be
+traced or compiled gets copies, and changes nothing if it fails.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,8 +57,9 @@ from jaxstate.core.discharge import (
     written_meanwhile,
 )
 from jaxstate.core.initializers import has_inits, initialize
-from jaxstate.core.resolve import begin_use, check_captured, end_use
-from jaxstate.core.slots import any_open, open_here
+from jaxstate.core.refs import KeptCell, SlotAddress, Taken, append_result, is_large, writing
+from jaxstate.core.resolve import begin_use, check_captured, end_use, state_effect
+from jaxstate.core.slots import Address, any_open, open_here
 from jaxstate.errors import AheadOfTimeError, message
 
 
@@ -64,8 +73,11 @@ def _jit(args: Any, params: dict[str, Any]) -> list[Any]:
     return write_last(uses.results, _jax.jit_p.bind(*slots, *args, **threaded))
 
 
-def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[str, Any]:
-    """The parameters of a ``jit`` equation that also takes slots of the types ``avals``."""
+def _threaded(
+    params: dict[str, Any], uses: Uses, avals: Sequence[Any], donated: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The parameters of a ``jit`` equation that also takes slots of the types ``avals``, and the
+    memory of those that are ``donated``."""
     reads, writes, outs = uses
     more_in, more_out = len(avals), len(uses.results)
     return dict(
@@ -73,7 +85,7 @@ def _threaded(params: dict[str, Any], uses: Uses, avals: Sequence[Any]) -> dict[
         jaxpr=discharge(params["jaxpr"], Layout(reads, writes, outs=outs, once=True), avals),
         in_shardings=(_jax.UNSPECIFIED,) * more_in + params["in_shardings"],
         in_layouts=(None,) * more_in + params["in_layouts"],
-        donated_invars=(False,) * more_in + params["donated_invars"],
+        donated_invars=(*(i in donated for i in range(more_in)), *params["donated_invars"]),
         out_shardings=params["out_shardings"] + (_jax.UNSPECIFIED,) * more_out,
         out_layouts=params["out_layouts"] + (None,) * more_out,
     )
@@ -119,7 +131,7 @@ def _call_at_top_level(jitted: _jax.Jitted, call: _jax.JitCall, args: Any, kwarg
     state = _state_of_call(call)
     if not state:
         return NotImplemented
-    return _calls_of(jitted).threaded(jitted, state)(args, kwargs)
+    return _calls_of(jitted).threaded(jitted, state)(jitted, call.params["jaxpr"], args, kwargs)
 
 
 _jax.wrap_jitted_calls(_call_like_last, _call_at_top_level)
@@ -174,6 +186,7 @@ class _Calls:
         return threaded
 
 
+_MOST_DISPATCHES = 8
 _MOST = 1000  # of what is kept to be found again: for as many functions, and for each of them
 
 # By the number of a `Jitted.info`, which is compared by identity: this is asked in each call.
@@ -255,6 +268,13 @@ class _ThreadedCall:
         self._ranks = {i: rank for rank, i in enumerate(recalled)}
         self._memories: dict[Hashable, Any] = {}
         self._run = _jax.dispatched(jitted, self._prepare)
+        # What is left alone once learns nothing about operands of those types: so there are more.
+        self._runs = [self._run]
+        self._has_left_alone = False
+        # Whether there are large cells; which of them the call writes, and how it is called then.
+        self._has_large: bool | None = None
+        self._donated: tuple[int, ...] = ()
+        self._run_donating: Callable[..., Any] = self._run
 
     def try_here(self, found: dict[Any, Any], args: Any, kwargs: Any) -> Any:
         """The results; `NotImplemented` if a cell is not here, or if the call uses other state.
@@ -272,6 +292,8 @@ class _ThreadedCall:
         cells: list[Any] = [ref() for ref in refs] if refs else self._cells_here(found)
         if None in cells:
             return NotImplemented
+        if self._has_large:
+            return self._try_large(cells, args, kwargs)
         try:
             values = [cell.value for cell in cells[: self._n_in]]
             results, written = self._run(values, *args, **kwargs)
@@ -286,6 +308,74 @@ class _ThreadedCall:
             cells[i].value = value
         return results
 
+    def _try_large(self, cells: Sequence[Any], args: Any, kwargs: Any) -> Any:
+        """The same where cells are large: what the call writes, it writes in the memory of what was
+        there, or of a copy of it."""
+        which = () if _results_are_checked() else self._donated
+        run = self._run_donating if which else self._run
+        try:
+            with _Donation(cells[: self._n_in], which, self._carried) as donation:
+                done = donation.done
+                try:
+                    append_result(done, partial(run, donation.values, *args, **kwargs))
+                except Exception as error:
+                    for i in donation.lost():
+                        error.add_note(_lost(self._slots[i]))
+                    raise
+                finally:
+                    if done:
+                        self._keep(cells, donation.before, done[0][1])
+        except _OtherStateError:
+            return NotImplemented
+        return done[0][0]
+
+    def _keep(self, cells: Sequence[Any], before: Sequence[Any], written: Sequence[Any]) -> None:
+        """Writes the cells, unless another one has written them meanwhile."""
+        now = [c.kept if type(c) is KeptCell else c.value for c in cells]
+        changed = [self._slots[i] for i in self._carried if now[i] is not before[i]]
+        for i, value in zip(self._written, written, strict=True):
+            if type(cells[i]) is KeptCell and (not changed or now[i] is None):
+                cells[i].make(value)
+            elif not changed:
+                cells[i].value = value
+        if changed:
+            raise written_meanwhile(changed[0])
+        for address in self._noticing:
+            address.note_write()
+
+    def _with_copies(
+        self, jitted: _jax.Jitted, jaxpr: Any, values: list[Any]
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """How to call the function, with what: with copies of what is to be donated."""
+        if self._has_large is None:
+            self._look_for_large(jitted)
+        if self._donated and _calls_host(jaxpr):
+            self._donated = ()
+        if not self._donated or _results_are_checked():
+            return self._run, values
+        copies = {i: _jax.like_copy(values[i]) for i in self._donated}
+        if None in copies.values():
+            self._donated = ()
+            return self._run, values
+        return self._run_donating, [copies.get(i, value) for i, value in enumerate(values)]
+
+    def _look_for_large(self, jitted: _jax.Jitted) -> None:
+        slots = {i: a for i, a in enumerate(self._slots) if isinstance(a, SlotAddress)}
+        cells = {i: address.cell_here() for i, address in slots.items()}
+        if None in cells.values():
+            return  # not to be said here
+        large = {
+            i: cell.peek()
+            for i, cell in cells.items()
+            if type(cell) is KeptCell and is_large(cell.peek())
+        }
+        donated = tuple(i for i in self._carried if i in large and _jax.can_be_donated(large[i]))
+        if donated and not self._recalled:
+            prepare = partial(self._prepare, donated=donated)
+            self._run_donating = _jax.dispatched(jitted, prepare)
+            self._donated = donated
+        self._has_large = bool(large)
+
     def _try_recalled(self, holder: Any, memory: Any, args: Any, kwargs: Any) -> Any:
         """The same with what ``holder`` remembers, whose values are numbered."""
         numbers, now = memory.numbers, holder.numbered
@@ -296,13 +386,10 @@ class _ThreadedCall:
         for i, cell in others.items():
             values.insert(i, cell.value)
         del values[self._n_in :]
-        _recalled.values = values
-        try:
-            results, written = self._run(values, *args, **kwargs)
-        except _OtherStateError:
+        found = self._recalled_results(values, args, kwargs)
+        if found is NotImplemented:
             return NotImplemented
-        finally:
-            _recalled.values = None
+        results, written = found
         for i in self._carried:
             value = others[i].value if i in others else now[numbers[self._ranks[i]]]
             if value is not values[i]:
@@ -316,6 +403,18 @@ class _ThreadedCall:
             else:
                 now[numbers[self._ranks[i]]] = value
         return results
+
+    def _recalled_results(self, values: list[Any], args: Any, kwargs: Any) -> Any:
+        """What the call returns; `NotImplemented` if the function would have to be traced."""
+        _recalled.values = values
+        try:
+            for run in self._runs:
+                with suppress(_OtherStateError):
+                    return run(values, *args, **kwargs)
+        finally:
+            _recalled.values = None
+        self._has_left_alone = True
+        return NotImplemented
 
     def _cells_here(self, found: dict[Any, Any]) -> list[Any]:
         """The cells; None for one that is not here, or not to be told from another."""
@@ -337,17 +436,22 @@ class _ThreadedCall:
                 self._memories.clear()
             self._memories[place] = memory
 
-    def __call__(self, args: Any, kwargs: Any) -> Any:
+    def __call__(self, jitted: _jax.Jitted, jaxpr: Any, args: Any, kwargs: Any) -> Any:
         captured, uses, _, _, _ = self._state
         holder = self._holder()
         place = None if holder is None else holder.place_here()
+        if self._has_left_alone and len(self._runs) < _MOST_DISPATCHES:
+            self._has_left_alone = False
+            self._run = _jax.dispatched(jitted, self._prepare)
+            self._runs.append(self._run)
         use = begin_use(())
         try:
             with watched():
                 captures = read_as_stored(captured)
                 settle(self._aliases, uses.results)
                 slots = read_as_stored(uses.ins)
-                outs, written = self._run([*slots, *captures], *args, **kwargs)
+                run, values = self._with_copies(jitted, jaxpr, [*slots, *captures])
+                outs, written = run(values, *args, **kwargs)
                 write_all(uses.results, written)
         finally:
             end_use(use)
@@ -356,11 +460,18 @@ class _ThreadedCall:
         return outs
 
     def _prepare(
-        self, jitted: _jax.Jitted, values: list[Any], args: Any, kwargs: Any
+        self,
+        jitted: _jax.Jitted,
+        values: list[Any],
+        args: Any,
+        kwargs: Any,
+        donated: Sequence[int] = (),
     ) -> _jax.JitCall:
         """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
         if _recalled.values is values:  # to trace the function would look at what the holder knows
             raise _OtherStateError
+        if _donations.last is not None and _donations.last.values is values:
+            _donations.last.give_back()
         call = jitted.infer(args, kwargs)
         if _looks_at_operands(call) or _state_of_call(call) != self._state:
             raise _OtherStateError
@@ -375,11 +486,115 @@ class _ThreadedCall:
         call = _jax.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
         avals = [_jax.typeof(_jax.canonicalize(s)) for s in slots]
         return call._replace(
-            params=_threaded(call.params, uses, avals),
+            params=_threaded(call.params, uses, avals, donated),
             consts=[*slots, *captures],
             names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
             out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
         )
+
+
+class _Donation:
+    """The operands of a call. Those at ``which`` are donated: they are taken out of their cells, or
+    are copies, if something else has their memory.
+
+    Attributes:
+      values: the operands.
+      before: what the cells hold until they are written.
+      done: what the call returns, when it has.
+    """
+
+    def __init__(self, cells: Sequence[Any], which: Sequence[int], carried: range) -> None:
+        self.which = which
+        self.values: list[Any] = []
+        self.before: list[Any] = []
+        self.done: list[Any] = []
+        self._cells = cells
+        self._carried = carried
+        self._is_locked = False
+
+    def __enter__(self) -> _Donation:
+        self._outer, _donations.last = _donations.last, self
+        if self.which:
+            writing.acquire()
+            self._is_locked = True
+        try:
+            cells = self._cells
+            self.values[:] = [c.peek() if type(c) is KeptCell else c.value for c in cells]
+            for i in self.which:
+                rank = self._carried.index(i)
+                if not cells[i].take(Taken(self.values, i, self.done, rank)):
+                    self._copy(i)
+            self._note_before()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _donations.last = self._outer
+        self._end()
+
+    def give_back(self) -> None:
+        """Goes on with copies of what is taken."""
+        taken = [i for i in self.which if self._cells[i].kept is None]
+        self._end()
+        for i in taken:
+            self._copy(i)
+        self._note_before()
+
+    def lost(self) -> list[int]:
+        """Of what there is no value any more, if the call has failed."""
+        taken = [i for i in self.which if self._cells[i].kept is None]
+        return [i for i in taken if self.values[i].is_deleted()]
+
+    def _copy(self, i: int) -> None:
+        copy = _jax.like_copy(self.values[i])
+        if copy is None:
+            raise _OtherStateError
+        self.values[i] = copy
+
+    def _note_before(self) -> None:
+        pairs = zip(self._cells, self.values, strict=True)
+        self.before = [c.kept if type(c) is KeptCell else value for c, value in pairs]
+
+    def _end(self) -> None:
+        for i in self.which:
+            self._cells[i].put_back()
+        if self._is_locked:
+            self._is_locked = False
+            writing.release()
+
+
+class _Donations(threading.local):
+    """The donation of the innermost call in progress."""
+
+    last: _Donation | None = None
+
+
+_donations = _Donations()
+
+
+def _lost(address: Address) -> str:
+    """What to note with an error of the compiled program, such as that there is no memory."""
+    return (
+        f"The call was about to write {address} in its memory, and that value is lost. It has to be"
+        " written as a whole before it is used again."
+    )
+
+
+def _results_are_checked() -> bool:
+    """Whether JAX looks for NaN in results, and calls the function again with the operands then."""
+    return jax.config.jax_debug_nans or jax.config.jax_debug_infs
+
+
+def _calls_host(jaxpr: Any) -> bool:
+    """Whether it calls functions on the host: they may want what is taken out of its cell."""
+    if jaxpr.effects - {state_effect}:
+        return True
+    return any(
+        "callback" in e.primitive.name or any(map(_calls_host, _jax.jaxprs_in(e.params)))
+        for e in _jax.equations(jaxpr)
+    )
 
 
 @_jax.wrap_ahead_of_time
