@@ -199,6 +199,43 @@ def loop_of_writes() -> dict[str, Side]:
     }
 
 
+def calls_that_write() -> dict[str, Side]:
+    """An eager loop of jitted calls that write one element of an array of 80 MB."""
+    n, x = 20_000_000, jnp.float32(1)
+    table, array = jaxstate.extend.new_slot(jnp.zeros(n)), jaxstate.array(jnp.zeros(n))
+    ref, held = jax.new_ref(jnp.zeros(n)), jnp.zeros(n)
+    read, write = jaxstate.extend.read, jaxstate.extend.write
+
+    @jax.jit
+    def to_slot(x: Any) -> Any:
+        write(table, read(table).at[3].set(x))
+        return x * 2
+
+    @jax.jit
+    def to_array(x: Any) -> Any:
+        array[3] = x
+        return x * 2
+
+    @jax.jit
+    def to_ref(x: Any) -> Any:
+        ref[3] = x
+        return x * 2
+
+    donating = jax.jit(lambda held, x: (held.at[3].set(x), x * 2), donate_argnums=0)
+
+    def to_argument() -> Any:
+        nonlocal held
+        held, y = donating(held, x)
+        return y
+
+    return {
+        OURS: Side(lambda: to_slot(x), CALLS),
+        "donated by hand": Side(to_argument, CALLS),
+        "array": Side(lambda: to_array(x), CALLS),
+        REFS: Side(lambda: to_ref(x), CALLS),
+    }
+
+
 def writes_through_a_view() -> dict[str, Side]:
     """A jitted loop that writes 200 elements of the inside of an array of 402 by 402."""
     pair = nets.writes_through_a_view(200, 402)
@@ -423,6 +460,7 @@ PROGRAMS = [
     Program("next_key() eagerly", 1.3, eager_key),
     Program("eager write, n = 1e7 / 1e3", 2.0, eager_write),
     Program("loop of writes, n = 1e6", 1.0, loop_of_writes),
+    Program("jitted calls that write into 80 MB", 3.0, calls_that_write),
     Program("loop of writes through a view", 1.05, writes_through_a_view),
     *(Program(f"NumPy program, {name}", 1.05, _port(name)) for name in NAMES),
     Program("trace, 1000 parameters", 1.15, _traces(lambda: nets.many_parameters(1000))),
