@@ -311,7 +311,7 @@ class _ThreadedCall:
     def _try_large(self, cells: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """The same where cells are large: what the call writes, it writes in the memory of what was
         there, or of a copy of it."""
-        which = () if _results_are_checked() else self._donated
+        which = () if _jax.checks_results() else self._donated
         run = self._run_donating if which else self._run
         try:
             with _Donation(cells[: self._n_in], which, self._carried) as donation:
@@ -351,7 +351,7 @@ class _ThreadedCall:
             self._look_for_large(jitted)
         if self._donated and _calls_host(jaxpr):
             self._donated = ()
-        if not self._donated or _results_are_checked():
+        if not self._donated or _jax.checks_results():
             return self._run, values
         copies = {i: _jax.like_copy(values[i]) for i in self._donated}
         if None in copies.values():
@@ -580,11 +580,6 @@ def _lost(address: Address) -> str:
         f"The call was about to write {address} in its memory, and that value is lost. It has to be"
         " written as a whole before it is used again."
     )
-
-
-def _results_are_checked() -> bool:
-    """Whether JAX looks for NaN in results, and calls the function again with the operands then."""
-    return jax.config.jax_debug_nans or jax.config.jax_debug_infs
 
 
 def _calls_host(jaxpr: Any) -> bool:
