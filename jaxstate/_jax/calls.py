@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax._src import pjit, tree_util
 from jax._src.interpreters import pxla
 
@@ -19,6 +20,7 @@ __all__ = [
     "JitCall",
     "Jitted",
     "around_inference",
+    "checks_results",
     "dispatched",
     "with_constants_inside",
 ]
@@ -111,6 +113,11 @@ def dispatched(jitted: Jitted, prepare: Callable[..., JitCall]) -> Callable[...,
 
 
 _run_python_pjit, _pjit_function = pjit._run_python_pjit, pjit._jax.pjit
+
+
+def checks_results() -> bool:
+    """Whether JAX looks for NaN in results, and then calls the function again with its operands."""
+    return jax.config.jax_debug_nans or jax.config.jax_debug_infs
 
 
 def with_constants_inside(call: JitCall, which: Callable[[Any], bool]) -> JitCall:

@@ -204,7 +204,10 @@ class Buffer(Kept):
 
     def place_of_value(self) -> Kept:
         """Where the value is at home."""
-        return self if self.slot is None else self.slot.cell(self.slot.address)  # type: ignore[return-value]
+        if self.slot is None:
+            return self
+        cell: Any = self.slot.cell(self.slot.address)
+        return cell
 
     def write(self, value: Any) -> None:
         here = _jax.current_trace()

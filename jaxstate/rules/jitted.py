@@ -28,6 +28,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -185,6 +186,7 @@ class _Calls:
         return threaded
 
 
+_MOST_DISPATCHES = 8
 _MOST = 1000  # of what is kept to be found again: for as many functions, and for each of them
 
 # By the number of a `Jitted.info`, which is compared by identity: this is asked in each call.
@@ -266,6 +268,9 @@ class _ThreadedCall:
         self._ranks = {i: rank for rank, i in enumerate(recalled)}
         self._memories: dict[Hashable, Any] = {}
         self._run = _jax.dispatched(jitted, self._prepare)
+        # What is left alone once learns nothing about operands of those types: so there are more.
+        self._runs = [self._run]
+        self._has_left_alone = False
         # Whether there are large cells; which of them the call writes, and how it is called then.
         self._has_large: bool | None = None
         self._donated: tuple[int, ...] = ()
@@ -306,7 +311,7 @@ class _ThreadedCall:
     def _try_large(self, cells: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """The same where cells are large: what the call writes, it writes in the memory of what was
         there, or of a copy of it."""
-        which = () if _results_are_checked() else self._donated
+        which = () if _jax.checks_results() else self._donated
         run = self._run_donating if which else self._run
         try:
             with _Donation(cells[: self._n_in], which, self._carried) as donation:
@@ -346,7 +351,7 @@ class _ThreadedCall:
             self._look_for_large(jitted)
         if self._donated and _calls_host(jaxpr):
             self._donated = ()
-        if not self._donated or _results_are_checked():
+        if not self._donated or _jax.checks_results():
             return self._run, values
         copies = {i: _jax.like_copy(values[i]) for i in self._donated}
         if None in copies.values():
@@ -381,13 +386,10 @@ class _ThreadedCall:
         for i, cell in others.items():
             values.insert(i, cell.value)
         del values[self._n_in :]
-        _recalled.values = values
-        try:
-            results, written = self._run(values, *args, **kwargs)
-        except _OtherStateError:
+        found = self._recalled_results(values, args, kwargs)
+        if found is NotImplemented:
             return NotImplemented
-        finally:
-            _recalled.values = None
+        results, written = found
         for i in self._carried:
             value = others[i].value if i in others else now[numbers[self._ranks[i]]]
             if value is not values[i]:
@@ -401,6 +403,18 @@ class _ThreadedCall:
             else:
                 now[numbers[self._ranks[i]]] = value
         return results
+
+    def _recalled_results(self, values: list[Any], args: Any, kwargs: Any) -> Any:
+        """What the call returns; `NotImplemented` if the function would have to be traced."""
+        _recalled.values = values
+        try:
+            for run in self._runs:
+                with suppress(_OtherStateError):
+                    return run(values, *args, **kwargs)
+        finally:
+            _recalled.values = None
+        self._has_left_alone = True
+        return NotImplemented
 
     def _cells_here(self, found: dict[Any, Any]) -> list[Any]:
         """The cells; None for one that is not here, or not to be told from another."""
@@ -426,6 +440,10 @@ class _ThreadedCall:
         captured, uses, _, _, _ = self._state
         holder = self._holder()
         place = None if holder is None else holder.place_here()
+        if self._has_left_alone and len(self._runs) < _MOST_DISPATCHES:
+            self._has_left_alone = False
+            self._run = _jax.dispatched(jitted, self._prepare)
+            self._runs.append(self._run)
         use = begin_use(())
         try:
             with watched():
@@ -562,11 +580,6 @@ def _lost(address: Address) -> str:
         f"The call was about to write {address} in its memory, and that value is lost. It has to be"
         " written as a whole before it is used again."
     )
-
-
-def _results_are_checked() -> bool:
-    """Whether JAX looks for NaN in results, and calls the function again with the operands then."""
-    return jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]
 
 
 def _calls_host(jaxpr: Any) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 import jaxstate
 from jaxstate.extend import new_slot, read, write
+from jaxstate_tests.bench.measure import python_calls
 
 KEY = jax.random.key(3)
 
@@ -97,6 +98,20 @@ def test_modules_get_their_names_in_the_order_of_each_apply():
     params = {"scale": {"w": 3.0}, "scale_1": {"w": 5.0}}
     for _ in range(3):
         assert net.apply(params, 1.0) == 53
+
+
+def test_an_eager_apply_to_several_types_takes_what_it_takes_for_one():
+    inner = jax.jit(lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, ()))
+    net = jaxstate.parametrized(lambda x: inner(x))
+    params = {"w": jnp.float32(2)}
+    inputs = [jnp.ones(n) for n in (2, 3, 4)]
+    calls = []
+    for x in inputs:
+        for _ in range(4):
+            n = python_calls(lambda x=x: net.apply(params, x))
+        calls.append(n)
+    assert max(calls) < 1.5 * calls[0]
+    assert [net.apply({"w": jnp.float32(3)}, x).sum() for x in inputs] == [6, 9, 12]
 
 
 def test_a_cleared_cache_is_cleared():
