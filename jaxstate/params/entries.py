@@ -36,7 +36,7 @@ from jaxstate.core.specs import (
     same_structure,
     wanted_spec,
 )
-from jaxstate.errors import ClosedStateError, StateError, message
+from jaxstate.errors import ClosedStateError, NameClashError, StateError, message
 from jaxstate.params.paths import (
     Entered,
     FrameId,
@@ -48,6 +48,7 @@ from jaxstate.params.paths import (
     PathElement,
     Root,
     ScopeStack,
+    note_kept,
 )
 
 __all__ = [
@@ -214,7 +215,10 @@ class EntryAddress(Address):
                 return token
             if token not in use:
                 if token.parent is not None:
-                    use[token] = ModuleId(here.home, renew(token.parent), token.key, here.run)
+                    parent = renew(token.parent)
+                    if token.made is not None:
+                        note_kept(parent, token.made)
+                    use[token] = ModuleId(here.home, parent, token.key, here.run)
                 else:
                     if home not in use:
                         use[home] = here.next_key("use")
@@ -343,6 +347,7 @@ def current_origin() -> Origin:
     """Where a module is made that is made here."""
     store = innermost_store()
     home, parent, scopes, counts, run = current_home(), None, (), None, None
+    number, kept = None, frozenset()
     if store is not None:
         boundary, run = place_of(store), store.run
         call, scopes = store.scopes.call_in(boundary)
@@ -350,9 +355,10 @@ def current_origin() -> Origin:
             home, call = store.home, call or store.call_of_root
         if call is not None:
             parent, counts = call.level.token, call.counts
+            number, kept = call.number, call.kept
     if counts is None:
         counts = {} if home is None else home.counts
-    return Origin(home, parent, scopes, counts, run)
+    return Origin(home, parent, scopes, counts, run, number, kept)
 
 
 def current_place(store: Store, is_here: bool) -> tuple[FrameId, tuple[PathElement, ...]]:
@@ -488,6 +494,11 @@ class Store(Holder):
 
     def entered(self, level: PathElement, module: Any = None) -> Any:
         """A context in which the program is in ``level``, the given module if it is one."""
+        token, root = level.token, self.call_of_root
+        if token is not None and token.made is not None and token.run is self.run:
+            is_of_root = root is not None and token.made[0] == root.number
+            if not is_of_root and not note_kept(token.parent, token.made):
+                raise _made_and_kept(level)
         return Entered(self.scopes.entries, level, place_of(self), self, module)
 
     def root_entered(self, module: Any) -> Any:
@@ -690,6 +701,21 @@ def _type_given(address: EntryAddress, wanted: Any) -> Any:
     except StateError:
         return wanted
     return found if found.shape == wanted.shape else wanted
+
+
+def _made_and_kept(level: PathElement) -> Exception:
+    return NameClashError(
+        message(
+            f"A module {level.base!r} that an earlier call of a module made, and that is kept, is"
+            " used after this call of that module has made another one. They would be the same: the"
+            " first one of a name that a call makes is the same module in each call.",
+            fix="""
+            layer = dense(8)                # what is kept: outside, or in __init__
+            def block(x): return layer(x)
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def level_entered(store: Store | None, level: PathElement, module: Any = None) -> Any:

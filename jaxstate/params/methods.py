@@ -32,7 +32,7 @@ class _Made(NamedTuple):
         return cls(here._replace(counts={}), here.next_key("instance", kind.__qualname__))
 
     def token(self, fn: Any) -> ModuleId:
-        return self.origin.token((self.key, getattr(fn, "__qualname__", None)))
+        return self.origin.token(self.key, getattr(fn, "__qualname__", None))
 
 
 class PerInstance:

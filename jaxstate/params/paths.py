@@ -21,7 +21,7 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core.resolve import after_uses, current_use
-from jaxstate.core.slots import signature_changed
+from jaxstate.core.slots import next_age, signature_changed
 from jaxstate.errors import NameClashError, message
 
 __all__ = [
@@ -67,9 +67,10 @@ class ModuleId:
       parent: the module whose call made it; None if no call of a module did.
       key: which of those that this call, or the jaxpr, made.
       run: the ``init`` or ``apply`` during which that was.
+      made: the number of the call that made it, and which of those made there it is; or None.
     """
 
-    __slots__ = ("__weakref__", "_hash", "home", "key", "parent", "run")
+    __slots__ = ("__weakref__", "_hash", "home", "key", "made", "parent", "run")
 
     def __init__(
         self,
@@ -77,7 +78,9 @@ class ModuleId:
         parent: ModuleId | None = None,
         key: Hashable = None,
         run: object = None,
+        made: tuple[int, Any] | None = None,
     ) -> None:
+        self.made = made
         self.home = home
         self.parent = parent
         self.key = key
@@ -103,7 +106,7 @@ class ModuleId:
         """The same module of this run, such that every use of the jaxpr ``home`` looks it up."""
         if self.parent is None or self.run is not run or self.home is home:
             return self
-        return ModuleId(home, self.parent.inside(home, run), self.key, run)
+        return ModuleId(home, self.parent.inside(home, run), self.key, run, self.made)
 
     def __deepcopy__(self, memo: Any) -> ModuleId:
         return ModuleId(self.home)
@@ -118,6 +121,8 @@ class Origin(NamedTuple):
       scopes: those opened by hand in that call or jaxpr.
       counts: how many modules of each kind were made there.
       run: the ``init`` or ``apply`` that is in progress.
+      call: the number of the call, if there is one.
+      kept: see `Entered`.
     """
 
     home: FrameId | None
@@ -125,16 +130,22 @@ class Origin(NamedTuple):
     scopes: tuple[str, ...]
     counts: dict[Hashable, int]
     run: object
+    call: int | None = None
+    kept: frozenset[Any] = frozenset()
 
     def next_key(self, *kind: Hashable) -> Hashable:
         """The key of the next module of that kind: it is the same in every call."""
         kind = (self.scopes, *kind)
-        n = self.counts[kind] = self.counts.get(kind, 0) + 1
+        n = self.counts.get(kind, 0) + 1
+        while (kind, n) in self.kept:
+            n += 1
+        self.counts[kind] = n
         return kind, n
 
-    def token(self, key: Hashable) -> ModuleId:
-        """The module with that key."""
-        return ModuleId(self.home, self.parent, key, self.run)
+    def token(self, key: Hashable, *part: Hashable) -> ModuleId:
+        """The module with that key, or a part of what has it."""
+        made = None if self.call is None else (self.call, key)
+        return ModuleId(self.home, self.parent, (key, *part) if part else key, self.run, made)
 
 
 class PathElement:
@@ -426,6 +437,24 @@ def _follow_names() -> None:
 after_uses.append(_follow_names)
 
 
+def note_kept(parent: ModuleId | None, made: tuple[int, Any]) -> bool:
+    """To be called where a module is used that a call of ``parent`` made: see `ModuleId.made`.
+
+    If that call is over and the module was kept, it has the number that it got there in the call
+    that is in progress too, and what this one makes from now on gets others. Returns False if this
+    one has made a module with that number.
+    """
+    made_in, key = made
+    calls = [e for e in program.entries if e.level.token == parent]
+    if not calls or any(e.number == made_in for e in calls) or key in calls[-1].kept:
+        return True
+    kind, n = key
+    if calls[-1].counts.get(kind, 0) >= n:
+        return False
+    calls[-1].kept |= {key}
+    return True
+
+
 class ScopeStack(threading.local):
     """The levels of one store that the program is in, each with the boundary inside which it was
     entered.
@@ -489,11 +518,13 @@ class Entered:
       title: its path as far as it could be known when it was entered, for the names of operations.
       told: what `path` is in it, if that is known from before.
       counts: see `Origin`.
+      number: of the call.
+      kept: which modules, made in an earlier call of this one and kept, are used in this call.
     """
 
     __slots__ = (
-        "_name_scope", "boundary", "counts", "entries", "level", "module", "path", "store", "title",
-        "told",
+        "_name_scope", "boundary", "counts", "entries", "kept", "level", "module", "number", "path",
+        "store", "title", "told",
     )  # fmt: skip
 
     def __init__(
@@ -513,6 +544,8 @@ class Entered:
         self.title: Path = ()
         self.told: Path | None = None
         self.counts: dict[Hashable, int] = {}
+        self.number = next_age()
+        self.kept: frozenset[Any] = frozenset()
         self._name_scope: Any = None
 
     @property

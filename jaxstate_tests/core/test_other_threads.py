@@ -5,7 +5,9 @@ case runs on a thread of its own, which has no slots from other tests.
 """
 
 import re
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -178,3 +180,88 @@ def test_the_first_use_of_a_slot_that_another_thread_has_made(around, nested):
     assert read(slot) == 3
     wanted = (2.0, 1.0) if around == "while_loop" else (6.0, 5.0)
     np.testing.assert_allclose((y, dx), wanted)
+
+
+# -- Things that threads share ---------------------------------------------------------------
+
+
+@jax.jit
+def drawn_in_a_loop(x):
+    return jax.lax.fori_loop(0, 2, lambda i, x: x + jaxstate.random.normal(), x)
+
+
+def layer(n):
+    @jaxstate.parametrized
+    def layer(x):
+        return jnp.tanh(x @ jaxstate.param("w", jax.nn.initializers.normal(1.0), (x.shape[-1], n)))
+
+    return layer
+
+
+@jaxstate.parametrized
+def network(x, first=layer(3), last=layer(2)):
+    calls = jaxstate.variable("calls", jnp.zeros, ())
+    calls.value += 1
+    return jax.jit(last)(jax.lax.fori_loop(0, 2, lambda i, x: first(x), x)) + drawn_in_a_loop(0.0)
+
+
+@jaxstate.inplace
+def summed_in_place(x):
+    def add(i, total):
+        x[i] += total
+        return total + x[i]
+
+    return jax.lax.fori_loop(0, 3, add, 0.0), x
+
+
+def with_a_stream(n):
+    with jaxstate.rng_stream(jax.random.key(n)) as stream:
+        return [drawn_in_a_loop(n + 0.5) for _ in range(3)], stream.count
+
+
+def with_parameters(n):
+    x = jnp.ones((1, 3))
+    params, state = network.init_with_state(jax.random.key(n), x)
+    for k in range(3):
+        y, state = network.apply_with_state(params, state, x, key=jax.random.key(k))
+    return params, state, y
+
+
+def in_place(n):
+    return [summed_in_place(jnp.arange(3.0) + n + k) for k in range(3)]
+
+
+def with_an_object(n):
+    def count(tree):
+        def turn(i, c):
+            tree["n"] += tree["step"]
+            return c
+
+        jax.lax.fori_loop(0, 3, turn, 0)
+
+    return jaxstate.mutate(count)({"n": 0.0, "step": float(n)})
+
+
+def plain(n):
+    return jax.vmap(jax.grad(lambda x: jnp.sin(x) ** n))(jnp.arange(3.0))
+
+
+WORKS = (with_a_stream, with_parameters, in_place, with_an_object, plain)
+
+
+def test_threads_that_share_functions_and_networks():
+    """At their first use, all at once: as one after the other."""
+    jobs = [(work, n) for n in (1, 2) for work in WORKS]
+    interval = sys.getswitchinterval()
+    jax.clear_caches()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            found = list(pool.map(lambda job: job[0](job[1]), jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    for (work, n), result in zip(jobs, found, strict=True):
+        wanted = work(n)
+        assert jax.tree.structure(result) == jax.tree.structure(wanted)
+        for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -312,3 +312,80 @@ def test_a_cached_jaxpr_in_other_runs_and_networks():
                 wanted = jnp.sin(wanted * a) + wanted * b
             np.testing.assert_allclose(net.apply(params, X), wanted, rtol=1e-5)
     assert len(traced) == 1
+
+
+# -- Modules that a call makes and an object keeps -------------------------------------------
+
+KEPT = {
+    "plain": lambda self: self.kept,
+    "in a new jit": lambda self: jax.jit(self.kept),
+    "in one jit": lambda self: self.__dict__.setdefault("jitted", jax.jit(self.kept)),
+    "in checkpoint": lambda self: jax.checkpoint(self.kept),
+    "in a loop": lambda self: lambda x: lax.fori_loop(0, 1, lambda i, x: self.kept(x), x),
+    "in lanes": lambda self: lambda x: jax.vmap(self.kept)(x[None])[0],
+}
+
+
+def keeping(use, make):
+    """An object that makes a module in its first call, and another one in each."""
+
+    class Keeping:
+        kept = None
+
+        @jaxstate.parametrized(name="part")
+        def __call__(self, x):
+            if self.kept is None:
+                self.kept = make()
+            y = use(self)(x)
+            return make()(y) + 5 * use(self)(x)
+
+    return Keeping()
+
+
+@pytest.mark.parametrize("make", [scale, Scale], ids=["function", "instance"])
+@pytest.mark.parametrize("use", KEPT.values(), ids=KEPT)
+def test_what_an_object_keeps_is_another_module_than_it_makes(use, make):
+    """Also in the second ``apply``, which finds it."""
+    params = {"part": {"scale": {"s": jnp.float32(2)}, "scale_1": {"s": jnp.float32(3)}}}
+
+    def by_hand(x):
+        return 3 * (2 * x) + 5 * (2 * x)
+
+    def net(part):
+        return jaxstate.parametrized(lambda x: part(part(x)), name="net")
+
+    first, fresh = net(keeping(use, make)), net(keeping(use, make))
+    assert jax.tree.structure(first.init(KEY, X)) == jax.tree.structure(params)
+    for apply in (first.apply, fresh.apply, fresh.apply, jax.jit(fresh.apply)):
+        np.testing.assert_allclose(apply(params, X), by_hand(by_hand(X)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [scale, Scale], ids=["function", "instance"])
+def test_a_kept_module_that_could_be_one_that_was_made_is_an_error(make):
+    class Keeping:
+        kept = None
+
+        @jaxstate.parametrized
+        def __call__(self, x):
+            new = make()
+            if self.kept is None:
+                self.kept, new = new, make()
+            return new(self.kept(x))
+
+    part = Keeping()
+    net = jaxstate.parametrized(lambda x: part(part(x)), name="net")
+    with pytest.raises(jaxstate.NameClashError, match=r"'scale' that an earlier call .* is kept"):
+        net.init(KEY, X)
+
+
+def test_a_module_that_calls_itself_may_use_its_parts_after_that():
+    """An inner call makes the same ones."""
+
+    @jaxstate.parametrized
+    def nest(x, depth=2):
+        part = scale()
+        return part(nest(x, depth - 1)) if depth else part(x)
+
+    params = nest.init(KEY, X)
+    assert jax.tree.structure(params) == jax.tree.structure({"scale": {"s": 0}})
+    np.testing.assert_allclose(nest.apply({"scale": {"s": 2.0}}, X), 8 * X)
