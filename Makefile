@@ -122,6 +122,9 @@ notebooks: $(DOCS)/installed
 	    $(DOCS)/bin/python -m jupytext --execute --to ipynb \
 	        --output build/$${notebook%.md}.ipynb $$notebook; \
 	done
+	sed 's/^```sh$$/```text/' docs/quickstart.md > build/notebooks/quickstart.md
+	$(DOCS)/bin/python -m jupytext --set-kernel python3 --execute --to ipynb \
+	    build/notebooks/quickstart.md
 
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m jaxstate_tests.bench $(if $(QUICK),--quick)
