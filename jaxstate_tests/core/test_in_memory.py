@@ -496,6 +496,33 @@ def test_an_interrupt_loses_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_handler_may_read_what_is_being_written(kind):
+    """It runs between two steps of Python, and may find that the call is done and its result is in
+    no cell yet."""
+    state, seen = kind(jnp.zeros(N)), []
+    f = jax.jit(lambda: state.write(state.read() + 1))
+    f(), f()
+    float(state.read()[0])
+
+    def look(*_):
+        seen.append(float(state.read()[0]))
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+    before = signal.signal(signal.SIGALRM, look)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        calls = 2
+        while len(seen) < 20:
+            f()
+            calls += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert seen == sorted(seen)
+    assert state.read()[0] == calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_function_on_the_host_may_read_what_the_call_writes(kind):
     state = kind(jnp.asarray(start()))
 
