@@ -111,7 +111,8 @@ def may_share_memory(x: Any) -> bool:
     `device_put`, `addressable_data` and others give arrays that have, of which ``x`` knows nothing.
     So all arrays that there are are looked at. On a CPU, JAX itself copies what somebody outside
     has (a NumPy view, DLPack) when memory is to be used again. Elsewhere that is not known, and
-    between several devices the parts would be to be compared: there the answer is yes.
+    between several devices the parts would be to be compared: there the answer is yes. And so it is
+    if there are so many arrays that to copy takes no longer.
     """
     devices = x.sharding.device_set
     if len(devices) > 1:
@@ -120,7 +121,10 @@ def may_share_memory(x: Any) -> bool:
     if device.platform != "cpu":
         return True
     shape, is_alone = x.shape, device.client.device_count() == 1
-    for other in device.client.live_arrays():
+    arrays = device.client.live_arrays()
+    if len(arrays) > max(256, x.nbytes >> 10):
+        return True
+    for other in arrays:
         if is_alone or len(other.sharding.device_set) == 1:
             is_like = other.shape == shape and other is not x and not other.is_deleted()
             if is_like and other.unsafe_buffer_pointer() == x.unsafe_buffer_pointer():

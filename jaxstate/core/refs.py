@@ -38,8 +38,8 @@ __all__ = [
 # Held while a value is taken out: threads may write elements of one array.
 writing = threading.RLock()
 
-# A value of fewer bytes is copied as fast as it is found out that nothing else has its memory.
-LARGE = 1 << 20
+# A value of fewer bytes is copied in the time that it takes to see whether something else has it.
+LARGE = 1 << 18
 
 
 def is_large(aval: Any) -> bool:
@@ -146,7 +146,7 @@ def _is_unused(held: list[Any], i: int, is_own: bool) -> bool:
     """Whether nothing but the list has the element ``i``, or its memory."""
     if not _jax.is_concrete_array(held[i]) or not _jax.is_only_reference(held, i):
         return False
-    return is_own or (is_large(held[i]) and not _jax.may_share_memory(held[i]))
+    return is_own or not _jax.may_share_memory(held[i])
 
 
 class KeptCell(Kept, Cell):

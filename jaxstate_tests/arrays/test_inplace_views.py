@@ -159,7 +159,7 @@ def test_a_block_stays_a_block(name):
 
 
 def test_an_eager_write_through_a_view_is_in_the_memory_of_the_array():
-    x = jaxstate.array(jnp.zeros((512, 512)))
+    x = jaxstate.array(jnp.zeros((2048, 1024)))
     inner = x[1:-1, ::-1].T
     inner[3, 4] = 1.0  # the copy, if there is one
     where = jnp.asarray(x).unsafe_buffer_pointer()
@@ -167,7 +167,7 @@ def test_an_eager_write_through_a_view_is_in_the_memory_of_the_array():
         inner[i, 2] = 2.0
         inner[jnp.int32(i), 3] = 3.0
     assert jnp.asarray(x).unsafe_buffer_pointer() == where
-    assert float(x[3, 509]) == 2.0 and float(x[4, 509]) == 3.0
+    assert float(x[3, 1021]) == 2.0 and float(x[4, 1021]) == 3.0
 
 
 # -- Slices with a traced start --------------------------------------------------------------

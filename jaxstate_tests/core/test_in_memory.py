@@ -16,7 +16,8 @@ import jaxstate
 from jaxstate.errors import HostCallbackError
 from jaxstate.extend import new_slot, read, write
 
-N = 1 << 18  # with four bytes each, as many as are written in their memory
+N = 1 << 16  # with four bytes each, as many as are written in their memory
+MANY = 1 << 21  # as many as are, however many arrays the process has beside them
 
 
 class Slot:
@@ -55,8 +56,10 @@ class Array:
 KINDS = [Slot, Array]
 
 
-def start(n=N):
-    return np.arange(n, dtype=np.float32)
+def start(n=N, *first):
+    values = np.arange(n, dtype=np.float32)
+    values[: len(first)] = first
+    return values
 
 
 def setter(state):
@@ -85,7 +88,7 @@ class Compilations:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_jitted_call_writes_in_the_memory_of_the_value(kind):
-    state = kind(jnp.asarray(start()))
+    state = kind(jnp.asarray(start(MANY)))
     f = setter(state)
     f(0, 7.0)
     memory, live = where(state), len(jax.live_arrays())
@@ -93,14 +96,14 @@ def test_a_jitted_call_writes_in_the_memory_of_the_value(kind):
         f(i, 7.0)
         assert where(state) == memory
     assert len(jax.live_arrays()) == live
-    np.testing.assert_array_equal(state.read(), [7, 7, 7, 7, *range(4, N)])
+    np.testing.assert_array_equal(state.read(), start(MANY, 7, 7, 7, 7))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_holding_a_value_is_no_second_compilation(kind):
-    state = kind(jnp.asarray(start()))
+    state = kind(jnp.asarray(start(MANY)))
     f = setter(state)
-    like = jnp.asarray(start()).copy()  # (to copy is a program too)
+    like = jnp.asarray(start(MANY)).copy()  # (to copy is a program too)
     with Compilations() as compilations:
         held = [like]
         for i in range(6):
@@ -113,7 +116,7 @@ def test_holding_a_value_is_no_second_compilation(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_is_no_copy_at_the_next_write(kind):
     """What is read and not kept costs nothing later: in jitted functions, and on a CPU at all."""
-    state = kind(jnp.asarray(start()))
+    state = kind(jnp.asarray(start(MANY)))
     f, total = setter(state), jax.jit(lambda: state.read().sum())
     f(0, 7.0)
     memory = where(state)
@@ -124,7 +127,7 @@ def test_reading_is_no_copy_at_the_next_write(kind):
 
 
 def test_arrays_are_written_in_their_memory_eagerly_and_jitted_in_turns():
-    x = jaxstate.array(jnp.asarray(start()))
+    x = jaxstate.array(jnp.asarray(start(MANY)))
     f = jax.jit(lambda i: x.__setitem__(i, 7.0))
     element = jax.jit(lambda i: x[i])
     f(0)
@@ -135,7 +138,7 @@ def test_arrays_are_written_in_their_memory_eagerly_and_jitted_in_turns():
         f(i + 1)
         x[:2] += 1.0
         assert jnp.asarray(x).unsafe_buffer_pointer() == memory
-    np.testing.assert_array_equal(x, [10, 10, 7, 7, 7, 7, 7, *range(7, N)])
+    np.testing.assert_array_equal(x, start(MANY, 10, 10, 7, 7, 7, 7, 7))
 
 
 @pytest.mark.parametrize("n", [10, N])
@@ -169,14 +172,14 @@ def test_memory_of_an_eager_write_in_an_in_place_function():
             pointers.append(np.asarray(x).ctypes.data)
         return x
 
-    f(jnp.asarray(start()))
+    f(jnp.asarray(start(MANY)))
     assert len(set(pointers)) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_operands_of_several_types_in_turns(kind):
     """JAX's dispatch knows both after the first call, and keeps no value of a call it did not."""
-    state, traces = kind(jnp.asarray(start())), []
+    state, traces = kind(jnp.asarray(start(MANY))), []
 
     @jax.jit
     def f(i, xs):
@@ -196,11 +199,11 @@ def test_operands_of_several_types_in_turns(kind):
             f(i, xs)
             assert where(state) == memory
     assert len(traces) == 3
-    np.testing.assert_array_equal(state.read(), [2, 3, 4, *range(3, N)])
+    np.testing.assert_array_equal(state.read(), start(MANY, 2, 3, 4))
 
 
 def test_several_slots_of_one_call():
-    slots = [new_slot(jnp.zeros(N)) for _ in range(2)] + [new_slot(0.0)]
+    slots = [new_slot(jnp.zeros(MANY)) for _ in range(2)] + [new_slot(0.0)]
 
     @jax.jit
     def f(i):
@@ -419,7 +422,7 @@ def test_after_an_error_the_value_is_as_before(kind):
 
     f(0, jnp.ones(2))
     f(1, jnp.ones(2))
-    wanted = [7, 7, *range(2, N)]
+    wanted = start(N, 7, 7)
     with pytest.raises(TypeError):
         f(2, jnp.ones(3))
     with pytest.raises(TypeError):
@@ -490,6 +493,33 @@ def test_an_interrupt_loses_nothing(kind):
         assert abs(difference) <= 1
         begin += difference
     np.testing.assert_array_equal(state.read()[1:], start()[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_handler_may_read_what_is_being_written(kind):
+    """It runs between two steps of Python, and may find that the call is done and its result is in
+    no cell yet."""
+    state, seen = kind(jnp.zeros(N)), []
+    f = jax.jit(lambda: state.write(state.read() + 1))
+    f(), f()
+    float(state.read()[0])
+
+    def look(*_):
+        seen.append(float(state.read()[0]))
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+    before = signal.signal(signal.SIGALRM, look)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        calls = 2
+        while len(seen) < 20:
+            f()
+            calls += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert seen == sorted(seen)
+    assert state.read()[0] == calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
