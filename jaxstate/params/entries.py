@@ -164,8 +164,8 @@ class EntryAddress(Address):
         return store
 
     def aval(self) -> Any:
-        if self.home is None and self.wanted is not None:
-            return self.wanted  # the program has declared it, here
+        if self.home is None and self.wanted is not None and _jax.abstract_mesh().empty:
+            return self.wanted  # the program has declared it, here, where types know of no mesh
         return super().aval()
 
     @property

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxstate
-from jaxstate.extend import StatefulTrace, new_trace
+from jaxstate.extend import StatefulTrace, new_slot, new_trace, read, write
 from jaxstate_tests.features.table import built_in, few_lines
 
 KEY, X = jax.random.key(0), jnp.ones((2, 3))
@@ -250,18 +250,18 @@ def objects():
     assert after.n == 3
 
 
-@few_lines
+@built_in
 def donation():
-    @jaxstate.parametrized
-    def record(i):
-        buffer = jaxstate.variable("buffer", jnp.zeros, (1000,))
-        buffer.value = buffer.value.at[i].set(1.0)
+    buffer = new_slot(jnp.zeros(1_000_000))
 
-    _, state = record.init_with_state(KEY, 0)
-    step = jax.jit(record.apply_with_state, donate_argnums=1)
-    where = state["buffer"].unsafe_buffer_pointer()
-    _, state = step({}, state, 1)
-    assert state["buffer"].unsafe_buffer_pointer() == where
+    @jax.jit
+    def record(i):
+        write(buffer, read(buffer).at[i].set(1.0))
+
+    record(0)
+    where = read(buffer).unsafe_buffer_pointer()
+    record(1)
+    assert read(buffer).unsafe_buffer_pointer() == where
 
 
 @built_in

@@ -119,13 +119,29 @@ def test_gradients_go_through_the_merge_as_by_hand(reduce):
     np.testing.assert_allclose(jax.grad(loss)(X), by_hand, rtol=1e-6)
 
 
+def jit_of_vmap(f):
+    return jax.jit(jax.vmap(f))
+
+
+def vmap_of_jit(f):
+    return jax.vmap(jax.jit(f))
+
+
+def vmap_of_checkpoint(f):
+    return jax.vmap(jax.checkpoint(f))
+
+
+INSIDE = [jit_of_vmap, vmap_of_jit, vmap_of_checkpoint]
+
+
 @pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])
-def test_devices_become_one_value(reduce):
+@pytest.mark.parametrize("inside", [jax.vmap, *INSIDE], ids=["vmap", *(f.__name__ for f in INSIDE)])
+def test_devices_become_one_value(reduce, inside):
     mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
     spec = PartitionSpec("d")
 
     def wrap(f):
-        return jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=spec, out_specs=spec)
+        return jax.shard_map(inside(f), mesh=mesh, in_specs=spec, out_specs=spec)
 
     net = net_of(reduce, wrap)
     params, state = net_of(reduce, jax.vmap).init_with_state(KEY, X)
