@@ -78,6 +78,7 @@ USED: dict[str, dict[str, str]] = {
         "canonicalize_slice": ": s, axis_size",
         "closed_call_p": ": ",
         "config_ext": ": ",
+        "current_jaxpr_eqn_context": ": ",
         "definitely_equal": ": x, y",
         "dimension_as_value": ": d",
         "divide_shape_sizes": ": s1, s2",
