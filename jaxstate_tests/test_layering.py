@@ -39,7 +39,8 @@ FLOORS = {
     ],
     "sow": ["sites", "harvest"],
     "arrays": [
-        "views", "positions", "masked", "updates", "numpy_functions", "array", "inplace",
+        "views", "positions", "masked", "updates", "numpy_functions", "activation", "buffers",
+        "indices", "protocols", "array", "trace", "boundaries", "inplace",
     ],
     "tree": [
         "objects", "problems", "graph", "walk", "addresses", "entry", "session", "copies",

@@ -15,17 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.arrays.array import (
-    Activation,
-    InplaceTrace,
-    activated,
-    activation,
-    fresh,
-    is_array,
-    loose,
-    objects,
-    snapshot,
-)
+from jaxstate.arrays.activation import Activation, activated, activation, is_array
+from jaxstate.arrays.array import fresh, loose, snapshot
+from jaxstate.arrays.boundaries import objects
+from jaxstate.arrays.trace import InplaceTrace
 from jaxstate.errors import check_runs_when_called
 
 __all__ = ["array", "inplace"]

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from jaxstate import _jax
-from jaxstate.arrays.array import objects as objects_in_place
+from jaxstate.arrays.boundaries import objects as objects_in_place
 from jaxstate.core import discharge, slots
 from jaxstate.core.slots import Holder, signature_changed
 from jaxstate.rules import jitted

@@ -27,7 +27,8 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.arrays.array import Writable, activation, snapshot
+from jaxstate.arrays.activation import activation
+from jaxstate.arrays.array import Writable, snapshot
 from jaxstate.core.slots import open_holder
 from jaxstate.errors import check_runs_when_called
 from jaxstate.tree import boundaries, problems

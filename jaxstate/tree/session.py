@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxstate import _jax
-from jaxstate.arrays.array import Writable, activation, fresh, is_array, snapshot
+from jaxstate.arrays.activation import activation, is_array
+from jaxstate.arrays.array import Writable, fresh, snapshot
 from jaxstate.core import slots
 from jaxstate.core.slots import Address, Holder, holders
 from jaxstate.tree.addresses import FLAG_TYPE, Change, LeafAddress, Shape
