@@ -19,7 +19,10 @@ FLOORS = {
         "custom_rules", "calls", "wrappers", "wrappers_in_place",
     ],
     "errors": [],
-    "core": ["slots", "capture", "resolve", "specs", "refs", "initializers", "discharge"],
+    "core": [
+        "slots", "capture", "resolve", "specs", "refs", "initializers", "contents", "discharge",
+        "registry",
+    ],
     "rules": [
         "calls", "loops", "branches", "derivatives", "linear_calls", "solves", "foreign", "jitted",
         "mesh", "batching", "hijax", "remat_opt", "traced_derivatives", "kernels",

@@ -15,7 +15,7 @@ from jaxstate.arrays.activation import activation, first_use, is_array, quiet, t
 from jaxstate.arrays.array import Writable, WritableArray, fresh, snapshot
 from jaxstate.arrays.buffers import Buffer, is_computed
 from jaxstate.arrays.trace import InplaceTrace
-from jaxstate.core import discharge, resolve, slots
+from jaxstate.core import registry, resolve, slots
 from jaxstate.core.capture import nowhere
 
 __all__ = ["objects"]
@@ -316,7 +316,7 @@ _jax.wrap_key_arrays(lambda: bool(thread.activations) and not thread.quiet)
 
 def _begin_use() -> None:
     resolve.to_program = _own
-    discharge.around_binds[:] = [_around_bind]
+    registry.around_binds[:] = [_around_bind]
 
 
 first_use.append(_begin_use)

@@ -20,16 +20,10 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core import slots
-from jaxstate.core.discharge import (
-    Layout,
-    discharge,
-    read_all,
-    refreshed,
-    register_rule,
-    state_of,
-    write_last,
-)
+from jaxstate.core.contents import refreshed, state_of
+from jaxstate.core.discharge import Layout, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import register_rule
 from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import Address, Cell
 from jaxstate.errors import UnsupportedPrimitiveError, message

@@ -6,18 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxstate import _jax
-from jaxstate.core.discharge import (
-    Layout,
-    check_place,
-    discharge,
-    read_all,
-    refreshed,
-    register_rule,
-    state_of,
-    uses_of,
-    write_last,
-)
+from jaxstate.core.contents import refreshed, state_of, uses_of
+from jaxstate.core.discharge import Layout, check_place, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import register_rule
 from jaxstate.core.slots import Address
 
 

@@ -11,16 +11,10 @@ from typing import Any
 import jax
 
 from jaxstate import _jax
-from jaxstate.core.discharge import (
-    Layout,
-    discharge,
-    read_all,
-    refreshed,
-    register_rule,
-    uses_of,
-    write_last,
-)
+from jaxstate.core.contents import refreshed, uses_of
+from jaxstate.core.discharge import Layout, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import register_rule
 
 
 def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:

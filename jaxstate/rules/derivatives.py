@@ -27,7 +27,8 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core import slots
-from jaxstate.core.discharge import read_all, settle, write_last
+from jaxstate.core.contents import settle
+from jaxstate.core.discharge import read_all, write_last
 from jaxstate.core.resolve import boundaries, one_use, read, read_since, same_trace, write
 from jaxstate.core.slots import Address, Cell, Holder
 from jaxstate.errors import CustomRuleStateError, message

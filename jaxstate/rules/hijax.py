@@ -15,17 +15,10 @@ from typing import Any
 import jax
 
 from jaxstate import _jax
-from jaxstate.core.discharge import (
-    Layout,
-    discharge,
-    read_all,
-    register_hidden_rule,
-    state_of,
-    uses_of,
-    write_all,
-    write_last,
-)
+from jaxstate.core.contents import state_of, uses_of
+from jaxstate.core.discharge import Layout, discharge, read_all, write_all, write_last
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import register_hidden_rule
 
 
 @register_hidden_rule(_jax.RematTraced)

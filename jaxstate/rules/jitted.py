@@ -36,21 +36,22 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
-from jaxstate.core.discharge import (
+from jaxstate.core.contents import (
     Addresses,
-    Layout,
     Uses,
     captured_inputs,
-    check_type,
-    discharge,
     in_order,
-    read_all,
-    read_as_stored,
     refreshed,
-    register_rule,
     settle,
     state_of,
     uses_of,
+)
+from jaxstate.core.discharge import (
+    Layout,
+    check_type,
+    discharge,
+    read_all,
+    read_as_stored,
     watched,
     write_all,
     write_last,
@@ -58,6 +59,7 @@ from jaxstate.core.discharge import (
 )
 from jaxstate.core.initializers import has_inits, initialize
 from jaxstate.core.refs import KeptCell, SlotAddress, Taken, append_result, is_large, writing
+from jaxstate.core.registry import register_rule
 from jaxstate.core.resolve import begin_use, check_captured, end_use, state_effect
 from jaxstate.core.slots import Address, any_open, open_here
 from jaxstate.errors import AheadOfTimeError, message

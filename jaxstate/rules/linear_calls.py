@@ -13,17 +13,10 @@ from typing import Any
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
-from jaxstate.core.discharge import (
-    Layout,
-    discharge,
-    out_of_bind,
-    read_all,
-    refreshed,
-    register_rule,
-    settle,
-    state_of_all,
-)
+from jaxstate.core.contents import refreshed, settle, state_of_all
+from jaxstate.core.discharge import Layout, discharge, read_all
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import out_of_bind, register_rule
 from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import Address, any_known
 from jaxstate.errors import UnsupportedPrimitiveError, message

@@ -14,19 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxstate import _jax
-from jaxstate.core.discharge import (
-    Addresses,
-    Layout,
-    discharge,
-    read_all,
-    refreshed,
-    register_rule,
-    state_of,
-    state_of_all,
-    superseded,
-    write_all,
-)
+from jaxstate.core.contents import Addresses, refreshed, state_of, state_of_all, superseded
+from jaxstate.core.discharge import Layout, discharge, read_all, write_all
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import register_rule
 from jaxstate.core.slots import Address, any_open, where_unused
 
 

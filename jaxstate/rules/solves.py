@@ -15,17 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxstate import _jax
-from jaxstate.core.discharge import (
-    Layout,
-    discharge,
-    read_all,
-    refreshed,
-    register_hidden_rule,
-    register_rule,
-    state_of_all,
-    write_last,
-)
+from jaxstate.core.contents import refreshed, state_of_all
+from jaxstate.core.discharge import Layout, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
+from jaxstate.core.registry import register_hidden_rule, register_rule
 from jaxstate.core.resolve import one_use, state_effect
 from jaxstate.core.slots import any_open
 

@@ -20,16 +20,8 @@ import jax
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
-from jaxstate.core.discharge import (
-    Layout,
-    captured_inputs,
-    discharge,
-    read_all,
-    refreshed,
-    settle,
-    state_of,
-    write_all,
-)
+from jaxstate.core.contents import captured_inputs, refreshed, settle, state_of
+from jaxstate.core.discharge import Layout, discharge, read_all, write_all
 from jaxstate.core.initializers import initialize
 from jaxstate.core.resolve import one_use
 from jaxstate.core.slots import Address, any_known

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxstate import _jax
 from jaxstate.arrays.boundaries import objects as objects_in_place
-from jaxstate.core import discharge, slots
+from jaxstate.core import registry, slots
 from jaxstate.core.slots import Holder, signature_changed
 from jaxstate.rules import jitted
 from jaxstate.tree.copies import note_arguments, note_result
@@ -42,7 +42,7 @@ _TRACES = (
 
 def _enter(trace_: Any) -> list[Frame] | None:
     here = sessions()
-    if not here or discharge.in_bind() or not isinstance(trace_, _TRACES):
+    if not here or registry.in_bind() or not isinstance(trace_, _TRACES):
         return None
     if _jax.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
         return None
@@ -85,7 +85,7 @@ def _leave(frames: list[Frame], failed: bool) -> None:
 @contextmanager
 def _function_inside(holder: Holder) -> Iterator[None]:
     """A function that is given its state by a holder: it has frames of its own."""
-    with discharge.out_of_bind():
+    with registry.out_of_bind():
         current = _jax.current_trace()
         frames = [_begin(Frame(s, current, holder)) for s in sessions()]
         failed = True
@@ -142,13 +142,13 @@ def _before_rule() -> None:
 
 
 def _around_tracing(fun: Any) -> Any:
-    if not sessions() or discharge.in_bind() or publishes.jax_only:
+    if not sessions() or registry.in_bind() or publishes.jax_only:
         return nullcontext()
     return _around(fun)
 
 
 def _around_inference(infer: Any, call: _jax.Jitted, args: Any, kwargs: Any, is_call: bool) -> Any:
-    if not sessions() or discharge.in_bind() or publishes.jax_only:
+    if not sessions() or registry.in_bind() or publishes.jax_only:
         return infer(call.fun, call.info, args, kwargs)
     with _around(call.fun):
         if not publishes.jax_only:
@@ -183,7 +183,7 @@ def _call(jitted_: _jax.Jitted, args: Any, kwargs: Any) -> Any:
 
 
 def _result_of(kind: str, result: Any) -> Any:
-    if not sessions() or publishes.jax_only or discharge.in_bind():
+    if not sessions() or publishes.jax_only or registry.in_bind():
         return result
     return result_of_trace(kind, result)
 
@@ -216,7 +216,7 @@ def hooks() -> Iterator[None]:
                 objects_in_place.is_object = staticmethod(is_object)
                 objects_in_place.writable = staticmethod(all_writable)
                 slots.around_functions.append(_function_inside)
-                discharge.before_rules.append(_before_rule)
+                registry.before_rules.append(_before_rule)
                 jitted.first.append(_call)
         yield
     finally:

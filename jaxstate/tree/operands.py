@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from jaxstate import _jax
-from jaxstate.core.discharge import in_bind
+from jaxstate.core.registry import in_bind
 from jaxstate.core.slots import signature_changed
 from jaxstate.tree import copies
 from jaxstate.tree.objects import NODE, kind_of
