@@ -20,8 +20,8 @@ FLOORS = {
     ],
     "errors": [],
     "core": [
-        "slots", "capture", "resolve", "specs", "refs", "initializers", "contents", "discharge",
-        "registry",
+        "slots", "capture", "primitives", "uses", "notes", "lanes", "resolve", "specs", "refs",
+        "initializers", "contents", "discharge", "registry",
     ],
     "rules": [
         "calls", "loops", "branches", "derivatives", "linear_calls", "solves", "foreign", "jitted",

@@ -17,6 +17,7 @@ from jaxstate.arrays.buffers import Buffer, is_computed
 from jaxstate.arrays.trace import InplaceTrace
 from jaxstate.core import registry, resolve, slots
 from jaxstate.core.capture import nowhere
+from jaxstate.core.notes import notes_of
 
 __all__ = ["objects"]
 
@@ -53,7 +54,7 @@ def _writable_kind(kind: type) -> type:
             if self._buffer is None:
                 value = _jax.plain_copy(self, kind)
                 if _jax.is_constant_of_jaxpr(self):
-                    kept = resolve.notes_of(self._trace).extra
+                    kept = notes_of(self._trace).extra
                     kept.setdefault(Writable, []).append(self)
                 self._buffer = Buffer(value, self._trace, self._age, None)
             return self._buffer

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
 from jaxstate.core.initializers import addresses_of, init_p
-from jaxstate.core.resolve import current_use, read_p, read_since, state_effect, write_p
+from jaxstate.core.primitives import read_p, state_effect, write_p
+from jaxstate.core.resolve import read_since
 from jaxstate.core.slots import Address
+from jaxstate.core.uses import current_use
 from jaxstate.errors import UnsupportedPrimitiveError, message
 
 __all__ = [

@@ -22,15 +22,10 @@ from typing import Any, NamedTuple
 from jaxstate import _jax
 from jaxstate.core.contents import Addresses, contents_of, uses_slots
 from jaxstate.core.initializers import addresses_of
-from jaxstate.core.resolve import (
-    current_use,
-    read_each,
-    read_stored,
-    state_effect,
-    write_each,
-    write_p,
-)
+from jaxstate.core.primitives import state_effect, write_p
+from jaxstate.core.resolve import read_each, read_stored, write_each
 from jaxstate.core.slots import Address
+from jaxstate.core.uses import current_use
 from jaxstate.errors import DeviceWriteError, HostCallbackError, SlotTypeError, message
 
 __all__ = [

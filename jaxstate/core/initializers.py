@@ -22,9 +22,11 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.resolve import current_use, read, read_p, state_effect, write_p
+from jaxstate.core.primitives import read_p, state_effect, write_p
+from jaxstate.core.resolve import read
 from jaxstate.core.slots import Address
 from jaxstate.core.specs import Spec, all_arrays, spec_of, takes_shape, typed
+from jaxstate.core.uses import current_use
 from jaxstate.errors import InitializerDataError, message
 
 __all__ = [

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxstate import _jax
 from jaxstate.core import resolve
+from jaxstate.core.notes import notes_of
 from jaxstate.core.slots import Address, Cell, Holder, add_loose, holders, note_use
 from jaxstate.core.specs import strong
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
@@ -217,7 +218,7 @@ class Slot(Holder):
         """Where the cell is: with the jaxpr in which the slot was made, so that a slot which a
         function keeps in its closure keeps no tracer."""
         if isinstance(self.anchor, _jax.StagingTrace):
-            return resolve.notes_of(self.anchor).extra
+            return notes_of(self.anchor).extra
         return self._own
 
     def cell(self, address: Address) -> Cell:

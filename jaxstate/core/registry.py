@@ -22,8 +22,9 @@ from jaxstate.core.contents import (
     state_of,
 )
 from jaxstate.core.discharge import binds, watched
-from jaxstate.core.resolve import begin_use, end_use, state_effect
+from jaxstate.core.primitives import state_effect
 from jaxstate.core.slots import any_known, any_open
+from jaxstate.core.uses import begin_use, end_use
 from jaxstate.errors import UnsupportedPrimitiveError, message
 
 __all__ = [

@@ -17,62 +17,48 @@ of the holder that answers for the slot. What they meet on the way decides:
 
 from __future__ import annotations
 
-import functools
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxstate import _jax
 from jaxstate.core.capture import StateTracer
+from jaxstate.core.lanes import put_together, take_apart, written_by_lanes
+from jaxstate.core.notes import Boundaries, View, lane_of, notes_of, views_of
+from jaxstate.core.primitives import read_p, state_effect, write_p
 from jaxstate.core.slots import (
     Address,
     AllLanes,
     Holder,
-    Lane,
     any_open,
     any_stacked,
     open_here,
     stack,
     where_unused,
 )
+from jaxstate.core.uses import current_use
 from jaxstate.errors import ConvertedClosureError, UnsupportedPrimitiveError, message
 
-__all__ = ["Notes", "notes_of", "read", "read_p", "state_effect", "write", "write_p"]
-
-
-# -- The two primitives ----------------------------------------------------------------------
-
-
-class StateEffect(_jax.Effect):
-    """What a jaxpr has whose state is not threaded yet. No such jaxpr is ever compiled."""
-
-    def __repr__(self) -> str:
-        return (
-            "a use of jaxstate state inside a higher-order primitive for which jaxstate has no"
-            " rule (jaxstate.UnsupportedPrimitiveError; see jaxstate.extend.register_rule)"
-        )
-
-    def __reduce__(self) -> str:
-        return "state_effect"  # there is one only
-
-    def __lt__(self, other: object) -> bool:
-        return False
-
-
-state_effect = StateEffect()
-_jax.allow_effect_everywhere_but_in_compiled_code(StateEffect)
-
-read_p = _jax.Primitive("state_read")
-write_p = _jax.Primitive("state_write")
-write_p.multiple_results = True
-
-# The operand of a read, if it has one, is the capture of the slot: see `_read_staged`.
-read_p.def_effectful_abstract_eval(lambda *captured, address, aval, version: (aval, {state_effect}))
-write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect}))
+__all__ = [
+    "boundaries",
+    "boundary_of",
+    "check_captured",
+    "destination",
+    "innermost_boundary",
+    "is_inside",
+    "one_of_each",
+    "read",
+    "read_each",
+    "read_since",
+    "read_stored",
+    "resolve",
+    "same_trace",
+    "to_program",
+    "write",
+    "write_each",
+]
 
 
 @read_p.def_bind_with_trace
@@ -104,121 +90,6 @@ def _write_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     with _jax.set_current_trace(trace):
         write(params["address"].renewed(None), *args)
     return []
-
-
-def _refuse_to_compile(ctx: Any, *args: Any, address: Address, **params: Any) -> Any:
-    raise UnsupportedPrimitiveError(
-        message(
-            f"{address} is used inside a higher-order primitive for which jaxstate has no rule,"
-            " and cannot be compiled.",
-            fix="""
-            jaxstate.extend.register_rule(primitive)(rule)    # makes the primitive stateful
-            k = jaxstate.next_key()                           # or: take it out, pass it in
-            """,
-            used=_jax.user_location(),
-        )
-    )
-
-
-_jax.register_lowering(read_p, _refuse_to_compile)
-_jax.register_lowering(write_p, _refuse_to_compile)
-
-
-# -- Notes that live as long as a trace ------------------------------------------------------
-
-
-class Notes:
-    """What jaxstate knows of one jaxpr under construction.
-
-    Attributes:
-      values: the current value of every slot that the jaxpr touched, as the jaxpr names the slot.
-      written: the slots that the jaxpr wrote.
-      refreshed: what captures of slots, as operands, are here, see `read_since`.
-      extra: what clients note, by their own keys.
-      place: where the program was when it first wrote one, for all such equations: nobody sees
-        them, and to look takes long.
-      lane_tables: see `_lanes`.
-      around: a holder, what was open (`slots.OpenHere`), and the `Boundaries` then. (What is open
-        may be closed before the construction ends, and is not kept.)
-    """
-
-    __slots__ = ("around", "extra", "lane_tables", "place", "refreshed", "values", "written")
-
-    def __init__(self) -> None:
-        self.place: Any = None
-        self.around: tuple[Holder, weakref.ref[Any], Boundaries] | None = None
-        self.lane_tables: dict[int, Any] = {}
-        self.values: dict[Address, Any] = {}
-        self.written: set[Address] = set()
-        self.refreshed: dict[Address, list[Any]] = {}
-        self.extra: dict[Any, Any] = {}
-
-
-notes_of: Callable[[Any], Notes] = functools.partial(_jax.notes_of, make=Notes)
-
-
-def _lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, Any]:
-    """What the lanes of a vmap have of their own, shared by re-entered copies of its trace.
-
-    It lives with the jaxpr under construction around the vmap or, if there is none, with the
-    holder, and not longer than the vmap. (Not with the trace: JAX's caches may keep it.)
-    """
-    tables = holder.lane_tables if base is None else notes_of(base).lane_tables
-    tag = _jax.tag_of(trace)
-    known = tables.get(id(tag))
-    if known is not None and known[0]() is tag:
-        return known[1]
-    if base is None and not _splitting.depth:
-        _drop_ended(tables)
-    table: dict[Any, Any] = {}
-    tables[id(tag)] = weakref.ref(tag, lambda _, key=id(tag): _drop(tables, key)), table
-    return table
-
-
-def _views(trace: Any) -> dict[Any, Any]:
-    """Written values as a differentiating trace sees them, shared by its re-entered copies.
-
-    They live as long as the trace works: a tangent must not outlive it.
-    """
-    if isinstance(trace, _jax.LinearizeTrace):
-        return notes_of(trace.tangent_trace).extra
-    return _jax.tag_of(trace).__dict__.setdefault("_jaxstate", {})
-
-
-class _Splitting(threading.local):
-    """How many vmaps are getting their lanes' cells: the inner ones of nested vmaps are in progress
-    while the outer ones, alone in the chain of traces then, get theirs."""
-
-    depth = 0
-
-
-_splitting = _Splitting()
-
-
-def _lane(address: Address, holder: Holder, trace: Any, base: Any) -> Lane | AllLanes | None:
-    """What the lanes of the vmap of ``trace`` have of their own instead of the slot outside."""
-    notes = _lanes(trace, holder, base)
-    _splitting.depth += 1
-    try:
-        return holder.lane(address, trace, notes)
-    finally:
-        _splitting.depth -= 1
-
-
-def _drop(tables: dict[int, Any], key: int) -> None:
-    if key in tables and tables[key][0]() is None:
-        del tables[key]
-
-
-def _drop_ended(tables: dict[int, Any]) -> None:
-    """Forgets transformations that the program has left and that a cache of JAX keeps alive."""
-    chain = _jax.chain(_jax.current_trace())
-    active = {id(t.tag) for t in chain if getattr(t, "tag", None) is not None}
-    for key in tables.keys() - active:
-        del tables[key]
-
-
-# -- Read and write --------------------------------------------------------------------------
 
 
 def read(address: Address) -> Any:
@@ -340,23 +211,6 @@ def _of_mesh_before(address: Address, holder: Holder, value: Any) -> Any:
         base = _way_to(holder)[1]
         before = address.aval() if base is None else _jax.type_in_jaxpr(base, address.aval())
     return _jax.in_mesh_of(before, value)
-
-
-class Boundaries(list):
-    """What stands between a place in the program and a holder, innermost first.
-
-    A boundary is a jaxpr under construction, or a custom rule that is given its state as operands
-    (`rules.derivatives`): names and addresses inside are relative to it.
-
-    Attributes:
-      outer: all but the first, as they are seen from the jaxpr around; None if that is not known.
-      extra: what clients note, by their own keys.
-    """
-
-    def __init__(self, found: Sequence[Any], outer: Boundaries | None = None) -> None:
-        super().__init__(found)
-        self.outer = outer
-        self.extra: dict[Any, Any] = {}
 
 
 def boundaries(holder: Holder) -> Boundaries:
@@ -491,18 +345,18 @@ def _read_at(
         return stored, stored
     trace = levels[i]
     if isinstance(trace, _jax.BatchTrace):
-        lane = _lane(address, holder, trace, base)
+        lane = lane_of(address, holder, trace, base)
         if isinstance(lane, AllLanes):
             value, stored = _read_at(lane.address, holder, levels, i + 1, base)
             return _jax.lane_tracer(trace, value, 0), stored
         if lane is not None:
             return _jax.lane_tracer(trace, lane.value, lane.batch_dim), lane.value
-        written = _written_by_lanes(trace, holder, base).get(_key(address, holder, base))
+        written = written_by_lanes(trace, holder, base).get(_key(address, holder, base))
         if written is not None:
-            return _put_together(written, levels[i:]), written
+            return put_together(written, levels[i:]), written
     value, stored = _read_at(address, holder, levels, i + 1, base)
     if isinstance(trace, _jax.DIFFERENTIATING):
-        view = _views(trace).get(_key(address, holder, base))
+        view = views_of(trace).get(_key(address, holder, base))
         if view is not None and view.stored is stored:
             return _jax.tangent_tracer(trace, value, view.tangent), stored
     return value, stored
@@ -532,11 +386,11 @@ def _write_at(
     if isinstance(trace, _jax.DIFFERENTIATING):
         lowered = [x.primal if _jax.owns(trace, x) else x for x in values]
         stored = _write_at(addresses, holder, levels, i + 1, base, lowered)
-        views = _views(trace)
+        views = views_of(trace)
         for address, value, at_end in zip(addresses, values, stored, strict=True):
             key = _key(address, holder, base)
             if _jax.owns(trace, value):
-                views[key] = _View(value.tangent, at_end)
+                views[key] = View(value.tangent, at_end)
             else:
                 views.pop(key, None)
         return stored
@@ -554,7 +408,7 @@ def _write_lanes(
 ) -> list[Any]:
     """`_write_at` in a vmap."""
     trace, first = levels[i], addresses[0]
-    lane = _lane(first, holder, trace, base)
+    lane = lane_of(first, holder, trace, base)
     if isinstance(lane, AllLanes):
         lanes = [_jax.all_lanes(trace, value) for value in values]
         return _write_at([lane.address], holder, levels, i + 1, base, lanes)
@@ -562,7 +416,7 @@ def _write_lanes(
     if lane is not None:
         ((lane.value, lane.batch_dim),) = lowered
         return [lane.value]
-    written = _written_by_lanes(trace, holder, base)
+    written = written_by_lanes(trace, holder, base)
     keys = [_key(address, holder, base) for address in addresses]
     if all(batch_dim is None for _, batch_dim in lowered):
         for key in keys:
@@ -584,7 +438,7 @@ def _write_lanes(
         ones[k] = one
     _write_at(addresses, holder, levels, i + 1, base, ones)
     for key, value in zip(keys, values, strict=True):
-        written[key] = _take_apart(value, levels[i:])
+        written[key] = take_apart(value, levels[i:])
     return [written[key] for key in keys]
 
 
@@ -610,146 +464,6 @@ def _plain(value: Any, trace: Any, address: Address) -> Any:
 def _key(address: Address, holder: Holder, base: Any) -> Any:
     return address.seen_from(holder if base is None else base)
 
-
-class _View(NamedTuple):
-    """The tangent of a written value, valid as long as ``stored`` is what is stored.
-
-    Kept without its tracer, which would keep the trace.
-    """
-
-    tangent: Any
-    stored: Any
-
-
-# -- What lanes write to a slot that they share ----------------------------------------------
-
-
-class _Kept:
-    """A value in the middle of transformations, taken apart: no part of it is a tracer of theirs.
-
-    Attributes:
-      value: what is left of it outside of them.
-      batch_dims: for each trace in between, from the inside, its batch dimension or None.
-    """
-
-    __slots__ = ("batch_dims", "value")
-
-
-def _written_by_lanes(trace: Any, holder: Holder, base: Any) -> dict[Any, _Kept]:
-    """What the lanes of a vmap last wrote to slots that they share, each lane its own value."""
-    return _lanes(trace, holder, base).setdefault(_Kept, {})
-
-
-def _take_apart(value: Any, levels: list[Any]) -> _Kept:
-    """Lowers what ``levels[0]`` holds through all levels; tangents are kept with their traces."""
-    kept = _Kept()
-    kept.batch_dims = []
-    for trace in levels:
-        batch_dim = None
-        if isinstance(trace, _jax.BatchTrace):
-            value, batch_dim = _jax.lane_value(trace, value)
-        elif isinstance(trace, _jax.DIFFERENTIATING) and _jax.owns(trace, value):
-            _views(trace)[id(kept)] = _View(value.tangent, kept)
-            value = value.primal
-        kept.batch_dims.append(batch_dim)
-    kept.value = value
-    return kept
-
-
-def _put_together(kept: _Kept, levels: list[Any]) -> Any:
-    value = kept.value
-    pairs = list(zip(levels, kept.batch_dims, strict=True))
-    for trace, batch_dim in reversed(pairs):
-        if isinstance(trace, _jax.BatchTrace):
-            value = _jax.lane_tracer(trace, value, batch_dim)
-        elif isinstance(trace, _jax.DIFFERENTIATING):
-            view = _views(trace).get(id(kept))
-            if view is not None and view.stored is kept:
-                value = _jax.tangent_tracer(trace, value, view.tangent)
-    return value
-
-
-# -- Uses of a jaxpr -------------------------------------------------------------------------
-
-
-class _Uses(threading.local):
-    def __init__(self) -> None:
-        # What each use of a jaxpr made of what was made inside of it, and its captured operands.
-        self.stack: list[tuple[dict[Any, Any], dict[int, Address]]] = []
-
-
-_uses = _Uses()
-
-
-def current_use() -> dict[Any, Any] | None:
-    """What the use of a jaxpr that is being bound makes of what was made inside that jaxpr."""
-    return _uses.stack[-1][0] if _uses.stack else None
-
-
-def captured_operands() -> dict[int, Address]:
-    """Which operands of the bind that a rule stands for are captures, and of which slots."""
-    return _uses.stack[-1][1] if _uses.stack else {}
-
-
-def recaptured(operands: Sequence[Any]) -> list[Any]:
-    """The operands of the bind in progress with its captures as captures, to be bound again."""
-    captured = captured_operands()
-    return [
-        StateTracer(captured[i], _jax.typeof(x)) if i in captured else x
-        for i, x in enumerate(operands)
-    ]
-
-
-def begin_use(operands: Sequence[Any]) -> list[Any]:
-    """Begins one use of each jaxpr of an equation, which ends by `end_use` of the result."""
-    captured: dict[int, Address] = {}
-    if StateTracer in map(type, operands):
-        tracers = ((i, x) for i, x in enumerate(operands) if type(x) is StateTracer)
-        captured = {i: tracer.address for i, tracer in tracers}
-    uses = _uses.stack
-    uses.append(({}, captured))
-    return uses
-
-
-# Called when the outermost use of a jaxpr has ended.
-after_uses: list[Callable[[], None]] = []
-
-
-def end_use(uses: list[Any]) -> None:
-    uses.pop()
-    if not uses:
-        for notice in after_uses:
-            notice()
-
-
-@contextmanager
-def one_use(use: dict[Any, Any] | None = None) -> Iterator[None]:
-    """One use of each jaxpr of an equation that a rule binds; ``use`` if it has begun already."""
-    uses = begin_use(())
-    if use is not None:
-        uses[-1] = use, uses[-1][1]
-    try:
-        yield
-    finally:
-        end_use(uses)
-
-
-def own_use(bind: Callable[..., Any]) -> Callable[..., Any]:
-    """A bind with a use of its own, whatever its operands are: also where JAX binds the primitive
-    again in the middle of another bind of it, `captured_operands` are its own."""
-
-    @functools.wraps(bind)
-    def bound(*args: Any, **params: Any) -> Any:
-        uses = begin_use(args)
-        try:
-            return bind(*args, **params)
-        finally:
-            end_use(uses)
-
-    return bound
-
-
-# -- Inside a jaxpr under construction -------------------------------------------------------
 
 # A capture is resolved by the `bind` that takes it as an operand, or by the jaxpr that closes over
 # it: from the trace that is current there.

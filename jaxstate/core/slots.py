@@ -250,7 +250,7 @@ class Holder:
         return self.anchor
 
     def __init__(self) -> None:
-        self.lane_tables: dict[int, Any] = {}  # see `resolve._lanes`
+        self.lane_tables: dict[int, Any] = {}  # see `notes.lanes_of`
         self.extra: dict[Any, Any] = {}  # what clients note, by their own keys
         self.age = next_age()
 

@@ -19,14 +19,8 @@ from typing import Any
 
 from jaxstate import _jax
 from jaxstate.core.initializers import TracedInit
-from jaxstate.core.resolve import (
-    Boundaries,
-    boundaries,
-    boundary_of,
-    innermost_boundary,
-    notes_of,
-    read,
-)
+from jaxstate.core.notes import Boundaries, notes_of
+from jaxstate.core.resolve import boundaries, boundary_of, innermost_boundary, read
 from jaxstate.core.slots import Address, Cell, Holder, holders, open_here
 from jaxstate.core.specs import (
     ONLY_LEAF,

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstate import _jax
-from jaxstate.core.resolve import after_uses, current_use
 from jaxstate.core.slots import next_age, signature_changed
+from jaxstate.core.uses import after_uses, current_use
 from jaxstate.errors import NameClashError, message
 
 __all__ = [

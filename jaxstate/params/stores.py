@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxstate import _jax
 from jaxstate.core.initializers import TracedInit, init_p, initialize_at, initializer_at, words_of
-from jaxstate.core.resolve import boundaries, boundary_of, notes_of, read, same_trace
+from jaxstate.core.notes import notes_of
+from jaxstate.core.resolve import boundaries, boundary_of, read, same_trace
 from jaxstate.core.slots import Cell, Holder, Memory, holders, signature_changed
 from jaxstate.core.specs import (
     ONE_ARRAY,

@@ -24,8 +24,8 @@ from jaxstate.core.contents import refreshed, state_of
 from jaxstate.core.discharge import Layout, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
 from jaxstate.core.registry import register_rule
-from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import Address, Cell
+from jaxstate.core.uses import captured_operands, own_use
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.rules.derivatives import Given, only_reading, without_values
 

@@ -29,8 +29,9 @@ from jaxstate import _jax
 from jaxstate.core import slots
 from jaxstate.core.contents import settle
 from jaxstate.core.discharge import read_all, write_last
-from jaxstate.core.resolve import boundaries, one_use, read, read_since, same_trace, write
+from jaxstate.core.resolve import boundaries, read, read_since, same_trace, write
 from jaxstate.core.slots import Address, Cell, Holder
+from jaxstate.core.uses import one_use
 from jaxstate.errors import CustomRuleStateError, message
 
 

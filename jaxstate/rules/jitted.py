@@ -58,10 +58,12 @@ from jaxstate.core.discharge import (
     written_meanwhile,
 )
 from jaxstate.core.initializers import has_inits, initialize
+from jaxstate.core.primitives import state_effect
 from jaxstate.core.refs import KeptCell, SlotAddress, Taken, append_result, is_large, writing
 from jaxstate.core.registry import register_rule
-from jaxstate.core.resolve import begin_use, check_captured, end_use, state_effect
+from jaxstate.core.resolve import check_captured
 from jaxstate.core.slots import Address, any_open, open_here
+from jaxstate.core.uses import begin_use, end_use
 from jaxstate.errors import AheadOfTimeError, message
 
 

@@ -17,8 +17,8 @@ from jaxstate.core.contents import refreshed, settle, state_of_all
 from jaxstate.core.discharge import Layout, discharge, read_all
 from jaxstate.core.initializers import initialize
 from jaxstate.core.registry import out_of_bind, register_rule
-from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import Address, any_known
+from jaxstate.core.uses import captured_operands, own_use
 from jaxstate.errors import UnsupportedPrimitiveError, message
 from jaxstate.rules.derivatives import rule_touches_more, undifferentiated
 

@@ -24,15 +24,9 @@ import jax.numpy as jnp
 
 from jaxstate import _jax
 from jaxstate.core import slots
-from jaxstate.core.resolve import (
-    boundaries,
-    current_use,
-    one_of_each,
-    one_use,
-    read,
-    write_each,
-)
+from jaxstate.core.resolve import boundaries, one_of_each, read, write_each
 from jaxstate.core.slots import Address, Cell, Holder
+from jaxstate.core.uses import current_use, one_use
 from jaxstate.errors import DeviceWriteError, message
 
 _replicated = jax.sharding.PartitionSpec()
@@ -47,7 +41,7 @@ class _Devices(Holder):
       notes: the cells that every device has of its own, while the function runs.
       shared: the cells of slots that all devices share, while the function runs.
       before: what these held when the function first used them.
-      use: what the bind makes of what was made inside the function, see `resolve.current_use`.
+      use: what the bind makes of what was made inside the function, see `uses.current_use`.
     """
 
     def __init__(self, outside: Any, below: Sequence[Holder], axes: Sequence[Any]) -> None:

@@ -17,8 +17,8 @@ from jaxstate.core.contents import Uses, settle, uses_of
 from jaxstate.core.discharge import Layout, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
 from jaxstate.core.registry import register_rule
-from jaxstate.core.resolve import captured_operands, own_use
 from jaxstate.core.slots import any_known
+from jaxstate.core.uses import captured_operands, own_use
 from jaxstate.rules.linear_calls import Settled, traced, without_state
 
 

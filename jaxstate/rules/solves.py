@@ -18,9 +18,10 @@ from jaxstate import _jax
 from jaxstate.core.contents import refreshed, state_of_all
 from jaxstate.core.discharge import Layout, discharge, read_all, write_last
 from jaxstate.core.initializers import initialize
+from jaxstate.core.primitives import state_effect
 from jaxstate.core.registry import register_hidden_rule, register_rule
-from jaxstate.core.resolve import one_use, state_effect
 from jaxstate.core.slots import any_open
+from jaxstate.core.uses import one_use
 
 # JAX wants as many auxiliary results of the transposed solve, and drops them.
 _HANDING_ON = ("solve", "transpose_solve")

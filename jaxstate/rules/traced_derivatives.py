@@ -23,8 +23,8 @@ from jaxstate.core.capture import StateTracer
 from jaxstate.core.contents import captured_inputs, refreshed, settle, state_of
 from jaxstate.core.discharge import Layout, discharge, read_all, write_all
 from jaxstate.core.initializers import initialize
-from jaxstate.core.resolve import one_use
 from jaxstate.core.slots import Address, any_known
+from jaxstate.core.uses import one_use
 from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
 
 

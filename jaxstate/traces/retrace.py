@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstate import _jax
+from jaxstate.core.primitives import read_p, state_effect
 from jaxstate.core.refs import Slot, new_slot
-from jaxstate.core.resolve import read, read_p, state_effect
+from jaxstate.core.resolve import read
 from jaxstate.errors import TraceStateError, message
 from jaxstate.traces.state import Spec
 

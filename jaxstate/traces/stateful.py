@@ -32,9 +32,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import jax
 
 from jaxstate import _jax
+from jaxstate.core.primitives import state_effect
 from jaxstate.core.refs import Slot
 from jaxstate.core.registry import has_rule
-from jaxstate.core.resolve import recaptured, same_trace, state_effect
+from jaxstate.core.resolve import same_trace
+from jaxstate.core.uses import recaptured
 from jaxstate.errors import TraceStateError, message
 from jaxstate.traces.retrace import (
     Processed,

@@ -20,8 +20,9 @@ from typing import Any
 
 from jaxstate import _jax
 from jaxstate.arrays.array import Writable, snapshot
-from jaxstate.core import resolve
 from jaxstate.core.capture import StateTracer, nowhere
+from jaxstate.core.notes import notes_of
+from jaxstate.core.primitives import read_p, state_effect, write_p
 from jaxstate.core.slots import Holder
 from jaxstate.tree import problems
 from jaxstate.tree.addresses import FLAG, Change, LeafAddress, NewLeaf, Shape
@@ -77,7 +78,7 @@ class Frame:
         self.writes: list[Any] = []
         self._addresses: dict[int, LeafAddress] = {}
         if self.stages and rule is None:
-            resolve.notes_of(trace_)
+            notes_of(trace_)
         self.entries: list[Any] = walk.leaves
         if self.stages:
             self.entries = [
@@ -120,7 +121,13 @@ class Frame:
         captured = _jax.new_const(self.trace, StateTracer(address, aval), aval, place)
         params = dict(address=address, aval=aval, version=self.walk.versions[number])
         (value,) = _jax.emit(
-            self.trace, resolve.read_p, (captured,), [aval], params, {resolve.state_effect}, place
+            self.trace,
+            read_p,
+            (captured,),
+            [aval],
+            params,
+            {state_effect},
+            place,
         )
         return value
 
@@ -245,10 +252,10 @@ class Frame:
             return
         params, effects, place = (
             dict(address=address),
-            {resolve.state_effect},
+            {state_effect},
             self._place_of(address),
         )
-        _jax.emit(self.trace, resolve.write_p, (value,), [], params, effects, place)
+        _jax.emit(self.trace, write_p, (value,), [], params, effects, place)
 
     def _place_of(self, address: Any) -> Any:
         """Where the program is, for equations. (One place for all of a frame: to look is slow.)"""
