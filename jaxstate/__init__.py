@@ -61,7 +61,8 @@ from jaxstate.params.ensemble import Ensemble, ensemble
 from jaxstate.params.interception import Intercepted, intercept
 from jaxstate.params.metadata import Metadata
 from jaxstate.params.names import flatten_names, unflatten_names
-from jaxstate.params.parametrized import Parametrized, param, parametrized, scope
+from jaxstate.params.param import param, scope
+from jaxstate.params.parametrized import Parametrized, parametrized
 from jaxstate.params.places import path
 from jaxstate.params.reuse import Shaped
 from jaxstate.params.stack import Stack, stack

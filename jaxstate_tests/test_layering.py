@@ -16,16 +16,17 @@ FLOORS = {
     "_jax": [
         "hooks", "internals", "versions", "names", "jaxprs", "types", "meshes", "traces",
         "registries", "tracers", "building", "context", "frames", "params", "solves",
-        "custom_rules", "calls", "wrappers", "wrappers_in_place",
+        "custom_rules", "calls", "wrappers_of_calls", "wrappers", "wrappers_in_place",
     ],
     "errors": [],
     "core": [
-        "slots", "capture", "primitives", "uses", "notes", "lanes", "resolve", "specs", "refs",
-        "initializers", "contents", "discharge", "registry",
+        "slots", "capture", "primitives", "uses", "notes", "lanes", "resolve", "specs",
+        "memory", "refs", "initializers", "contents", "discharge", "registry",
     ],
     "rules": [
-        "calls", "loops", "branches", "derivatives", "linear_calls", "solves", "foreign", "jitted",
-        "mesh", "batching", "hijax", "remat_opt", "traced_derivatives", "kernels",
+        "calls", "loops", "branches", "derivatives", "explicit", "linear_calls", "solves",
+        "foreign", "jitted", "ahead_of_time", "mesh", "batching", "hijax", "remat_opt",
+        "traced_derivatives", "kernels",
     ],
     "traces": ["state", "retrace", "stateful"],
     "causal": [
@@ -36,9 +37,10 @@ FLOORS = {
     "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
-        "paths", "entries", "places", "interception", "stores", "arguments", "names", "reuse",
-        "metadata", "pieces", "summary", "methods", "pickling", "misuse", "parametrized",
-        "variables", "copies", "stack", "ensemble",
+        "paths", "entries", "places", "interception", "interned", "stores", "init_store",
+        "arguments", "names", "observing", "reuse", "metadata", "pieces", "summary", "methods",
+        "pickling", "misuse", "param", "calling", "parametrized", "variables", "copies", "stack",
+        "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [
@@ -58,7 +60,7 @@ ORDER = [
 ]
 # Rules do not know each other, but for those of functions that run later: they find their state
 # as those of `rules.derivatives` do.
-SHARED = {"rules.derivatives", "rules.linear_calls"}
+SHARED = {"rules.derivatives", "rules.explicit", "rules.linear_calls"}
 FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -31,3 +31,4 @@ from jaxstate._jax.traces import *
 from jaxstate._jax.types import *
 from jaxstate._jax.wrappers import *
 from jaxstate._jax.wrappers_in_place import *
+from jaxstate._jax.wrappers_of_calls import *

@@ -39,7 +39,7 @@ from jaxstate.arrays.protocols import ArrayProtocols
 from jaxstate.arrays.updates import Update, update_at
 from jaxstate.core import slots
 from jaxstate.core.capture import nowhere
-from jaxstate.core.refs import writing
+from jaxstate.core.memory import writing
 from jaxstate.errors import SlotTypeError, message
 
 __all__ = ["Writable", "WritableArray", "fresh", "loose", "snapshot"]

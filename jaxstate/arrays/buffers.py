@@ -17,7 +17,8 @@ from jaxstate import _jax
 from jaxstate.arrays.activation import Activation, quiet
 from jaxstate.arrays.updates import Update
 from jaxstate.core import resolve, slots
-from jaxstate.core.refs import Kept, KeptCell, Slot, SlotAddress, Taken, append_result, writing
+from jaxstate.core.memory import Kept, KeptCell, Taken, append_result, writing
+from jaxstate.core.refs import Slot, SlotAddress
 from jaxstate.core.slots import Address, Holder, Lane
 from jaxstate.errors import CustomRuleStateError, LaneWriteError, message
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxstate import _jax
 from jaxstate.params.entries import innermost_store, level_entered
 from jaxstate.params.metadata import of_copies
-from jaxstate.params.parametrized import Parametrized, param
+from jaxstate.params.param import param
+from jaxstate.params.parametrized import Parametrized
 from jaxstate.params.paths import PathElement
 from jaxstate.params.variables import Variable, variable
 

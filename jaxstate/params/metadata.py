@@ -26,7 +26,7 @@ from jaxstate.core.slots import Cell
 from jaxstate.errors import ParameterMismatchError, message
 from jaxstate.params.entries import Entry, EntryAddress, Located, Use, innermost_store
 from jaxstate.params.names import nested
-from jaxstate.params.reuse import ObservingStore, observe
+from jaxstate.params.observing import ObservingStore, observe
 
 __all__ = ["Describable", "Metadata", "PerArray", "checked", "collection_of", "of_copies"]
 

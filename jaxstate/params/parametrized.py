@@ -25,206 +25,49 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ContextDecorator, ExitStack
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
 
 from jaxstate import _jax
-from jaxstate.core.initializers import sliced
 from jaxstate.core.slots import open_holder
-from jaxstate.errors import (
-    InitializerDataError,
-    MissingParameterError,
-    MissingStoreError,
-    NameClashError,
-    ParameterConflictError,
-    ParameterMismatchError,
-    check_runs_when_called,
-    message,
-    thread_that_has_nothing,
-    warn_of_unopened,
-)
+from jaxstate.errors import check_runs_when_called, message
 from jaxstate.params.arguments import Shape, split_arrays
-from jaxstate.params.entries import (
-    EntryAddress,
-    current_origin,
-    innermost_store,
-    level_entered,
-    room_for_nests,
+from jaxstate.params.calling import (
+    keys_of_streams,
+    not_all_were_made,
+    open_streams,
+    run_slice,
+    store_for_init,
+    writable_names,
 )
+from jaxstate.params.entries import current_origin, innermost_store, level_entered, room_for_nests
 from jaxstate.params.interception import intercepted, interceptions
-from jaxstate.params.metadata import Describable, checked
+from jaxstate.params.metadata import Describable
 from jaxstate.params.methods import PerInstance, note_instances_of
-from jaxstate.params.misuse import (
-    LAZY,
-    about_call,
-    about_initializer,
-    note_mistakes,
-    refuse_lazy,
-    taken_arguments,
-)
+from jaxstate.params.misuse import LAZY, about_call, note_mistakes, refuse_lazy, taken_arguments
 from jaxstate.params.names import nested
+from jaxstate.params.param import P, R, check_name
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
-from jaxstate.params.pieces import pieces_here
-from jaxstate.params.reuse import Reusable, Reused, ReusingStore, reused
-from jaxstate.params.stores import ApplyStore, InitStore
+from jaxstate.params.reuse import Reusable, reused
+from jaxstate.params.stores import ApplyStore
 from jaxstate.params.summary import Summarizable
 from jaxstate.streams.holders import FoldedStreams
-from jaxstate.streams.keys import KeyLike, check_key
-from jaxstate.streams.stream import rng_stream
+from jaxstate.streams.keys import KeyLike
 
-__all__ = ["Parametrized", "param", "parametrized", "scope"]
+__all__ = ["Keys", "Owner", "Parametrized", "Rest", "Tree", "TreeLike", "parametrized"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
-T = TypeVar("T")
+
 Owner = TypeVar("Owner")
+
 Rest = ParamSpec("Rest")
+
 Keys = KeyLike | Mapping[str, KeyLike]
+
 Tree = dict[str, Any]
+
 TreeLike = Mapping[str, Any]
-
-
-# -- Addresses -------------------------------------------------------------------------------
-
-
-class ParamAddress(EntryAddress):
-    """One leaf of a parameter."""
-
-    kind = "parameter"
-    takes_key = True
-    missing_error = MissingParameterError
-    mismatch_error = ParameterMismatchError
-    conflict_error = ParameterConflictError
-
-    def missing(self) -> Exception:
-        return MissingStoreError(
-            message(
-                f"{self} was used outside init and apply.",
-                fix="""
-                params = net.init(jax.random.key(0), x)     # net = jaxstate.parametrized(fn)
-                y = net.apply(params, x)
-                """,
-                used=self.used,
-                thread=thread_that_has_nothing(),
-            )
-        )
-
-    fix_by_init = """
-        params = net.init(key, x)      # with inputs of the shapes that apply is given
-        """
-
-
-# -- The public functions --------------------------------------------------------------------
-
-
-def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = None) -> T:
-    """A parameter of the module (or `scope`) that the program is in.
-
-    Args:
-      name: without "/", unique in that scope; the same name there is the same parameter.
-      init: called as ``init(key, *init_args)``, returns any tree of arrays, which is kept with its
-        types (tuples, dataclasses, modules of other packages). The initializers of
-        `jax.nn.initializers` fit: ``param("w", jax.nn.initializers.lecun_normal(), (3, 4))``.
-      *init_args: static values or arrays.
-      metadata: any static value that goes with the parameter, a dict for example:
-        ``{"axes": ("embed", "mlp")}``. `Parametrized.metadata` gives that of all parameters.
-        ``{"spec": PartitionSpec("data")}`` says how the parameter is cut: inside a `jax.shard_map`
-        over "data" it is the device's own piece.
-
-    Returns:
-      The value: during ``init`` what the initializer makes, during ``apply`` what was given.
-
-    Raises:
-      TypeError: if ``name`` is not a name, ``init`` not a function, or ``metadata`` has arrays.
-      MissingStoreError: outside ``init`` and ``apply``.
-      MissingParameterError, ParameterMismatchError: if ``apply`` was not given a value of the
-        structure and shapes that ``init`` would make.
-      ParameterConflictError: if the name is in use for a parameter of another form.
-      NameClashError: if the name is in use for a variable, module or scope.
-      InitializerDataError: if ``init`` looks at data that comes out of a loop or a vmap.
-
-    The initial value depends on the key given to ``init`` and on the path of the parameter alone:
-    the key is folded with the first 8 bytes of the SHA-256 digest of the path.
-    """
-    used = _jax.user_location()
-    check_name(name, "param")
-    if not callable(init):
-        raise TypeError(
-            f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
-            f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
-        )
-    if metadata is not None:
-        metadata = checked(metadata, name)
-
-    def value(init: Any, *init_args: Any) -> Any:
-        address = ParamAddress(name, used, metadata)
-        store = address.store()
-        pieces = None if metadata is None else pieces_here(name, metadata, store)
-        made = init if pieces is None else pieces.made_by(init)
-        try:
-            use = store.declare(address, made, init_args)
-        except Exception as error:
-            raise about_initializer(address, init, init_args, error)  # noqa: B904
-        found = use.spec.tree.unflatten(use.values())
-        return found if pieces is None else pieces.of(found)
-
-    around = interceptions("parameter")
-    if not around:
-        return value(init, *init_args)
-    return intercepted(around, "parameter", name, value, (init, *init_args))
-
-
-class _Scope(ContextDecorator):
-    """A level of the tree that ``with`` opens; as a decorator, in every call of the function."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._open: list[Any] = []
-        self._was_opened = False
-
-    def __enter__(self) -> None:
-        self._was_opened = True
-        level = level_entered(innermost_store(), PathElement(self._name, None))
-        level.__enter__()
-        self._open.append(level)
-
-    def __exit__(self, *exc: object) -> None:
-        self._open.pop().__exit__(*exc)
-
-    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:  # type: ignore[override]
-        self._was_opened = True
-        return super().__call__(fn)
-
-    def __del__(self) -> None:
-        if not self._was_opened:
-            warn_of_unopened(
-                f"Scope {self._name!r}",
-                f"""
-                with jaxstate.scope("{self._name}"):
-                    ...
-                """,
-            )
-
-
-def scope(name: str) -> _Scope:
-    """Opens a level of the tree of parameters and variables by hand.
-
-    The same name opens the same level again. Outside ``init`` and ``apply`` it is a level of the
-    paths of sown values (`reap`) and of `path`.
-
-    >>> import jax, jaxstate
-    >>> @jaxstate.parametrized
-    ... def net(x):
-    ...     with jaxstate.scope("encoder"):
-    ...         return x * jaxstate.param("scale", jax.nn.initializers.ones, ())
-    >>> net.init(jax.random.key(0), 2.0)
-    {'encoder': {'scale': Array(1., dtype=float32)}}
-    """
-    check_name(name, "scope")
-    return _Scope(name)
 
 
 class Parametrized(Reusable[P, R], Describable, Summarizable):
@@ -384,17 +227,17 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     ) -> list[dict[str, Any]]:
         """A nested dict of the initial values of each kind of entry, parameters first."""
         where = "init" if len(kinds) == 1 else "init_with_state"
-        param_key, streams = _keys(key, "init")
+        param_key, streams = keys_of_streams(key, "init")
         arrays, rebuild, abstract = split_arrays((args, kwargs))
         given = None if reuse is None else reused(self, reuse, args, kwargs, every_part=True)
 
         def forward(param_key: Any, streams: Any, arrays: Any) -> list[dict[Path, Any]]:
             args, kwargs = rebuild(arrays)
-            store = _store_for_init(self._token, param_key, given)
+            store = store_for_init(self._token, param_key, given)
             with (
                 open_holder(store),
                 open_holder(FoldedStreams(param_key)),
-                _open_streams(streams),
+                open_streams(streams),
                 store.root_entered(self),
                 room_for_nests(),
             ):
@@ -408,7 +251,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         with jax.disable_jit(False):  # every branch is traced
             made, shapes = _jax.make_jaxpr(forward, return_shape=True)(param_key, streams, arrays)
         operands = jax.tree.leaves((param_key, streams, arrays))
-        leaves = _run_slice(made, operands, abstract)
+        leaves = run_slice(made, operands, abstract)
         values = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         if given is not None:
             values[0] = given.joined_with(values[0])
@@ -505,14 +348,14 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         Raises what `apply` raises; but variables may be written, those that are ``mutable``.
         """
         self._check_state(state, "apply_with_state")
-        out, store = self._apply(params, state, _writable(mutable), key, args, kwargs)
+        out, store = self._apply(params, state, writable_names(mutable), key, args, kwargs)
         return out, store.state()
 
     def _apply(
         self, params: Any, state: Any, writable: Any, key: Any, args: Any, kwargs: Any
     ) -> tuple[Any, ApplyStore]:
         self._check_dict(params, "the parameters", "y = net.apply(params, x)")
-        streams = {} if key is None else _keys(key, "apply")[1]
+        streams = {} if key is None else keys_of_streams(key, "apply")[1]
 
         def store() -> ApplyStore:
             return ApplyStore(self._token, params, state, writable)
@@ -520,7 +363,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         def run(store: ApplyStore) -> tuple[Any, ApplyStore]:
             with (
                 open_holder(store),
-                _open_streams(streams),
+                open_streams(streams),
                 store.root_entered(self),
                 room_for_nests(),
             ):
@@ -550,7 +393,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         out, named = run(named)
         for base, n in named.layer.made.items():
             if n < made.get(base, 0):
-                raise _not_all_were_made(base, n, made[base])
+                raise not_all_were_made(base, n, made[base])
         return out, named
 
     def _explain(self, error: Exception, where: str, args: Any, kwargs: Any) -> None:
@@ -665,23 +508,11 @@ def _intercepted(around: Any, name: str, fn: Any, /, *args: Any, **kwargs: Any) 
     return intercepted(around, "module", name, fn, args, kwargs)
 
 
-def check_name(name: Any, where: str) -> None:
-    """Names are joined with slashes where a path is written, or made into a key."""
-    if not isinstance(name, str) or not name or "/" in name:
-        fix = f'\nTo mend it:\n    jaxstate.{where}("w", init, shape)' if callable(name) else ""
-        raise TypeError(
-            f"{where} wants a non-empty string without '/' as name, and was given {name!r}.{fix}"
-        )
-
-
 def _name_of(fn: Any) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__name__", None) or type(fn).__name__
     return re.sub(r"\W", "", name) or "module"
-
-
-# -- Methods ---------------------------------------------------------------------------------
 
 
 class _BoundMethod(Parametrized[P, R]):
@@ -710,93 +541,3 @@ class _BoundMethod(Parametrized[P, R]):
             if inspect.getattr_static(type(instance), name, None) is self._method:
                 return getattr, (instance, name)
         return type(self), (self._method, instance)
-
-
-# -- Helpers of init and apply ---------------------------------------------------------------
-
-
-def _keys(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
-    """The key for parameters, and the key of each stream."""
-    if not isinstance(key, Mapping):
-        key = check_key(key, where)
-        return key, {"default": key}
-    streams = {name: check_key(k, f"{where}, stream {name!r},") for name, k in key.items()}
-    if where == "init" and not {"params", "default"} & streams.keys():
-        raise TypeError(
-            f"init was given keys for {sorted(streams)}, and needs one for the parameters.\n"
-            'To mend it:\n    net.init({"params": key, "dropout": other_key}, x)'
-        )
-    return streams.get("params", streams.get("default")), streams
-
-
-def _writable(mutable: Any) -> bool | frozenset[str]:
-    """Which variables may be written, as a store is told."""
-    if isinstance(mutable, bool):
-        return mutable or frozenset()
-    if isinstance(mutable, str):
-        mutable = [mutable]
-    if not isinstance(mutable, Collection) or any(not isinstance(x, str) for x in mutable):
-        raise TypeError(
-            "apply_with_state: mutable is True, False or names of collections, and was given"
-            f' {mutable!r}.\nTo mend it:\n    net.apply_with_state(..., mutable=["statistics"])'
-        )
-    return frozenset(mutable)
-
-
-class _open_streams:
-    """Opens random streams: name -> key."""
-
-    __slots__ = ("_opened", "_streams")
-
-    def __init__(self, streams: Mapping[str, Any]) -> None:
-        self._streams = streams
-        self._opened: ExitStack | None = None
-
-    def __enter__(self) -> None:
-        if self._streams:
-            with ExitStack() as opened:
-                for name, key in self._streams.items():
-                    opened.enter_context(rng_stream(key, name))
-                self._opened = opened.pop_all()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._opened is not None:
-            self._opened.__exit__(*error)
-
-
-def _not_all_were_made(base: Path, n: int, of: int) -> Exception:
-    """The error for modules whose names cannot be told from each other without jit."""
-    return NameClashError(
-        message(
-            f"The program makes {of} modules {'/'.join(base)!r} when it is traced, and made {n} of"
-            " them under jax.disable_jit, which runs only the branches that are taken. So it cannot"
-            " be told which.",
-            fix=f"""
-            {base[-1]} = make()                                # before the branch
-            jaxstate.parametrized(fn, name="{base[-1]}_if")    # or a name for each
-            """,
-            used=_jax.user_location(),
-        )
-    )
-
-
-def _store_for_init(root: ModuleId, key: Any, given: Reused | None) -> InitStore:
-    return InitStore(root, key) if given is None else ReusingStore(root, key, given)
-
-
-def _run_slice(made: Any, operands: Sequence[Any], abstract: bool) -> list[Any]:
-    """Evaluates of a jaxpr what its outputs depend on; effects of the rest do not happen."""
-    pure, used = sliced(made)
-    inputs = [operands[i] for i in used]
-    if abstract and any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
-        raise InitializerDataError(
-            message(
-                "An initializer looks at data, and init was given only its shape.",
-                fix="""
-                params = net.init(key, x)      # an array instead of a ShapeDtypeStruct
-                """,
-                used=_jax.user_location(),
-            )
-        )
-    values = _jax.eval_closed_jaxpr(pure, *inputs)
-    return [_jax.as_array(_jax.canonicalize(x)) for x in values]

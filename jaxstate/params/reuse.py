@@ -29,36 +29,29 @@ import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.slots import open_holder
 from jaxstate.core.specs import ONE_ARRAY, Spec, contrast, spec_of
 from jaxstate.errors import (
     MissingParameterError,
     ParameterMismatchError,
-    StateError,
     UncoveredParameterError,
     UnusedReuseError,
     message,
     nearest,
 )
-from jaxstate.params.arguments import split_arrays
-from jaxstate.params.entries import Entry, home_of
+from jaxstate.params.entries import Entry
+from jaxstate.params.init_store import InitStore
 from jaxstate.params.names import by_path, nested
-from jaxstate.params.paths import FrameId, ModuleId, NameTable, Path
-from jaxstate.params.stores import InitStore, flattened
-from jaxstate.streams.holders import FoldedStreams
+from jaxstate.params.observing import Lasting, ObservingStore, observe
+from jaxstate.params.paths import ModuleId, NameTable, Path
+from jaxstate.params.stores import flattened
 
-__all__ = [
-    "ObservingStore",
-    "Reusable",
-    "Reused",
-    "ReusingStore",
-    "Shaped",
-    "observe",
-    "reused",
-]
+__all__ = ["Identity", "P", "R", "Reusable", "Reused", "ReusingStore", "Shaped", "reused"]
+
 
 Identity = Hashable
+
 P = ParamSpec("P")
+
 R = TypeVar("R")
 
 
@@ -228,9 +221,6 @@ class Shaped(Generic[R]):
         return f"<shaped {self.net!r}>"
 
 
-# -- What is reused --------------------------------------------------------------------------
-
-
 class _Taken(NamedTuple):
     """What is reused of one parameter: arrays by their number among the leaves of its value."""
 
@@ -296,7 +286,7 @@ def reused(
             f"reuse wants a dict {{module: params}}, and was given {type(reuse).__name__}.\n"
             "To mend it:\n    net.parameters_from({layer: layer_params}, x)"
         )
-    lasting = _Lasting()
+    lasting = Lasting()
     entries = [
         _ByName(key, x) if isinstance(key, str) else _Part(key, x, lasting)
         for key, x in reuse.items()
@@ -361,7 +351,7 @@ def _like(value: Any, made: Any) -> Any:
 class _Part:
     """One entry of ``reuse``."""
 
-    def __init__(self, key: Any, params: Any, lasting: _Lasting) -> None:
+    def __init__(self, key: Any, params: Any, lasting: Lasting) -> None:
         self.example = key if isinstance(key, Shaped) else None
         self.module: Any = key.net if isinstance(key, Shaped) else key
         if not isinstance(self.module, Reusable):
@@ -533,23 +523,6 @@ def _kind_of_call(args: Any, kwargs: Any) -> Hashable:
     return tree, tuple(map(kind, leaves))
 
 
-# -- Which module is where -------------------------------------------------------------------
-
-
-class _Lasting:
-    """Tells modules that were made before, and keep their identity, from those that a function
-    makes whenever it runs."""
-
-    def __init__(self) -> None:
-        chain = _jax.chain(_jax.current_trace())
-        self._homes: list[FrameId | None] = [
-            home_of(t) for t in chain if isinstance(t, _jax.StagingTrace)
-        ]
-
-    def __contains__(self, token: ModuleId) -> bool:
-        return token.home is None or any(token.home is home for home in self._homes)
-
-
 class _Names:
     """The parameters of a module that is called in one way: what their paths mean.
 
@@ -566,7 +539,7 @@ class _Names:
         module: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        lasting: _Lasting,
+        lasting: Lasting,
         parts: Sequence[_Part] = (),
     ) -> None:
         def see(store: InitStore) -> dict[Path, Any]:
@@ -578,52 +551,6 @@ class _Names:
             module, args, kwargs, lambda key: _NamingStore(module._token, key, parts), see
         )
         self.specs = {path: spec_of(x) for path, x in shapes.items()}
-
-
-def observe(
-    module: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    store_with: Callable[[Any], Any],
-    see: Callable[[Any], Any],
-) -> Any:
-    """What ``see(store)`` gives after a module has run with ``store = store_with(key)``.
-
-    Nothing is computed: the module is traced.
-    """
-    arrays, rebuild, _ = split_arrays((args, kwargs))
-
-    def forward(key: Any, arrays: Any) -> Any:
-        args, kwargs = rebuild(arrays)
-        store = store_with(key)
-        with open_holder(store), open_holder(FoldedStreams(key)), store.root_entered(module):
-            module._as_called(None)(*args, **kwargs)
-        return see(store)
-
-    first: Exception | None = None
-    for make in (jax.random.key, jax.random.PRNGKey):  # an initializer may want a raw key
-        try:
-            with jax.disable_jit(False):  # every branch is traced
-                key = jax.eval_shape(lambda make=make: make(0))
-                return jax.eval_shape(forward, key, arrays)
-        except StateError:
-            raise
-        except Exception as error:
-            first = first or error
-    assert first is not None
-    raise first
-
-
-class ObservingStore(InitStore):
-    """Entries that are made to look at them, and thrown away."""
-
-    def __init__(self, root: ModuleId, key: Any) -> None:
-        super().__init__(root, key)
-        self._traced = object()
-
-    def signature(self) -> Hashable:
-        """No jaxpr that was traced before is used: modules are seen when their function runs."""
-        return "observed", self._traced
 
 
 class _NamingStore(ObservingStore):
@@ -642,7 +569,7 @@ class _NamingStore(ObservingStore):
 
 
 def _identities(
-    layer: NameTable, paths: Mapping[Path, Any], lasting: _Lasting
+    layer: NameTable, paths: Mapping[Path, Any], lasting: Lasting
 ) -> dict[Path, Identity]:
     tokens = {path: token for token, path in layer.paths.items()}
     made_anew: dict[Path, list[Path]] = {}  # by scope, in the order of first use
@@ -657,9 +584,6 @@ def _identities(
         return (identity(path[:-1]), step)
 
     return {path: identity(path) for path in paths}
-
-
-# -- Errors ----------------------------------------------------------------------------------
 
 
 def _uncovered(name: str, missing: list[Path], found: Reused) -> Exception:

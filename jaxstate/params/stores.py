@@ -10,19 +10,15 @@ In a custom derivative rule, `entries.RuleStore` stands for either.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
 
 from jaxstate import _jax
-from jaxstate.core.initializers import TracedInit, init_p, initialize_at, initializer_at, words_of
-from jaxstate.core.notes import notes_of
-from jaxstate.core.resolve import boundaries, boundary_of, read, same_trace
-from jaxstate.core.slots import Cell, Holder, Memory, holders, signature_changed
+from jaxstate.core.resolve import boundaries, same_trace
+from jaxstate.core.slots import Cell, Memory, signature_changed
 from jaxstate.core.specs import (
     ONE_ARRAY,
     ONLY_LEAF,
@@ -35,181 +31,10 @@ from jaxstate.core.specs import (
 )
 from jaxstate.errors import InitializerDataError, message, nearest
 from jaxstate.params.entries import Entry, EntryAddress, Store, Use
-from jaxstate.params.paths import ModuleId, NameTable, NameTables, Path, PathElement
+from jaxstate.params.interned import interned, types_of_arrays
+from jaxstate.params.paths import ModuleId, NameTable, Path, PathElement
 
-__all__ = ["ApplyStore", "InitStore", "flattened"]
-
-
-class InitStore(Store):
-    """Parameters and variables being made."""
-
-    makes_entries = True
-
-    def __init__(self, root: ModuleId, key: Any) -> None:
-        super().__init__(root)
-        self.key = key
-        self.key_aval = _jax.typeof(key)
-
-    def signature(self) -> Hashable:
-        return ("init", self.key_aval)
-
-    def aval(self, address: EntryAddress) -> Any:  # type: ignore[override]
-        spec = self.entry(address).spec
-        assert spec is not None
-        return spec.avals[spec.leaves.index(address.leaf)]
-
-    def varies_over(self, address: EntryAddress, read: Any) -> frozenset[Any]:  # type: ignore[override]
-        """All there are: to read would be to make it, and nobody sees what ``init`` computes."""
-        return _jax.device_axes()
-
-    def declare(self, address: Any, init: Callable[..., Any], init_args: tuple[Any, ...]) -> Use:
-        with _jax.out_of_devices(self.mesh):
-            key_aval = self.key_aval
-            if _jax.mesh_of(key_aval) is not None:
-                key_aval = _jax.type_in_mesh(key_aval, _jax.abstract_mesh())
-            traced_init, data = initializer_at(
-                address, init, init_args, *[key_aval] * address.takes_key
-            )
-        address.traced_init = traced_init
-        place = self.located(address)
-        entry = place.layers.entry(place.path, address.kind)
-        if entry is not None:
-            if not entry.spec.same(traced_init.spec):
-                raise address.conflict(place.path, entry.used, entry.spec, traced_init.spec)
-        elif data:
-            initialize_at(address.leaves(traced_init.spec, traced_init), traced_init, data)
-        elif place.here:
-            entry = self.entry_at(place, address)
-        addresses = address.leaves(traced_init.spec, traced_init)
-        if entry is None or not place.here:
-            return Use(traced_init.spec, addresses, None)
-        if not entry.cells:
-            self.make(entry, address, (), place.path)
-        return Use(traced_init.spec, addresses, entry)
-
-    def new_cell(self, entry: Entry, address: EntryAddress, path: Path) -> Cell:
-        self.make(entry, address, (), path)
-        return entry.cells[address.leaf]
-
-    def make(self, entry: Entry, address: EntryAddress, data: Sequence[Any], path: Path) -> None:
-        """Makes an entry from the initializer in its address."""
-        traced_init = address.traced_init
-        assert traced_init is not None
-        with _jax.set_current_trace(self.anchor), _jax.use_abstract_mesh(traced_init.mesh):
-            data = list(map(_jax.in_mesh, data))
-            if address.takes_key:
-                key = _jax.in_mesh(self.key)
-                values = traced_init.run_with_key(data, key, words_of("/".join(path)))
-            else:
-                values = traced_init.run(data)
-            leaves = [_jax.in_mesh(_jax.as_array(value), self.mesh) for value in values]
-        entry.initial = dict(zip(traced_init.spec.leaves, leaves, strict=True))
-        entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
-
-    def initialize(
-        self, addresses: Sequence[Any], traced_init: TracedInit, data: Sequence[Any]
-    ) -> list[Any]:
-        address = addresses[0].having(traced_init=traced_init)
-        place = self.located(address)
-        if place.layers.entry(place.path, address.kind) is None:
-            entry = self.entry_at(place, address)
-            data = [_lowered(d, address, self.anchor) for d in map(_jax.canonicalize, data)]
-            boundary = boundary_of(self)
-            if boundary is None:
-                self.make(entry, address, data, self.path(NameTables([self.layer]), address))
-            elif isinstance(boundary, Holder):
-                raise _data_in_custom_rule(address)
-            elif self._devices_are_inside():
-                raise _data_on_devices(address)
-            else:
-                keys = tuple(a.seen_from(boundary) for a in addresses)
-                leaves = _jax.stage(
-                    boundary, init_p, data, dict(addresses=keys, traced_init=traced_init)
-                )
-                notes_of(boundary).values.update(zip(keys, leaves, strict=True))
-        return [read(a) for a in addresses]
-
-    def _devices_are_inside(self) -> bool:
-        """Whether the program is in a shard_map that the store is outside of."""
-        inside = (h for h in holders() if h.age > self.age)
-        return any(h.outside is not None and not h.is_boundary for h in inside)
-
-    def made(self, kind: str) -> dict[Path, Entry]:
-        """All entries of a kind that have an array."""
-        entries = self.layer.entries.items()
-        return {path: entry for path, entry in entries if entry.kind == kind and entry.initial}
-
-    def initial_values(self, kind: str) -> dict[Path, Any]:
-        """What all entries of a kind start with: path -> value."""
-        return {
-            path: entry.spec.tree.unflatten(entry.initial.values())  # type: ignore[union-attr]
-            for path, entry in self.made(kind).items()
-        }
-
-
-class _Interned:
-    """Stands for a key. Signatures are hashed and compared whenever a holder is opened.
-
-    Attributes:
-      mixed: see `ApplyStore._mixed`.
-    """
-
-    __slots__ = ("__weakref__", "_is_of_dicts", "_numbers", "key", "mixed")
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.mixed: list[tuple[Path, Any]] | None = None
-        self._numbers: dict[Path, int] | None = None
-        self._is_of_dicts: bool | None = None
-
-    def numbers(self, given: Any) -> dict[Path, int]:
-        """The number of each leaf of a tree with this key, by its kind and path."""
-        if self._numbers is None:
-            pairs, _ = jax.tree_util.tree_flatten_with_path(given)
-            self._numbers = {names_of(path): i for i, (path, _) in enumerate(pairs)}
-        return self._numbers
-
-    def is_of_dicts(self) -> bool:
-        """Whether all nodes of the tree with this key are dicts."""
-        if self._is_of_dicts is None:
-            self._is_of_dicts = _is_of_dicts(self.key[2])  # type: ignore[index]
-        return self._is_of_dicts
-
-
-def _is_of_dicts(tree: Any) -> bool:
-    if jax.tree_util.treedef_is_leaf(tree):
-        return True
-    node = tree.node_data()
-    return node is not None and node[0] is dict and all(map(_is_of_dicts, tree.children()))
-
-
-_interned: WeakValueDictionary[Hashable, _Interned] = WeakValueDictionary()
-_interned_lock = threading.Lock()
-
-_by_identity: dict[Hashable, tuple[tuple[Any, ...], _Interned]] = {}
-
-
-def interned(key: Hashable) -> _Interned:
-    """One object for all equal keys, which is hashed and compared by identity."""
-    with _interned_lock:
-        return _interned.setdefault(key, _Interned(key))
-
-
-def _types_of_arrays(writable: Any, tree: Any, arrays: list[Any]) -> Any:
-    """The types of the arrays that are given to an `ApplyStore`, and what is `interned` for them.
-
-    To hash types takes long. So they are known by identity: what a jitted function returns is of
-    the same types each time.
-    """
-    numbers = (writable, tree, *map(id, map(_jax.type_of_array, arrays)))
-    known = _by_identity.get(numbers)
-    if known is None:
-        types = tuple(map(_jax.type_of_array, arrays))
-        known = types, interned(("apply", writable, tree, types))
-        if len(_by_identity) >= 100:
-            _by_identity.clear()
-        _by_identity[numbers] = known  # which keeps the types, so that no other gets their numbers
-    return known
+__all__ = ["ApplyStore", "data_in_custom_rule", "data_on_devices", "flattened", "lowered"]
 
 
 class ApplyStore(Store):
@@ -244,7 +69,7 @@ class ApplyStore(Store):
         self.numbered = self._leaves.copy()
         self._known: _Known | None = None
         if self._may_recall:
-            self._leaf_types, self._signature = _types_of_arrays(writable, tree, self._leaves)
+            self._leaf_types, self._signature = types_of_arrays(writable, tree, self._leaves)
         else:
             self._leaf_types = tuple(map(_type_of, self._leaves))
             self._signature = interned(("apply", writable, tree, self._leaf_types))
@@ -665,7 +490,7 @@ def _has(tree: Any, path: Path) -> bool:
     return True
 
 
-def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
+def lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
     """The value under ``anchor`` that an initializer may keep of data in the middle of a
     transformation inside of it."""
     while isinstance(data, (_jax.JVPTracer, _jax.LinearizeTracer, _jax.BatchTracer)):
@@ -690,7 +515,7 @@ def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
     return data
 
 
-def _data_in_custom_rule(address: EntryAddress) -> Exception:
+def data_in_custom_rule(address: EntryAddress) -> Exception:
     return InitializerDataError(
         message(
             f"The initializer of {address} looks at data inside a function with a custom"
@@ -703,7 +528,7 @@ def _data_in_custom_rule(address: EntryAddress) -> Exception:
     )
 
 
-def _data_on_devices(address: EntryAddress) -> Exception:
+def data_on_devices(address: EntryAddress) -> Exception:
     return InitializerDataError(
         message(
             f"The initializer of {address} looks at data inside a shard_map, where every device has"

@@ -22,8 +22,8 @@ from jaxstate.core.slots import open_holder
 from jaxstate.params.arguments import split_arrays
 from jaxstate.params.entries import room_for_nests
 from jaxstate.params.names import nested
+from jaxstate.params.observing import ObservingStore
 from jaxstate.params.paths import ModuleId, Path
-from jaxstate.params.reuse import ObservingStore
 from jaxstate.streams.holders import FoldedStreams
 from jaxstate.streams.keys import check_key
 

@@ -55,7 +55,7 @@ from jaxstate.params.entries import EntryAddress, Store, Use, current_place, inn
 from jaxstate.params.interception import intercepted, interceptions
 from jaxstate.params.metadata import PerArray, checked, collection_of
 from jaxstate.params.misuse import about_initializer
-from jaxstate.params.parametrized import check_name
+from jaxstate.params.param import check_name
 
 __all__ = ["Variable", "is_writable", "variable"]
 

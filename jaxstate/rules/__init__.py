@@ -6,10 +6,12 @@ of them.
 """
 
 from jaxstate.rules import (
+    ahead_of_time,
     batching,
     branches,
     calls,
     derivatives,
+    explicit,
     foreign,
     hijax,
     jitted,
@@ -23,10 +25,12 @@ from jaxstate.rules import (
 )
 
 __all__ = [
+    "ahead_of_time",
     "batching",
     "branches",
     "calls",
     "derivatives",
+    "explicit",
     "foreign",
     "hijax",
     "jitted",

@@ -23,16 +23,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-
 from jaxstate import _jax
 from jaxstate.core import slots
-from jaxstate.core.contents import settle
-from jaxstate.core.discharge import read_all, write_last
 from jaxstate.core.resolve import boundaries, read, read_since, same_trace, write
 from jaxstate.core.slots import Address, Cell, Holder
-from jaxstate.core.uses import one_use
 from jaxstate.errors import CustomRuleStateError, message
+
+__all__ = [
+    "Calls",
+    "Given",
+    "Touched",
+    "backward_writes",
+    "only_reading",
+    "rule_touches_less",
+    "rule_touches_more",
+    "run_rule",
+    "undifferentiated",
+    "without_values",
+]
 
 
 class _RuleState(Holder):
@@ -125,13 +133,13 @@ def _families_of(trace: Any) -> tuple[Any, ...]:
     return tuple(t.family for t in traces if t.family is not None)
 
 
-class _Touched(Exception):
+class Touched(Exception):
     """Ends the call of a function of which JAX builds a jaxpr, and that touched state.
 
     Calls nest where one trace passes a call on to the next: ``calls`` is whose this is.
     """
 
-    def __init__(self, calls: _Calls) -> None:
+    def __init__(self, calls: Calls) -> None:
         super().__init__()
         self.calls = calls
 
@@ -141,7 +149,7 @@ class _SlotOutside(Cell):
 
     __slots__ = ("_calls", "_key")
 
-    def __init__(self, calls: _Calls, key: Address) -> None:
+    def __init__(self, calls: Calls, key: Address) -> None:
         self._calls = calls
         self._key = key
 
@@ -177,7 +185,7 @@ class _RecordedCell(Cell):
         self._value, self.was_written = value, True
 
 
-class _Calls(_RuleState):
+class Calls(_RuleState):
     """The calls that JAX makes of a function and its rules while it binds them.
 
     What runs at once uses the slots outside. If JAX builds a jaxpr, it is noted which slots the
@@ -258,7 +266,7 @@ class _Calls(_RuleState):
             return self.cell(address).value
         self._captured[self._operand_of(at)] = address.seen_from(self), version
         if not traced and self.refresh():
-            raise _Touched(self)
+            raise Touched(self)
         return value
 
     def _has_written(self, address: Address) -> bool:
@@ -324,13 +332,13 @@ class _Calls(_RuleState):
         def call(*args: Any) -> Any:
             with self.entered():
                 self._arguments, self._operand_of = args, operand_of
-                out = _run(fun, args)
+                out = run_rule(fun, args)
                 self._arguments = ()
                 is_traced = not self.over and self._is_traced()
                 is_refreshed = is_traced and self.refresh()
             if is_traced and (is_refreshed or self.cells):  # (objects are compared at the end)
                 _jax.abandon_traces_inside(self.outside)
-                raise _Touched(self)
+                raise Touched(self)
             return out
 
         return _jax.wrap_rule_function(fun, call)
@@ -368,7 +376,7 @@ class _Calls(_RuleState):
         def given(residuals: Sequence[Any]) -> tuple[Sequence[Any], Any]:
             n = out_trees()[1].num_leaves
             cells = {a: Cell(v) for a, v in zip(self.given, residuals[n:], strict=True)}
-            return residuals[:n], only_reading(Given(None, below, cells, age=age), _backward_writes)
+            return residuals[:n], only_reading(Given(None, below, cells, age=age), backward_writes)
 
         def n_residuals() -> int:
             return out_trees()[1].num_leaves + len(self.given)
@@ -469,7 +477,7 @@ def rule_touches_more(address: Address) -> Exception:
     )
 
 
-def _rule_touches_less(address: Address) -> Exception:
+def rule_touches_less(address: Address) -> Exception:
     return CustomRuleStateError(
         message(
             f"A function with a custom derivative rule makes {address}, and the rule does not.",
@@ -525,7 +533,7 @@ def _rule_writes_tangent(address: Address) -> Exception:
     )
 
 
-def _backward_writes(address: Address) -> Exception:
+def backward_writes(address: Address) -> Exception:
     return CustomRuleStateError(
         message(
             f"The backward rule of a custom_vjp writes {address} (a draw writes the count of its"
@@ -540,204 +548,7 @@ def _backward_writes(address: Address) -> Exception:
     )
 
 
-def _run(fun: Any, args: Sequence[Any]) -> Any:
+def run_rule(fun: Any, args: Sequence[Any]) -> Any:
     """The results of a ``WrappedFun``. One may stand for a slot, and so for what is in it now."""
     _jax.reset_stores(fun)
     return _jax.map_results(_jax.resolved, fun.call_wrapped(*args))
-
-
-class Explicit:
-    """A function and its rules with their state as leading operands and trailing outputs."""
-
-    def __init__(self, touched: Sequence[Address], written: Sequence[Address]) -> None:
-        self.touched = touched
-        self.written = written
-        self.n = len(touched)
-        self.age = slots.next_age()
-        # The holders of this moment, for names only: a rule may run after they are closed.
-        self.below = without_values(slots.stack())
-
-    def run(
-        self, call: Callable[[], Any], values: Sequence[Any]
-    ) -> tuple[Any, dict[Address, Cell]]:
-        """What ``call()`` returns with the slots at ``values``, and the cells that it leaves."""
-        return self._run(call, values, self.written, rule_touches_more)
-
-    def run_backward(self, call: Callable[[], Any], values: Sequence[Any]) -> Any:
-        """What ``call()`` returns, which may not write."""
-        return self._run(call, values, (), _backward_writes)[0]
-
-    def _run(
-        self,
-        call: Callable[[], Any],
-        values: Sequence[Any],
-        written: Sequence[Address],
-        refused: Callable[[Address], Exception],
-    ) -> tuple[Any, dict[Address, Cell]]:
-        # In an in-place function the operands are arrays that the function itself could write.
-        before = dict(zip(self.touched, map(_jax.canonicalize, values), strict=True))
-        cells = {a: Cell(v) for a, v in before.items()}
-        state = Given(None, self.below, cells, self.written, self.age)
-        with state.entered():
-            out = call()
-        for address, cell in cells.items():
-            if address not in written and cell.value is not before.get(address):
-                raise refused(address)
-        return out, cells
-
-    def results(self, cells: dict[Address, Cell]) -> list[Any]:
-        """What is left in the written slots."""
-        for address in self.written:
-            if address not in cells:
-                raise _rule_touches_less(address)
-        return [cells[a].value for a in self.written]
-
-    def function(self, fun: Any) -> Any:
-        def explicit(*args: Any) -> list[Any]:
-            out, cells = self.run(lambda: _run(fun, args[self.n :]), args[: self.n])
-            return [*out, *self.results(cells)]
-
-        return _jax.wrap_rule_function(fun, explicit)
-
-    def jvp(self, jvp: Any, symbolic_zeros: bool) -> Any:
-        """``(state, primals, state tangents, tangents)`` to primals and tangents with state."""
-
-        def explicit(*args: Any) -> list[Any]:
-            half = len(args) // 2
-            primals, tangents = args[:half], args[half:]
-            given = tangents[self.n :]
-            if not symbolic_zeros:
-                given = map(_jax.instantiate_symbolic_zero, given)
-            operands = (*primals[self.n :], *given)
-            out, cells = self.run(lambda: _run(jvp, operands), primals[: self.n])
-            written = self.results(cells)
-            n_out = len(out) // 2
-            zeros = [_jax.symbolic_zero_like(w) for w in written]
-            return [*out[:n_out], *written, *out[n_out:], *zeros]
-
-        return _jax.wrap_rule_function(jvp, explicit)
-
-    def fwd(self, fwd: Any) -> Any:
-        """``fwd`` takes (value, is it differentiated) for every operand, in turns."""
-
-        def explicit(*args: Any) -> list[Any]:
-            state, rest = args[: 2 * self.n : 2], args[2 * self.n :]
-            out, cells = self.run(lambda: _run(fwd, rest), state)
-            return [*out, *self.results(cells)]
-
-        return _jax.wrap_rule_function(fwd, explicit)
-
-    def out_trees(self, out_trees: Callable[[], Any]) -> Callable[[], Any]:
-        """The state goes to ``bwd`` as residuals, which are operands passed on."""
-
-        def explicit() -> Any:
-            out_tree, res_tree, forwarded = out_trees()
-            forwarded = [f if f is None else f + self.n for f in forwarded]
-            res_tree = _jax.tree_with_leaves(res_tree, self.n)
-            return out_tree, res_tree, [*forwarded, *range(self.n)]
-
-        return explicit
-
-    def bwd(self, bwd: Any, out_trees: Callable[[], Any]) -> Any:
-        """(residuals, state, cotangents, cotangents of the written) to cotangents."""
-
-        def explicit(*args: Any) -> Any:
-            n_res = out_trees()[1].num_leaves
-            residuals, state, cts = (
-                args[:n_res],
-                args[n_res : n_res + self.n],
-                args[n_res + self.n : len(args) - len(self.written)],
-            )
-            out = self.run_backward(lambda: _run(bwd, (*residuals, *cts)), state)
-            zeros = [_jax.zero_cotangent(_jax.typeof(s)) for s in state]
-            return _jax.prepend_cotangents(zeros, out)
-
-        return _jax.wrap_rule_function(bwd, explicit)
-
-
-def _stateful(
-    calls_params: Callable[[_Calls, dict[str, Any]], dict[str, Any]],
-    explicit_params: Callable[[Explicit, dict[str, Any]], dict[str, Any]],
-    left: Callable[[Any], Any] = lambda value: value,
-) -> Any:
-    """The bind of a primitive with rules: see above.
-
-    ``left(value)`` is what is written of a value that the function leaves in a slot.
-    """
-
-    def wrap(bind: Callable[..., Any]) -> Callable[..., Any]:
-        def bind_with_trace(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
-            if not slots.any_known() or _jax.is_rule_of_activation(params["subfuns"][1]):
-                return bind(trace, args, avals, params)
-            args = [*map(_jax.resolved, args)]
-            if _jax.calls_functions(trace) or isinstance(trace, _jax.TransparentTrace):
-                # A vmap around puts its own trace over the current one; the latter binds again.
-                with _jax.set_current_trace(trace):
-                    return bind(trace, args, avals, params)
-            calls = _Calls(trace, args)
-            try:
-                # Code in the function looks for the way to where an array was made.
-                with _jax.set_current_trace(trace):
-                    return bind(trace, args, avals, calls_params(calls, params))
-            except _Touched as ended:
-                if ended.calls is not calls:
-                    raise
-                touched, written = calls.touched()
-                args, use = calls.operands, calls.use
-            finally:
-                calls.finish()
-            if not touched and not written:
-                avals = list(map(_jax.typeof, args))
-                return bind_with_trace(trace, args, avals, params)
-            with one_use(use), _jax.set_current_trace(trace):
-                settle(touched, written)
-                values = list(map(undifferentiated, touched, read_all(touched)))
-                explicit = Explicit(touched, written)
-                operands = [*values, *args]
-                out = bind(
-                    trace, operands, [_jax.typeof(x) for x in operands],
-                    explicit_params(explicit, params),
-                )  # fmt: skip
-                n = len(out) - len(written)
-                return write_last(written, [*out[:n], *map(left, out[n:])])
-
-        return bind_with_trace
-
-    return wrap
-
-
-def without_derivative(x: Any) -> Any:
-    """What a function with a backward rule has written: the rule says nothing of it."""
-    return jax.lax.stop_gradient(x) if _jax.has_tangent(_jax.typeof(x)) else x
-
-
-def _jvp_calls(calls: _Calls, params: dict[str, Any]) -> dict[str, Any]:
-    return dict(params, subfuns=tuple(map(calls.function, params["subfuns"])))
-
-
-def _vjp_calls(calls: _Calls, params: dict[str, Any]) -> dict[str, Any]:
-    fun, fwd, bwd = params["subfuns"]
-    out_trees = params["out_trees"]
-    functions = calls.function(fun), calls.fwd(fwd, out_trees), calls.bwd(bwd, out_trees)
-    return dict(params, subfuns=functions, out_trees=calls.out_trees(out_trees))
-
-
-def _jvp_params(explicit: Explicit, params: dict[str, Any]) -> dict[str, Any]:
-    fun, jvp = params["subfuns"]
-    functions = explicit.function(fun), explicit.jvp(jvp, params["symbolic_zeros"])
-    return dict(params, subfuns=functions, symbolic_zeros=True)
-
-
-def _vjp_params(explicit: Explicit, params: dict[str, Any]) -> dict[str, Any]:
-    fun, fwd, bwd = params["subfuns"]
-    out_trees = params["out_trees"]
-    functions = explicit.function(fun), explicit.fwd(fwd), explicit.bwd(bwd, out_trees)
-    return dict(params, subfuns=functions, out_trees=explicit.out_trees(out_trees))
-
-
-_jax.wrap_bind_with_trace(_jax.custom_jvp_call_p, _stateful(_jvp_calls, _jvp_params))
-# A backward rule says nothing of what is written: it does not depend on the operands. For JAX all
-# results do.
-_jax.wrap_bind_with_trace(
-    _jax.custom_vjp_call_p, _stateful(_vjp_calls, _vjp_params, without_derivative)
-)

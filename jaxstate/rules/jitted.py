@@ -43,7 +43,6 @@ from jaxstate.core.contents import (
     in_order,
     refreshed,
     settle,
-    state_of,
     uses_of,
 )
 from jaxstate.core.discharge import (
@@ -58,13 +57,15 @@ from jaxstate.core.discharge import (
     written_meanwhile,
 )
 from jaxstate.core.initializers import has_inits, initialize
+from jaxstate.core.memory import KeptCell, Taken, append_result, is_large, writing
 from jaxstate.core.primitives import state_effect
-from jaxstate.core.refs import KeptCell, SlotAddress, Taken, append_result, is_large, writing
+from jaxstate.core.refs import SlotAddress
 from jaxstate.core.registry import register_rule
 from jaxstate.core.resolve import check_captured
 from jaxstate.core.slots import Address, any_open, open_here
 from jaxstate.core.uses import begin_use, end_use
-from jaxstate.errors import AheadOfTimeError, message
+
+__all__ = ["call_now", "first"]
 
 
 @register_rule(_jax.jit_p)
@@ -93,9 +94,6 @@ def _threaded(
         out_shardings=params["out_shardings"] + (_jax.UNSPECIFIED,) * more_out,
         out_layouts=params["out_layouts"] + (None,) * more_out,
     )
-
-
-# -- At top level ----------------------------------------------------------------------------
 
 
 # Asked first about a call at top level: ``client(jitted, args, kwargs)`` returns its results, or
@@ -191,6 +189,7 @@ class _Calls:
 
 
 _MOST_DISPATCHES = 8
+
 _MOST = 1000  # of what is kept to be found again: for as many functions, and for each of them
 
 # By the number of a `Jitted.info`, which is compared by identity: this is asked in each call.
@@ -594,26 +593,3 @@ def _calls_host(jaxpr: Any) -> bool:
         "callback" in e.primitive.name or any(map(_calls_host, _jax.jaxprs_in(e.params)))
         for e in _jax.equations(jaxpr)
     )
-
-
-@_jax.wrap_ahead_of_time
-def _refuse_state_from_outside(jaxpr: Any, constants: Sequence[Any]) -> None:
-    """What is compiled ahead of time is called without JAX's Python: none could pass the state."""
-    reads, writes = state_of(jaxpr)
-    captures = [c.address for c in constants if isinstance(c, StateTracer)]
-    used = [*writes, *reads, *captures]
-    if used:
-        raise AheadOfTimeError(
-            message(
-                f"A function that uses {used[0]} was compiled ahead of time, and that state is"
-                " open outside of it: the compiled function has nowhere to take it from when it"
-                " is called.",
-                fix="""
-                def g(key, x):
-                    with jaxstate.rng_stream(key):        # open the state inside,
-                        return f(x)
-                jax.jit(g).lower(key, x).compile()        # (net.apply does so), pass what it needs
-                """,
-                used=_jax.user_location(),
-            )
-        )

@@ -25,7 +25,8 @@ from jaxstate.core.discharge import Layout, discharge, read_all, write_all
 from jaxstate.core.initializers import initialize
 from jaxstate.core.slots import Address, any_known
 from jaxstate.core.uses import one_use
-from jaxstate.rules.derivatives import Explicit, undifferentiated, without_derivative
+from jaxstate.rules.derivatives import undifferentiated
+from jaxstate.rules.explicit import Explicit, without_derivative
 
 
 def _call(function: Any, args: tuple[Any, ...], traced: _jax.Traced) -> Any:
