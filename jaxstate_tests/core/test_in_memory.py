@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -482,16 +483,21 @@ def test_an_interrupt_loses_nothing(kind):
     main = threading.main_thread().ident
     assert main is not None
     rng = random.Random(0)
+    interrupted = 0
     for _ in range(20):
         timer = threading.Timer(rng.random() * 0.003, signal.pthread_kill, (main, signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
+        try:
             timer.start()
-            while True:
+            end = time.monotonic() + 0.1  # Python ignores what is raised in a finalizer
+            while time.monotonic() < end:
                 f()
+        except KeyboardInterrupt:
+            interrupted += 1
         timer.join()
         difference = float(state.read()[0]) - int(read(count)) - begin
         assert abs(difference) <= 1
         begin += difference
+    assert interrupted > 10
     np.testing.assert_array_equal(state.read()[1:], start()[1:])
 
 
