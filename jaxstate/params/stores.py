@@ -318,14 +318,15 @@ class ApplyStore(Store):
         scope = self._scopes.get((kind, path))
         if scope is not None:
             return scope
-        if not path:
-            scope = self._given[kind]
-        else:
-            around = self._scope(kind, path[:-1])
-            scope = None if around is None else around.get(path[-1])
-        if type(scope) is not dict and not isinstance(scope, Mapping):
-            return None
-        self._scopes[kind, path] = scope
+        n = len(path)
+        while n and (kind, path[:n]) not in self._scopes:
+            n -= 1
+        scope = self._scopes.get((kind, path[:n]), self._given[kind])
+        for i in range(n, len(path) + 1):
+            scope = scope if i == n else scope.get(path[i - 1])
+            if type(scope) is not dict and not isinstance(scope, Mapping):
+                return None
+            self._scopes[kind, path[:i]] = scope
         return scope
 
 
