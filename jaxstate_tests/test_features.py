@@ -9,7 +9,12 @@ from jaxstate_tests.features.table import COLUMNS, FEATURES, PACKAGES, is_instal
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs/comparison.md").read_text()
 INSTALLED = [column for column in COLUMNS if is_installed(column)]
-CELLS = [(column, name) for column in INSTALLED for name in programs(column)]
+# What other libraries do changes with their versions, and not with ours.
+CELLS = [
+    pytest.param(column, name, marks=[pytest.mark.slow] * (column != "of_jaxstate"))
+    for column in INSTALLED
+    for name in programs(column)
+]
 
 
 @pytest.mark.leaks_allowed("the other libraries leak tracers; ours are checked elsewhere")

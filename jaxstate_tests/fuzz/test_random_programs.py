@@ -170,7 +170,7 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-EXAMPLES, CHUNKS, AT_ONCE = 120, 4, 6
+EXAMPLES, CHUNKS, AT_ONCE = 72, 4, 6
 
 
 @pytest.mark.leaks_allowed("a refusal holds tracers in its traceback")
