@@ -16,7 +16,8 @@ from jaxstate_tests.rules.eight_devices import by_hand
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "jaxstate_tests/rules/eight_devices"
 HELPERS = ("__init__", "by_hand", "common")
-LONG = ("batch_norm", "devices", "jit_options", "model", "pieces", "policies", "regions")  # run by `make matrix`
+# Run by `make matrix`.
+LONG = ("batch_norm", "devices", "jit_options", "model", "pieces", "policies", "regions")
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 
 
