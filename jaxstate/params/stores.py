@@ -315,7 +315,7 @@ class ApplyStore(Store):
 
     def _scope(self, kind: str, path: Path) -> Any:
         """The given dict at ``path``, or None. Each is looked up in the one around it, once."""
-        scope = self._scopes.get((kind, path))
+        scope: Any = self._scopes.get((kind, path))
         if scope is not None:
             return scope
         n = len(path)
