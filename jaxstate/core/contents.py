@@ -37,7 +37,6 @@ __all__ = [
     "uses_slots",
 ]
 
-
 Addresses = tuple[Address, ...]
 
 

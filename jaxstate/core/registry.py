@@ -38,7 +38,6 @@ __all__ = [
     "register_rule",
 ]
 
-
 Rule = Callable[..., Any]
 
 _rules: dict[Any, Rule] = {}

@@ -23,13 +23,10 @@ from jaxstate.params.misuse import about_initializer
 from jaxstate.params.paths import PathElement
 from jaxstate.params.pieces import pieces_here
 
-__all__ = ["P", "ParamAddress", "R", "T", "check_name", "param", "scope"]
-
+__all__ = ["ParamAddress", "check_name", "param", "scope"]
 
 P = ParamSpec("P")
-
 R = TypeVar("R")
-
 T = TypeVar("T")
 
 

@@ -47,7 +47,7 @@ from jaxstate.params.metadata import Describable
 from jaxstate.params.methods import PerInstance, note_instances_of
 from jaxstate.params.misuse import LAZY, about_call, note_mistakes, refuse_lazy, taken_arguments
 from jaxstate.params.names import nested
-from jaxstate.params.param import P, R, check_name
+from jaxstate.params.param import check_name
 from jaxstate.params.paths import ModuleId, Path, PathElement
 from jaxstate.params.pickling import found_by_name, name_of_global
 from jaxstate.params.reuse import Reusable, reused
@@ -58,15 +58,12 @@ from jaxstate.streams.keys import KeyLike
 
 __all__ = ["Keys", "Owner", "Parametrized", "Rest", "Tree", "TreeLike", "parametrized"]
 
-
+P = ParamSpec("P")
+R = TypeVar("R")
 Owner = TypeVar("Owner")
-
 Rest = ParamSpec("Rest")
-
 Keys = KeyLike | Mapping[str, KeyLike]
-
 Tree = dict[str, Any]
-
 TreeLike = Mapping[str, Any]
 
 

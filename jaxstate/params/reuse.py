@@ -47,11 +47,8 @@ from jaxstate.params.stores import flattened
 
 __all__ = ["Identity", "P", "R", "Reusable", "Reused", "ReusingStore", "Shaped", "reused"]
 
-
 Identity = Hashable
-
 P = ParamSpec("P")
-
 R = TypeVar("R")
 
 
