@@ -12,14 +12,29 @@ slots that go through every transformation.
     causal_fixed_point                      sampling from models of sequences
     extend                                  slots, traces and rules of your own
 
-What is public is in ``dir(jaxstate)``, `jaxstate.random` and `jaxstate.extend`. The packages inside
-of this one are how it is made, and may change in any release.
+What is public is in ``dir(jaxstate)``, `jaxstate.random` and `jaxstate.extend`. The rest, in
+``jaxstate._src``, is how it is made, and may change in any release.
 """
 
-from jaxstate import _jax, extend, random
-from jaxstate import rules as _rules  # noqa: F401  they register themselves
-from jaxstate.arrays.inplace import array, inplace
-from jaxstate.causal.fixed_point import causal_fixed_point
+from jaxstate import extend, random
+from jaxstate._src import _jax
+from jaxstate._src import rules as _rules  # noqa: F401  they register themselves
+from jaxstate._src.arrays.inplace import array, inplace
+from jaxstate._src.causal.fixed_point import causal_fixed_point
+from jaxstate._src.params.ensemble import Ensemble, ensemble
+from jaxstate._src.params.interception import Intercepted, intercept
+from jaxstate._src.params.metadata import Metadata
+from jaxstate._src.params.names import flatten_names, unflatten_names
+from jaxstate._src.params.param import param, scope
+from jaxstate._src.params.parametrized import Parametrized, parametrized
+from jaxstate._src.params.places import path
+from jaxstate._src.params.reuse import Shaped
+from jaxstate._src.params.stack import Stack, stack
+from jaxstate._src.params.summary import ParameterRow, ScopeRow, Summary, summary
+from jaxstate._src.params.variables import Variable, is_writable, variable
+from jaxstate._src.sow.harvest import plant, reap, sow
+from jaxstate._src.streams.stream import Stream, next_key, rng_stream
+from jaxstate._src.tree.mutate import mutate
 from jaxstate.errors import (
     AheadOfTimeError,
     BranchSowError,
@@ -57,20 +72,6 @@ from jaxstate.errors import (
     VariableConflictError,
     VariableMismatchError,
 )
-from jaxstate.params.ensemble import Ensemble, ensemble
-from jaxstate.params.interception import Intercepted, intercept
-from jaxstate.params.metadata import Metadata
-from jaxstate.params.names import flatten_names, unflatten_names
-from jaxstate.params.param import param, scope
-from jaxstate.params.parametrized import Parametrized, parametrized
-from jaxstate.params.places import path
-from jaxstate.params.reuse import Shaped
-from jaxstate.params.stack import Stack, stack
-from jaxstate.params.summary import ParameterRow, ScopeRow, Summary, summary
-from jaxstate.params.variables import Variable, is_writable, variable
-from jaxstate.sow.harvest import plant, reap, sow
-from jaxstate.streams.stream import Stream, next_key, rng_stream
-from jaxstate.tree.mutate import mutate
 
 __version__ = "0.1.0"
 

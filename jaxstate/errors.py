@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from jaxstate import _jax
+from jaxstate._src import _jax
 
 __all__ = [
     "AheadOfTimeError",

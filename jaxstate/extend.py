@@ -18,11 +18,11 @@ A higher-order primitive of another package becomes stateful with `register_rule
 Random streams and parameters are clients of the same engine.
 """
 
-from jaxstate.core.contents import state_of
-from jaxstate.core.discharge import Layout, discharge, read_all, write_all, write_last
-from jaxstate.core.refs import Slot, new_slot, read, write
-from jaxstate.core.registry import register_rule
-from jaxstate.traces.stateful import StatefulTrace, current_trace, new_trace
+from jaxstate._src.core.contents import state_of
+from jaxstate._src.core.discharge import Layout, discharge, read_all, write_all, write_last
+from jaxstate._src.core.refs import Slot, new_slot, read, write
+from jaxstate._src.core.registry import register_rule
+from jaxstate._src.traces.stateful import StatefulTrace, current_trace, new_trace
 
 __all__ = [
     "Layout",

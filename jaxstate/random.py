@@ -3,7 +3,7 @@
     with jaxstate.rng_stream(jax.random.key(0)):
         x = jaxstate.random.normal((3,))
 
-``stream=`` names the stream to draw from. Streams are in `jaxstate.streams`.
+``stream=`` names the stream to draw from: see `jaxstate.rng_stream`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxstate.streams.keys import is_a_key
-from jaxstate.streams.stream import Stream, next_key, no_key_wanted, rng_stream
+from jaxstate._src.streams.keys import is_a_key
+from jaxstate._src.streams.stream import Stream, next_key, no_key_wanted, rng_stream
 
 __all__ = [
     "Stream",

@@ -5,8 +5,8 @@ python -m jaxstate_tests.house
 
 import collections
 
-from jaxstate import _jax
-from jaxstate._jax import versions
+from jaxstate._src import _jax
+from jaxstate._src._jax import versions
 from jaxstate_tests.test_layering import FILES, FLOORS, PACKAGE, imported_modules, module_name
 
 

@@ -1,4 +1,4 @@
-"""Finds what `jaxstate._jax` uses of JAX's internals, and writes `jaxstate/_jax/internals.py`.
+"""Finds what `jaxstate._src._jax` uses of JAX's internals, and writes its `internals.py`.
 
 python -m jaxstate_tests.internals dump > 0.12.0.1.json      with every supported JAX
 python -m jaxstate_tests.internals write *.json              once
@@ -12,7 +12,7 @@ import json
 import pathlib
 import sys
 
-FOLDER = pathlib.Path(__file__).parents[1] / "jaxstate" / "_jax"
+FOLDER = pathlib.Path(__file__).parents[1] / "jaxstate" / "_src" / "_jax"
 
 
 def used_names() -> dict[str, set[str]]:
@@ -62,7 +62,7 @@ def _is_module(name: str) -> bool:
 
 def dump() -> dict[str, dict[str, str]]:
     """What of that this version of JAX has, with the parameters of functions."""
-    from jaxstate._jax.versions import parameters_of
+    from jaxstate._src._jax.versions import parameters_of
 
     found: dict[str, dict[str, str]] = {}
     for module, names in used_names().items():

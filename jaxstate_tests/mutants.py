@@ -59,7 +59,7 @@ AREAS: dict[str, tuple[str, str]] = {
     ),
 }
 # Not of these areas, or nothing but texts.
-LEFT_OUT = "__init__ rules/__init__ extend errors _jax _jax/* tree/*"
+LEFT_OUT = "__init__ */__init__ extend errors _jax _jax/* tree/*"
 
 SWAPPED = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
@@ -93,7 +93,8 @@ class Mutant:
 
 
 def matches(path: str, names: str) -> bool:
-    inside = str(pathlib.PurePath(path).relative_to("jaxstate").with_suffix(""))
+    parts = pathlib.PurePath(path).with_suffix("").parts[1:]
+    inside = "/".join(part for part in parts if part != "_src")
     return any(pathlib.PurePath(inside).match(name) for name in names.split())
 
 

@@ -16,8 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import jaxstate
-from jaxstate import _jax
-from jaxstate._jax import versions
+from jaxstate._src import _jax
+from jaxstate._src._jax import versions
 
 ROOT = pathlib.Path(jaxstate.__file__).parents[1]
 
@@ -83,13 +83,13 @@ def forget():
 
 def alone():
     forget()
-    for name in ("jaxstate", "jaxstate._jax"):
+    for name in ("jaxstate", "jaxstate._src", "jaxstate._src._jax"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [name.replace(".", "/")]
-    return importlib.import_module("jaxstate._jax.versions")
+    return importlib.import_module("jaxstate._src._jax.versions")
 
 versions = alone()
-hooks = sys.modules["jaxstate._jax.hooks"]
+hooks = sys.modules["jaxstate._src._jax.hooks"]
 
 def paths():
     for row in hooks.TABLE:
@@ -284,7 +284,8 @@ def test_another_library_may_wrap_the_same_functions(programs):
         """
         inside = wrap_all(hooks)
         forget()
-        from jaxstate import _jax, selfcheck
+        from jaxstate import selfcheck
+        from jaxstate._src import _jax
         outside = wrap_all(_jax)
         selfcheck.PROGRAMS[:] = [
             p for p in selfcheck.PROGRAMS
@@ -342,7 +343,7 @@ def test_all_that_is_changed_is_in_the_table():
         """
         before = snapshot()
         import jaxstate
-        from jaxstate import _jax
+        from jaxstate._src import _jax
         seen = set()
 
         @jaxstate.inplace
@@ -373,7 +374,7 @@ def test_a_failed_installation_leaves_jax_as_it_was():
         SNAPSHOT,
         """
         import jaxstate
-        from jaxstate import _jax
+        from jaxstate._src import _jax
 
         @jaxstate.inplace
         def write(x):
@@ -421,7 +422,7 @@ def test_two_threads_may_be_the_first():
     shown = run("""
         import sys, threading, jax, jax.numpy as jnp, numpy as np
         import jaxstate
-        from jaxstate import _jax
+        from jaxstate._src import _jax
         sys.setswitchinterval(1e-6)
         started, go_on, results = threading.Barrier(4), threading.Barrier(4), []
         changed = []
@@ -462,7 +463,7 @@ def test_plain_jax_does_not_pay_for_what_has_been_used():
     Another library's wrapper that was put around ours stays where it is."""
     shown = run("""
         import sys, jax, jax.numpy as jnp, jaxstate
-        from jaxstate import _jax
+        from jaxstate._src import _jax
         from jax._src import core, api
 
         def calls(fn):
@@ -549,7 +550,7 @@ def test_classes_and_their_objects_are_not_kept():
         for x in tree:
             x.x = x.x + 1
 
-    from jaxstate.tree import objects
+    from jaxstate._src.tree import objects
 
     made = classes()
     _, new = jaxstate.mutate(assign)([cls(jnp.zeros(())) for cls in made])
@@ -567,8 +568,8 @@ def test_classes_and_their_objects_are_not_kept():
 
 def test_the_calls_of_a_jitted_function_are_bounded(monkeypatch):
     """With ever other slots that it uses: the last few are kept, and all are right."""
-    from jaxstate import _jax
-    from jaxstate.rules import jitted
+    from jaxstate._src import _jax
+    from jaxstate._src.rules import jitted
 
     monkeypatch.setattr(jitted._Calls, "ENOUGH", 3)
     slots = [jaxstate.extend.new_slot(jnp.float32(i)) for i in range(6)]

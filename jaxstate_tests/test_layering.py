@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import pydoc
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import jaxstate
 
 PACKAGE = pathlib.Path(jaxstate.__file__).parent
+INSIDE = "_src"
 # From below to above. A file imports from the floors below its own, and from the files before it
 # in its own folder.
 FLOORS = {
@@ -62,19 +64,20 @@ ORDER = [
 # as those of `rules.derivatives` do.
 SHARED = {"rules.derivatives", "rules.explicit", "rules.linear_calls"}
 FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / INSIDE / "__init__.py")
 
 
 def module_name(path):
-    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(p for p in parts if p not in (INSIDE, "__init__"))
 
 
 def imported_modules(path):
     """The modules of jaxstate that a file imports, by name inside the package."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jaxstate"):
-            base = node.module.removeprefix("jaxstate").removeprefix(".")
+            parts = node.module.split(".")
+            base = ".".join(p for p in parts if p not in ("jaxstate", INSIDE))
             for alias in node.names:
                 inner = f"{base}.{alias.name}".removeprefix(".")
                 yield inner if inner in ORDER else base
@@ -106,8 +109,17 @@ def test_only_one_folder_knows_internals_and_versions(path):
 
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
-    submodules = {name.partition(".")[0] for name in map(module_name, FILES)}
+    submodules = {path.stem for path in PACKAGE.glob("*.py")}
     assert public - (submodules - set(jaxstate.__all__)) == set(jaxstate.__all__)
+    assert not any(name in dir(jaxstate) for name in ("core", "rules", "params", "arrays", "tree"))
+
+
+def test_help_shows_what_is_public():
+    """All else is in one package, whose name says that it is private."""
+    text = pydoc.render_doc(jaxstate, renderer=pydoc.plaintext)
+    contents = text.partition("PACKAGE CONTENTS")[2].partition("CLASSES")[0].split()
+    assert contents == ["_src", "(package)", "errors", "extend", "random", "selfcheck"]
+    assert all(name in text for name in jaxstate.__all__)
 
 
 def test_importing_it_changes_nothing_outside_of_state():

@@ -13,7 +13,8 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxstate
-from jaxstate import _jax, inplace
+from jaxstate import inplace
+from jaxstate._src import _jax
 
 X = np.arange(12, dtype=np.float32)
 M = np.arange(20, dtype=np.float32).reshape(4, 5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxstate import inplace
-from jaxstate._jax import jaxprs_in
+from jaxstate._src._jax import jaxprs_in
 from jaxstate_tests.ports import NAMES, numpy_ports, port
 
 SIZE = 0.2

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxstate
-from jaxstate.params.paths import Entered, program
+from jaxstate._src.params.paths import Entered, program
 
 KEY = jax.random.key(0)
 X = jnp.array([0.3, -0.7, 1.1])

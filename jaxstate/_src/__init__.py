@@ -1,0 +1,1 @@
+"""How jaxstate is made. Its map is in ``jaxstate/README.md``."""

@@ -1,0 +1,309 @@
+"""What was meant by a call that failed: looked at when it has failed, and not before."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstate._src import _jax
+from jaxstate._src.core.specs import NoArrayError
+from jaxstate._src.streams.keys import is_a_key
+from jaxstate.errors import StateError, message
+
+__all__ = [
+    "LAZY",
+    "about_call",
+    "about_initializer",
+    "note_mistakes",
+    "refuse_lazy",
+    "taken_arguments",
+]
+
+# What ``init`` and ``apply`` take themselves.
+_TAKEN = frozenset({"key", "params", "state", "reuse"})
+
+# What runs when it is asked for values.
+LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter})
+
+
+# -- Calls of a network ----------------------------------------------------------------------
+
+
+def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
+    """The error for arguments that the function of ``net`` does not take; None if it takes them.
+
+    ``how`` says what was called: the network itself (``""``), or its ``init``, ``apply`` ...
+    """
+    try:
+        signature = inspect.signature(net.fn)
+    except (TypeError, ValueError):
+        return None
+    problem = _does_not_fit(signature, args, kwargs)
+    if problem is None:
+        return None
+    name, takes = net.name, f"{net.name}({', '.join(_shown(signature))})"
+    starts_with_dict = bool(args) and isinstance(args[0], Mapping)
+    if not how and isinstance(kwargs.get("params"), Mapping):
+        return TypeError(
+            message(
+                f"{takes} was called with params=. Did you mean {name}.apply?",
+                fix=f"y = {name}.apply(params, x)",
+                used=_jax.user_location(),
+            )
+        )
+    if starts_with_dict and _does_not_fit(signature, args[1:], kwargs) is None:
+        if not how:
+            return TypeError(
+                message(
+                    f"{takes} was called with a dict first. Did you mean {name}.apply?",
+                    fix=f"y = {name}.apply(params, x)",
+                    used=_jax.user_location(),
+                )
+            )
+        return TypeError(
+            message(
+                f"{takes} was given two dicts first. Did you mean {name}.apply_with_state?",
+                fix=f"""
+                y, state = {name}.apply_with_state(params, state, x)    # reads and writes variables
+                y = {name}.apply(params, x, state=state)                # only reads them
+                """,
+                used=_jax.user_location(),
+            )
+        )
+    taken = _TAKEN & signature.parameters.keys() - kwargs.keys()
+    if how and taken:
+        (argument, *_) = sorted(taken)
+        return TypeError(
+            message(
+                f"{takes} has an argument {argument!r}, and init and apply of a network take 'key',"
+                " 'params', 'state' and 'reuse' for themselves.",
+                fix=f"""
+                def {name}(x, my_{argument}): ...      # another name, or give it by position
+                """,
+                used=_jax.user_location(),
+            )
+        )
+    call = f"{name}.{how}" if how else name
+    inputs = ", ".join(_shown(signature))
+    if how.startswith("apply"):
+        given = "params, state" if how == "apply_with_state" else "params"
+        keys = [k for k in kwargs if k in ("rng", "rngs", "prng_key", "random_key")]
+        if any(is_a_key(x) for x in args) or keys:
+            found = f"{keys[0]}=" if keys else "a random key among its inputs"
+            return TypeError(
+                message(
+                    f"{takes} was given {found} in {call}, which takes the key as key=.",
+                    fix=f"""
+                    {call}({given}, {inputs}, key=key)
+                    {call}({given}, {inputs}, key={{"dropout": key}})   # of streams by name
+                    """,
+                    used=_jax.user_location(),
+                )
+            )
+        if how == "apply" and "mutable" in kwargs:
+            return TypeError(
+                message(
+                    f"{name}.apply only reads variables, and was given mutable=.",
+                    fix=f"""
+                    y, state = {name}.apply_with_state(params, state, {inputs})   # writes all
+                    y, state = {name}.apply_with_state(params, state, {inputs}, mutable="cache")
+                    """,
+                    used=_jax.user_location(),
+                )
+            )
+    first = {"": "", "init": "key, ", "apply": "params, "}.get(how, "params, state, ")
+    first = "key, " if how == "init_with_state" else first
+    return TypeError(
+        message(
+            f"{takes} does not take the arguments of this call of {call}: {problem}.",
+            fix=f"{call}({first}{inputs})",
+            used=_jax.user_location(),
+        )
+    )
+
+
+def taken_arguments(fn: Any) -> dict[str, int]:
+    """The arguments of a function that have a name which ``apply`` takes too: their positions.
+
+    An argument that has no position is the last of all.
+    """
+    code = getattr(getattr(fn, "__func__", fn), "__code__", None)
+    if code is None or _TAKEN.isdisjoint(code.co_varnames):
+        return {}
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {
+        p.name: n if p.kind is not p.KEYWORD_ONLY else len(parameters)
+        for n, p in enumerate(parameters)
+        if p.name in _TAKEN
+    }
+
+
+def _does_not_fit(signature: inspect.Signature, args: Any, kwargs: Any) -> str | None:
+    """Why a function of that signature does not take these arguments."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        problem = str(error)
+        unknown = next((k for k in kwargs if k not in signature.parameters), None)
+        close = unknown and difflib.get_close_matches(unknown, signature.parameters, n=1)
+        return problem + (f" (did you mean {close[0]!r}?)" if close else "")
+    return None
+
+
+def _shown(signature: inspect.Signature) -> list[str]:
+    """The parameters of a function, without types."""
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    text = str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+    return [text[1:-1]] if len(text) > 2 else []
+
+
+def note_mistakes(error: Exception, how: str, args: Any) -> None:
+    """Adds to an error of Python or JAX what the program may have meant."""
+    text = str(error)
+    notes = []
+    if isinstance(error, AttributeError) and text.startswith("'Variable' object has no attribute"):
+        notes.append(_NO_SUCH_ATTRIBUTE)
+    if "'jaxstate._src.params.variables.Variable'" in text:
+        notes.append(_HANDLE_FOR_VALUE)
+    dict_first = bool(args) and isinstance(args[0], Mapping)
+    if not how and dict_first and "Did you mean" not in text:
+        notes.append(_NETWORK_WITH_DICT)
+    if how == "apply" and dict_first and isinstance(error, (AttributeError, TypeError, ValueError)):
+        notes.append(_TWO_DICTS)
+    for note in notes:
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+
+
+_NO_SUCH_ATTRIBUTE = """\
+A variable has one attribute to read and to assign: its value.
+To mend it:
+    v.value = v.value + 1"""
+
+_HANDLE_FOR_VALUE = """\
+A variable was given where its value is wanted.
+To mend it:
+    jnp.sin(v.value)"""
+
+_NETWORK_WITH_DICT = """\
+The network itself was called, with a dict first. If these are the parameters, did you mean apply?
+    y = net.apply(params, x)"""
+
+_TWO_DICTS = """\
+apply was given a dict as the first input of the function. If that is the variables:
+    y, state = net.apply_with_state(params, state, x)    # reads and writes variables
+    y = net.apply(params, x, state=state)                # only reads them"""
+
+
+def refuse_lazy(net: Any, out: Any) -> None:
+    """A generator or coroutine runs when its parameters are gone."""
+    parts = out.values() if type(out) is dict else out if type(out) in (tuple, list) else [out]
+    for part in parts:
+        if type(part) not in LAZY:
+            continue
+        kind = f"a {type(part).__name__}"
+        if inspect.iscoroutine(part):
+            part.close()  # or Python warns that nobody has run it
+        raise TypeError(
+            message(
+                f"{net.name} returned {kind}, which runs when init or apply is over.",
+                fix="""
+                return [f(x) for x in xs]      # return what it makes, and no yield or await
+                """,
+                used=_jax.user_location(),
+            )
+        )
+
+
+# -- Initializers ----------------------------------------------------------------------------
+
+
+def about_initializer(
+    address: Any, init: Callable[..., Any], init_args: Any, error: Exception
+) -> Exception:
+    """The error for an initializer that failed: another one, if it is known what was meant."""
+    if isinstance(error, StateError):
+        return error
+    if isinstance(error, NoArrayError):
+        return _no_array(address, init, error)
+    takes_key = address.takes_key
+    function = "param" if address.kind == "parameter" else "variable"
+    wanted = "init(key, *init_args)" if takes_key else "init(*init_args), without a key"
+    name, called = address.name, _name_of(init)
+    if takes_key and _makes_no_use_of_keys(init):
+        return TypeError(
+            message(
+                f"The initializer of {address} is {called}, which takes no key: it was called as"
+                f" {wanted}.",
+                fix=f"""
+                jaxstate.{function}("{name}", jax.nn.initializers.zeros, shape)
+                jaxstate.{function}("{name}", lambda key: {called}(shape))      # for example
+                """,
+                used=address.used,
+            )
+        )
+    try:
+        problem = _does_not_fit(
+            inspect.signature(init), (None, *init_args) if takes_key else init_args, {}
+        )
+    except (TypeError, ValueError):
+        problem = None
+    if problem is not None:
+        example = "lambda key: value" if takes_key else "jnp.zeros, (3,)"
+        if problem.startswith("missing a required argument: 'shape'") and takes_key:
+            example = f"{called}, shape"
+        return TypeError(
+            message(
+                f"The initializer of {address} cannot be called as {wanted}: {problem}.",
+                fix=f'jaxstate.{function}("{name}", {example})',
+                used=address.used,
+            )
+        )
+    error.add_note(f"It happened in the initializer of {address}, used: {address.used}")
+    return error
+
+
+def _no_array(address: Any, init: Callable[..., Any], error: NoArrayError) -> Exception:
+    found = error.found
+    function = "param" if address.kind == "parameter" else "variable"
+    called = _name_of(init)
+    if callable(found) and not error.is_part:
+        what = f"made a function, {found!r}. Is {called} to be called first?"
+        fix = f'jaxstate.{function}("{address.name}", {called}(), shape)'
+    elif found is None:
+        what = "made None. Does it lack a return?"
+        fix = f'jaxstate.{function}("{address.name}", lambda key: value)'
+    else:
+        what = f"made {found!r}, which is no array. A {address.kind} is a tree of arrays."
+        fix = f"""
+        jaxstate.{function}("{address.name}", lambda key: arrays)    # keep outside what is none
+        arrays, rest = equinox.partition(module, equinox.is_array)   # for example
+        """
+    if not address.takes_key:
+        fix = fix.replace("lambda key:", "lambda:")
+    return TypeError(message(f"The initializer of {address} {what}", fix=fix, used=address.used))
+
+
+def _makes_no_use_of_keys(init: Any) -> bool:
+    """Whether it is a function of `jax.numpy` or of NumPy."""
+    name = getattr(init, "__name__", "")
+    return any(getattr(module, name, None) is init for module in (jnp, np)) if name else False
+
+
+def _name_of(init: Any) -> str:
+    name = getattr(init, "__name__", "<")
+    if "<" in name:
+        return "init"
+    for module, prefix in ((jnp, "jnp."), (np, "np.")):
+        if getattr(module, name, None) is init:
+            return prefix + name
+    return name

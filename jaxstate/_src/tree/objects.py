@@ -1,0 +1,422 @@
+"""Objects of Python: of what kind one is, where it keeps its parts, how one is made of them.
+
+A *part* of an object is an attribute (in ``__dict__`` or in a slot of ``__slots__``) or an item (of
+a dict, list, deque or set). Parts are read and set directly, past ``__setattr__``, properties and
+``__setitem__``: those are the program's, and it has used them when it assigned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import sys
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxstate._src import _jax
+
+# -- Kinds -----------------------------------------------------------------------------------
+
+NODE = "node"  # has an identity, and parts that can be assigned
+MADE = "made"  # a value that is made of its parts, and made again when one of them changes
+STATIC = "static"  # anything else
+
+_ATOMS = (
+    str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+    property, staticmethod, classmethod, enum.Enum, np.dtype, np.generic, np.ndarray, jax.Array,
+)  # fmt: skip
+_CONTAINERS = (dict, list, deque, set, bytearray)
+_MADE = (tuple, types.MethodType, functools.partial)
+
+
+class PerClass:
+    """Something for each class, as long as the class is there."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[Any, Any] = {}
+
+    def get(self, cls: type) -> Any:
+        return self._by_class.get(weakref.ref(cls))
+
+    def put(self, cls: type, value: Any) -> Any:
+        self._by_class[weakref.ref(cls, self._forget)] = value
+        return value
+
+    def _forget(self, cls: Any) -> None:
+        self._by_class.pop(cls, None)
+
+
+_kinds = PerClass()
+_unknown = PerClass()  # to JAX, and nodes all the same
+
+
+def kind_of(x: Any) -> str:
+    """NODE, MADE or STATIC."""
+    cls = type(x)
+    kind = _kinds.get(cls)
+    if kind is None:
+        kind = _kinds.put(cls, _kind(x))
+    return STATIC if _unknown.get(cls) and _is_sentinel(x) else kind
+
+
+def _kind(x: Any) -> str:
+    cls = type(x)
+    if issubclass(cls, (*_ATOMS, _jax.Tracer)) or is_trace_note(x):
+        return STATIC
+    if issubclass(cls, _CONTAINERS):
+        return NODE
+    if issubclass(cls, _MADE):
+        return MADE
+    package = cls.__module__.partition(".")[0]
+    layout = layout_of(cls)
+    is_object = layout.base in (object, types.SimpleNamespace)
+    has_parts = is_object and (layout.has_dict or layout.slots)
+    if _jax.children_of(x) is not None:
+        return NODE if has_parts and package not in _LIBRARIES else MADE
+    if not has_parts or package in _LIBRARIES or _is_value(cls) or _is_its_own_copy(x):
+        return STATIC
+    _unknown.put(cls, True)
+    return NODE
+
+
+_LIBRARIES = ("jax", "jaxlib", "jaxstate", "numpy")
+
+
+def _is_value(cls: type) -> bool:
+    """Whether objects of a class of Python's library are values, or no business of the state."""
+    package = cls.__module__.partition(".")[0]
+    if cls is types.SimpleNamespace or package in ("collections", "argparse", "__main__"):
+        return False
+    return package in sys.stdlib_module_names
+
+
+def _is_its_own_copy(x: Any) -> bool:
+    """Whether the class says that its objects are not copied."""
+    copy = getattr(type(x), "__deepcopy__", None)
+    if copy is None:
+        return False
+    try:
+        return copy(x, {}) is x
+    except Exception:
+        return False
+
+
+def _is_sentinel(x: Any) -> bool:
+    """Whether ``x`` has no parts and a name in its module: programs compare it by ``is``."""
+    if parts_of(x)[0]:
+        return False
+    module = sys.modules.get(type(x).__module__)
+    return any(value is x for value in vars(module).values()) if module else False
+
+
+def is_trace_note(x: Any) -> bool:
+    """Whether ``x`` is what an object of `flax.nnx` notes about the trace that it is made in."""
+    cls = type(x)
+    return cls.__name__ == "TraceState" and cls.__module__.startswith("flax.nnx")
+
+
+# -- Nodes -----------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Where the objects of a class keep their parts.
+
+    Attributes:
+      base: the class that makes the objects, the first in the order of resolution written in C.
+      has_dict: whether they have a ``__dict__``.
+      slots: the names of the attributes that are kept in slots.
+      items: the container that they are, or None.
+    """
+
+    base: Any
+    has_dict: bool
+    slots: tuple[str, ...]
+    items: Any
+
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
+
+_layouts = PerClass()
+
+
+def layout_of(cls: type) -> Layout:
+    found = _layouts.get(cls)
+    return _layouts.put(cls, _layout(cls)) if found is None else found
+
+
+def _layout(cls: type) -> Layout:
+    base: Any = next(
+        c for c in cls.__mro__
+        if not c.__flags__ & _HEAP_TYPE
+        or isinstance(c.__dict__.get("__new__"), types.BuiltinFunctionType)
+    )  # fmt: skip
+    items = next((c for c in _CONTAINERS if issubclass(cls, c)), None)
+    has_dict = bool(cls.__dictoffset__)
+    return Layout(base, has_dict, tuple(_slots_of(cls)), items)
+
+
+def _slots_of(cls: type) -> list[str]:
+    names = []
+    for c in cls.__mro__:
+        slots = c.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                private = name.startswith("__") and not name.endswith("__")
+                names.append(f"_{c.__name__.lstrip('_')}{name}" if private else name)
+    if issubclass(cls, defaultdict):
+        names.append("default_factory")
+    return names
+
+
+def dict_of(x: Any) -> dict[str, Any]:
+    """The ``__dict__`` of an object whose class has one, whatever the class says it is."""
+    return object.__getattribute__(x, "__dict__")
+
+
+def parts_of(x: Any) -> tuple[list[str], Any, list[Any]]:
+    """The names of the attributes, the keys of the items (their number, if these have no keys), and
+    the parts: first the attributes, then the items."""
+    cls = type(x)
+    if cls is dict:
+        return [], list(x), list(x.values())
+    if cls is list:
+        return [], len(x), x[:]
+    _, has_dict, slots, items = layout_of(cls)
+    names: list[str] = []
+    values: list[Any] = []
+    if has_dict:
+        attributes = dict_of(x)
+        names, values = list(attributes), list(attributes.values())
+    for name in slots:
+        with contextlib.suppress(AttributeError):
+            values.append(object.__getattribute__(x, name))
+            names.append(name)
+    keys: Any = None
+    if items is dict:
+        base = _mapping(cls)
+        keys = list(base.keys(x))
+        values += base.values(x)
+    elif items is bytearray:
+        keys = bytes(x)
+    elif items is not None:
+        contents = list(items.__iter__(x))
+        keys = len(contents)
+        values += contents
+    return names, keys, values
+
+
+def _mapping(cls: type) -> Any:
+    return OrderedDict if issubclass(cls, OrderedDict) else dict
+
+
+def put(x: Any, names: Any, keys: Any, i: int, value: Any) -> None:
+    """Sets the part number ``i`` of an object whose parts are at ``names`` and ``keys``."""
+    cls = type(x)
+    if cls is dict or cls is list:
+        x[i if cls is list else keys[i]] = value
+        return
+    if i < len(names):
+        put_attribute(x, names[i], value)
+        return
+    i -= len(names)
+    items = layout_of(cls).items
+    if items is dict:
+        _mapping(cls).__setitem__(x, keys[i], value)
+    elif items is set:
+        raise AssertionError("arrays have no hash")
+    else:
+        items.__setitem__(x, i, value)
+
+
+def put_attribute(x: Any, name: str, value: Any) -> None:
+    layout = layout_of(type(x))
+    if name in layout.slots:
+        object.__setattr__(x, name, value)
+    else:
+        dict_of(x)[name] = value
+
+
+def fill(x: Any, names: Any, keys: Any, values: list[Any]) -> None:
+    """Makes these the parts of an object, whatever they are now."""
+    cls = type(x)
+    layout = layout_of(cls)
+    if cls is not dict and cls is not list:
+        attributes = dict_of(x) if layout.has_dict else {}
+        kept = set(names)
+        for name in [n for n in attributes if n not in kept]:
+            del attributes[name]
+        for name in layout.slots:
+            if name not in kept and hasattr(x, name):
+                object.__delattr__(x, name)
+        for name, value in zip(names, values, strict=False):
+            put_attribute(x, name, value)
+    contents = values[len(names) :]
+    if layout.items is dict:
+        base = _mapping(cls)
+        if list(base.keys(x)) != list(keys):
+            base.clear(x)
+        for key, value in zip(keys, contents, strict=True):
+            base.__setitem__(x, key, value)
+    elif layout.items is list:
+        list.__setitem__(x, slice(None), contents)
+    elif layout.items is bytearray:
+        x[:] = keys
+    elif layout.items is not None:
+        layout.items.clear(x)
+        (deque.extend if layout.items is deque else set.update)(x, contents)
+
+
+class Blank(NamedTuple):
+    """What makes objects like a given one, without parts and past their constructor."""
+
+    cls: type
+    maxlen: int | None
+
+    @staticmethod
+    def of(x: Any) -> Blank:
+        return Blank(type(x), x.maxlen if isinstance(x, deque) else None)
+
+    def make(self) -> Any:
+        made = layout_of(self.cls).base.__new__(self.cls)
+        if self.maxlen is not None:
+            deque.__init__(made, (), self.maxlen)
+        return made
+
+
+def made_of(cls: type, names: Any, values: list[Any]) -> Any:
+    """An object of a class without items that has these attributes."""
+    made = layout_of(cls).base.__new__(cls)
+    for name, value in zip(names, values, strict=True):
+        put_attribute(made, name, value)
+    return made
+
+
+_children = PerClass()
+_ENOUGH = 256  # sets of attributes that are remembered of one class
+
+
+def children_names(x: Any, names: list[str], values: list[Any]) -> frozenset[str]:
+    """The attributes that are children of the pytree: a number there is an array of the tree.
+
+    The class can say so: among the children of an object that has a mark in the place of each
+    attribute are the marks of those. If it computes something of its attributes, their values are
+    looked for.
+    """
+    cls = type(x)
+    if not names or layout_of(cls).items is not None:
+        return frozenset()
+    known = _children.get(cls)
+    if known is None:
+        known = _children.put(cls, {})
+    found = known.get(tuple(names))
+    if found is None:
+        marks: list[Any] = [object() for _ in names]
+        try:
+            children = _jax.children_of(made_of(cls, names, marks)) or ()
+        except Exception:
+            marks, children = values, _jax.children_of(x) or ()
+        pairs = zip(names, marks, strict=True)
+        found = frozenset(n for n, m in pairs if any(m is c for c in children))
+        if len(known) >= _ENOUGH:
+            known.clear()
+        known[tuple(names)] = found
+    return found
+
+
+# -- Values that are made of their parts -----------------------------------------------------
+
+
+class Tuple(NamedTuple):
+    """Of a tuple or a subclass of it. (Behind its items come the attributes with these names.)"""
+
+    cls: type
+    names: tuple[str, ...]
+
+    def make(self, parts: list[Any]) -> Any:
+        n = len(parts) - len(self.names)
+        made = tuple.__new__(self.cls, parts[:n])
+        for name, value in zip(self.names, parts[n:], strict=True):
+            put_attribute(made, name, value)
+        return made
+
+
+class Method(NamedTuple):
+    """Of a bound method."""
+
+    function: Any
+
+    def make(self, parts: list[Any]) -> Any:
+        return types.MethodType(self.function, parts[0])
+
+
+class Partial(NamedTuple):
+    """Of a `functools.partial`: the function, its arguments, and its keyword arguments."""
+
+    cls: type
+    count: int
+    names: tuple[str, ...]
+
+    def make(self, parts: list[Any]) -> Any:
+        n = self.count
+        keywords = dict(zip(self.names, parts[n:], strict=True))
+        return self.cls(*parts[:n], **keywords)
+
+
+class Weak(NamedTuple):
+    """Of a weak reference to an object."""
+
+    def make(self, parts: list[Any]) -> Any:
+        return weakref.ref(parts[0])
+
+
+WEAK = (weakref.ref, weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
+
+
+def referents(x: Any) -> list[Any]:
+    """The objects that a weak reference, or a container of such, refers to."""
+    if isinstance(x, weakref.ref):
+        return [x()]
+    if isinstance(x, weakref.WeakSet):
+        return list(x)
+    return [y for pair in x.items() for y in pair]
+
+
+class Tree(NamedTuple):
+    """Of a node of a pytree whose parts only JAX knows."""
+
+    structure: Any
+
+    def make(self, parts: list[Any]) -> Any:
+        return self.structure.unflatten(parts)
+
+
+def taken_apart(x: Any) -> tuple[Any, list[Any]]:
+    """What makes a value of its parts again, and the parts."""
+    cls = type(x)
+    if cls is tuple:
+        return Tuple(tuple, ()), list(x)
+    if issubclass(cls, tuple):
+        attributes = dict_of(x) if layout_of(cls).has_dict else {}
+        return Tuple(cls, tuple(attributes)), [*tuple.__iter__(x), *attributes.values()]
+    if issubclass(cls, types.MethodType):
+        return Method(x.__func__), [x.__self__]
+    if issubclass(cls, functools.partial):
+        parts = [x.func, *x.args, *x.keywords.values()]
+        return Partial(cls, 1 + len(x.args), tuple(x.keywords)), parts
+    parts, structure = jax.tree.flatten(x, is_leaf=lambda part: part is not x)
+    return Tree(structure), parts
+
+
+def label(names: Any, keys: Any, i: int) -> str:
+    """How a program writes the part number ``i``."""
+    if i < len(names):
+        return f".{names[i]}"
+    i -= len(names)
+    return f"[{i if isinstance(keys, int) else keys[i]!r}]"
