@@ -24,6 +24,10 @@ MANY = 1 << 21  # as many as are, however many arrays the process has beside the
 class Slot:
     """One large value of state, of a kind that is written by `write`."""
 
+    @staticmethod
+    def run(program):
+        program()
+
     def __init__(self, value):
         self.slot = new_slot(value, name="table")
 
@@ -40,6 +44,8 @@ class Slot:
 class Array:
     """The same in a writable array."""
 
+    run = Slot.run
+
     def __init__(self, value):
         self.array = jaxstate.array(value)
 
@@ -54,7 +60,49 @@ class Array:
         self.array[i] = value
 
 
+class Variable:
+    """The same in a variable of an ``apply`` that is not jitted."""
+
+    made = 0
+
+    @classmethod
+    def run(cls, program):
+        @jaxstate.parametrized
+        def net():
+            cls.made = 0
+            program()
+
+        state = {f"table_{i}": {str(n): jnp.zeros(n) for n in (N, MANY)} for i in range(3)}
+        before = jax.tree.map(np.array, state)
+        for _ in range(2):
+            net.apply_with_state({}, state)
+            jax.tree.map(np.testing.assert_array_equal, state, before)
+
+    def __init__(self, value):
+        with jaxstate.scope(f"table_{self.made}"):
+            self.variable = jaxstate.variable(str(value.size), jnp.zeros, value.shape)
+        self.variable.value = value
+        Variable.made += 1
+
+    def read(self):
+        return self.variable.value
+
+    def write(self, value):
+        self.variable.value = value
+
+    def set(self, i, value):
+        self.variable.value = self.variable.value.at[i].set(value)
+
+
 KINDS = [Slot, Array]
+
+
+def with_every_kind(test):
+    @functools.wraps(test)
+    def run(kind, **others):
+        kind.run(lambda: test(kind, **others))
+
+    return pytest.mark.parametrize("kind", [*KINDS, Variable])(run)
 
 
 def start(n=N, *first):
@@ -87,7 +135,7 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_a_jitted_call_writes_in_the_memory_of_the_value(kind):
     state = kind(jnp.asarray(start(MANY)))
     f = setter(state)
@@ -100,7 +148,7 @@ def test_a_jitted_call_writes_in_the_memory_of_the_value(kind):
     np.testing.assert_array_equal(state.read(), start(MANY, 7, 7, 7, 7))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_holding_a_value_is_no_second_compilation(kind):
     state = kind(jnp.asarray(start(MANY)))
     f = setter(state)
@@ -114,7 +162,7 @@ def test_holding_a_value_is_no_second_compilation(kind):
     assert compilations.n == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_reading_is_no_copy_at_the_next_write(kind):
     """What is read and not kept costs nothing later: in jitted functions, and on a CPU at all."""
     state = kind(jnp.asarray(start(MANY)))
@@ -177,7 +225,7 @@ def test_memory_of_an_eager_write_in_an_in_place_function():
     assert len(set(pointers)) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_operands_of_several_types_in_turns(kind):
     """JAX's dispatch knows both after the first call, and keeps no value of a call it did not."""
     state, traces = kind(jnp.asarray(start(MANY))), []
@@ -295,7 +343,7 @@ HOLDS = {
 
 
 @pytest.mark.parametrize("name", HOLDS)
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_what_the_program_holds_stays(kind, name):
     state, wanted = kind(jnp.asarray(start())), start()
     f, twice = setter(state), jax.jit(lambda: state.write(2 * state.read()))
@@ -315,7 +363,7 @@ def test_what_the_program_holds_stays(kind, name):
             x.check()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_values_that_come_from_the_program(kind):
     """A value that the program writes may be in memory that it has too."""
     ours = np.empty(N + 16, np.float32)
@@ -335,7 +383,7 @@ def test_values_that_come_from_the_program(kind):
         np.testing.assert_array_equal(other.read(), [*range(6), -2, *range(7, N)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_the_value_as_an_argument_and_as_a_result_of_the_call(kind):
     state, wanted = kind(jnp.asarray(start())), start()
     double = kind(jnp.asarray(start()))
@@ -365,8 +413,12 @@ def test_the_value_as_an_argument_and_as_a_result_of_the_call(kind):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_programs_with_a_pool_of_held_values(seed):
+    Variable.run(functools.partial(_random_program, seed))
+
+
+def _random_program(seed):
     rng = random.Random(seed)
-    states = [kind(jnp.asarray(start())) for kind in (Slot, Array, Slot)]
+    states = [kind(jnp.asarray(start())) for kind in (Slot, Array, Variable)]
     model = [start() for _ in states]
     pool = []
 
@@ -409,10 +461,102 @@ def test_random_programs_with_a_pool_of_held_values(seed):
         np.testing.assert_array_equal(state.read(), wanted)
 
 
+# -- Variables -------------------------------------------------------------------------------
+
+
+@jax.jit
+def put(i, x):
+    table = jaxstate.variable("table", jnp.zeros, (MANY,))
+    table.value = table.value.at[i].set(x)
+    return table.value[:2]
+
+
+@jax.jit
+def whole():
+    return jaxstate.variable("table", jnp.zeros, (MANY,)).value
+
+
+@jax.jit
+def grown(w):
+    """Has the gradient of what it writes, and writes a small variable beside it."""
+    table = jaxstate.variable("table", jnp.zeros, (MANY,))
+    calls = jaxstate.variable("calls", jnp.zeros, (), int)
+    table.value = table.value + jax.grad(lambda w: (w * table.value[0]) ** 2)(w)
+    calls.value += 1
+
+
+def places():
+    return {x.unsafe_buffer_pointer() for x in jax.live_arrays() if x.shape == (MANY,)}
+
+
+def test_jitted_modules_write_their_variables_in_their_memory():
+    """In each ``apply`` in the memory of one copy of what was given; and of a second one, until the
+    calls that look for names are known."""
+
+    @jaxstate.parametrized
+    def net():
+        before, found = places(), []
+        for i in range(4):
+            for call in functools.partial(put, i, 7.0), functools.partial(grown, 1.0):
+                call()
+                found.append(places() - before)
+        return found
+
+    state, wanted = {"table": start(MANY), "calls": np.zeros((), np.int32)}, start(MANY)
+    for i in range(4):
+        wanted[i] = 7
+        wanted = wanted + 2 * wanted[0] ** 2
+    for n in range(7):
+        given = jax.tree.map(jnp.array, state)
+        found, after = net.apply_with_state({}, given)
+        assert [*map(len, found)] == [1] * 8
+        assert len({*map(frozenset, found)}) == (2 if n < 5 else 1)
+        np.testing.assert_array_equal(after["table"], wanted)
+        assert after["calls"] == 4
+        jax.tree.map(np.testing.assert_array_equal, given, state)
+
+
+def test_what_jitted_modules_have_returned_stays():
+    @jaxstate.parametrized
+    def net():
+        held = [Held(whole())]
+        for i in range(3):
+            held += [Held(put(i, 7.0)), Held(whole()), Held(whole().addressable_data(0))]
+            grown(1.0)
+            held.append(Held(np.asarray(whole())))
+        return held
+
+    state = {"table": jnp.array(start(MANY)), "calls": 0}
+    for _ in range(3):
+        held, state = net.apply_with_state({}, state)
+        wanted = start(MANY) if state["calls"] == 3 else wanted  # noqa: F821
+        for i in range(3):
+            wanted[i] = 7
+            wanted = wanted + 2 * wanted[0] ** 2
+        np.testing.assert_array_equal(state["table"], wanted)
+        for x in held:
+            x.check()
+
+
+def test_an_apply_that_fails_leaves_what_it_was_given():
+    @jaxstate.parametrized
+    def net(x):
+        put(0, 1.0)
+        put(1, 2.0)
+        return whole()[:2] + jnp.reshape(x, (2,))
+
+    state = {"table": jnp.array(start(MANY))}
+    for _ in range(2):
+        assert net.apply_with_state({}, state, jnp.zeros(2))[0].tolist() == [1, 2]
+        with pytest.raises(TypeError):
+            net.apply_with_state({}, state, jnp.zeros(3))
+        np.testing.assert_array_equal(state["table"], start(MANY))
+
+
 # -- Calls that fail -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_after_an_error_the_value_is_as_before(kind):
     state = kind(jnp.asarray(start()))
 
@@ -476,7 +620,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_an_interrupt_loses_nothing(kind, interruptible):
     """What is counted in the table and beside it is equal, or one call apart."""
     state, count = kind(jnp.asarray(start())), new_slot(0)
@@ -509,7 +653,7 @@ def test_an_interrupt_loses_nothing(kind, interruptible):
     np.testing.assert_array_equal(state.read()[1:], start()[1:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_every_kind
 def test_a_signal_handler_may_read_what_is_being_written(kind):
     """It runs between two steps of Python, and may find that the call is done and its result is in
     no cell yet."""

@@ -13,7 +13,10 @@ import numpy as np
 from jaxstate._src import _jax
 from jaxstate._src.core.slots import Cell
 
-__all__ = ["LARGE", "Kept", "KeptCell", "Taken", "append_result", "is_large", "writing"]
+__all__ = [
+    "LARGE", "Kept", "KeptCell", "KeptElement", "Taken", "append_result", "cell_of", "is_large",
+    "writing",
+]  # fmt: skip
 
 
 # Held while a value is taken out: threads may write elements of one array.
@@ -139,3 +142,28 @@ class KeptCell(Kept, Cell):
         self.is_own = False
         self.kept = value
         self.taken = None
+
+
+class KeptElement(Kept, Cell):
+    """The same for one of many values in a list."""
+
+    __slots__ = ("_number", "_values", "is_own", "taken")
+
+    def __init__(self, values: list[Any], number: int) -> None:
+        self.is_own = False
+        self.taken = None
+        self._values = values
+        self._number = number
+
+    @property
+    def kept(self) -> Any:  # type: ignore[override]
+        return self._values[self._number]
+
+    @kept.setter
+    def kept(self, value: Any) -> None:
+        self._values[self._number] = value
+
+
+def cell_of(value: Any, aval: Any) -> Cell:
+    """A cell for a value that the program writes."""
+    return KeptCell(value) if is_large(aval) else Cell(value)

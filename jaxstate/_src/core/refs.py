@@ -9,17 +9,13 @@ import jax
 
 from jaxstate._src import _jax
 from jaxstate._src.core import resolve
-from jaxstate._src.core.memory import KeptCell, is_large
+from jaxstate._src.core.memory import cell_of
 from jaxstate._src.core.notes import notes_of
 from jaxstate._src.core.slots import Address, Cell, Holder, add_loose, holders, note_use
 from jaxstate._src.core.specs import strong
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 
 __all__ = ["Slot", "SlotAddress", "ZeroCell", "new_slot", "read", "write"]
-
-
-def _cell_of(value: Any, aval: Any) -> Cell:
-    return KeptCell(value) if is_large(aval) else Cell(value)
 
 
 class ZeroCell(Cell):
@@ -208,7 +204,7 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
     """
     value = strong(value)
     aval = _jax.typeof(value)
-    return Slot(_cell_of(value, aval), aval, name, _jax.user_location())
+    return Slot(cell_of(value, aval), aval, name, _jax.user_location())
 
 
 def read(slot: Slot) -> jax.Array:

@@ -322,6 +322,10 @@ class Holder:
     # The values of a holder with a place: its memories number them.
     numbered: list[Any]
 
+    def numbered_cell(self, number: int) -> Cell:
+        """The cell of a variable among them."""
+        raise NotImplementedError
+
     def remembered(self, addresses: Sequence[Address]) -> Memory | None:
         """What the holder knows now, without any values, to be used again where `place_here` is
         equal, in this holder or another; None if that cannot be."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxstate._src import _jax
 from jaxstate._src.core.initializers import TracedInit
+from jaxstate._src.core.memory import cell_of
 from jaxstate._src.core.notes import Boundaries, notes_of
 from jaxstate._src.core.resolve import boundaries, boundary_of, innermost_boundary, read
 from jaxstate._src.core.slots import Address, Cell, Holder, holders, open_here
@@ -402,6 +403,10 @@ class Entry:
         self.used = used
         self.cells: dict[Leaf, Cell] = {}
         self.initial: dict[Leaf, Any] = {}
+
+    def new_cell(self, value: Any) -> Cell:
+        """A cell of it. What the program writes may be written in its memory."""
+        return cell_of(value, _jax.typeof(value)) if self.kind == "variable" else Cell(value)
 
     def without_values(self) -> Entry:
         """A new entry of which the same is known."""

@@ -87,7 +87,7 @@ class InitStore(Store):
                 values = traced_init.run(data)
             leaves = [_jax.in_mesh(_jax.as_array(value), self.mesh) for value in values]
         entry.initial = dict(zip(traced_init.spec.leaves, leaves, strict=True))
-        entry.cells = {leaf: Cell(value) for leaf, value in entry.initial.items()}
+        entry.cells = {leaf: entry.new_cell(value) for leaf, value in entry.initial.items()}
 
     def initialize(
         self, addresses: Sequence[Any], traced_init: TracedInit, data: Sequence[Any]

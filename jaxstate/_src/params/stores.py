@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.core.memory import KeptElement
 from jaxstate._src.core.resolve import boundaries, same_trace
 from jaxstate._src.core.slots import Cell, Memory, signature_changed
 from jaxstate._src.core.specs import (
@@ -67,6 +69,7 @@ class ApplyStore(Store):
             self._leaves, tree = jax.tree.flatten(self._given)
         self._tree = tree
         self.numbered = self._leaves.copy()
+        self._numbered_cells: dict[int, KeptElement] = {}
         self._known: _Known | None = None
         if self._may_recall:
             self._leaf_types, self._signature = types_of_arrays(writable, tree, self._leaves)
@@ -172,8 +175,16 @@ class ApplyStore(Store):
         for path, (template, number) in self._known.entries.items():
             entry = names.entries[path] = template.without_values()
             entry.initial[ONLY_LEAF] = self._leaves[number]
-            entry.cells[ONLY_LEAF] = _LeafCell(self.numbered, number)
+            is_written = entry.kind == "variable"
+            make = self.numbered_cell if is_written else partial(_LeafCell, self.numbered)
+            entry.cells[ONLY_LEAF] = make(number)
         return names
+
+    def numbered_cell(self, number: int) -> KeptElement:
+        cell = self._numbered_cells.get(number)
+        if cell is None:
+            cell = self._numbered_cells[number] = KeptElement(self.numbered, number)
+        return cell
 
     def place_here(self) -> Hashable:
         if not self._may_recall or "layer" in self.__dict__ or not self.is_here():
@@ -369,10 +380,6 @@ class _LeafCell(Cell):
     def value(self) -> Any:  # type: ignore[override]
         return self._values[self._number]
 
-    @value.setter
-    def value(self, value: Any) -> None:
-        self._values[self._number] = value
-
 
 class _InOtherTypes:
     """One level that the program is in, where parameters may have other types than outside."""
@@ -397,7 +404,7 @@ def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_st
     if not is_stored or type(value) not in _jax.plain_arrays:
         value = address.as_stored(value)
     entry.initial[leaf] = value
-    cell = entry.cells[leaf] = Cell(value)
+    cell = entry.cells[leaf] = entry.new_cell(value)
     return cell
 
 

@@ -16,7 +16,7 @@ tried before (`_call_like_last`): its dispatch has executables only for types fo
 and asks for others. Where the cells are is noted with the open holders (`slots.OpenHere`), or the
 holder itself remembers what such a call found in it (`slots.Holder.remembered`).
 
-What a call writes in a large cell (`refs.KeptCell`), it writes in the memory of the old value if
+What a call writes in a large cell (`memory.Kept`), it writes in the memory of the old value if
 nothing else has that: the operand is donated. Otherwise a copy is. So there is one program, and no
 second compilation when somebody begins or ends to hold a value. The old value is out of its cell
 for no longer than JAX's C++ dispatch runs (`_Donation`): a call for which the function is to be
@@ -57,9 +57,8 @@ from jaxstate._src.core.discharge import (
     written_meanwhile,
 )
 from jaxstate._src.core.initializers import has_inits, initialize
-from jaxstate._src.core.memory import KeptCell, Taken, append_result, is_large, writing
+from jaxstate._src.core.memory import Kept, Taken, append_result, is_large, writing
 from jaxstate._src.core.primitives import state_effect
-from jaxstate._src.core.refs import SlotAddress
 from jaxstate._src.core.registry import register_rule
 from jaxstate._src.core.resolve import check_captured
 from jaxstate._src.core.slots import Address, any_open, open_here
@@ -270,14 +269,14 @@ class _ThreadedCall:
         self._others = [(i, a) for i, a in enumerate(self._slots) if not a.is_recalled]
         self._ranks = {i: rank for rank, i in enumerate(recalled)}
         self._memories: dict[Hashable, Any] = {}
-        self._run = _jax.dispatched(jitted, self._prepare)
         # What is left alone once learns nothing about operands of those types: so there are more.
+        self._run = _jax.dispatched(jitted, self._prepare)
         self._runs = [self._run]
         self._has_left_alone = False
         # Whether there are large cells; which of them the call writes, and how it is called then.
         self._has_large: bool | None = None
         self._donated: tuple[int, ...] = ()
-        self._run_donating: Callable[..., Any] = self._run
+        self._runs_donating: list[Callable[..., Any]] = []
 
     def try_here(self, found: dict[Any, Any], args: Any, kwargs: Any) -> Any:
         """The results; `NotImplemented` if a cell is not here, or if the call uses other state.
@@ -311,16 +310,21 @@ class _ThreadedCall:
             cells[i].value = value
         return results
 
-    def _try_large(self, cells: Sequence[Any], args: Any, kwargs: Any) -> Any:
+    def _try_large(
+        self, cells: Sequence[Any], args: Any, kwargs: Any, is_recalled: bool = False
+    ) -> Any:
         """The same where cells are large: what the call writes, it writes in the memory of what was
         there, or of a copy of it."""
         which = () if _jax.checks_results() else self._donated
-        run = self._run_donating if which else self._run
+        runs = self._runs_donating if which else self._runs
         try:
             with _Donation(cells[: self._n_in], which, self._carried) as donation:
                 done = donation.done
                 try:
-                    append_result(done, partial(run, donation.values, *args, **kwargs))
+                    if is_recalled:
+                        self._append_recalled(done, runs, donation.values, args, kwargs)
+                    else:
+                        append_result(done, partial(runs[-1], donation.values, *args, **kwargs))
                 except Exception as error:
                     for i in donation.lost():
                         error.add_note(_lost(self._slots[i]))
@@ -334,10 +338,10 @@ class _ThreadedCall:
 
     def _keep(self, cells: Sequence[Any], before: Sequence[Any], written: Sequence[Any]) -> None:
         """Writes the cells, unless another one has written them meanwhile."""
-        now = [c.kept if type(c) is KeptCell else c.value for c in cells]
+        now = list(map(_content, cells))
         changed = [self._slots[i] for i in self._carried if now[i] is not before[i]]
         for i, value in zip(self._written, written, strict=True):
-            if type(cells[i]) is KeptCell and (not changed or now[i] is None):
+            if isinstance(cells[i], Kept) and (not changed or now[i] is None):
                 cells[i].make(value)
             elif not changed:
                 cells[i].value = value
@@ -360,24 +364,25 @@ class _ThreadedCall:
         if None in copies.values():
             self._donated = ()
             return self._run, values
-        return self._run_donating, [copies.get(i, value) for i, value in enumerate(values)]
+        return self._runs_donating[-1], [copies.get(i, value) for i, value in enumerate(values)]
 
     def _look_for_large(self, jitted: _jax.Jitted) -> None:
-        slots = {i: a for i, a in enumerate(self._slots) if isinstance(a, SlotAddress)}
-        cells = {i: address.cell_here() for i, address in slots.items()}
+        cells = {i: address.cell_here() for i, address in enumerate(self._slots)}
         if None in cells.values():
             return  # not to be said here
         large = {
             i: cell.peek()
             for i, cell in cells.items()
-            if type(cell) is KeptCell and is_large(cell.peek())
+            if isinstance(cell, Kept) and is_large(cell.peek())
         }
         donated = tuple(i for i in self._carried if i in large and _jax.can_be_donated(large[i]))
-        if donated and not self._recalled:
-            prepare = partial(self._prepare, donated=donated)
-            self._run_donating = _jax.dispatched(jitted, prepare)
-            self._donated = donated
+        self._donated = donated
+        if donated:
+            self._runs_donating.append(self._dispatched(jitted))
         self._has_large = bool(large)
+
+    def _dispatched(self, jitted: _jax.Jitted) -> Callable[..., Any]:
+        return _jax.dispatched(jitted, partial(self._prepare, donated=self._donated))
 
     def _try_recalled(self, holder: Any, memory: Any, args: Any, kwargs: Any) -> Any:
         """The same with what ``holder`` remembers, whose values are numbered."""
@@ -385,14 +390,24 @@ class _ThreadedCall:
         others: dict[int, Any] = {i: address.cell_here() for i, address in self._others}
         if None in others.values():
             return NotImplemented
+        if self._has_large:
+            cells = [holder.numbered_cell(n) for n in numbers]
+            for i, cell in others.items():
+                cells.insert(i, cell)
+            results = self._try_large(cells, args, kwargs, is_recalled=True)
+            if results is not NotImplemented:
+                holder.recall(memory)
+            return results
         values = [now[n] for n in numbers]
         for i, cell in others.items():
             values.insert(i, cell.value)
         del values[self._n_in :]
-        found = self._recalled_results(values, args, kwargs)
-        if found is NotImplemented:
+        done: list[Any] = []
+        try:
+            self._append_recalled(done, self._runs, values, args, kwargs)
+        except _OtherStateError:
             return NotImplemented
-        results, written = found
+        results, written = done[0]
         for i in self._carried:
             value = others[i].value if i in others else now[numbers[self._ranks[i]]]
             if value is not values[i]:
@@ -407,17 +422,25 @@ class _ThreadedCall:
                 now[numbers[self._ranks[i]]] = value
         return results
 
-    def _recalled_results(self, values: list[Any], args: Any, kwargs: Any) -> Any:
-        """What the call returns; `NotImplemented` if the function would have to be traced."""
+    def _append_recalled(
+        self,
+        done: list[Any],
+        runs: Sequence[Callable[..., Any]],
+        values: list[Any],
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        """Appends what the call returns; an `_OtherStateError` if the function would have to be
+        traced."""
         _recalled.values = values
         try:
-            for run in self._runs:
+            for run in runs:
                 with suppress(_OtherStateError):
-                    return run(values, *args, **kwargs)
+                    return append_result(done, partial(run, values, *args, **kwargs))
         finally:
             _recalled.values = None
         self._has_left_alone = True
-        return NotImplemented
+        raise _OtherStateError
 
     def _cells_here(self, found: dict[Any, Any]) -> list[Any]:
         """The cells; None for one that is not here, or not to be told from another."""
@@ -447,6 +470,8 @@ class _ThreadedCall:
             self._has_left_alone = False
             self._run = _jax.dispatched(jitted, self._prepare)
             self._runs.append(self._run)
+            if self._donated:
+                self._runs_donating.append(self._dispatched(jitted))
         use = begin_use(())
         try:
             with watched():
@@ -522,7 +547,7 @@ class _Donation:
             self._is_locked = True
         try:
             cells = self._cells
-            self.values[:] = [c.peek() if type(c) is KeptCell else c.value for c in cells]
+            self.values[:] = [c.peek() if isinstance(c, Kept) else c.value for c in cells]
             for i in self.which:
                 rank = self._carried.index(i)
                 if not cells[i].take(Taken(self.values, i, self.done, rank)):
@@ -558,7 +583,7 @@ class _Donation:
 
     def _note_before(self) -> None:
         pairs = zip(self._cells, self.values, strict=True)
-        self.before = [c.kept if type(c) is KeptCell else value for c, value in pairs]
+        self.before = [c.kept if isinstance(c, Kept) else value for c, value in pairs]
 
     def _end(self) -> None:
         for i in self.which:
@@ -566,6 +591,11 @@ class _Donation:
         if self._is_locked:
             self._is_locked = False
             writing.release()
+
+
+def _content(cell: Any) -> Any:
+    """What a cell holds: None while that is written in its memory."""
+    return cell.kept if isinstance(cell, Kept) else cell.value
 
 
 class _Donations(threading.local):
