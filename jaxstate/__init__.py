@@ -28,7 +28,7 @@ from jaxstate._src.params.names import flatten_names, unflatten_names
 from jaxstate._src.params.param import param, scope
 from jaxstate._src.params.parametrized import Parametrized, parametrized
 from jaxstate._src.params.places import path
-from jaxstate._src.params.reuse import Shaped
+from jaxstate._src.params.shaped import Shaped
 from jaxstate._src.params.stack import Stack, stack
 from jaxstate._src.params.summary import ParameterRow, ScopeRow, Summary, summary
 from jaxstate._src.params.variables import Variable, is_writable, variable

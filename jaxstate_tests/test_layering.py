@@ -22,8 +22,8 @@ FLOORS = {
     ],
     "errors": [],
     "core": [
-        "slots", "capture", "primitives", "uses", "notes", "lanes", "resolve", "specs",
-        "memory", "refs", "initializers", "contents", "discharge", "registry",
+        "slots", "capture", "primitives", "uses", "notes", "lanes", "boundaries", "resolve",
+        "specs", "memory", "refs", "initializers", "contents", "discharge", "registry",
     ],
     "rules": [
         "calls", "loops", "branches", "derivatives", "explicit", "linear_calls", "solves",
@@ -39,10 +39,10 @@ FLOORS = {
     "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
-        "paths", "entries", "places", "interception", "interned", "stores", "init_store",
-        "arguments", "names", "observing", "reuse", "metadata", "pieces", "summary", "methods",
-        "pickling", "misuse", "param", "calling", "parametrized", "variables", "copies", "stack",
-        "ensemble",
+        "nests", "paths", "entry", "entries", "places", "interception", "interned", "stores",
+        "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata", "pieces",
+        "summary", "methods", "pickling", "misuse", "param", "calling", "parametrized",
+        "variables", "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [

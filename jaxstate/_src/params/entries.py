@@ -12,24 +12,23 @@ What is special to either is in the subclass of `EntryAddress` that it has
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from jaxstate._src import _jax
+from jaxstate._src.core.boundaries import boundaries, boundary_of, innermost_boundary
 from jaxstate._src.core.initializers import TracedInit
-from jaxstate._src.core.memory import cell_of
 from jaxstate._src.core.notes import Boundaries, notes_of
-from jaxstate._src.core.resolve import boundaries, boundary_of, innermost_boundary, read
 from jaxstate._src.core.slots import Address, Cell, Holder, holders, open_here
-from jaxstate._src.core.specs import (
-    ONLY_LEAF,
-    Leaf,
-    Spec,
-    contrast,
-    same_structure,
-    wanted_spec,
+from jaxstate._src.core.specs import ONLY_LEAF, Leaf, Spec, contrast, same_structure, wanted_spec
+from jaxstate._src.params.entry import (
+    OUTSIDE,
+    Entry,
+    Located,
+    Use,
+    current_home,
+    home_of,
+    made_and_kept,
 )
 from jaxstate._src.params.paths import (
     Entered,
@@ -44,23 +43,18 @@ from jaxstate._src.params.paths import (
     ScopeStack,
     note_kept,
 )
-from jaxstate.errors import ClosedStateError, NameClashError, StateError, message
+from jaxstate.errors import ClosedStateError, StateError, message
 
 __all__ = [
-    "Entry",
     "EntryAddress",
+    "RuleStore",
     "Store",
-    "current_home",
     "current_origin",
     "current_place",
     "innermost_store",
     "level_entered",
     "place_of",
-    "room_for_nests",
 ]
-
-
-# -- Addresses -------------------------------------------------------------------------------
 
 
 class EntryAddress(Address):
@@ -315,29 +309,6 @@ class EntryAddress(Address):
     fix_by_init: str
 
 
-# -- Places ----------------------------------------------------------------------------------
-
-_OUTSIDE = FrameId()  # outside of any boundary: directly in the store
-
-
-def home_of(boundary: Any) -> FrameId:
-    """The home of what is made inside a boundary; None stands for the store itself."""
-    if boundary is None:
-        return _OUTSIDE
-    extra = boundary.extra if isinstance(boundary, Holder) else notes_of(boundary).extra
-    frame = extra.get(FrameId)
-    return extra.setdefault(FrameId, FrameId()) if frame is None else frame
-
-
-def current_home() -> FrameId | None:
-    """The home of what is made here; None outside of any jaxpr under construction."""
-    here = _jax.current_trace()
-    for trace in () if here is _jax.eval_trace else _jax.chain(here):
-        if isinstance(trace, _jax.StagingTrace):
-            return home_of(trace)
-    return None
-
-
 def current_origin() -> Origin:
     """Where a module is made that is made here."""
     store = innermost_store()
@@ -368,92 +339,6 @@ def current_place(store: Store, is_here: bool) -> tuple[FrameId, tuple[PathEleme
 def place_of(store: Store) -> Any:
     """The innermost boundary between the program and the store, or None."""
     return None if store.is_here() else boundary_of(store)
-
-
-# -- Stores ----------------------------------------------------------------------------------
-
-
-class Entry:
-    """What is known of one parameter or variable: path, form, who used it first, leaves.
-
-    The form is None if only a leaf was used so far, by a jaxpr that expects a form. The metadata is
-    None if nobody gave any, or nobody looks at it.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "cells",
-        "expected",
-        "initial",
-        "kind",
-        "metadata",
-        "path",
-        "spec",
-        "used",
-    )
-
-    def __init__(
-        self, kind: str, path: Path, spec: Spec | None, expected: Spec | None, used: str
-    ) -> None:
-        self.kind = kind
-        self.metadata: Any = None
-        self.path = path
-        self.spec = spec
-        self.expected = expected
-        self.used = used
-        self.cells: dict[Leaf, Cell] = {}
-        self.initial: dict[Leaf, Any] = {}
-
-    def new_cell(self, value: Any) -> Cell:
-        """A cell of it. What the program writes may be written in its memory."""
-        return cell_of(value, _jax.typeof(value)) if self.kind == "variable" else Cell(value)
-
-    def without_values(self) -> Entry:
-        """A new entry of which the same is known."""
-        entry = Entry(self.kind, self.path, self.spec, self.expected, self.used)
-        entry.metadata = self.metadata
-        return entry
-
-
-class Located:
-    """Where an address is, seen from the program.
-
-    Attributes:
-      here: whether nothing of JAX stands between the program and the store (`Store.is_here`).
-      layers: the names visible to the program.
-      path: of the entry, among these.
-    """
-
-    __slots__ = ("here", "layers", "path")  # (a NamedTuple takes longer to make)
-
-    def __init__(self, here: bool, layers: NameTables, path: Path) -> None:
-        self.here = here
-        self.layers = layers
-        self.path = path
-
-
-class Use:
-    """One use of a parameter or variable by the program.
-
-    Attributes:
-      form: of the entry.
-      addresses: of its leaves.
-      entry: the entry, if the store is here (`Store.is_here`) and has the cells of all leaves.
-    """
-
-    __slots__ = ("addresses", "entry", "spec")
-
-    def __init__(self, spec: Spec, addresses: list[Any], entry: Entry | None) -> None:
-        self.spec = spec
-        self.addresses = addresses
-        self.entry = entry
-
-    def values(self) -> list[Any]:
-        """The current values of the leaves."""
-        if self.entry is None:
-            return [read(a) for a in self.addresses]
-        cells = self.entry.cells
-        return [cells[a.leaf].value for a in self.addresses]
 
 
 class Store(Holder):
@@ -497,7 +382,7 @@ class Store(Holder):
         if token is not None and token.made is not None and token.run is self.run:
             is_of_root = root is not None and token.made[0] == root.number
             if not is_of_root and not note_kept(token.parent, token.made):
-                raise _made_and_kept(level)
+                raise made_and_kept(level)
         return Entered(self.scopes.entries, level, place_of(self), self, module)
 
     def root_entered(self, module: Any) -> Any:
@@ -553,7 +438,7 @@ class Store(Holder):
         if here and address.place is None and not address.levels:
             path = (*self.scopes.own_path(self.own_layers), address.name)
             return Located(here, self.own_layers, path)
-        if here and address.place is _OUTSIDE:
+        if here and address.place is OUTSIDE:
             path = (*self.own_layers.path_of(address.levels), address.name)
             return Located(here, self.own_layers, path)
         around = boundaries(self)
@@ -573,7 +458,7 @@ class Store(Holder):
         for i, boundary in enumerate(around):
             if home_of(boundary) is address.place:
                 return self.scopes.inside(None, *around[i + 1 :])
-        if address.place is _OUTSIDE:
+        if address.place is OUTSIDE:
             return ()
         raise ClosedStateError(
             message(
@@ -608,7 +493,7 @@ class Store(Holder):
 
     def known_cell(self, address: EntryAddress) -> Cell | None:
         """The cell of a leaf, if it exists and nothing stands between the program and it."""
-        if not self.is_here() or address.place not in (None, _OUTSIDE):
+        if not self.is_here() or address.place not in (None, OUTSIDE):
             return None
         above = self.scopes.inside(None) if address.place is None else ()
         path: Path | None = ()
@@ -702,43 +587,11 @@ def _type_given(address: EntryAddress, wanted: Any) -> Any:
     return found if found.shape == wanted.shape else wanted
 
 
-def _made_and_kept(level: PathElement) -> Exception:
-    return NameClashError(
-        message(
-            f"A module {level.base!r} that an earlier call of a module made, and that is kept, is"
-            " used after this call of that module has made another one. They would be the same: the"
-            " first one of a name that a call makes is the same module in each call.",
-            fix="""
-            layer = dense(8)                # what is kept: outside, or in __init__
-            def block(x): return layer(x)
-            """,
-            used=_jax.user_location(),
-        )
-    )
-
-
 def level_entered(store: Store | None, level: PathElement, module: Any = None) -> Any:
     """A context in which the program is in ``level``: of the store, or outside of any."""
     if store is None:
         return Entered(None, level, innermost_boundary(), None, module)
     return store.entered(level, module)
-
-
-class _RoomForNests:
-    """Room for 400 modules inside of each other, where a call takes a third frame in C."""
-
-    __slots__ = ("_before",)
-
-    def __enter__(self) -> None:
-        self._before = sys.getrecursionlimit()
-        if self._before < 2000:
-            sys.setrecursionlimit(2000)
-
-    def __exit__(self, *_: object) -> None:
-        sys.setrecursionlimit(self._before)
-
-
-room_for_nests = _RoomForNests if sys.version_info < (3, 12) else nullcontext
 
 
 def innermost_store() -> Store | None:

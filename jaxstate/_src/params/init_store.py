@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from jaxstate._src import _jax
+from jaxstate._src.core.boundaries import boundary_of
 from jaxstate._src.core.initializers import (
     TracedInit,
     init_p,
@@ -14,9 +15,10 @@ from jaxstate._src.core.initializers import (
     words_of,
 )
 from jaxstate._src.core.notes import notes_of
-from jaxstate._src.core.resolve import boundary_of, read
+from jaxstate._src.core.resolve import read
 from jaxstate._src.core.slots import Cell, Holder, holders
-from jaxstate._src.params.entries import Entry, EntryAddress, Store, Use
+from jaxstate._src.params.entries import EntryAddress, Store
+from jaxstate._src.params.entry import Entry, Use
 from jaxstate._src.params.paths import ModuleId, NameTables, Path
 from jaxstate._src.params.stores import data_in_custom_rule, data_on_devices, lowered
 

@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec
 
 from jaxstate._src import _jax
 from jaxstate._src.core.slots import Cell
-from jaxstate._src.params.entries import Entry, EntryAddress, Located, Use, innermost_store
+from jaxstate._src.params.entries import EntryAddress, innermost_store
+from jaxstate._src.params.entry import Entry, Located, Use
 from jaxstate._src.params.names import nested
 from jaxstate._src.params.observing import ObservingStore, observe
 from jaxstate.errors import ParameterMismatchError, message

@@ -14,7 +14,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from jaxstate._src import _jax
-from jaxstate._src.params.entries import current_home, current_origin
+from jaxstate._src.params.entries import current_origin
+from jaxstate._src.params.entry import current_home
 from jaxstate._src.params.paths import ModuleId, Origin
 
 __all__ = ["PerInstance", "note_instances_of"]

@@ -44,7 +44,6 @@ from jaxstate._src.params.entries import (
     current_origin,
     innermost_store,
     level_entered,
-    room_for_nests,
 )
 from jaxstate._src.params.interception import intercepted, interceptions
 from jaxstate._src.params.metadata import Describable
@@ -57,6 +56,7 @@ from jaxstate._src.params.misuse import (
     taken_arguments,
 )
 from jaxstate._src.params.names import nested
+from jaxstate._src.params.nests import room_for_nests
 from jaxstate._src.params.param import check_name
 from jaxstate._src.params.paths import ModuleId, Path, PathElement
 from jaxstate._src.params.pickling import found_by_name, name_of_global

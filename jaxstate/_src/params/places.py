@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
-from jaxstate._src.core.resolve import innermost_boundary
+from jaxstate._src.core.boundaries import innermost_boundary
 from jaxstate._src.core.slots import (
     Address,
     Holder,

@@ -30,11 +30,12 @@ import numpy as np
 
 from jaxstate._src import _jax
 from jaxstate._src.core.specs import ONE_ARRAY, Spec, contrast, spec_of
-from jaxstate._src.params.entries import Entry
+from jaxstate._src.params.entry import Entry
 from jaxstate._src.params.init_store import InitStore
 from jaxstate._src.params.names import by_path, nested
 from jaxstate._src.params.observing import Lasting, ObservingStore, observe
 from jaxstate._src.params.paths import ModuleId, NameTable, Path
+from jaxstate._src.params.shaped import Shaped
 from jaxstate._src.params.stores import flattened
 from jaxstate.errors import (
     MissingParameterError,
@@ -45,10 +46,13 @@ from jaxstate.errors import (
     nearest,
 )
 
-__all__ = ["Identity", "P", "R", "Reusable", "Reused", "ReusingStore", "Shaped", "reused"]
+__all__ = ["Identity", "P", "R", "Reusable", "Reused", "ReusingStore", "reused"]
+
 
 Identity = Hashable
+
 P = ParamSpec("P")
+
 R = TypeVar("R")
 
 
@@ -156,66 +160,6 @@ class Reusable(Generic[P, R]):
         {'s': Array([1., 1.], dtype=float32)}
         """
         return Shaped(self, args, kwargs)
-
-
-class Shaped(Generic[R]):
-    """A parametrized object with example inputs: see `Parametrized.shaped`.
-
-    As a key of ``reuse`` it says with which arguments its parameters were made.
-    """
-
-    def __init__(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.net = net
-        self.args = args
-        self.kwargs = kwargs
-
-    def init(self, key: Any, *, reuse: Mapping[Any, Any] | None = None) -> dict[str, Any]:
-        """The initial parameters for the example inputs; see `Parametrized.init`."""
-        return self.net.init(key, *self.args, reuse=reuse, **self.kwargs)
-
-    def parameters_from(self, reuse: Mapping[Any, Any]) -> dict[str, Any]:
-        """See `Parametrized.parameters_from`."""
-        return self.net.parameters_from(reuse, *self.args, **self.kwargs)
-
-    def init_with_state(
-        self, key: Any, *, reuse: Mapping[Any, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same with the variables; see `Parametrized.init_with_state`."""
-        return self.net.init_with_state(key, *self.args, reuse=reuse, **self.kwargs)
-
-    def metadata(self) -> dict[str, Any]:
-        """The metadata of the parameters; see `Parametrized.metadata`."""
-        return self.net.metadata(*self.args, **self.kwargs)
-
-    def metadata_with_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same with the variables; see `Parametrized.metadata_with_state`."""
-        return self.net.metadata_with_state(*self.args, **self.kwargs)
-
-    def apply(
-        self,
-        params: Mapping[str, Any],
-        *args: Any,
-        key: Any = None,
-        state: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> R:
-        """See `Parametrized.apply`; the inputs are those given here, not the example."""
-        return self.net.apply(params, *args, key=key, state=state, **kwargs)
-
-    def apply_from(
-        self,
-        reuse: Mapping[Any, Any],
-        *args: Any,
-        key: Any = None,
-        state: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> R:
-        """See `Parametrized.apply_from`: the parts are found with the example inputs, and the
-        function is called with the inputs given here."""
-        return self.apply(self.parameters_from(reuse), *args, key=key, state=state, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"<shaped {self.net!r}>"
 
 
 class _Taken(NamedTuple):

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.core.boundaries import boundaries, same_trace
 from jaxstate._src.core.memory import KeptElement
-from jaxstate._src.core.resolve import boundaries, same_trace
 from jaxstate._src.core.slots import Cell, Memory, signature_changed
 from jaxstate._src.core.specs import (
     ONE_ARRAY,
@@ -31,7 +31,8 @@ from jaxstate._src.core.specs import (
     same_structure,
     spec_of,
 )
-from jaxstate._src.params.entries import Entry, EntryAddress, Store, Use
+from jaxstate._src.params.entries import EntryAddress, Store
+from jaxstate._src.params.entry import Entry, Use
 from jaxstate._src.params.interned import interned, types_of_arrays
 from jaxstate._src.params.paths import ModuleId, NameTable, Path, PathElement
 from jaxstate.errors import InitializerDataError, message, nearest

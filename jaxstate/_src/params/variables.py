@@ -39,7 +39,8 @@ from jaxstate._src.core.specs import (
     strong,
     strong_type,
 )
-from jaxstate._src.params.entries import EntryAddress, Store, Use, current_place, innermost_store
+from jaxstate._src.params.entries import EntryAddress, Store, current_place, innermost_store
+from jaxstate._src.params.entry import Use
 from jaxstate._src.params.interception import intercepted, interceptions
 from jaxstate._src.params.metadata import PerArray, checked, collection_of
 from jaxstate._src.params.misuse import about_initializer

@@ -25,7 +25,8 @@ from typing import Any
 
 from jaxstate._src import _jax
 from jaxstate._src.core import slots
-from jaxstate._src.core.resolve import boundaries, read, read_since, same_trace, write
+from jaxstate._src.core.boundaries import boundaries, same_trace
+from jaxstate._src.core.resolve import read, read_since, write
 from jaxstate._src.core.slots import Address, Cell, Holder
 from jaxstate.errors import CustomRuleStateError, message
 

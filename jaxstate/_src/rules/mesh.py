@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from jaxstate._src import _jax
 from jaxstate._src.core import slots
-from jaxstate._src.core.resolve import boundaries, one_of_each, read, write_each
+from jaxstate._src.core.boundaries import boundaries
+from jaxstate._src.core.resolve import one_of_each, read, write_each
 from jaxstate._src.core.slots import Address, Cell, Holder
 from jaxstate._src.core.uses import current_use, one_use
 from jaxstate.errors import DeviceWriteError, message

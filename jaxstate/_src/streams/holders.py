@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.core.boundaries import is_inside
 from jaxstate._src.core.initializers import folded, words_of
-from jaxstate._src.core.resolve import is_inside, read, write
+from jaxstate._src.core.resolve import read, write
 from jaxstate._src.core.slots import Address, Cell, Holder, Lane, holders
 from jaxstate._src.streams.keys import key_and_type
 from jaxstate.errors import (

@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import jax
 
 from jaxstate._src import _jax
+from jaxstate._src.core.boundaries import same_trace
 from jaxstate._src.core.primitives import state_effect
 from jaxstate._src.core.refs import Slot
 from jaxstate._src.core.registry import has_rule
-from jaxstate._src.core.resolve import same_trace
 from jaxstate._src.core.uses import recaptured
 from jaxstate._src.traces.retrace import (
     Processed,
