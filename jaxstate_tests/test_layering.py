@@ -27,8 +27,8 @@ FLOORS = {
     ],
     "rules": [
         "calls", "loops", "branches", "derivatives", "explicit", "linear_calls", "solves",
-        "foreign", "jitted", "ahead_of_time", "mesh", "batching", "hijax", "remat_opt",
-        "traced_derivatives", "kernels",
+        "foreign", "donation", "jitted", "ahead_of_time", "mesh", "batching", "hijax",
+        "remat_opt", "traced_derivatives", "kernels",
     ],
     "traces": ["state", "retrace", "stateful"],
     "causal": [
@@ -61,8 +61,8 @@ ORDER = [
     f"{floor}.{name}" if name else floor for floor, names in FLOORS.items() for name in [*names, ""]
 ]
 # Rules do not know each other, but for those of functions that run later: they find their state
-# as those of `rules.derivatives` do.
-SHARED = {"rules.derivatives", "rules.explicit", "rules.linear_calls"}
+# as those of `rules.derivatives` do. And what `rules.jitted` donates is no rule.
+SHARED = {"rules.donation", "rules.derivatives", "rules.explicit", "rules.linear_calls"}
 FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / INSIDE / "__init__.py")
 

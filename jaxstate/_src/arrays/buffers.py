@@ -17,6 +17,7 @@ from jaxstate._src import _jax
 from jaxstate._src.arrays.activation import Activation, quiet
 from jaxstate._src.arrays.updates import Update
 from jaxstate._src.core import resolve, slots
+from jaxstate._src.core.boundaries import same_trace
 from jaxstate._src.core.memory import Kept, KeptCell, Taken, append_result, writing
 from jaxstate._src.core.refs import Slot, SlotAddress
 from jaxstate._src.core.slots import Address, Holder, Lane
@@ -164,7 +165,7 @@ def way_home(home: Any, here: Any) -> list[Any] | None:
     """
     way: list[Any] = []
     for t in _jax.chain(here):
-        if resolve.same_trace(t, home):
+        if same_trace(t, home):
             return way
         way.append(t)
     return None

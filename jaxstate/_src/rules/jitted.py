@@ -19,7 +19,7 @@ holder itself remembers what such a call found in it (`slots.Holder.remembered`)
 What a call writes in a large cell (`memory.Kept`), it writes in the memory of the old value if
 nothing else has that: the operand is donated. Otherwise a copy is. So there is one program, and no
 second compilation when somebody begins or ends to hold a value. The old value is out of its cell
-for no longer than JAX's C++ dispatch runs (`_Donation`): a call for which the function is to be
+for no longer than JAX's C++ dispatch runs (`rules.donation`): a call that has the function
 traced or compiled gets copies, and changes nothing if it fails.
 """
 
@@ -57,12 +57,19 @@ from jaxstate._src.core.discharge import (
     written_meanwhile,
 )
 from jaxstate._src.core.initializers import has_inits, initialize
-from jaxstate._src.core.memory import Kept, Taken, append_result, is_large, writing
-from jaxstate._src.core.primitives import state_effect
+from jaxstate._src.core.memory import Kept, append_result, is_large
 from jaxstate._src.core.registry import register_rule
 from jaxstate._src.core.resolve import check_captured
-from jaxstate._src.core.slots import Address, any_open, open_here
+from jaxstate._src.core.slots import any_open, open_here
 from jaxstate._src.core.uses import begin_use, end_use
+from jaxstate._src.rules.donation import (
+    Donation,
+    OtherStateError,
+    calls_host,
+    content,
+    donations,
+    lost,
+)
 
 __all__ = ["call_now", "first"]
 
@@ -153,10 +160,6 @@ def _looks_at_operands(call: _jax.JitCall) -> bool:
     if any(c.at >= len(call.consts) for c in captured_inputs(jaxpr)):
         return True
     return any(_jax.is_tracer(c) and type(c) is not StateTracer for c in call.consts)
-
-
-class _OtherStateError(Exception):
-    """A threaded call was tried, and the call uses other state."""
 
 
 class _Calls:
@@ -299,7 +302,7 @@ class _ThreadedCall:
         try:
             values = [cell.value for cell in cells[: self._n_in]]
             results, written = self._run(values, *args, **kwargs)
-        except _OtherStateError:
+        except OtherStateError:
             return NotImplemented
         for i in self._carried:
             if cells[i].value is not values[i]:
@@ -318,7 +321,7 @@ class _ThreadedCall:
         which = () if _jax.checks_results() else self._donated
         runs = self._runs_donating if which else self._runs
         try:
-            with _Donation(cells[: self._n_in], which, self._carried) as donation:
+            with Donation(cells[: self._n_in], which, self._carried) as donation:
                 done = donation.done
                 try:
                     if is_recalled:
@@ -327,18 +330,18 @@ class _ThreadedCall:
                         append_result(done, partial(runs[-1], donation.values, *args, **kwargs))
                 except Exception as error:
                     for i in donation.lost():
-                        error.add_note(_lost(self._slots[i]))
+                        error.add_note(lost(self._slots[i]))
                     raise
                 finally:
                     if done:
                         self._keep(cells, donation.before, done[0][1])
-        except _OtherStateError:
+        except OtherStateError:
             return NotImplemented
         return done[0][0]
 
     def _keep(self, cells: Sequence[Any], before: Sequence[Any], written: Sequence[Any]) -> None:
         """Writes the cells, unless another one has written them meanwhile."""
-        now = list(map(_content, cells))
+        now = list(map(content, cells))
         changed = [self._slots[i] for i in self._carried if now[i] is not before[i]]
         for i, value in zip(self._written, written, strict=True):
             if isinstance(cells[i], Kept) and (not changed or now[i] is None):
@@ -356,7 +359,7 @@ class _ThreadedCall:
         """How to call the function, with what: with copies of what is to be donated."""
         if self._has_large is None:
             self._look_for_large(jitted)
-        if self._donated and _calls_host(jaxpr):
+        if self._donated and calls_host(jaxpr):
             self._donated = ()
         if not self._donated or _jax.checks_results():
             return self._run, values
@@ -405,7 +408,7 @@ class _ThreadedCall:
         done: list[Any] = []
         try:
             self._append_recalled(done, self._runs, values, args, kwargs)
-        except _OtherStateError:
+        except OtherStateError:
             return NotImplemented
         results, written = done[0]
         for i in self._carried:
@@ -430,17 +433,17 @@ class _ThreadedCall:
         args: Any,
         kwargs: Any,
     ) -> None:
-        """Appends what the call returns; an `_OtherStateError` if the function would have to be
+        """Appends what the call returns; an `OtherStateError` if the function would have to be
         traced."""
         _recalled.values = values
         try:
             for run in runs:
-                with suppress(_OtherStateError):
+                with suppress(OtherStateError):
                     return append_result(done, partial(run, values, *args, **kwargs))
         finally:
             _recalled.values = None
         self._has_left_alone = True
-        raise _OtherStateError
+        raise OtherStateError
 
     def _cells_here(self, found: dict[Any, Any]) -> list[Any]:
         """The cells; None for one that is not here, or not to be told from another."""
@@ -497,12 +500,12 @@ class _ThreadedCall:
     ) -> _jax.JitCall:
         """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
         if _recalled.values is values:  # to trace the function would look at what the holder knows
-            raise _OtherStateError
-        if _donations.last is not None and _donations.last.values is values:
-            _donations.last.give_back()
+            raise OtherStateError
+        if donations.last is not None and donations.last.values is values:
+            donations.last.give_back()
         call = jitted.infer(args, kwargs)
         if _looks_at_operands(call) or _state_of_call(call) != self._state:
-            raise _OtherStateError
+            raise OtherStateError
         uses = uses_of([call.params["jaxpr"]])
         n = len(uses.ins)
         slots, captures = values[:n], values[n:]
@@ -519,107 +522,3 @@ class _ThreadedCall:
             names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
             out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
         )
-
-
-class _Donation:
-    """The operands of a call. Those at ``which`` are donated: they are taken out of their cells, or
-    are copies, if something else has their memory.
-
-    Attributes:
-      values: the operands.
-      before: what the cells hold until they are written.
-      done: what the call returns, when it has.
-    """
-
-    def __init__(self, cells: Sequence[Any], which: Sequence[int], carried: range) -> None:
-        self.which = which
-        self.values: list[Any] = []
-        self.before: list[Any] = []
-        self.done: list[Any] = []
-        self._cells = cells
-        self._carried = carried
-        self._is_locked = False
-
-    def __enter__(self) -> _Donation:
-        self._outer, _donations.last = _donations.last, self
-        if self.which:
-            writing.acquire()
-            self._is_locked = True
-        try:
-            cells = self._cells
-            self.values[:] = [c.peek() if isinstance(c, Kept) else c.value for c in cells]
-            for i in self.which:
-                rank = self._carried.index(i)
-                if not cells[i].take(Taken(self.values, i, self.done, rank)):
-                    self._copy(i)
-            self._note_before()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _donations.last = self._outer
-        self._end()
-
-    def give_back(self) -> None:
-        """Goes on with copies of what is taken."""
-        taken = [i for i in self.which if self._cells[i].kept is None]
-        self._end()
-        for i in taken:
-            self._copy(i)
-        self._note_before()
-
-    def lost(self) -> list[int]:
-        """Of what there is no value any more, if the call has failed."""
-        taken = [i for i in self.which if self._cells[i].kept is None]
-        return [i for i in taken if self.values[i].is_deleted()]
-
-    def _copy(self, i: int) -> None:
-        copy = _jax.like_copy(self.values[i])
-        if copy is None:
-            raise _OtherStateError
-        self.values[i] = copy
-
-    def _note_before(self) -> None:
-        pairs = zip(self._cells, self.values, strict=True)
-        self.before = [c.kept if isinstance(c, Kept) else value for c, value in pairs]
-
-    def _end(self) -> None:
-        for i in self.which:
-            self._cells[i].put_back()
-        if self._is_locked:
-            self._is_locked = False
-            writing.release()
-
-
-def _content(cell: Any) -> Any:
-    """What a cell holds: None while that is written in its memory."""
-    return cell.kept if isinstance(cell, Kept) else cell.value
-
-
-class _Donations(threading.local):
-    """The donation of the innermost call in progress."""
-
-    last: _Donation | None = None
-
-
-_donations = _Donations()
-
-
-def _lost(address: Address) -> str:
-    """What to note with an error of the compiled program, such as that there is no memory."""
-    return (
-        f"The call was about to write {address} in its memory, and that value is lost. It has to be"
-        " written as a whole before it is used again."
-    )
-
-
-def _calls_host(jaxpr: Any) -> bool:
-    """Whether it calls functions on the host: they may want what is taken out of its cell."""
-    if jaxpr.effects - {state_effect}:
-        return True
-    return any(
-        "callback" in e.primitive.name or any(map(_calls_host, _jax.jaxprs_in(e.params)))
-        for e in _jax.equations(jaxpr)
-    )
