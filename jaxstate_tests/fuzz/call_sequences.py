@@ -1009,6 +1009,9 @@ def _statements(draw: Any, facts: list[set[str]], scoped: bool = False) -> Any:
 
 
 KEPT = ("vjp", "linearize", "kept")
+# The loops that JAX has behind the flag jax_scan3 know no lanes and no derivatives but jvp.
+LOOPS = frozenset({"scan", "fori"})
+NOT_WITH_SCAN3 = frozenset({"vmap", "grad", "vjp", "linearize"})
 NEEDS = {
     "apply": frozenset(),
     "apply jitted": frozenset(),
@@ -1068,6 +1071,8 @@ def sequences(draw: Any, length: int = 10) -> Sequence:
         mine = [name for name in names if name != "disable_jit" or not same_names]
         if meshes == ["mesh"] or not ("slots" in facts[i] or what in KEPT):
             mine += meshes
+        if facts[i] & LOOPS and (facts[i] | {what.removesuffix(" jitted")}) & NOT_WITH_SCAN3:
+            mine = [name for name in mine if name != "jax_scan3"]
         if what in ("reopen", "rebuild", "clear"):  # done by the program itself
             mine = [name for name in mine if what != "reopen" and name != THREAD]
         contexts = st.lists(st.sampled_from(mine or names), max_size=2, unique=True).map(tuple)
