@@ -172,7 +172,7 @@ def note_mistakes(error: Exception, how: str, args: Any) -> None:
     notes = []
     if isinstance(error, AttributeError) and text.startswith("'Variable' object has no attribute"):
         notes.append(_NO_SUCH_ATTRIBUTE)
-    if "'jaxstate._src.params.variables.Variable'" in text:
+    if "'jaxstate.Variable'" in text:
         notes.append(_HANDLE_FOR_VALUE)
     dict_first = bool(args) and isinstance(args[0], Mapping)
     if not how and dict_first and "Did you mean" not in text:
