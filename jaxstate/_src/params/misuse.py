@@ -24,6 +24,7 @@ __all__ = [
     "also_by_name",
     "given_by_name",
     "has_taken_argument",
+    "name_to_call",
     "note_mistakes",
     "refuse_lazy",
     "taken_arguments",
@@ -42,6 +43,15 @@ LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGenerator
 # -- Calls of a network ----------------------------------------------------------------------
 
 
+def name_to_call(net: Any) -> str:
+    """How a program may call a network: a method by a name for its instance."""
+    method = getattr(net, "_method", None)
+    if method is None:
+        return net.name
+    called = getattr(net.fn, "__name__", net.name)
+    return f"{type(net.fn.__self__).__name__.lower()}.{called}"
+
+
 def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     """The error for arguments that the function of ``net`` does not take; None if it takes them.
 
@@ -54,7 +64,8 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     problem = _does_not_fit(signature, args, kwargs)
     if problem is None:
         return None
-    name, takes = net.name, f"{net.name}({', '.join(_shown(signature))})"
+    name = name_to_call(net)
+    takes = f"{name}({', '.join(_shown(signature))})"
     starts_with_dict = bool(args) and isinstance(args[0], Mapping)
     if not how and isinstance(kwargs.get("params"), Mapping):
         return TypeError(
@@ -141,7 +152,7 @@ def _another_place(signature: inspect.Signature, name: str, call: str, argument:
         for p in signature.parameters.values()
     ]
     other = signature.replace(parameters=renamed)
-    fix = f"def {name}({', '.join(_shown(other))}): ..."
+    fix = f"def {name.split('.')[-1]}({', '.join(_shown(other))}): ..."
     if signature.parameters[argument].kind is inspect.Parameter.KEYWORD_ONLY:
         return fix + "      # another name"
     first = "key" if call.endswith(("init", "init_with_state")) else "params"
@@ -171,12 +182,12 @@ def taken_arguments(fn: Any) -> dict[str, int]:
 
 def has_taken_argument(net: Any, how: str, argument: str) -> Exception:
     """A method was given a keyword that the function has an argument for too."""
-    signature = inspect.signature(net.fn)
+    signature, name = inspect.signature(net.fn), name_to_call(net)
     return TypeError(
         message(
-            f"{net.name} has an argument {argument!r}, and {how} takes {argument}= for itself: the"
+            f"{name} has an argument {argument!r}, and {how} takes {argument}= for itself: the"
             " function would not get it.",
-            fix=_another_place(signature, net.name, f"{net.name}.{how}", argument),
+            fix=_another_place(signature, name, f"{name}.{how}", argument),
             used=_jax.user_location(),
         )
     )
@@ -193,8 +204,8 @@ def given_by_name(net: Any, how: str, argument: str, kwargs: dict[str, Any]) -> 
     first = {"init": "key", "init_with_state": "key", "apply": "params"}.get(how, "params, state")
     raise TypeError(
         message(
-            f"{net.name}.{how} was called without {argument}.",
-            fix=f"{net.name}.{how}({first}, x)",
+            f"{name_to_call(net)}.{how} was called without {argument}.",
+            fix=f"{name_to_call(net)}.{how}({first}, x)",
             used=_jax.user_location(),
         )
     )
@@ -251,7 +262,7 @@ def note_mistakes(error: Exception, how: str, args: Any) -> None:
     notes = []
     if isinstance(error, AttributeError) and text.startswith("'Variable' object has no attribute"):
         notes.append(_NO_SUCH_ATTRIBUTE)
-    if "'jaxstate.Variable'" in text:
+    if "'jaxstate.Variable'" in text or "<variable '" in text:
         notes.append(_HANDLE_FOR_VALUE)
     dict_first = bool(args) and isinstance(args[0], Mapping)
     if not how and dict_first and "Did you mean" not in text:
@@ -319,14 +330,17 @@ def about_initializer(
     wanted = "init(key, *init_args)" if takes_key else "init(*init_args), without a key"
     name, called = address.name, _name_of(init)
     if takes_key and _makes_no_use_of_keys(init):
+        values = ", ".join(map(repr, init_args)) if _are_short(init_args) else "shape"
+        fix = f'jaxstate.{function}("{name}", lambda key: {called}({values}))'
+        if init.__name__ in ("zeros", "ones"):
+            shape = values or "shape"
+            other = f'jaxstate.{function}("{name}", jax.nn.initializers.{init.__name__}, {shape})'
+            fix = f"{other}\n{fix}      # or any function of a key"
         return TypeError(
             message(
                 f"The initializer of {address} is {called}, which takes no key: it was called as"
                 f" {wanted}.",
-                fix=f"""
-                jaxstate.{function}("{name}", jax.nn.initializers.zeros, shape)
-                jaxstate.{function}("{name}", lambda key: {called}(shape))      # for example
-                """,
+                fix=fix,
                 used=address.used,
             )
         )
@@ -376,6 +390,10 @@ def _makes_no_use_of_keys(init: Any) -> bool:
     """Whether it is a function of `jax.numpy` or of NumPy."""
     name = getattr(init, "__name__", "")
     return any(getattr(module, name, None) is init for module in (jnp, np)) if name else False
+
+
+def _are_short(values: Any) -> bool:
+    return all(isinstance(x, (int, float, str, tuple, type)) for x in values)
 
 
 def _name_of(init: Any) -> str:

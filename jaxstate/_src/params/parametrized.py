@@ -56,6 +56,7 @@ from jaxstate._src.params.misuse import (
     also_by_name,
     given_by_name,
     has_taken_argument,
+    name_to_call,
     note_mistakes,
     refuse_lazy,
     taken_arguments,
@@ -92,7 +93,14 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
     def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
         if not callable(fn):
-            raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
+            fix = (
+                f"@jaxstate.parametrized(name={fn!r})"
+                if isinstance(fn, str)
+                else "parametrized(fn)"
+            )
+            raise TypeError(
+                f"parametrized wants a function, and was given {fn!r}.\nTo mend it:\n    {fix}"
+            )
         check_runs_when_called(fn, "parametrized")
         if name is not None:
             check_name(name, "parametrized")
@@ -468,8 +476,8 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             if isinstance(given, tuple) and len(given) == 2:
                 fix = f"params, state = net.init_with_state(key, x)\n    {fix}"
             raise TypeError(
-                f"{self.name}.{how} wants {what} as a dict (what init returned), and was given"
-                f" {found}.\nTo mend it:\n    {fix}"
+                f"{name_to_call(self)}.{how} wants {what} as a dict (what init returned), and was"
+                f" given {found}.\nTo mend it:\n    {fix}"
             )
 
     def __copy__(self) -> Self:
