@@ -17,6 +17,11 @@ shutil.copytree(root / "notebooks", here / "notebooks", ignore=shutil.ignore_pat
 from docutils import nodes  # noqa: E402
 
 import jaxstate  # noqa: E402
+from jaxstate._src.public import written_in  # noqa: E402
+
+# Sphinx finds overloads, and the order of members, in the source.
+for value, module in written_in.items():
+    value.__module__ = module
 
 project = "jaxstate"
 author = copyright = "the jaxstate authors"

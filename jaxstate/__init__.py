@@ -16,6 +16,8 @@ What is public is in ``dir(jaxstate)``, `jaxstate.random` and `jaxstate.extend`.
 ``jaxstate._src``, is how it is made, and may change in any release.
 """
 
+import sys as _sys
+
 from jaxstate import extend, random
 from jaxstate._src import _jax
 from jaxstate._src import rules as _rules  # noqa: F401  they register themselves
@@ -32,6 +34,7 @@ from jaxstate._src.params.shaped import Shaped
 from jaxstate._src.params.stack import Stack, stack
 from jaxstate._src.params.summary import ParameterRow, ScopeRow, Summary, summary
 from jaxstate._src.params.variables import Variable, is_writable, variable
+from jaxstate._src.public import known_as_public as _known_as_public
 from jaxstate._src.sow.harvest import plant, reap, sow
 from jaxstate._src.streams.stream import Stream, next_key, rng_stream
 from jaxstate._src.tree.mutate import mutate
@@ -153,3 +156,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_known_as_public(_sys.modules[__name__])
+_known_as_public(extend)

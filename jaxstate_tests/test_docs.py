@@ -146,5 +146,18 @@ def test_the_source_distribution_has_what_the_tests_read():
     assert read <= included
 
 
+def test_the_readme_of_the_package_index_has_no_links_to_files():
+    """There it stands without the files beside it: links become their text, images go."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        readme = tomllib.load(file)["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    assert readme["fragments"] == [{"path": "README.md"}]
+    text = before = (ROOT / "README.md").read_text() + "![a](b.png) [c](https://d.e) [f](#g)"
+    for substitution in readme["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links == [x for x in re.findall(r"\]\(([^)]*)\)", before) if x[0] == "#" or ":" in x]
+    assert "- Quickstart, Recipes, Coming from Haiku" in text and "[Quickstart](" in before
+
+
 def test_the_readme_has_an_example():
     assert python_source(ROOT / "README.md").strip()

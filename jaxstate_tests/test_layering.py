@@ -53,6 +53,7 @@ FLOORS = {
         "objects", "problems", "graph", "walk", "addresses", "entry", "session", "copies",
         "holding", "frames", "operands", "boundaries", "frozen", "mutate",
     ],
+    "public": [],
     "": [],
     "selfcheck": [],
 }  # fmt: skip

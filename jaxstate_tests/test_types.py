@@ -1,12 +1,16 @@
 """What tools and people see of the public names. (`make types` runs the type checkers.)"""
 
+import dataclasses
 import functools
 import inspect
 import pathlib
+import pickle
+import pydoc
 import re
 import typing
 
 import jax
+import numpy as np
 import pytest
 
 import jaxstate
@@ -130,3 +134,48 @@ def private(value):
 )
 def test_an_object_shows_what_is_public(value):
     assert private(value) == []
+
+
+def public_objects():
+    modules = {id(module) for module in PUBLIC_MODULES}
+    for module in (jaxstate, jaxstate.extend):
+        for name in module.__all__:
+            if id(getattr(module, name)) not in modules:
+                yield pytest.param(module, getattr(module, name), id=name)
+
+
+@pytest.mark.parametrize("module, value", [*public_objects()])
+def test_a_public_object_is_known_by_the_name_that_a_program_imports(module, value):
+    """To pickles, `help`, tools that look for types, and those that look for the source."""
+    assert (value.__module__, value.__qualname__) == (module.__name__, value.__name__)
+    assert pickle.loads(pickle.dumps(value)) is value
+    assert "jaxstate._src" not in str(value)
+    # The parents of a class are where they are.
+    assert "_src" not in pydoc.render_doc(value, renderer=pydoc.plaintext).partition("\n\n")[0]
+    if not inspect.isclass(value):
+        assert f"def {value.__name__}(" in inspect.getsource(value)
+        typing.get_type_hints(value)
+        return
+    typing.get_type_hints(value)
+    for method in vars(value).values():
+        if inspect.isfunction(method) and hasattr(method, "__code__"):
+            assert not method.__module__.startswith("jaxstate._src")
+
+
+def test_overloads_are_found():
+    several = (jaxstate.parametrized, jaxstate.Parametrized.init, jaxstate.Parametrized.apply)
+    assert [len(typing.get_overloads(function)) for function in several] == [2, 3, 3]
+
+
+def test_what_belongs_to_python_keeps_its_name():
+    assert {f.__module__ for f in vars(dataclasses).values() if inspect.isfunction(f)} <= {
+        "dataclasses", "reprlib", "functools", "types",
+    }  # fmt: skip
+
+
+def test_public_values_are_pickled():
+    rows = jaxstate.summary({"dense": {"b": np.zeros(3)}}).rows
+    for value in (rows, jaxstate.Metadata(axes=("a",))):
+        data = pickle.dumps(value)
+        assert pickle.loads(data) == value
+        assert b"_src" not in data

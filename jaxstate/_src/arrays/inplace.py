@@ -109,6 +109,14 @@ To mend it:
     jax.lax.while_loop(test, body, None)  # for while; both find the arrays around them"""
 
 
+_INDEX = """\
+A traced value is no number of Python.
+To mend it:
+    jax.lax.fori_loop(0, n, body, None)   # for a range(n); the body finds the arrays around it
+    x[jax.ds(i, 3)]                       # for x[i : i + 3]
+    y = jnp.asarray(table)[i]             # for a list or tuple"""
+
+
 def _note_numpy(error: Exception) -> None:
     """Says what JAX has for what a program in the style of NumPy has tried with a tracer."""
     is_element = isinstance(error, ValueError) and isinstance(
@@ -118,6 +126,8 @@ def _note_numpy(error: Exception) -> None:
         note = _NUMPY
     elif isinstance(error, jax.errors.TracerBoolConversionError):
         note = _IF
+    elif isinstance(error, jax.errors.TracerIntegerConversionError):
+        note = _INDEX
     else:
         return
     if note not in getattr(error, "__notes__", ()):

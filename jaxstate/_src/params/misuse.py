@@ -17,22 +17,39 @@ from jaxstate._src.streams.keys import is_a_key
 from jaxstate.errors import StateError, message
 
 __all__ = [
+    "BY_NAME",
     "LAZY",
     "about_call",
     "about_initializer",
+    "also_by_name",
+    "given_by_name",
+    "has_taken_argument",
+    "name_to_call",
     "note_mistakes",
     "refuse_lazy",
     "taken_arguments",
 ]
 
 # What ``init`` and ``apply`` take themselves.
-_TAKEN = frozenset({"key", "params", "state", "reuse"})
+_TAKEN = frozenset({"key", "params", "state", "reuse", "mutable"})
+
+# The default of an argument that is given first, and may be given by name.
+BY_NAME: Any = object()
 
 # What runs when it is asked for values.
 LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter})
 
 
 # -- Calls of a network ----------------------------------------------------------------------
+
+
+def name_to_call(net: Any) -> str:
+    """How a program may call a network: a method by a name for its instance."""
+    method = getattr(net, "_method", None)
+    if method is None:
+        return net.name
+    called = getattr(net.fn, "__name__", net.name)
+    return f"{type(net.fn.__self__).__name__.lower()}.{called}"
 
 
 def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
@@ -47,7 +64,8 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     problem = _does_not_fit(signature, args, kwargs)
     if problem is None:
         return None
-    name, takes = net.name, f"{net.name}({', '.join(_shown(signature))})"
+    name = name_to_call(net)
+    takes = f"{name}({', '.join(_shown(signature))})"
     starts_with_dict = bool(args) and isinstance(args[0], Mapping)
     if not how and isinstance(kwargs.get("params"), Mapping):
         return TypeError(
@@ -76,21 +94,20 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
                 used=_jax.user_location(),
             )
         )
+    others = [p for p in signature.parameters.values() if p.name not in _TAKEN - kwargs.keys()]
     taken = _TAKEN & signature.parameters.keys() - kwargs.keys()
-    if how and taken:
-        (argument, *_) = sorted(taken)
+    if how and taken and not _does_not_fit(signature.replace(parameters=others), args, kwargs):
+        argument = min(taken)
         return TypeError(
             message(
                 f"{takes} has an argument {argument!r}, and init and apply of a network take 'key',"
-                " 'params', 'state' and 'reuse' for themselves.",
-                fix=f"""
-                def {name}(x, my_{argument}): ...      # another name, or give it by position
-                """,
+                " 'params', 'state', 'reuse' and 'mutable' for themselves.",
+                fix=_another_place(signature, name, f"{name}.{how}", argument),
                 used=_jax.user_location(),
             )
         )
     call = f"{name}.{how}" if how else name
-    inputs = ", ".join(_shown(signature))
+    inputs = ", ".join(_as_given(signature))
     if how.startswith("apply"):
         given = "params, state" if how == "apply_with_state" else "params"
         keys = [k for k in kwargs if k in ("rng", "rngs", "prng_key", "random_key")]
@@ -128,6 +145,22 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     )
 
 
+def _another_place(signature: inspect.Signature, name: str, call: str, argument: str) -> str:
+    """How a function gets an argument whose name is taken."""
+    renamed = [
+        p.replace(name=f"my_{p.name}") if p.name == argument else p
+        for p in signature.parameters.values()
+    ]
+    other = signature.replace(parameters=renamed)
+    fix = f"def {name.split('.')[-1]}({', '.join(_shown(other))}): ..."
+    if signature.parameters[argument].kind is inspect.Parameter.KEYWORD_ONLY:
+        return fix + "      # another name"
+    first = "key" if call.endswith(("init", "init_with_state")) else "params"
+    first = "params, state" if call.endswith("apply_with_state") else first
+    inputs = ", ".join(_as_given(other, by_position=True))
+    return f"{fix}      # another name\n{call}({first}, {inputs})      # or by position"
+
+
 def taken_arguments(fn: Any) -> dict[str, int]:
     """The arguments of a function that have a name which ``apply`` takes too: their positions.
 
@@ -145,6 +178,49 @@ def taken_arguments(fn: Any) -> dict[str, int]:
         for n, p in enumerate(parameters)
         if p.name in _TAKEN
     }
+
+
+def has_taken_argument(net: Any, how: str, argument: str) -> Exception:
+    """A method was given a keyword that the function has an argument for too."""
+    signature, name = inspect.signature(net.fn), name_to_call(net)
+    return TypeError(
+        message(
+            f"{name} has an argument {argument!r}, and {how} takes {argument}= for itself: the"
+            " function would not get it.",
+            fix=_another_place(signature, name, f"{name}.{how}", argument),
+            used=_jax.user_location(),
+        )
+    )
+
+
+# `init` and `apply` take their first arguments by position, or the function could have none of
+# that name. They may be given by name too, and tools are shown that.
+
+
+def given_by_name(net: Any, how: str, argument: str, kwargs: dict[str, Any]) -> Any:
+    """The value of a first argument that was not given by position."""
+    if argument in kwargs:
+        return kwargs.pop(argument)
+    first = {"init": "key", "init_with_state": "key", "apply": "params"}.get(how, "params, state")
+    raise TypeError(
+        message(
+            f"{name_to_call(net)}.{how} was called without {argument}.",
+            fix=f"{name_to_call(net)}.{how}({first}, x)",
+            used=_jax.user_location(),
+        )
+    )
+
+
+def also_by_name(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Shows the first arguments of a method as what may be given by name, and has no default."""
+    signature = inspect.signature(method)
+    shown = [
+        p.replace(kind=p.POSITIONAL_OR_KEYWORD, default=p.empty) if p.default is BY_NAME else p
+        for p in signature.parameters.values()
+    ]
+    me = shown[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(parameters=[me, *shown[1:]])  # type: ignore
+    return method
 
 
 def _does_not_fit(signature: inspect.Signature, args: Any, kwargs: Any) -> str | None:
@@ -166,13 +242,27 @@ def _shown(signature: inspect.Signature) -> list[str]:
     return [text[1:-1]] if len(text) > 2 else []
 
 
+def _as_given(signature: inspect.Signature, by_position: bool = False) -> list[str]:
+    """The arguments of a call of a function, as they may be written."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    shown = []
+    for p in signature.parameters.values():
+        text = f"{stars.get(p.kind, '')}{p.name}"
+        if p.default is not p.empty and not (by_position and p.kind is not p.KEYWORD_ONLY):
+            text += f"={p.default!r}"
+        elif p.kind is p.KEYWORD_ONLY:
+            text += f"={p.name}"
+        shown.append(text)
+    return shown
+
+
 def note_mistakes(error: Exception, how: str, args: Any) -> None:
     """Adds to an error of Python or JAX what the program may have meant."""
     text = str(error)
     notes = []
     if isinstance(error, AttributeError) and text.startswith("'Variable' object has no attribute"):
         notes.append(_NO_SUCH_ATTRIBUTE)
-    if "'jaxstate._src.params.variables.Variable'" in text:
+    if "'jaxstate.Variable'" in text or "<variable '" in text:
         notes.append(_HANDLE_FOR_VALUE)
     dict_first = bool(args) and isinstance(args[0], Mapping)
     if not how and dict_first and "Did you mean" not in text:
@@ -240,14 +330,17 @@ def about_initializer(
     wanted = "init(key, *init_args)" if takes_key else "init(*init_args), without a key"
     name, called = address.name, _name_of(init)
     if takes_key and _makes_no_use_of_keys(init):
+        values = ", ".join(map(repr, init_args)) if _are_short(init_args) else "shape"
+        fix = f'jaxstate.{function}("{name}", lambda key: {called}({values}))'
+        if init.__name__ in ("zeros", "ones"):
+            shape = values or "shape"
+            other = f'jaxstate.{function}("{name}", jax.nn.initializers.{init.__name__}, {shape})'
+            fix = f"{other}\n{fix}      # or any function of a key"
         return TypeError(
             message(
                 f"The initializer of {address} is {called}, which takes no key: it was called as"
                 f" {wanted}.",
-                fix=f"""
-                jaxstate.{function}("{name}", jax.nn.initializers.zeros, shape)
-                jaxstate.{function}("{name}", lambda key: {called}(shape))      # for example
-                """,
+                fix=fix,
                 used=address.used,
             )
         )
@@ -297,6 +390,10 @@ def _makes_no_use_of_keys(init: Any) -> bool:
     """Whether it is a function of `jax.numpy` or of NumPy."""
     name = getattr(init, "__name__", "")
     return any(getattr(module, name, None) is init for module in (jnp, np)) if name else False
+
+
+def _are_short(values: Any) -> bool:
+    return all(isinstance(x, (int, float, str, tuple, type)) for x in values)
 
 
 def _name_of(init: Any) -> str:

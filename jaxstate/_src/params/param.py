@@ -89,9 +89,11 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
     used = _jax.user_location()
     check_name(name, "param")
     if not callable(init):
+        is_after = init_args and callable(init_args[0])
+        value = f"init, {init!r}" if is_after else "lambda key: value"
         raise TypeError(
             f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
-            f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
+            f'\nTo mend it:\n    jaxstate.param("{name}", {value})'
         )
     if metadata is not None:
         metadata = checked(metadata, name)
@@ -167,7 +169,12 @@ def scope(name: str) -> _Scope:
 def check_name(name: Any, where: str) -> None:
     """Names are joined with slashes where a path is written, or made into a key."""
     if not isinstance(name, str) or not name or "/" in name:
-        fix = f'\nTo mend it:\n    jaxstate.{where}("w", init, shape)' if callable(name) else ""
+        if not callable(name):
+            fix = ""
+        elif where == "scope":
+            fix = '\nTo mend it:\n    @jaxstate.scope("encoder")      # or in a with block'
+        else:
+            fix = f'\nTo mend it:\n    jaxstate.{where}("w", init, shape)'
         raise TypeError(
             f"{where} wants a non-empty string without '/' as name, and was given {name!r}.{fix}"
         )

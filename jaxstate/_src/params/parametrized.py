@@ -49,8 +49,13 @@ from jaxstate._src.params.interception import intercepted, interceptions
 from jaxstate._src.params.metadata import Describable
 from jaxstate._src.params.methods import PerInstance, note_instances_of
 from jaxstate._src.params.misuse import (
+    BY_NAME,
     LAZY,
     about_call,
+    also_by_name,
+    given_by_name,
+    has_taken_argument,
+    name_to_call,
     note_mistakes,
     refuse_lazy,
     taken_arguments,
@@ -65,7 +70,7 @@ from jaxstate._src.params.stores import ApplyStore
 from jaxstate._src.params.summary import Summarizable
 from jaxstate._src.streams.holders import FoldedStreams
 from jaxstate._src.streams.keys import KeyLike
-from jaxstate.errors import check_runs_when_called, message
+from jaxstate.errors import check_runs_when_called
 
 __all__ = ["Keys", "Owner", "Parametrized", "Rest", "Tree", "TreeLike", "parametrized"]
 
@@ -88,7 +93,14 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
     def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
         if not callable(fn):
-            raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
+            fix = (
+                f"@jaxstate.parametrized(name={fn!r})"
+                if isinstance(fn, str)
+                else "parametrized(fn)"
+            )
+            raise TypeError(
+                f"parametrized wants a function, and was given {fn!r}.\nTo mend it:\n    {fix}"
+            )
         check_runs_when_called(fn, "parametrized")
         if name is not None:
             check_name(name, "parametrized")
@@ -165,8 +177,14 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self, key: Keys, *args: Any, reuse: Mapping[Any, Any] | None, **kwargs: Any
     ) -> Tree: ...
 
+    @also_by_name
     def init(
-        self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
+        self,
+        key: Any = BY_NAME,
+        /,
+        *args: Any,
+        reuse: Mapping[Any, Any] | None = None,
+        **kwargs: Any,
     ) -> Tree:
         """The initial parameters.
 
@@ -193,6 +211,10 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             name is that of no parameter.
           Whatever `param` and `parameters_from` raise.
         """
+        if key is BY_NAME:
+            key = given_by_name(self, "init", "key", kwargs)
+        if self._taken:
+            self._check_taken("init", {"key": kwargs.get("key"), "reuse": reuse}, args)
         return self._init(("parameter",), key, reuse, args, kwargs)[0]
 
     @overload
@@ -210,8 +232,14 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         self, key: Keys, *args: Any, reuse: Mapping[Any, Any] | None, **kwargs: Any
     ) -> tuple[Tree, Tree]: ...
 
+    @also_by_name
     def init_with_state(
-        self, key: Any, *args: Any, reuse: Mapping[Any, Any] | None = None, **kwargs: Any
+        self,
+        key: Any = BY_NAME,
+        /,
+        *args: Any,
+        reuse: Mapping[Any, Any] | None = None,
+        **kwargs: Any,
     ) -> tuple[Tree, Tree]:
         """The initial parameters, and the values that the variables start with.
 
@@ -227,6 +255,11 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
         Raises what `init` raises, and what `variable` raises.
         """
+        if key is BY_NAME:
+            key = given_by_name(self, "init_with_state", "key", kwargs)
+        if self._taken:
+            given = {"key": kwargs.get("key"), "reuse": reuse}
+            self._check_taken("init_with_state", given, args)
         params, state = self._init(("parameter", "variable"), key, reuse, args, kwargs)
         return params, state
 
@@ -281,9 +314,11 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     @overload
     def apply(self, params: TreeLike, *args: Any, state: TreeLike | None, **kwargs: Any) -> R: ...
 
+    @also_by_name
     def apply(
         self,
-        params: TreeLike,
+        params: TreeLike = BY_NAME,
+        /,
         *args: Any,
         key: Keys | None = None,
         state: TreeLike | None = None,
@@ -309,8 +344,10 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
           ReadOnlyVariableError: if the function writes a variable.
           TypeError: if ``params`` or ``state`` is not a dict, or ``key`` not a key.
         """
+        if params is BY_NAME:
+            params = given_by_name(self, "apply", "params", kwargs)
         if self._taken:
-            self._check_taken({"key": key, "state": state}, args)
+            self._check_taken("apply", {"key": key, "state": state}, args)
         if state is not None:
             self._check_state(state)
         return self._apply(params, state, False, key, args, kwargs)[0]
@@ -331,10 +368,12 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         **kwargs: Any,
     ) -> tuple[R, Tree]: ...
 
+    @also_by_name
     def apply_with_state(
         self,
-        params: TreeLike,
-        state: TreeLike,
+        params: TreeLike = BY_NAME,
+        state: TreeLike = BY_NAME,
+        /,
         *args: Any,
         key: Keys | None = None,
         mutable: bool | str | Collection[str] = True,
@@ -355,6 +394,13 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
 
         Raises what `apply` raises; but variables may be written, those that are ``mutable``.
         """
+        if params is BY_NAME:
+            params = given_by_name(self, "apply_with_state", "params", kwargs)
+        if state is BY_NAME:
+            state = given_by_name(self, "apply_with_state", "state", kwargs)
+        if self._taken:
+            given = {"key": key, "mutable": None if mutable is True else mutable}
+            self._check_taken("apply_with_state", given, args)
         self._check_state(state, "apply_with_state")
         out, store = self._apply(params, state, writable_names(mutable), key, args, kwargs)
         return out, store.state()
@@ -413,21 +459,11 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         if where or innermost_store() is None:
             note_mistakes(error, where, args)
 
-    def _check_taken(self, given: dict[str, Any], args: Any) -> None:
-        """``apply`` was given a keyword that the function has an argument for too."""
+    def _check_taken(self, how: str, given: dict[str, Any], args: Any) -> None:
+        """Refuses a keyword that the function has an argument for too, and has not got."""
         for name, value in given.items():
             if value is not None and self._taken.get(name, 0) >= len(args):
-                raise TypeError(
-                    message(
-                        f"{self.name} has an argument {name!r}, and apply takes {name}= for"
-                        " itself: the function would not get it.",
-                        fix=f"""
-                        {self.name}.apply(params, x, {name})      # by position, in its place
-                        def {self.name}(x, my_{name}): ...        # or another name
-                        """,
-                        used=_jax.user_location(),
-                    )
-                )
+                raise has_taken_argument(self, how, name)
 
     def _check_state(self, state: Any, how: str = "apply") -> None:
         fix = "y, state = net.apply_with_state(params, state, x)"
@@ -440,8 +476,8 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             if isinstance(given, tuple) and len(given) == 2:
                 fix = f"params, state = net.init_with_state(key, x)\n    {fix}"
             raise TypeError(
-                f"{self.name}.{how} wants {what} as a dict (what init returned), and was given"
-                f" {found}.\nTo mend it:\n    {fix}"
+                f"{name_to_call(self)}.{how} wants {what} as a dict (what init returned), and was"
+                f" given {found}.\nTo mend it:\n    {fix}"
             )
 
     def __copy__(self) -> Self:

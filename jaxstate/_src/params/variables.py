@@ -480,7 +480,7 @@ _OF_VALUES = {
 _OF_TWO = frozenset(list(_OF_VALUES)[:13])
 
 
-def _refusal(operation: str) -> Callable[..., Any]:
+def _refusal(method: str, operation: str) -> Callable[..., Any]:
     def refuse(self: Variable[Any], *_: Any, **__: Any) -> Any:
         name = self.name
         raise TypeError(
@@ -494,20 +494,22 @@ def _refusal(operation: str) -> Callable[..., Any]:
             )
         )
 
+    refuse.__name__, refuse.__qualname__ = method, f"Variable.{method}"
     return refuse
 
 
 def _equal(self: Variable[Any], other: object) -> bool:
-    return self is other if isinstance(other, Variable) else _refusal("==")(self)
+    return self is other if isinstance(other, Variable) else _refusal("__eq__", "==")(self)
 
 
 def _refuse_what_values_can_do() -> None:
     """Not in the class, where type checkers would take it for what a handle can do."""
     for name, sign in _OF_VALUES.items():
-        setattr(Variable, f"__{name}__", _refusal(sign))
+        signs = {f"__{name}__": sign}
         if name in _OF_TWO:
-            setattr(Variable, f"__r{name}__", _refusal(sign))
-            setattr(Variable, f"__i{name}__", _refusal(f"{sign}="))
+            signs |= {f"__r{name}__": sign, f"__i{name}__": f"{sign}="}
+        for method, sign in signs.items():
+            setattr(Variable, method, _refusal(method, sign))
     Variable.__eq__ = _equal  # type: ignore[method-assign]
     Variable.__hash__ = object.__hash__  # type: ignore[method-assign]
 

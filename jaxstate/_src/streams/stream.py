@@ -137,18 +137,7 @@ class _Opening(AbstractContextManager[Stream]):
 
     def __call__(self, *args: Any) -> Any:
         self._is_refused = True
-        raise TypeError(
-            message(
-                "rng_stream was used as a decorator: every call of the function would draw the same"
-                " keys again.",
-                fix="""
-                def f(key, x):
-                    with jaxstate.rng_stream(key):
-                        ...
-                """,
-                used=_jax.user_location(),
-            )
-        )
+        raise _no_decorator()
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("next_key", "key", "count"):
@@ -165,6 +154,21 @@ class _Opening(AbstractContextManager[Stream]):
                 used=_jax.user_location(),
             )
         )
+
+
+def _no_decorator() -> Exception:
+    return TypeError(
+        message(
+            "rng_stream was used as a decorator: every call of the function would draw the same"
+            " keys again.",
+            fix="""
+            def f(key, x):
+                with jaxstate.rng_stream(key):
+                    ...
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def rng_stream(
@@ -196,6 +200,8 @@ def rng_stream(
     >>> bool(k == jax.random.fold_in(jax.random.key(0), 0)), int(stream.count)
     (True, 1)
     """
+    if callable(key):
+        raise _no_decorator()
     if not isinstance(name, str):
         aval = _jax.type_of(name)
         found = repr(name) if aval is None else aval.str_short()

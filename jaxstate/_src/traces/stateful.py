@@ -214,7 +214,11 @@ class StatefulTrace(_jax.TransparentTrace, Generic[S]):
         return done
 
     def _forget_if_changed(self) -> None:
-        """What was processed holds what the attributes were then."""
+        """What was processed holds what the attributes were then.
+
+        A list or dict is the same as long as it is the same object: tables of an author grow while
+        a jaxpr is processed, and would each time make it be processed again.
+        """
         before = self._shared.attributes
         now = {k: v for k, v in self.__dict__.items() if k not in _NOT_OF_AUTHORS}
         if now.keys() != before.keys() or any(now[k] is not before[k] for k in now):
@@ -331,6 +335,10 @@ def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
             out = method(self, primitive, *args, **params)
             if out is None:
                 raise _returns_nothing(self, method.__name__, primitive)
+            if takes_operations:
+                several = primitive.multiple_results
+                if is_array(out) if several else type(out) in (list, tuple):
+                    raise _returns_another_number(self, primitive)
             return out
 
     called._runs_under_the_parent = True  # type: ignore[attr-defined]
@@ -344,6 +352,24 @@ def _returns_nothing(trace: StatefulTrace, method: str, primitive: Any) -> Excep
             " is the result of the operation.",
             fix="""
             return super().process_primitive(primitive, args, params)
+            """,
+            used=_jax.user_location(),
+        )
+    )
+
+
+def _returns_another_number(trace: StatefulTrace, primitive: Any) -> Exception:
+    several = primitive.multiple_results
+    wanted = "a list of arrays" if several else "one array"
+    return TraceStateError(
+        message(
+            f"{type(trace).__name__}.process_primitive returned"
+            f" {'one array' if several else 'a list'} for {primitive.name}, whose result is"
+            f" {wanted}: primitive.multiple_results is {several}.",
+            fix="""
+            out = super().process_primitive(primitive, args, params)
+            outs = out if primitive.multiple_results else [out]
+            return outs if primitive.multiple_results else outs[0]
             """,
             used=_jax.user_location(),
         )
