@@ -30,14 +30,17 @@ def is_reached(frame: Any, n: int) -> bool:
 def is_held(frame: Any, n: int) -> bool:
     """Whether anything but the objects, and what is known of them here, refers to an object."""
     x = frame.walk.nodes[n].object
-    frames = [frame, *frame.session.frames]
-    walks = [frame.session.walk, frame.session.called]
-    walks += [w for f in frames for w in (f.walk, f.called)]
+    sessions = list(frame.session.family())
+    frames = [frame, *(f for session in sessions for f in session.frames)]
+    looks = [look for x in (*sessions, *frames) for look in x.looks()]
+    looks = _each_once([look for look in looks if look is not None])
+    frozen = _each_once([x.frozen for x in (*sessions, *frames)])
+    nodes = [node for look in looks for node in look.nodes]
+    nodes += [node for objects in frozen for _, node in objects]
     known = 2  # the argument and the variable
-    for walk in {id(w): w for w in walks if w is not None}.values():
-        known += sum(node.object is x for node in walk.nodes)
-        known += sum(value is x for node in walk.nodes for value in node.values)
-        known += sum(r is x for r in walk.roots)
+    known += sum(node.object is x for node in nodes)
+    known += sum(value is x for node in nodes for value in node.values)
+    known += sum(root is x for look in looks for root in look.roots)
     tuples: set[int] = set()
     for node in frame.walk.nodes:
         for value, entry in zip(node.values, node.entries, strict=True):
@@ -46,6 +49,10 @@ def is_held(frame: Any, n: int) -> bool:
                 known += _count(value, x, tuples)
     known += sum(r is x for r in frame.roots) * 2
     return sys.getrefcount(x) > known
+
+
+def _each_once(things: list[Any]) -> list[Any]:
+    return list({id(x): x for x in things}.values())
 
 
 _OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _jax.Tracer, str)
