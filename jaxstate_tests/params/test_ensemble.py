@@ -47,11 +47,20 @@ def test_init_is_that_of_each_member(key):
     assert_trees_close(inside, by_hand)
 
 
+def custom_jvp(f):
+    """Scales the derivative by the arguments. (Parameters are not among them.)"""
+    g = jax.custom_jvp(lambda x: f(x))
+    g.defjvp(lambda primals, tangents: (g(*primals), jnp.stack([3 * tangents[0]] * N)))
+    return g
+
+
 WRAP = {
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
     "scan": lambda f: lambda x: lax.scan(lambda x, _: (f(x).mean(0), None), x, length=2)[0],
     "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x, -x])),
+    "cond": lambda f: lambda x: lax.cond(x.sum() < 9, f, lambda x: jnp.stack([x] * N), x),
+    "custom_jvp": custom_jvp,
 }
 
 
@@ -66,7 +75,8 @@ def test_apply_and_derivatives_are_those_of_vmap(key, wrap):
         return WRAP[wrap](members)(x)
 
     assert_trees_close(outer.apply(params, X), by_hand(params, X))
-    slopes = [jax.jit(jax.grad(lambda p, x, f=f: (f(p, x) ** 2).sum(), (0, 1)))(params, X)
+    by = 1 if wrap == "custom_jvp" else (0, 1)
+    slopes = [jax.jit(jax.grad(lambda p, x, f=f: (f(p, x) ** 2).sum(), by))(params, X)
               for f in (outer.apply, by_hand)]  # fmt: skip
     assert_trees_close(*slopes)
 

@@ -89,7 +89,7 @@ class Frame:
         session.walk = walk.with_leaves(list(self.entries), put=self.stages)
         session.roots[:] = session.walk.roots[: len(self.roots)]
         self.renew_notes()
-        self.frozen = session.frozen
+        self.frozen = list(session.frozen)
         session.refreeze()
 
     def looks(self) -> tuple[Walk | None, ...]:
@@ -172,6 +172,7 @@ class Frame:
                     replaced = self._write()
                 else:
                     self._lower()
+                    self.session.refreeze()
             except BaseException:
                 self.restore()
                 raise
@@ -184,9 +185,6 @@ class Frame:
                     raise problems.held_outside(self.walk.graph.label_of_node(n))
         finally:
             self.session.called, self.session.added = self.called, []
-            self.session.frozen = self.frozen
-            if not self.stages:
-                self.session.refreeze()
             self.writes, self.function = [], None
             del self.session.copies[self._copies :]
             if self.stages:
@@ -197,6 +195,7 @@ class Frame:
         session = self.session
         session.roots[:] = self.roots
         session.detached = self.detached
+        session.frozen[:] = self.frozen
         for node in self.walk.nodes:
             node.fill(node.values)
         session.walk = self.walk if session.base else None

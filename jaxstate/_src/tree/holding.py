@@ -10,7 +10,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -32,15 +32,15 @@ def is_held(frame: Any, n: int) -> bool:
     x = frame.walk.nodes[n].object
     sessions = list(frame.session.family())
     frames = [frame, *(f for session in sessions for f in session.frames)]
-    looks = [look for x in (*sessions, *frames) for look in x.looks()]
-    looks = _each_once([look for look in looks if look is not None])
-    frozen = _each_once([x.frozen for x in (*sessions, *frames)])
+    looks = _each_once(look for y in (*sessions, *frames) for look in y.looks() if look)
     nodes = [node for look in looks for node in look.nodes]
-    nodes += [node for objects in frozen for _, node in objects]
+    nodes += [node for y in (*sessions, *frames) for _, node in y.frozen]
+    nodes = _each_once(nodes)
     known = 2  # the argument and the variable
     known += sum(node.object is x for node in nodes)
     known += sum(value is x for node in nodes for value in node.values)
     known += sum(root is x for look in looks for root in look.roots)
+    known += sum(added is x for session in sessions for added in session.added)
     tuples: set[int] = set()
     for node in frame.walk.nodes:
         for value, entry in zip(node.values, node.entries, strict=True):
@@ -51,7 +51,7 @@ def is_held(frame: Any, n: int) -> bool:
     return sys.getrefcount(x) > known
 
 
-def _each_once(things: list[Any]) -> list[Any]:
+def _each_once(things: Iterable[Any]) -> list[Any]:
     return list({id(x): x for x in things}.values())
 
 

@@ -40,7 +40,8 @@ class Session(Holder):
       called: the objects as they were when something was last called with some of them.
       renewed: the objects that the bind in progress has replaced.
       added: the objects after the last change of the structure, by their numbers in that change.
-      frozen: the objects that may not be assigned to, as the program was given them.
+      frozen: the objects that may not be assigned to, as the program was given them. (One list for
+        all sessions of a call.)
       original: the session that this is one of, for functions that run later, if it is there yet.
     """
 
@@ -224,8 +225,9 @@ class Session(Holder):
     def map_leaves(self, change: Callable[[Any], Any]) -> None:
         """Puts ``change(array)`` in the place of every array."""
         walk = self.refresh()
-        self._walk = walk.with_leaves([change(x) for x in walk.leaves], put=True)
-        self.roots[:] = self._walk.roots[: len(self.roots)]
+        with self._writing():
+            self._walk = walk.with_leaves([change(x) for x in walk.leaves], put=True)
+            self.roots[:] = self._walk.roots[: len(self.roots)]
 
     def renew(self, numbers: Any) -> None:
         """Replaces objects by others like them, which the program has not seen."""
@@ -261,7 +263,7 @@ class Session(Holder):
 
     def refreeze(self) -> None:
         """What the objects are now was not assigned by the program."""
-        self.frozen = [_Frozen(label, node.seen_now()) for label, node in self.frozen]
+        self.frozen[:] = [_Frozen(label, node.seen_now()) for label, node in self.frozen]
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
