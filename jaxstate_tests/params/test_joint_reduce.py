@@ -53,7 +53,7 @@ TREE = Metric(jnp.sum, jnp.max, concatenated, jnp.prod)
 def net_of(reduce, wrap):
     @jaxstate.parametrized
     def measure(x):
-        seen = jaxstate.variable("seen", Metric.of, jnp.zeros(2), reduce=reduce)
+        seen = jaxstate.variable("seen", lambda: Metric.of(jnp.zeros(2)), reduce=reduce)
         seen.value = Metric.of(x)
         return seen.value.total * x
 
@@ -127,8 +127,9 @@ def test_a_part_that_all_lanes_write_alike_is_made_of_all_lanes_too(lanes):
 
     @jaxstate.parametrized
     def measure(x):
-        start = {"sum": jnp.float32(0), "n": jnp.int32(0)}
-        seen = jaxstate.variable("seen", lambda: start, reduce=jnp.sum)
+        seen = jaxstate.variable(
+            "seen", lambda: {"sum": jnp.float32(0), "n": jnp.int32(0)}, reduce=jnp.sum
+        )
         seen.value = {"sum": x.sum(), "n": jnp.int32(1)}
         return x
 
