@@ -52,6 +52,7 @@ WRAP = {
     "checkpoint": jax.checkpoint,
     "scan": lambda f: lambda x: lax.scan(lambda x, _: (f(x).mean(0), None), x, length=2)[0],
     "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x, -x])),
+    "cond": lambda f: lambda x: lax.cond(x.sum() < 9, f, lambda x: jnp.stack([x] * N), x),
 }
 
 
@@ -69,6 +70,43 @@ def test_apply_and_derivatives_are_those_of_vmap(key, wrap):
     slopes = [jax.jit(jax.grad(lambda p, x, f=f: (f(p, x) ** 2).sum(), (0, 1)))(params, X)
               for f in (outer.apply, by_hand)]  # fmt: skip
     assert_trees_close(*slopes)
+
+
+def custom_jvp(f):
+    g = jax.custom_jvp(lambda x: f(x))
+    g.defjvp(lambda primals, tangents: (g(*primals), jnp.stack([3 * tangents[0]] * N)))
+    return g
+
+
+def custom_vjp(f):
+    g = jax.custom_vjp(lambda x: f(x))
+    g.defvjp(lambda x: (g(x), None), lambda _, ct: (3 * ct.sum(0),))
+    return g
+
+
+@pytest.mark.parametrize("rule", [custom_jvp, custom_vjp])
+def test_members_are_made_inside_functions_with_custom_rules(key, rule):
+    @jaxstate.parametrized
+    def counting(x):
+        turns = jaxstate.variable("turns", normal, (), takes_key=True)
+        turns.value += 1
+        return turns.value * jnp.tanh(x @ jaxstate.param("w", normal, (4, 4)))
+
+    several = jaxstate.ensemble(counting, N)
+    outer = jaxstate.parametrized(lambda x: rule(several)(x), name="outer")
+    plain = jaxstate.parametrized(lambda x: several(x), name="outer")
+    params, state = outer.init_with_state(key, X)
+    assert_trees_close((params, state), plain.init_with_state(key, X))
+
+    def loss(x):
+        out = outer.apply_with_state(params, state, x)
+        return out[0].sum(), out
+
+    slope, out = jax.jit(jax.grad(loss, has_aux=True))(X)
+    after = {"ensemble": {"variables": {"turns": state["ensemble"]["variables"]["turns"] + 1}}}
+    w, turns = params["ensemble"]["members"]["w"], after["ensemble"]["variables"]["turns"]
+    assert_trees_close(out, (turns[:, None, None] * jnp.tanh(X @ w), after))
+    assert_trees_close(slope, jnp.full_like(X, 3.0 * N))
 
 
 IN_AXES = {

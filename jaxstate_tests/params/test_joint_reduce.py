@@ -53,7 +53,7 @@ TREE = Metric(jnp.sum, jnp.max, concatenated, jnp.prod)
 def net_of(reduce, wrap):
     @jaxstate.parametrized
     def measure(x):
-        seen = jaxstate.variable("seen", Metric.of, jnp.zeros(2), reduce=reduce)
+        seen = jaxstate.variable("seen", lambda: Metric.of(jnp.zeros(2)), reduce=reduce)
         seen.value = Metric.of(x)
         return seen.value.total * x
 
@@ -75,6 +75,18 @@ def nested(f):
     return lambda x: jax.vmap(jax.vmap(f))(x[None])[0]
 
 
+def with_jvp(f):
+    g = jax.custom_jvp(lambda x: f(x))
+    g.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+    return g
+
+
+def with_vjp(f):
+    g = jax.custom_vjp(lambda x: f(x))
+    g.defvjp(lambda x: jax.vjp(f, x), lambda pullback, ct: pullback(ct))
+    return g
+
+
 LANES = {
     "vmap": jax.vmap,
     "vmap of jit": lambda f: jax.vmap(jax.jit(f)),
@@ -84,11 +96,14 @@ LANES = {
     "scan of vmap": lambda f: scan_of(jax.vmap(f)),
     "vmap of cond": lambda f: jax.vmap(lambda x: lax.cond(x.shape[0] == 2, f, lambda x: x, x)),
     "vmap of vmap": nested,
+    "vmap of custom_jvp": lambda f: jax.vmap(with_jvp(f)),
+    "vmap of custom_vjp": lambda f: jax.vmap(with_vjp(f)),
+    "custom_vjp of vmap": lambda f: with_vjp(jax.vmap(f)),
     "other axis": lambda f: lambda x: jax.vmap(f, 1, 1)(x.T).T,
 }
 
 
-QUICK = {"vmap", "vmap of jit", "vmap of scan", "vmap of vmap"}
+QUICK = {"vmap", "vmap of jit", "vmap of scan", "vmap of vmap", "vmap of custom_vjp"}
 
 
 @pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])
@@ -104,6 +119,25 @@ def test_lanes_become_one_value(lanes, reduce):
         y, after = apply(params, state, X)
         np.testing.assert_allclose(y, X * X.sum(1, keepdims=True), rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after, wanted)
+
+
+@pytest.mark.parametrize("lanes", [name for name in LANES if name != "vmap of scan"])
+def test_a_part_that_all_lanes_write_alike_is_made_of_all_lanes_too(lanes):
+    """As of a count of elements beside their sum."""
+
+    @jaxstate.parametrized
+    def measure(x):
+        seen = jaxstate.variable(
+            "seen", lambda: {"sum": jnp.float32(0), "n": jnp.int32(0)}, reduce=jnp.sum
+        )
+        seen.value = {"sum": x.sum(), "n": jnp.int32(1)}
+        return x
+
+    net = jaxstate.parametrized(lambda x: LANES[lanes](measure)(x), name="net")
+    _, state = net.init_with_state(KEY, X)
+    found = jax.jit(net.apply_with_state)({}, state, X)[1]["measure"]["seen"]
+    np.testing.assert_allclose(found["sum"], X.sum(), rtol=1e-6)
+    assert found["n"] == len(X)
 
 
 @pytest.mark.parametrize("reduce", ["merge", TREE], ids=["merge", "tree"])

@@ -231,6 +231,36 @@ def test_stacks_inside_transformations(key):
     assert_trees_close(net.apply(params, X), wanted)
 
 
+def custom_vjp(f):
+    g = jax.custom_vjp(lambda x: f(x))
+    g.defvjp(lambda x: (g(x), None), lambda _, ct: (3 * ct,))
+    return g
+
+
+def custom_jvp(f):
+    g = jax.custom_jvp(lambda x: f(x))
+    g.defjvp(lambda primals, tangents: (g(*primals), 3 * tangents[0]))
+    return g
+
+
+@pytest.mark.parametrize("rule", [custom_vjp, custom_jvp])
+def test_stacks_are_made_inside_functions_with_custom_rules(key, rule):
+    deep = jaxstate.stack(block, N)
+
+    @jaxstate.parametrized
+    def net(x):
+        return jax.lax.fori_loop(0, 2, lambda i, x: rule(deep)(x), rule(deep)(x))
+
+    params = net.init(key, X)
+    assert_trees_close(params, jaxstate.parametrized(lambda x: deep(x), name="net").init(key, X))
+    wanted = X
+    for _ in range(3):
+        wanted = loop(params["stack"], wanted)
+    assert_trees_close(net.apply(params, X), wanted)
+    slope = jax.grad(lambda x: rule(lambda x: net.apply(params, x))(x).sum())(X)
+    assert_trees_close(slope, jnp.full_like(X, 3.0))
+
+
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
 def test_what_is_refused(key):
     for bad in (0, -1, 2.0):

@@ -345,6 +345,67 @@ def test_bodies(body):
         assert_close(new, wanted)
 
 
+def custom_vjp(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: jax.vjp(f, x), lambda pullback, ct: pullback(ct))
+    return g
+
+
+def shard_map(f):
+    mesh, spec = jax.make_mesh((1,), ("i",)), jax.sharding.PartitionSpec()
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+WHOLE_PARTS = {
+    **BODIES,
+    "custom_vjp": custom_vjp,
+    "jit of custom_vjp": lambda f: jax.jit(custom_vjp(f)),
+    "scan of custom_vjp": lambda f: BODIES["scan"](custom_vjp(f)),
+    "shard_map": shard_map,
+    "inplace": jaxstate.inplace,
+}
+
+
+@leaks_allowed
+@pytest.mark.parametrize("body", WHOLE_PARTS)
+def test_whole_parts_are_assigned_where_one_level_is_writable(body):
+    """Another part is assigned in any body, and no part of a part is."""
+
+    def replaces(tree, x):
+        def inside(x):
+            tree.a = tree.a + x
+            tree.c = {"k": [tree.c["k"][0] * x, tree.c["k"][1]], "t": (tree.c["t"][0] + 1,)}
+            return tree.a * x
+
+        return WHOLE_PARTS[body](inside)(x), tree.c["k"][0]
+
+    def assigns_deeper(tree, x):
+        WHOLE_PARTS[body](lambda x: (tree.c["k"].append(x), x)[1])(x)
+
+    def writes_deeper(tree, x):
+        def inside(x):
+            tree.c["k"][0] = tree.c["k"][0] + 1
+            return x
+
+        WHOLE_PARTS[body](inside)(x)
+
+    def run(deep, c, x):
+        tree = Data(f32(1), f32(0), {"k": [c, f32(7)], "t": (f32(5),)})
+        return jaxstate.mutate(replaces, deep=deep)(tree, x)
+
+    c, x = f32(4), f32(2)
+    wanted = Data(f32(3), f32(0), {"k": [f32(8), f32(7)], "t": (f32(6),)})
+    for f in (partial(run, True), partial(run, False)):
+        for found in (f, jax.jit(f)):
+            assert_close(found(c, x), ((f32(6), f32(8)), wanted))
+        if body != "while_loop" and "custom" not in body:
+            slopes = jax.grad(lambda c, x, f=f: f(c, x)[1].c["k"][0], (0, 1))(c, x)  # of c * x
+            assert_close(slopes, (x, c))
+    for deeper in (writes_deeper, *([assigns_deeper] if body in ("plain", "jit") else [])):
+        with pytest.raises(jaxstate.FrozenPartError, match=r"tree\.c\['k'\]"):
+            jaxstate.mutate(deeper, deep=False)(Data(f32(1), f32(0), {"k": [c, f32(7)]}), x)
+
+
 def test_a_while_condition_that_assigns():
     def f(tree):
         def condition(i):

@@ -138,17 +138,15 @@ def write_each(addresses: Iterable[Address], values: Iterable[Any]) -> None:
             _write_under(trace, is_in_no_mesh, address, value)
         return
     for group in _groups(addresses, values):
-        levels: list[Any] = []
-        if len(group) > 1:
-            holder = group[0][0].holder()
-            levels, base = _way_to(holder)
-        if levels and any(isinstance(level, _jax.BatchTrace) for level in levels):
-            together = [address for address, _ in group]
-            written = [_to_write(a, holder, value, is_in_no_mesh) for a, value in group]
-            _write_at(together, holder, levels, 0, base, written)
-        else:
-            for address, value in group:
-                _write_under(trace, is_in_no_mesh, address, value)
+        if len(group) == 1:
+            ((address, value),) = group
+            _write_under(trace, is_in_no_mesh, address, value)
+            continue
+        together = [address for address, _ in group]
+        holder = together[0].holder()
+        levels, base = _way_to(holder)
+        written = [_to_write(a, holder, value, is_in_no_mesh) for a, value in group]
+        _write_at(together, holder, levels, 0, base, written)
 
 
 def one_of_each(addresses: Sequence[Address], values: Sequence[Any]) -> list[Any]:
@@ -264,10 +262,10 @@ def _write_at(
     is stored at the end of the way. The slots are one, or some that belong together."""
     values = [_jax.canonicalize(value) for value in values]
     if i == len(levels):
-        for address, value in zip(addresses, values, strict=True):
-            if base is None:
-                holder.cell(address).value = value
-            else:
+        if base is None:
+            holder.write_cells(addresses, values)
+        else:
+            for address, value in zip(addresses, values, strict=True):
                 _write_staged(address, base, value)
         return values
     trace = levels[i]

@@ -266,6 +266,11 @@ class Holder:
         """The cell of an address that the holder knows; made now if the holder makes cells."""
         raise NotImplementedError
 
+    def write_cells(self, addresses: Sequence[Address], values: Sequence[Any]) -> None:
+        """Writes the cells of slots that belong together (`Address.joint`), or of one slot."""
+        for address, value in zip(addresses, values, strict=True):
+            self.cell(address).value = value
+
     def aval(self, address: Address) -> Any:
         """The type of a slot, without making the slot."""
         return _jax.typeof(self.cell(address).value)

@@ -55,7 +55,6 @@ class Copies(Parametrized[P, R]):
     def _entries(self, args: Any, kwargs: Any) -> tuple[Any, Variable | None]:
         """The parameters of all copies, and their variables if the block has any."""
         has_variables = False
-        numbers = jnp.arange(self.n)
 
         def initial_params(key: Any) -> Any:
             def one(i: Any, args: Any) -> Any:
@@ -66,7 +65,7 @@ class Copies(Parametrized[P, R]):
                 has_variables = bool(state)
                 return params
 
-            return self._each(one, numbers, args)
+            return self._each(one, jnp.arange(self.n), args)
 
         def initial_state(key: Any) -> Any:
             def one(copy: Any, args: Any) -> Any:
@@ -76,7 +75,7 @@ class Copies(Parametrized[P, R]):
                 with self._in_copies():
                     return self.block.init_with_state(keys, *args, reuse=given, **kwargs)[1]
 
-            return self._each(one, (numbers, params), args)
+            return self._each(one, (jnp.arange(self.n), params), args)
 
         with self._in_copies():
             facts = of_copies(self.block, self.axis, lambda: self._args_of_one(args), kwargs)

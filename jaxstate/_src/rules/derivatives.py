@@ -26,7 +26,7 @@ from typing import Any
 from jaxstate._src import _jax
 from jaxstate._src.core import slots
 from jaxstate._src.core.boundaries import boundaries, same_trace
-from jaxstate._src.core.resolve import read, read_since, write
+from jaxstate._src.core.resolve import read, read_since, write_each
 from jaxstate._src.core.slots import Address, Cell, Holder
 from jaxstate.errors import CustomRuleStateError, message
 
@@ -148,19 +148,19 @@ class Touched(Exception):
 class _SlotOutside(Cell):
     """The cell of a slot in a function that runs at once: the slot itself."""
 
-    __slots__ = ("_calls", "_key")
+    __slots__ = ("_calls", "key")
 
     def __init__(self, calls: Calls, key: Address) -> None:
         self._calls = calls
-        self._key = key
+        self.key = key
 
     @property
     def value(self) -> Any:  # type: ignore[override]
-        return self._calls.read_at_once(self._key)
+        return self._calls.read_at_once(self.key)
 
     @value.setter
     def value(self, value: Any) -> None:
-        self._calls.write_at_once(self._key, value)
+        self._calls.write_at_once([self.key], [value])
 
 
 class _RecordedCell(Cell):
@@ -310,13 +310,22 @@ class Calls(_RuleState):
             self.given.setdefault(key, value)
         return value
 
-    def write_at_once(self, key: Address, value: Any) -> None:
-        known = _jax.known_part(value)
-        if known is None:
-            raise _rule_writes_tangent(key)
-        self.written.add(key)
+    def write_cells(self, addresses: Sequence[Address], values: Sequence[Any]) -> None:
+        cells = [self.cell(address) for address in addresses]
+        outside = [cell.key for cell in cells if isinstance(cell, _SlotOutside)]
+        if outside:  # then all of them are
+            self.write_at_once(outside, values)
+        else:
+            super().write_cells(addresses, values)
+
+    def write_at_once(self, keys: Sequence[Address], values: Sequence[Any]) -> None:
+        known = [_jax.known_part(value) for value in values]
+        for key, value in zip(keys, known, strict=True):
+            if value is None:
+                raise _rule_writes_tangent(key)
+        self.written.update(keys)
         with self._outside():
-            write(key.renewed(self.use), known)
+            write_each([key.renewed(self.use) for key in keys], known)
 
     def touched(self) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
         """The slots whose value the function is to be given, and those that it wrote."""

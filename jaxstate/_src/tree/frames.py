@@ -57,6 +57,7 @@ class Frame:
       function: what is traced, if this is a jaxpr.
       walk: the objects at the beginning.
       entries: what was put in the place of the arrays then.
+      frozen: the objects that may not be assigned to, as the program outside was given them.
       writes: what the function has written, for the rule.
     """
 
@@ -88,6 +89,11 @@ class Frame:
         session.walk = walk.with_leaves(list(self.entries), put=self.stages)
         session.roots[:] = session.walk.roots[: len(self.roots)]
         self.renew_notes()
+        self.frozen = list(session.frozen)
+        session.refreeze()
+
+    def looks(self) -> tuple[Walk | None, ...]:
+        return self.walk, self.called
 
     def renew_notes(self) -> None:
         """What objects note about the trace that they are used in is about this one from now on."""
@@ -159,12 +165,14 @@ class Frame:
                 return
             replaced: list[int] = []
             try:
+                self.session.check_frozen()
                 for copy in self.session.copies[self._copies :]:
                     copy.check()
                 if self.stages:
                     replaced = self._write()
                 else:
                     self._lower()
+                    self.session.refreeze()
             except BaseException:
                 self.restore()
                 raise
@@ -187,6 +195,7 @@ class Frame:
         session = self.session
         session.roots[:] = self.roots
         session.detached = self.detached
+        session.frozen[:] = self.frozen
         for node in self.walk.nodes:
             node.fill(node.values)
         session.walk = self.walk if session.base else None
@@ -208,7 +217,7 @@ class Frame:
         replaced = [n for n, (a, b) in enumerate(pairs) if a.object is not b.object]
         if after.graph.has_structure_of(before.graph) and not (replaced and runs_once):
             changed = [i for i, e in enumerate(entries) if e is not after.leaves[i]]
-            renewed = tuple(replaced) if self.is_loop else ()
+            renewed = tuple(replaced)
             for i in changed or range(bool(renewed and entries)):
                 self._write_leaf(after, i, renewed)
             return replaced

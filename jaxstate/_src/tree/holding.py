@@ -10,7 +10,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -30,14 +30,17 @@ def is_reached(frame: Any, n: int) -> bool:
 def is_held(frame: Any, n: int) -> bool:
     """Whether anything but the objects, and what is known of them here, refers to an object."""
     x = frame.walk.nodes[n].object
-    frames = [frame, *frame.session.frames]
-    walks = [frame.session.walk, frame.session.called]
-    walks += [w for f in frames for w in (f.walk, f.called)]
+    sessions = list(frame.session.family())
+    frames = [frame, *(f for session in sessions for f in session.frames)]
+    looks = _each_once(look for y in (*sessions, *frames) for look in y.looks() if look)
+    nodes = [node for look in looks for node in look.nodes]
+    nodes += [node for y in (*sessions, *frames) for _, node in y.frozen]
+    nodes = _each_once(nodes)
     known = 2  # the argument and the variable
-    for walk in {id(w): w for w in walks if w is not None}.values():
-        known += sum(node.object is x for node in walk.nodes)
-        known += sum(value is x for node in walk.nodes for value in node.values)
-        known += sum(r is x for r in walk.roots)
+    known += sum(node.object is x for node in nodes)
+    known += sum(value is x for node in nodes for value in node.values)
+    known += sum(root is x for look in looks for root in look.roots)
+    known += sum(added is x for session in sessions for added in session.added)
     tuples: set[int] = set()
     for node in frame.walk.nodes:
         for value, entry in zip(node.values, node.entries, strict=True):
@@ -46,6 +49,10 @@ def is_held(frame: Any, n: int) -> bool:
                 known += _count(value, x, tuples)
     known += sum(r is x for r in frame.roots) * 2
     return sys.getrefcount(x) > known
+
+
+def _each_once(things: Iterable[Any]) -> list[Any]:
+    return list({id(x): x for x in things}.values())
 
 
 _OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, jax.Array, _jax.Tracer, str)

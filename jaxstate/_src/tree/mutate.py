@@ -118,15 +118,13 @@ def _run_on_copies(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool)
     given = _Given()
     session = Session(Walk([tree], tree=True).copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)
-    frozen = [] if deep else [n.copy(n.object) for n in session.walk.nodes if n.parent >= 0]
-    graph = session.walk.graph
+    if not deep:
+        session.freeze_parts()
     with open_holder(session):
         try:
             out = _called(function, session.roots[0], args, kwargs)
             walk = session.refresh()
-            for i, node in enumerate(frozen, start=len(graph.nodes) - len(frozen)):
-                if (part := node.changed_part()) is not None:
-                    raise problems.frozen_part(graph.label_of_node(i) + part)
+            session.check_frozen()
         finally:
             session.is_open = False
     _check_leaves(walk)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from jaxstate._src.core.slots import Address, Holder, holders
 from jaxstate._src.tree.addresses import FLAG_TYPE, Change, LeafAddress, Shape
 from jaxstate._src.tree.graph import value_of
 from jaxstate._src.tree.objects import NODE, Blank, fill, kind_of
-from jaxstate._src.tree.problems import another_structure, structure_changed
-from jaxstate._src.tree.walk import Walk, fitted
+from jaxstate._src.tree.problems import another_structure, frozen_part, structure_changed
+from jaxstate._src.tree.walk import Node, Walk, fitted
 
 
 class Session(Holder):
@@ -39,6 +40,9 @@ class Session(Holder):
       called: the objects as they were when something was last called with some of them.
       renewed: the objects that the bind in progress has replaced.
       added: the objects after the last change of the structure, by their numbers in that change.
+      frozen: the objects that may not be assigned to, as the program was given them. (One list for
+        all sessions of a call.)
+      original: the session that this is one of, for functions that run later, if it is there yet.
     """
 
     def __init__(self, walk: Walk, made: str) -> None:
@@ -55,6 +59,8 @@ class Session(Holder):
         self.called: Walk | None = None
         self.renewed: Any = None
         self.added: list[Any] = []
+        self.frozen: list[_Frozen] = []
+        self.original: Callable[[], Session | None] = lambda: None
         self._checked: Any = None
         self.is_open = True
         self._graph: Any = None
@@ -127,6 +133,7 @@ class Session(Holder):
         rest.extra, rest.lane_tables, rest.copies = {}, {}, []
         rest._graph, rest._walk, rest._pending = self.refresh().graph, None, None
         rest.is_open = True
+        rest.original = weakref.ref(self)
         return rest
 
     def signature(self) -> Any:
@@ -156,6 +163,16 @@ class Session(Holder):
 
     def everything(self) -> list[Any]:
         return [*self.roots, *self.detached]
+
+    def family(self) -> Iterator[Session]:
+        """This one, and those that it is one of."""
+        session: Session | None = self
+        while session is not None:
+            yield session
+            session = session.original()
+
+    def looks(self) -> tuple[Walk | None, ...]:
+        return self._walk, self.called
 
     def refresh(self) -> Walk:
         """Looks at the objects: those of the tree, and detached ones that somebody holds."""
@@ -200,30 +217,61 @@ class Session(Holder):
             walk.roots[place] = self.roots[place] = made
             return
         node = walk.nodes[n]
-        (made,) = walk.values_of([node.entries[place]])
-        node.values[place] = made
-        node.put(place, made)
+        with self._writing():
+            (made,) = walk.values_of([node.entries[place]])
+            node.values[place] = made
+            node.put(place, made)
 
     def map_leaves(self, change: Callable[[Any], Any]) -> None:
         """Puts ``change(array)`` in the place of every array."""
         walk = self.refresh()
-        self._walk = walk.with_leaves([change(x) for x in walk.leaves], put=True)
-        self.roots[:] = self._walk.roots[: len(self.roots)]
+        with self._writing():
+            self._walk = walk.with_leaves([change(x) for x in walk.leaves], put=True)
+            self.roots[:] = self._walk.roots[: len(self.roots)]
 
     def renew(self, numbers: Any) -> None:
         """Replaces objects by others like them, which the program has not seen."""
         walk = self.walk
         self.renewed = numbers
-        for n in numbers:
-            made = Blank.of(walk.nodes[n].object).make()
-            self.own.add(id(made))
-            walk.replace(n, made)
-        for node in walk.nodes:
-            node.values = walk.values_of(node.entries)
-            node.fill(node.values)
+        with self._writing():
+            for n in numbers:
+                made = Blank.of(walk.nodes[n].object).make()
+                self.own.add(id(made))
+                walk.replace(n, made)
+            for node in walk.nodes:
+                node.values = walk.values_of(node.entries)
+                node.fill(node.values)
         walk.roots = walk.values_of(walk.graph.roots)
         self.roots[:] = walk.roots[: len(self.roots)]
         self.detached = walk.roots[len(self.roots) :]
+
+    # -- Objects that may not be assigned to ---------------------------------------------------
+
+    def freeze_parts(self) -> None:
+        """From now on the program may assign to the parts of the tree only."""
+        walk = self.walk
+        for n, node in enumerate(walk.nodes):
+            if node.parent >= 0:
+                self.frozen.append(_Frozen(walk.graph.label_of_node(n), node))
+        self.refreeze()
+
+    def check_frozen(self) -> None:
+        for label, node in self.frozen:
+            part = node.changed_part()
+            if part is not None:
+                raise frozen_part(label + part)
+
+    def refreeze(self) -> None:
+        """What the objects are now was not assigned by the program."""
+        self.frozen[:] = [_Frozen(label, node.seen_now()) for label, node in self.frozen]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """While what a transformed function has assigned is put into the objects: it was checked
+        where the function ended."""
+        self.check_frozen()
+        yield
+        self.refreeze()
 
     def begin_change(self, change: Change) -> None:
         walk = self.walk
@@ -249,8 +297,9 @@ class Session(Holder):
             return
         self._pending = None
         leaf, node = leaves.__getitem__, nodes.__getitem__
-        for x, (names, keys, entries) in zip(nodes, change.parts, strict=True):
-            fill(x, names, keys, [value_of(e, leaf, node) for e in entries])
+        with self._writing():
+            for x, (names, keys, entries) in zip(nodes, change.parts, strict=True):
+                fill(x, names, keys, [value_of(e, leaf, node) for e in entries])
         roots = [value_of(e, leaf, node) for e in change.after.roots]
         self.roots[:] = roots[: change.roots]
         self.detached = roots[change.roots :]
@@ -331,6 +380,13 @@ class _LeafCell:
         if renewed and session.renewed is not renewed:
             session.renew(renewed)
         session.set(self.address.number, value)
+
+
+class _Frozen(NamedTuple):
+    """An object that may not be assigned to."""
+
+    label: str
+    node: Node
 
 
 class _ChangeCell:

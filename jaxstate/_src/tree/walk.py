@@ -74,6 +74,12 @@ class Node:
         except (ValueError, IndexError, AttributeError):
             return None
 
+    def seen_now(self) -> Node:
+        """The object with the parts that it has now."""
+        other = Node(self.object, self.parent, self.place)
+        other.names, other.keys, other.values = parts_of(self.object)
+        return other
+
     def changed_part(self) -> str | None:
         """How a program writes a part of the object that is another one by now, or is gone."""
         names, keys, values = parts_of(self.object)
