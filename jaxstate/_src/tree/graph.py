@@ -56,6 +56,16 @@ class TraceNote(Static):
         return type(self.value)()
 
 
+class Key(NamedTuple):
+    """A key, where objects are among the keys."""
+
+    entry: Entry
+    kind: str
+
+    def __repr__(self) -> str:
+        return repr(self.entry[1].value) if self.entry[0] is STATIC else f"<{self.kind}>"
+
+
 class Record(NamedTuple):
     """The static part of one object: its class, the names of its parts, and their entries.
 
@@ -123,6 +133,19 @@ class Graph:
 
 def has_leaves(entry: Entry) -> bool:
     return entry[0] is LEAF or (entry[0] is MADE and any(map(has_leaves, entry[2])))
+
+
+def hashes(cls: type, keys: Any, entries: Any) -> bool:
+    """Whether an object with such keys and parts looks at the hashes of others."""
+    if keys or objects.layout_of(cls).items is set:
+        return True
+    return any(e[0] is MADE and _has_members(e) for e in entries)
+
+
+def _has_members(entry: Entry) -> bool:
+    if entry[0] is not MADE:
+        return False
+    return isinstance(entry[1], objects.Members) or any(map(_has_members, entry[2]))
 
 
 def mentions(entry: Entry, number: int) -> bool:

@@ -218,9 +218,7 @@ class Session(Holder):
             made = Blank.of(walk.nodes[n].object).make()
             self.own.add(id(made))
             walk.replace(n, made)
-        for node in walk.nodes:
-            node.values = walk.values_of(node.entries)
-            node.fill(node.values)
+        walk.put_together()
         walk.roots = walk.values_of(walk.graph.roots)
         self.roots[:] = walk.roots[: len(self.roots)]
         self.detached = walk.roots[len(self.roots) :]
@@ -249,8 +247,12 @@ class Session(Holder):
             return
         self._pending = None
         leaf, node = leaves.__getitem__, nodes.__getitem__
-        for x, (names, keys, entries) in zip(nodes, change.parts, strict=True):
-            fill(x, names, keys, [value_of(e, leaf, node) for e in entries])
+        pairs = list(zip(nodes, change.parts, strict=True))
+        for x, part in sorted(pairs, key=lambda pair: pair[1].hashes):
+            keys = part.keys
+            if part.key_entries:
+                keys = [value_of(e, leaf, node) for e in part.key_entries]
+            fill(x, part.names, keys, [value_of(e, leaf, node) for e in part.entries])
         roots = [value_of(e, leaf, node) for e in change.after.roots]
         self.roots[:] = roots[: change.roots]
         self.detached = roots[change.roots :]
