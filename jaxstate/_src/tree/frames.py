@@ -72,6 +72,7 @@ class Frame:
         self.detached = list(session.detached)
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
+        self._positions = walk.positions()
         self._place: Any = None
         self._numbers: dict[int, int] | None = None
         self._copies = len(session.copies)
@@ -161,6 +162,8 @@ class Frame:
             try:
                 for copy in self.session.copies[self._copies :]:
                     copy.check()
+                if self.builds_jaxpr:
+                    self._check_iterators()
                 if self.stages:
                     replaced = self._write()
                 else:
@@ -190,6 +193,12 @@ class Frame:
         for node in self.walk.nodes:
             node.fill(node.values)
         session.walk = self.walk if session.base else None
+
+    def _check_iterators(self) -> None:
+        found = zip(self.walk.iterators, self._positions, self.walk.positions(), strict=True)
+        for (n, place, _), before, after in found:
+            if before != after:
+                raise problems.advanced(self.walk.label_of_part(n, place))
 
     def _write(self) -> list[int]:
         """Writes what has changed. Returns which objects were replaced by others like them."""

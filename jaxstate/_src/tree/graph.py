@@ -7,7 +7,7 @@ of its parts, ``(STATIC, value)`` for anything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxstate._src.tree import objects
@@ -133,6 +133,15 @@ class Graph:
 
 def has_leaves(entry: Entry) -> bool:
     return entry[0] is LEAF or (entry[0] is MADE and any(map(has_leaves, entry[2])))
+
+
+def statics(entry: Entry) -> Iterator[Any]:
+    """The static values that an entry stands for, or that it is made of."""
+    if entry[0] is STATIC:
+        yield entry[1].value
+    elif entry[0] is MADE:
+        for part in entry[2]:
+            yield from statics(part)
 
 
 def hashes(cls: type, keys: Any, entries: Any) -> bool:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
+import itertools
+import operator
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import jax
 
 from jaxstate._src import _jax
 from jaxstate._src.tree.objects import LIBRARIES, MADE, kind_of, parts_of, taken_apart
@@ -90,6 +95,31 @@ class Jitted:
         return id(self.like)
 
 
+class Ruled:
+    """Of a function with a rule of its own: its attributes are the parts."""
+
+    __slots__ = ("cls", "names")
+
+    def __init__(self, x: Any) -> None:
+        self.cls, self.names = type(x), tuple(vars(x))
+
+    @staticmethod
+    def parts(x: Any) -> list[Any]:
+        return list(vars(x).values())
+
+    def make(self, parts: list[Any]) -> Any:
+        made = object.__new__(self.cls)
+        values = [part.value if isinstance(part, Same) else part for part in parts]
+        vars(made).update(zip(self.names, values, strict=True))
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ruled) and (self.cls, self.names) == (other.cls, other.names)
+
+    def __hash__(self) -> int:
+        return hash((self.cls, self.names))
+
+
 class Weak(NamedTuple):
     """Of a weak reference: the object, or the method."""
 
@@ -101,7 +131,13 @@ class Weak(NamedTuple):
         return make(parts[0], self.callback)
 
 
-_MAKERS: dict[type, Any] = {types.FunctionType: Function, _jax.JittedFunction: Jitted}
+_MAKERS: dict[type, Any] = {
+    types.FunctionType: Function,
+    _jax.JittedFunction: Jitted,
+    jax.custom_jvp: Ruled,
+    jax.custom_vjp: Ruled,
+    jax.custom_batching.custom_vmap: Ruled,
+}
 _REFERENCES = (weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes)
 _CONTAINERS = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 
@@ -113,7 +149,7 @@ def may_lead_back(x: Any) -> bool:
     return cls in _REFERENCES or cls in _MAKERS or isinstance(x, _CONTAINERS)
 
 
-def followed(x: Any, is_known: Find, seen: dict[int, Any]) -> tuple[Any, list[Any]] | None:
+def followed(x: Any, is_known: Find) -> tuple[Any, list[Any]] | None:
     """What makes such a value again, and the parts, if it leads to an object that is known.
 
     Weak containers of such objects cannot be made again: see `weak_container`.
@@ -123,7 +159,7 @@ def followed(x: Any, is_known: Find, seen: dict[int, Any]) -> tuple[Any, list[An
         parts = _MAKERS[cls].parts(x)
         written = _written(x) if cls is types.FunctionType else ()
         leading = [
-            any(p is c for c in written) or is_known(p) or _leads(p, is_known, seen) for p in parts
+            any(p is c for c in written) or is_known(p) or _leads(p, is_known, {}) for p in parts
         ]
         if not any(leading):
             return None
@@ -193,3 +229,22 @@ def _inside(x: Any) -> Iterator[Any]:
         yield from _referents(x)
     elif cls in (tuple, types.MethodType) or kind_of(x) is MADE:
         yield from taken_apart(x)[1]
+
+
+# -- Iterators -------------------------------------------------------------------------------
+
+
+def position(x: Any) -> Any:
+    """Where an iterator of Python is: another value when it has been advanced."""
+    place: Any = None
+    if isinstance(x, types.GeneratorType) and x.gi_frame is not None:
+        place = x.gi_frame.f_lasti, *map(id, x.gi_frame.f_locals.values())
+    elif type(x) is itertools.count:
+        place = repr(x)
+    inner = [position(y) for y in gc.get_referents(x) if is_iterator(y)]
+    return operator.length_hint(x, -1), place, *inner
+
+
+def is_iterator(x: Any) -> bool:
+    """Whether ``x`` is an iterator that is written in C, or a generator."""
+    return isinstance(getattr(type(x), "__next__", None), types.WrapperDescriptorType)

@@ -33,7 +33,13 @@ from jaxstate._src.tree.graph import (
     value_of,
 )
 from jaxstate._src.tree.objects import MADE, NODE, STATIC, children_names, kind_of, parts_of, put
-from jaxstate._src.tree.references import followed, is_weak_container, may_lead_back
+from jaxstate._src.tree.references import (
+    followed,
+    is_iterator,
+    is_weak_container,
+    may_lead_back,
+    position,
+)
 
 
 class Node:
@@ -106,11 +112,12 @@ class Walk:
       nodes: a `Node` per object.
       is_tree: whether no object of a class that JAX knows was reached twice.
       notes: where objects note the trace that they are used in, as in ``places``.
+      iterators: those of Python among the parts, behind where they are, as in ``places``.
     """
 
     __slots__ = (
         "_before", "_clock", "_followed", "_keyed", "_memo", "_path", "avals", "graph", "is_tree",
-        "leaves", "nodes", "notes", "places", "roots", "versions",
+        "iterators", "leaves", "nodes", "notes", "places", "roots", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +128,7 @@ class Walk:
         self.places: list[tuple[int, int]] = []
         self.nodes: list[Node] = []
         self.notes: list[tuple[int, int]] = []
+        self.iterators: list[tuple[int, int, Any]] = []
         self.avals: list[Any] = []
         self.is_tree = True
         self._before = before
@@ -184,6 +192,8 @@ class Walk:
         if objects.is_trace_note(x):
             self.notes.append((node, place))
             return (STATIC, TraceNote(x))
+        if is_iterator(x):
+            self.iterators.append((node, place, x))
         if may_lead_back(x):
             self._followed.append((x, node, place, tuple(self._path)))
         return (STATIC, Static(x))
@@ -206,7 +216,7 @@ class Walk:
             for x, n, place, path in todo:
                 if is_weak_container(x, self.find):
                     raise problems.held_weakly(type(x))
-                how = followed(x, self.find, {})
+                how = followed(x, self.find)
                 if how is None:
                     self._followed.append((x, n, place, path))
                     continue
@@ -388,8 +398,12 @@ class Walk:
         walk.graph, walk.avals, walk.is_tree = self.graph, self.avals, self.is_tree
         walk._before, walk._followed, walk._keyed, walk._path = None, [], [], []
         walk._clock, walk.versions = self._clock, self.versions[:]
-        walk.nodes = []
+        walk.nodes, walk.iterators = [], self.iterators
         return walk
+
+    def positions(self) -> tuple[Any, ...]:
+        """Where the iterators are."""
+        return tuple([position(x) for _, _, x in self.iterators])
 
     # -- What stands where -------------------------------------------------------------------
 
