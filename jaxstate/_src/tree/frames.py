@@ -285,6 +285,11 @@ class Frame:
         return self.stages and _jax.traced_for(self.trace) in _WITH_COPIES
 
     @property
+    def has_other_arrays(self) -> bool:
+        """Whether the arrays in copies of objects are others than in the objects."""
+        return self.stages or isinstance(self.trace, _jax.PartialTrace)
+
+    @property
     def is_loop(self) -> bool:
         return self.rule is None and _jax.traced_for(self.trace) in _LOOPS
 

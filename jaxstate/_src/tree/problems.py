@@ -32,8 +32,8 @@ def structure_changed(label: str) -> Exception:
 def advanced(label: str) -> Exception:
     return StructureChangeError(
         message(
-            f"{label} is an iterator of Python, and was advanced inside a loop, a branch or a jitted"
-            " function, which Python runs once, when it is traced.",
+            f"{label} is an iterator of Python, and was advanced inside a loop, a branch or a"
+            " jitted function, which Python runs once, when it is traced.",
             fix="""
             x = next(tree.part)     # before, and outside of it
             """,

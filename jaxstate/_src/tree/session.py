@@ -35,6 +35,7 @@ class Session(Holder):
       base: the traces that the call is made under.
       frames: the boundaries that the program is in (`tree.frames`), outermost first.
       copies: of objects, which functions were called with (`tree.copies`).
+      residuals: the classes of objects that were handed to backward rules.
       reading: the objects as they were, for reads while that is set.
       called: the objects as they were when something was last called with some of them.
       renewed: the objects that the bind in progress has replaced.
@@ -51,6 +52,7 @@ class Session(Holder):
         self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
         self.copies: list[Any] = []
+        self.residuals: set[type] = set()
         self.reading: Walk | None = None
         self.called: Walk | None = None
         self.renewed: Any = None
