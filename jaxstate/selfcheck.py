@@ -369,6 +369,7 @@ def objects() -> Pairs:
         lanes = jax.vmap(doubled)(lanes) / 2
         mapped = jax.pmap(lambda y: y + 1)(jnp.zeros(1))
         lanes = lanes + mapped[0] - 1
+        jax.debug.callback(lambda t: None, tree)
         return out, slope, lanes
 
     tree = {"total": jnp.float32(0)}

@@ -19,9 +19,12 @@ from jaxstate._src._jax.names import weakref_lru_cache
 __all__ = [
     "JitCall",
     "Jitted",
+    "JittedFunction",
     "around_inference",
     "checks_results",
     "dispatched",
+    "how_jitted",
+    "jitted_again",
     "with_constants_inside",
 ]
 
@@ -67,6 +70,19 @@ class Jitted(NamedTuple):
     def infer(self, args: Any, kwargs: Any) -> JitCall:
         """Traces the function, unless JAX knows the jaxpr for such arguments."""
         return _jit_call(*_Inference.around(_infer_params, self, args, kwargs, True))
+
+
+JittedFunction = type(jax.jit(lambda: None))
+
+
+def how_jitted(x: Any) -> Any:
+    """How a function is jitted: where, what is static, and so on."""
+    return x._jit_info
+
+
+def jitted_again(fun: Any, info: Any) -> Any:
+    """Another function, jitted in this way."""
+    return pjit._cpp_pjit(fun, info)
 
 
 def _jit_call(p: Any, flat: list[Any]) -> JitCall:

@@ -433,4 +433,7 @@ TABLE: tuple[Hook, ...] = (
     Hook(f"{_BRANCHES}cond<fun>", "pred, true_fun, false_fun, operand, *operands", OBJECTS),
     Hook(f"{_BRANCHES}switch<fun>", "index, branches, operand, *operands", OBJECTS),
     Hook("jax._src.ad_checkpoint:tracing_registry", "", OBJECTS),
+    Hook("jax._src.callback:_FlatCallback", "", OBJECTS),
+    Hook("jax._src.debugging:debug_callback", "callback, ordered, partitioned, *args, **kwargs",
+         OBJECTS, also=("jax.debug:callback",)),
 )  # fmt: skip

@@ -215,6 +215,7 @@ USED: dict[str, dict[str, str]] = {
     },
     "jax._src.pjit": {
         "PjitParams": ": ",
+        "_cpp_pjit": ": fun, jit_info",
         "_cpp_pjit_cache_fun_only": ": ",
         "_get_fastpath_data": (
             ": executable, out_tree, args_flat, out_flat, effects, consts_for_constvars, "

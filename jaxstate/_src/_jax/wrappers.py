@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,10 @@ from jaxstate._src._jax.types import has_tangent
 
 __all__ = [
     "defer_transposes",
+    "runs_backward",
     "wrap_bind",
     "wrap_bind_with_trace",
+    "wrap_callbacks",
     "wrap_checkpoint_operands",
     "wrap_control_flow",
     "wrap_conversions",
@@ -389,6 +392,30 @@ def wrap_checkpoint_operands(convert: Callable[[Any], Any]) -> None:
     change("jax._src.ad_checkpoint:tracing_registry", wrap, OBJECTS)
 
 
+def wrap_callbacks(checked: Callable[[Any, Any], Any]) -> None:
+    """Uses ``checked(function, arguments)`` instead of a function that runs on the host."""
+
+    def wrap_flat(plain: Any) -> Any:
+        def flat_callback(function: Any, in_tree: Any) -> Any:
+            given = sys._getframe(1).f_locals  # of the function of JAX that the program has called
+            return plain(checked(function, (given["args"], given["kwargs"])), in_tree)
+
+        return flat_callback
+
+    def wrap_debug(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def debug_callback(callback: Any = None, *args: Any, **kwargs: Any) -> Any:
+            options = {k: kwargs.pop(k) for k in ("ordered", "partitioned") if k in kwargs}
+            if callback is None and not args:
+                return functools.partial(debug_callback, **options)
+            return plain(checked(callback, (args, kwargs)), *args, **options, **kwargs)
+
+        return debug_callback
+
+    change("jax._src.callback:_FlatCallback", wrap_flat, OBJECTS)
+    change("jax._src.debugging:debug_callback", wrap_debug, OBJECTS)
+
+
 def wrap_copied_arguments(
     notice: Callable[[Any, Any], None], notice_result: Callable[[Any, Any], None]
 ) -> None:
@@ -448,10 +475,15 @@ def wrap_copied_arguments(
 # Functions of JAX that call those of the program, and put the arguments of these together.
 _WITH_ARGUMENTS = {
     "flatten_fun", "flatten_fun_nokwargs", "_flatten_fun_nokwargs", "flatten_fun_for_vmap",
-    "_flatten_jvp", "_flatten_fwd", "custom_vmap_batching", "f_wrapped", "_fun",
+    "_flatten_jvp", "_flatten_fwd", "_flatten_bwd", "custom_vmap_batching", "f_wrapped", "_fun",
 }  # fmt: skip
 
 _OF_TWO_RESULTS = {"_flatten_jvp", "_flatten_fwd"}
+
+
+def runs_backward(call: types.FrameType) -> bool:
+    """Whether it is a backward rule that JAX calls there."""
+    return call.f_code.co_name == "_flatten_bwd"
 
 
 def wrap_jacfwd() -> None:

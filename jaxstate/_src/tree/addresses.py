@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxstate._src import _jax
 from jaxstate._src.core.slots import Address
 from jaxstate._src.tree import problems
-from jaxstate._src.tree.graph import Graph
+from jaxstate._src.tree.graph import Entry, Graph
 from jaxstate._src.tree.objects import Blank
 from jaxstate._src.tree.walk import Walk, first_difference
 
@@ -104,6 +104,16 @@ class LeafAddress(TreeAddress):
         return session is None or session.address_at_entry(self, trace) is None
 
 
+class Parts(NamedTuple):
+    """What an object is at the end of a jaxpr: see `tree.walk.Node`."""
+
+    names: tuple[str, ...]
+    keys: Any
+    key_entries: list[Entry] | None
+    entries: tuple[Entry, ...]
+    hashes: bool
+
+
 class Change:
     """How a jaxpr changes the structure of the objects.
 
@@ -111,7 +121,7 @@ class Change:
       before, after: the objects at the beginning and the end.
       objects: for each object at the end, its number at the beginning, or None for a new one.
       blanks: for each object at the end, what makes one like it.
-      parts: for each object at the end, the names, keys and entries of its parts.
+      parts: for each object at the end, its names, keys and entries.
       leaves: for each array at the end, its number at the beginning, or None for a new one.
       label: how a program gets to what is changed.
       roots: how many of the roots are the program's. (Behind them come detached objects.)
@@ -123,7 +133,10 @@ class Change:
         self.after: Graph = after.graph
         self.objects = [before.number_of(node.object) for node in after.nodes]
         self.blanks = [Blank.of(node.object) for node in after.nodes]
-        self.parts = [(tuple(n.names), n.keys, tuple(n.entries)) for n in after.nodes]
+        self.parts = [
+            Parts(tuple(n.names), n.keys, n.key_entries, tuple(n.entries), n.hashes)
+            for n in after.nodes
+        ]
         self.leaves = [numbers.get(id(x)) for x in after.leaves]
         self.roots = roots
         self.label = first_difference(before, after)

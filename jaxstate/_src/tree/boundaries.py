@@ -21,7 +21,7 @@ from jaxstate._src.arrays.boundaries import objects as objects_in_place
 from jaxstate._src.core import registry, slots
 from jaxstate._src.core.slots import Holder, signature_changed
 from jaxstate._src.rules import jitted
-from jaxstate._src.tree.copies import note_arguments, note_result
+from jaxstate._src.tree.copies import checked, note_arguments, note_result
 from jaxstate._src.tree.frames import Frame
 from jaxstate._src.tree.operands import (
     around_control_flow,
@@ -199,6 +199,7 @@ def _of_every_session(do: Any) -> Any:
 _jax.wrap_current_trace(_enter, _leave)
 _jax.wrap_tracing(_around_tracing, _result_of)
 _jax.wrap_copied_arguments(_of_every_session(note_arguments), _of_every_session(note_result))
+_jax.wrap_callbacks(checked)
 _jax.wrap_control_flow(around_control_flow)
 _jax.wrap_checkpoint_operands(lambda x: as_operands(x) if sessions() else x)
 

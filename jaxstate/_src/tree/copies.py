@@ -15,7 +15,7 @@ from jaxstate._src import _jax
 from jaxstate._src.tree import problems
 from jaxstate._src.tree.entry import Entry
 from jaxstate._src.tree.graph import LEAF
-from jaxstate._src.tree.session import Session
+from jaxstate._src.tree.session import Session, sessions
 from jaxstate._src.tree.walk import Node, Walk
 
 
@@ -48,6 +48,8 @@ def note_arguments(session: Session, arguments: Any, call: Any) -> None:
         return
     walk = session.refresh()
     nodes = [n for n in found.nodes if n.with_leaves and not walk.find(n.object)]
+    if call is not None and _jax.runs_backward(call):
+        nodes = [n for n in nodes if type(n.object) in session.residuals]
     classes = {type(n.object) for n in nodes}
     known = [
         (walk.graph.label_of_node(i), n)
@@ -55,7 +57,7 @@ def note_arguments(session: Session, arguments: Any, call: Any) -> None:
         if n.with_leaves and type(n.object) in classes
     ]
     labels = {_contents(walk, n): label for label, n in known}
-    if frame is not None and frame.stages:
+    if frame is not None and frame.has_other_arrays:
         labels |= {_structure(n): label for label, n in known}
     copies = []
     for n in nodes:
@@ -67,8 +69,13 @@ def note_arguments(session: Session, arguments: Any, call: Any) -> None:
         session.detached = [*session.detached, *[c.node.object for c in copies]]
 
 
-def note_result(session: Session, result: Any, call: Any) -> None:
+def note_result(session: Session, result: tuple[Any, ...], call: Any) -> None:
     """A function that was called with copies has returned."""
+    if result[1] is not None:  # residuals, which a backward rule is called with
+        walk = session.refresh()
+        session.residuals.update(
+            type(n.object) for n in Walk([result[1]]).nodes if walk.find(n.object)
+        )
     copies = [c for c in session.copies if c.call is call]
     if not copies:
         return
@@ -79,6 +86,52 @@ def note_result(session: Session, result: Any, call: Any) -> None:
     for copy in copies:
         if not returned.find(copy.node.object):
             copy.check()
+
+
+class Checked:
+    """A function that runs on the host, and gets copies of objects there.
+
+    Attributes:
+      labels: for each object among the arguments, how the program gets to it, or None if it is not
+        one of a session.
+    """
+
+    def __init__(self, function: Any, labels: tuple[str | None, ...]) -> None:
+        self.function, self.labels = function, labels
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        nodes = Walk([args, kwargs]).nodes
+        result = self.function(*args, **kwargs)
+        if len(nodes) == len(self.labels):
+            for label, node in zip(self.labels, nodes, strict=True):
+                if label is not None:
+                    Copy(None, label, node).check()
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checked) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> Any:
+        return self.function, self.labels
+
+
+def checked(function: Any, arguments: Any) -> Any:
+    """A function that is going to be called on the host, which raises if it assigns to copies."""
+    here = [session.refresh() for session in sessions()]
+    if not here:
+        return function
+    found = [
+        next(
+            (w.graph.label_of_node(n) for w in here if (n := w.number_of(node.object)) is not None),
+            None,
+        )
+        for node in Walk(arguments).nodes
+    ]
+    return Checked(function, tuple(found)) if any(found) else function
 
 
 def _contents(walk: Walk, node: Node) -> Any:

@@ -73,6 +73,7 @@ class Frame:
         self.detached = list(session.detached)
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
+        self._positions = walk.positions()
         self._place: Any = None
         self._numbers: dict[int, int] | None = None
         self._copies = len(session.copies)
@@ -168,6 +169,8 @@ class Frame:
                 self.session.check_frozen()
                 for copy in self.session.copies[self._copies :]:
                     copy.check()
+                if self.builds_jaxpr:
+                    self._check_iterators()
                 if self.stages:
                     replaced = self._write()
                 else:
@@ -199,6 +202,12 @@ class Frame:
         for node in self.walk.nodes:
             node.fill(node.values)
         session.walk = self.walk if session.base else None
+
+    def _check_iterators(self) -> None:
+        found = zip(self.walk.iterators, self._positions, self.walk.positions(), strict=True)
+        for (n, place, _), before, after in found:
+            if before != after:
+                raise problems.advanced(self.walk.label_of_part(n, place))
 
     def _write(self) -> list[int]:
         """Writes what has changed. Returns which objects were replaced by others like them."""
@@ -283,6 +292,11 @@ class Frame:
         if self.rule is not None:
             return True
         return self.stages and _jax.traced_for(self.trace) in _WITH_COPIES
+
+    @property
+    def has_other_arrays(self) -> bool:
+        """Whether the arrays in copies of objects are others than in the objects."""
+        return self.stages or isinstance(self.trace, _jax.PartialTrace)
 
     @property
     def is_loop(self) -> bool:

@@ -7,7 +7,7 @@ of its parts, ``(STATIC, value)`` for anything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxstate._src.tree import objects
@@ -54,6 +54,16 @@ class TraceNote(Static):
 
     def made(self) -> Any:
         return type(self.value)()
+
+
+class Key(NamedTuple):
+    """A key, where objects are among the keys."""
+
+    entry: Entry
+    kind: str
+
+    def __repr__(self) -> str:
+        return repr(self.entry[1].value) if self.entry[0] is STATIC else f"<{self.kind}>"
 
 
 class Record(NamedTuple):
@@ -123,6 +133,28 @@ class Graph:
 
 def has_leaves(entry: Entry) -> bool:
     return entry[0] is LEAF or (entry[0] is MADE and any(map(has_leaves, entry[2])))
+
+
+def statics(entry: Entry) -> Iterator[Any]:
+    """The static values that an entry stands for, or that it is made of."""
+    if entry[0] is STATIC:
+        yield entry[1].value
+    elif entry[0] is MADE:
+        for part in entry[2]:
+            yield from statics(part)
+
+
+def hashes(cls: type, keys: Any, entries: Any) -> bool:
+    """Whether an object with such keys and parts looks at the hashes of others."""
+    if keys or objects.layout_of(cls).items is set:
+        return True
+    return any(e[0] is MADE and _has_members(e) for e in entries)
+
+
+def _has_members(entry: Entry) -> bool:
+    if entry[0] is not MADE:
+        return False
+    return isinstance(entry[1], objects.Members) or any(map(_has_members, entry[2]))
 
 
 def mentions(entry: Entry, number: int) -> bool:

@@ -33,6 +33,7 @@ from jaxstate._src.core.slots import open_holder
 from jaxstate._src.tree import boundaries, problems
 from jaxstate._src.tree.entry import Ended, Entry
 from jaxstate._src.tree.frozen import permit_assignments
+from jaxstate._src.tree.graph import statics
 from jaxstate._src.tree.objects import NODE, STATIC, kind_of
 from jaxstate._src.tree.session import Session, writable
 from jaxstate._src.tree.walk import Walk, fitted
@@ -116,7 +117,9 @@ def _run(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool) -> tuple[
 
 def _run_on_copies(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool) -> tuple[Any, Any]:
     given = _Given()
-    session = Session(Walk([tree], tree=True).copied(given.copy), _jax.user_location())
+    walk = Walk([tree], tree=True)
+    _check_statics(walk)
+    session = Session(walk.copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)
     if not deep:
         session.freeze_parts()
@@ -161,13 +164,17 @@ class _Given:
 
     def __init__(self) -> None:
         self._given: dict[int, tuple[Any, Any]] = {}
+        self._of_numpy: dict[int, tuple[Any, Any]] = {}  # an array in two places is one array
         self._is_in_place = activation() is not None
 
     def copy(self, x: Any, _: Any) -> Any:
         """A program can write into an array of NumPy, or of an in-place function."""
         copied = x
         if self._is_in_place or type(x) not in _jax.plain_arrays:
-            copied = x.copy() if isinstance(x, np.ndarray) else writable(snapshot(x))
+            if isinstance(x, np.ndarray):
+                copied, _ = self._of_numpy.setdefault(id(x), (x.copy(), x))
+            else:
+                copied = writable(snapshot(x))
         self._given[id(copied)] = copied, x
         return copied
 
@@ -227,12 +234,26 @@ def _check_leaves(walk: Walk) -> None:
     for i, x in enumerate(walk.leaves):
         if isinstance(x, _jax.Tracer) and x._trace is not here and _has_ended(x):
             raise problems.tracer_left(walk.graph.label(i), x)
+    for number, place, value in _opaque_parts(walk):
+        hidden = next((x for x in _inside(value, _jax.Tracer) if _has_ended(x)), None)
+        if hidden is not None:
+            raise problems.tracer_left(walk.label_of_part(number, place), hidden)
+
+
+def _check_statics(walk: Walk) -> None:
+    """Raises if an object is reached in another way than through parts: the copy would not be."""
+    for number, place, value in _opaque_parts(walk):
+        if not isinstance(value, _OPAQUE) and any(map(walk.find, _inside(value, object))):
+            raise problems.hidden(walk.label_of_part(number, place), type(value))
+
+
+def _opaque_parts(walk: Walk) -> Iterator[tuple[int, int, Any]]:
+    """Where values are which may keep parts where only Python's memory manager sees them."""
     for number, node in enumerate(walk.nodes):
-        for place, (entry, value) in enumerate(zip(node.entries, node.values, strict=True)):
-            if entry[0] is STATIC and gc.is_tracked(value):
-                hidden = next((x for x in _tracers_in(value) if _has_ended(x)), None)
-                if hidden is not None:
-                    raise problems.tracer_left(walk.label_of_part(number, place), hidden)
+        for place, entry in enumerate(node.entries):
+            for value in statics(entry):
+                if gc.is_tracked(value):
+                    yield number, place, value
 
 
 def _has_ended(x: Any) -> bool:
@@ -246,14 +267,13 @@ def _has_ended(x: Any) -> bool:
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
 
 
-def _tracers_in(value: Any, depth: int = 3) -> Iterator[Any]:
-    """The tracers that an object holds which keeps its parts where only Python's memory manager
-    sees them."""
+def _inside(value: Any, kind: type, depth: int = 3) -> Iterator[Any]:
+    """What an object holds of a kind where only Python's memory manager sees it."""
     for x in gc.get_referents(value):
-        if isinstance(x, _jax.Tracer):
+        if isinstance(x, kind):
             yield x
-        elif depth and gc.is_tracked(x) and not isinstance(x, _OPAQUE):
-            yield from _tracers_in(x, depth - 1)
+        if depth and gc.is_tracked(x) and not isinstance(x, (*_OPAQUE, _jax.Tracer)):
+            yield from _inside(x, kind, depth - 1)
 
 
 def _end(session: Session, walk: Walk) -> None:

@@ -7,13 +7,19 @@ a dict, list, deque or set). Parts are read and set directly, past ``__setattr__
 
 from __future__ import annotations
 
+import array
 import contextlib
 import enum
 import functools
+import gc
+import operator
+import pickle
+import random
 import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +37,8 @@ _ATOMS = (
     str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
     property, staticmethod, classmethod, enum.Enum, np.dtype, np.generic, np.ndarray, jax.Array,
 )  # fmt: skip
-_CONTAINERS = (dict, list, deque, set, bytearray)
-_MADE = (tuple, types.MethodType, functools.partial)
+_CONTAINERS = (dict, list, deque, set)
+_MADE = (tuple, types.MethodType, functools.partial, types.MappingProxyType)
 
 
 class PerClass:
@@ -69,7 +75,7 @@ def _kind(x: Any) -> str:
     cls = type(x)
     if issubclass(cls, (*_ATOMS, _jax.Tracer)) or is_trace_note(x):
         return STATIC
-    if issubclass(cls, _CONTAINERS):
+    if issubclass(cls, (*_CONTAINERS, *_CONTENTS, types.CellType)):
         return NODE
     if issubclass(cls, _MADE):
         return MADE
@@ -78,20 +84,20 @@ def _kind(x: Any) -> str:
     is_object = layout.base in (object, types.SimpleNamespace)
     has_parts = is_object and (layout.has_dict or layout.slots)
     if _jax.children_of(x) is not None:
-        return NODE if has_parts and package not in _LIBRARIES else MADE
-    if not has_parts or package in _LIBRARIES or _is_value(cls) or _is_its_own_copy(x):
+        return NODE if has_parts and package not in LIBRARIES else MADE
+    if not has_parts or package in LIBRARIES or _is_value(cls) or _is_its_own_copy(x):
         return STATIC
     _unknown.put(cls, True)
     return NODE
 
 
-_LIBRARIES = ("jax", "jaxlib", "jaxstate", "numpy")
+LIBRARIES = ("jax", "jaxlib", "jaxstate", "numpy")
 
 
 def _is_value(cls: type) -> bool:
     """Whether objects of a class of Python's library are values, or no business of the state."""
     package = cls.__module__.partition(".")[0]
-    if cls is types.SimpleNamespace or package in ("collections", "argparse", "__main__"):
+    if cls is types.SimpleNamespace or package in ("collections", "argparse", "queue", "__main__"):
         return False
     return package in sys.stdlib_module_names
 
@@ -121,6 +127,70 @@ def is_trace_note(x: Any) -> bool:
     return cls.__name__ == "TraceState" and cls.__module__.startswith("flax.nnx")
 
 
+# -- Contents --------------------------------------------------------------------------------
+
+
+class Contents(NamedTuple):
+    """How objects of a class written in C tell what they are, a static value, and become it."""
+
+    get: Callable[[Any], Any]
+    set: Callable[[Any, Any], None]
+    make: Callable[[type, Any], Any] = lambda cls, _: cls.__new__(cls)
+    argument: Callable[[Any], Any] = lambda x: None
+
+
+class Content:
+    """What an object is: equal to that of another that is the same."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __len__(self) -> int:
+        return 0  # there are no parts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Content) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+def _set_bytes(x: Any, value: bytes) -> None:
+    del x[:]
+    x.frombytes(value)
+
+
+def _set_bits(x: Any, value: bytes) -> None:
+    x.state = pickle.loads(value)
+
+
+def _bits_of(x: Any) -> Any:
+    return x._bit_generator if isinstance(x, np.random.RandomState) else x.bit_generator
+
+
+_CONTENTS = {
+    bytearray: Contents(bytes, lambda x, value: x.__setitem__(slice(None), value)),
+    array.array: Contents(
+        array.array.tobytes, _set_bytes,
+        lambda cls, typecode: array.array.__new__(cls, typecode), lambda x: x.typecode,
+    ),
+    random.Random: Contents(random.Random.getstate, random.Random.setstate),
+    np.random.BitGenerator: Contents(
+        lambda x: pickle.dumps(x.state), _set_bits, lambda cls, _: cls()
+    ),
+    **{
+        kind: Contents(
+            lambda x: pickle.dumps(_bits_of(x).state),
+            lambda x, value: _set_bits(_bits_of(x), value),
+            lambda cls, bits: cls(bits()), lambda x: type(_bits_of(x)),
+        )
+        for kind in (np.random.Generator, np.random.RandomState)
+    },
+}  # fmt: skip
+
+
 # -- Nodes -----------------------------------------------------------------------------------
 
 
@@ -132,14 +202,17 @@ class Layout(NamedTuple):
       has_dict: whether they have a ``__dict__``.
       slots: the names of the attributes that are kept in slots.
       items: the container that they are, or None.
+      contents: how they tell what they are beside their parts, or None.
     """
 
     base: Any
     has_dict: bool
     slots: tuple[str, ...]
     items: Any
+    contents: Contents | None
 
 
+_NOT_THERE = AttributeError, ValueError  # the latter for cells of functions
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
@@ -159,7 +232,8 @@ def _layout(cls: type) -> Layout:
     )  # fmt: skip
     items = next((c for c in _CONTAINERS if issubclass(cls, c)), None)
     has_dict = bool(cls.__dictoffset__)
-    return Layout(base, has_dict, tuple(_slots_of(cls)), items)
+    contents = next((how for c, how in _CONTENTS.items() if issubclass(cls, c)), None)
+    return Layout(base, has_dict, tuple(_slots_of(cls)), items, contents)
 
 
 def _slots_of(cls: type) -> list[str]:
@@ -172,6 +246,8 @@ def _slots_of(cls: type) -> list[str]:
                 names.append(f"_{c.__name__.lstrip('_')}{name}" if private else name)
     if issubclass(cls, defaultdict):
         names.append("default_factory")
+    if cls is types.CellType:
+        names.append("cell_contents")
     return names
 
 
@@ -188,14 +264,14 @@ def parts_of(x: Any) -> tuple[list[str], Any, list[Any]]:
         return [], list(x), list(x.values())
     if cls is list:
         return [], len(x), x[:]
-    _, has_dict, slots, items = layout_of(cls)
+    _, has_dict, slots, items, contents = layout_of(cls)
     names: list[str] = []
     values: list[Any] = []
     if has_dict:
         attributes = dict_of(x)
         names, values = list(attributes), list(attributes.values())
     for name in slots:
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(*_NOT_THERE):
             values.append(object.__getattribute__(x, name))
             names.append(name)
     keys: Any = None
@@ -203,12 +279,12 @@ def parts_of(x: Any) -> tuple[list[str], Any, list[Any]]:
         base = _mapping(cls)
         keys = list(base.keys(x))
         values += base.values(x)
-    elif items is bytearray:
-        keys = bytes(x)
+    elif contents is not None:
+        keys = Content(contents.get(x))
     elif items is not None:
-        contents = list(items.__iter__(x))
-        keys = len(contents)
-        values += contents
+        parts = list(items.__iter__(x))
+        keys = len(parts)
+        values += parts
     return names, keys, values
 
 
@@ -253,40 +329,52 @@ def fill(x: Any, names: Any, keys: Any, values: list[Any]) -> None:
         for name in [n for n in attributes if n not in kept]:
             del attributes[name]
         for name in layout.slots:
-            if name not in kept and hasattr(x, name):
-                object.__delattr__(x, name)
+            if name not in kept:
+                with contextlib.suppress(*_NOT_THERE):
+                    object.__delattr__(x, name)
         for name, value in zip(names, values, strict=False):
             put_attribute(x, name, value)
     contents = values[len(names) :]
     if layout.items is dict:
         base = _mapping(cls)
-        if list(base.keys(x)) != list(keys):
+        if base.__len__(x) != len(keys) or not all(map(operator.is_, base.keys(x), keys)):
             base.clear(x)
         for key, value in zip(keys, contents, strict=True):
             base.__setitem__(x, key, value)
     elif layout.items is list:
         list.__setitem__(x, slice(None), contents)
-    elif layout.items is bytearray:
-        x[:] = keys
+    elif layout.contents is not None:
+        layout.contents.set(x, keys.value)
     elif layout.items is not None:
         layout.items.clear(x)
         (deque.extend if layout.items is deque else set.update)(x, contents)
 
 
 class Blank(NamedTuple):
-    """What makes objects like a given one, without parts and past their constructor."""
+    """What makes objects like a given one, without parts and past their constructor.
+
+    Attributes:
+      argument: what one cannot be made without: the longest that a deque gets, the type of an array
+        of Python, or the kind of bits of a generator.
+    """
 
     cls: type
-    maxlen: int | None
+    argument: Any
 
     @staticmethod
     def of(x: Any) -> Blank:
+        contents = layout_of(type(x)).contents
+        if contents is not None:
+            return Blank(type(x), contents.argument(x))
         return Blank(type(x), x.maxlen if isinstance(x, deque) else None)
 
     def make(self) -> Any:
-        made = layout_of(self.cls).base.__new__(self.cls)
-        if self.maxlen is not None:
-            deque.__init__(made, (), self.maxlen)
+        layout = layout_of(self.cls)
+        if layout.contents is not None:
+            return layout.contents.make(self.cls, self.argument)
+        made = layout.base.__new__(self.cls)
+        if self.argument is not None:
+            deque.__init__(made, (), self.argument)
         return made
 
 
@@ -369,23 +457,18 @@ class Partial(NamedTuple):
         return self.cls(*parts[:n], **keywords)
 
 
-class Weak(NamedTuple):
-    """Of a weak reference to an object."""
+class Members(NamedTuple):
+    """Of a frozen set of objects."""
 
     def make(self, parts: list[Any]) -> Any:
-        return weakref.ref(parts[0])
+        return frozenset(parts)
 
 
-WEAK = (weakref.ref, weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
+class View(NamedTuple):
+    """Of a view of a dict that cannot be written."""
 
-
-def referents(x: Any) -> list[Any]:
-    """The objects that a weak reference, or a container of such, refers to."""
-    if isinstance(x, weakref.ref):
-        return [x()]
-    if isinstance(x, weakref.WeakSet):
-        return list(x)
-    return [y for pair in x.items() for y in pair]
+    def make(self, parts: list[Any]) -> Any:
+        return types.MappingProxyType(parts[0])
 
 
 class Tree(NamedTuple):
@@ -405,6 +488,10 @@ def taken_apart(x: Any) -> tuple[Any, list[Any]]:
     if issubclass(cls, tuple):
         attributes = dict_of(x) if layout_of(cls).has_dict else {}
         return Tuple(cls, tuple(attributes)), [*tuple.__iter__(x), *attributes.values()]
+    if cls is frozenset:
+        return Members(), list(x)
+    if issubclass(cls, types.MappingProxyType):
+        return View(), gc.get_referents(x)
     if issubclass(cls, types.MethodType):
         return Method(x.__func__), [x.__self__]
     if issubclass(cls, functools.partial):

@@ -29,6 +29,27 @@ def structure_changed(label: str) -> Exception:
     )
 
 
+def advanced(label: str) -> Exception:
+    return StructureChangeError(
+        message(
+            f"{label} is an iterator of Python, and was advanced inside a loop, a branch or a"
+            " jitted function, which Python runs once, when it is traced.",
+            fix="""
+            x = next(tree.part)     # before, and outside of it
+            """,
+            used=_jax.user_location(),
+        )
+    )
+
+
+def hidden(label: str, cls: type) -> Exception:
+    return TypeError(
+        f"{label} ({cls.__name__}) leads to an object of the tree, which jaxstate.mutate copies,"
+        f" and cannot be made to lead to the copy.\nTo mend it:\n    {label} = None"
+        "      # before mutate; and make it in the function"
+    )
+
+
 def held_outside(label: str) -> Exception:
     return ClosedStateError(
         message(

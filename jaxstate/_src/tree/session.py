@@ -36,6 +36,7 @@ class Session(Holder):
       base: the traces that the call is made under.
       frames: the boundaries that the program is in (`tree.frames`), outermost first.
       copies: of objects, which functions were called with (`tree.copies`).
+      residuals: the classes of objects that were handed to backward rules.
       reading: the objects as they were, for reads while that is set.
       called: the objects as they were when something was last called with some of them.
       renewed: the objects that the bind in progress has replaced.
@@ -55,6 +56,7 @@ class Session(Holder):
         self.base = list(_jax.chain(_jax.current_trace()))
         self.frames: list[Any] = []
         self.copies: list[Any] = []
+        self.residuals: set[type] = set()
         self.reading: Walk | None = None
         self.called: Walk | None = None
         self.renewed: Any = None
@@ -238,9 +240,7 @@ class Session(Holder):
                 made = Blank.of(walk.nodes[n].object).make()
                 self.own.add(id(made))
                 walk.replace(n, made)
-            for node in walk.nodes:
-                node.values = walk.values_of(node.entries)
-                node.fill(node.values)
+            walk.put_together()
         walk.roots = walk.values_of(walk.graph.roots)
         self.roots[:] = walk.roots[: len(self.roots)]
         self.detached = walk.roots[len(self.roots) :]
@@ -297,9 +297,13 @@ class Session(Holder):
             return
         self._pending = None
         leaf, node = leaves.__getitem__, nodes.__getitem__
+        pairs = list(zip(nodes, change.parts, strict=True))
         with self._writing():
-            for x, (names, keys, entries) in zip(nodes, change.parts, strict=True):
-                fill(x, names, keys, [value_of(e, leaf, node) for e in entries])
+            for x, part in sorted(pairs, key=lambda pair: pair[1].hashes):
+                keys = part.keys
+                if part.key_entries:
+                    keys = [value_of(e, leaf, node) for e in part.key_entries]
+                fill(x, part.names, keys, [value_of(e, leaf, node) for e in part.entries])
         roots = [value_of(e, leaf, node) for e in change.after.roots]
         self.roots[:] = roots[: change.roots]
         self.detached = roots[change.roots :]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,22 +23,31 @@ from jaxstate._src.tree.graph import (
     LEAF,
     Entry,
     Graph,
+    Key,
     Record,
     Static,
     TraceNote,
     has_leaves,
+    hashes,
     is_like,
     value_of,
 )
 from jaxstate._src.tree.objects import MADE, NODE, STATIC, children_names, kind_of, parts_of, put
+from jaxstate._src.tree.references import (
+    followed,
+    is_iterator,
+    is_weak_container,
+    may_lead_back,
+    position,
+)
 
 
 class Node:
     """One object as it was when it was looked at."""
 
     __slots__ = (
-        "entries", "keys", "names", "object", "order", "parent", "place", "ranks", "values",
-        "with_leaves",
+        "entries", "key_entries", "keys", "names", "object", "order", "parent", "place", "ranks",
+        "values", "with_leaves",
     )  # fmt: skip
 
     def __init__(self, x: Any, parent: int, place: int) -> None:
@@ -48,6 +56,7 @@ class Node:
         self.place = place  # the number of the part, or of the root
         self.names: list[str] = []
         self.keys: Any = None
+        self.key_entries: list[Entry] | None = None  # if there are objects among the keys
         self.values: list[Any] = []
         self.entries: list[Entry] = []
         self.order: list[int] | None = None  # in which the graph has the parts
@@ -59,8 +68,13 @@ class Node:
         other = Node(x, self.parent, self.place)
         other.names, other.keys, other.values = self.names, self.keys, self.values[:]
         other.entries, other.with_leaves = self.entries, self.with_leaves
-        other.order, other.ranks = self.order, self.ranks
+        other.order, other.ranks, other.key_entries = self.order, self.ranks, self.key_entries
         return other
+
+    @property
+    def hashes(self) -> bool:
+        """Whether it looks at the hashes of other objects: these are put together first."""
+        return hashes(type(self.object), self.key_entries, self.entries)
 
     def entry_of(self, names: Any, keys: Any, place: int) -> Entry | None:
         """The entry of the part that is at number ``place`` of ``names`` and ``keys``."""
@@ -104,11 +118,12 @@ class Walk:
       nodes: a `Node` per object.
       is_tree: whether no object of a class that JAX knows was reached twice.
       notes: where objects note the trace that they are used in, as in ``places``.
+      iterators: those of Python among the parts, behind where they are, as in ``places``.
     """
 
     __slots__ = (
-        "_before", "_clock", "_memo", "_weak", "avals", "graph", "is_tree", "leaves", "nodes",
-        "notes", "places", "roots", "versions",
+        "_before", "_clock", "_followed", "_keyed", "_memo", "_path", "avals", "graph", "is_tree",
+        "iterators", "leaves", "nodes", "notes", "places", "roots", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -119,13 +134,18 @@ class Walk:
         self.places: list[tuple[int, int]] = []
         self.nodes: list[Node] = []
         self.notes: list[tuple[int, int]] = []
+        self.iterators: list[tuple[int, int, Any]] = []
         self.avals: list[Any] = []
         self.is_tree = True
         self._before = before
         self._memo: dict[int, int] = {}
-        self._weak: list[tuple[int, int]] = []
+        self._followed: list[tuple[Any, int, int, tuple[int, ...]]] = []
+        self._keyed: list[int] = []  # the objects whose keys are more than strings
+        self._path: list[int] = []  # to a part of a value that is made of its parts
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
-        self._find_referents()
+        self._follow(entries, tree)
+        self._find_keys(tree)
+        self._follow(entries, tree)
         records = [self._record(node) for node in self.nodes]
         ranks = [node.ranks for node in self.nodes]
         places = tuple(
@@ -138,6 +158,8 @@ class Walk:
 
     def _record(self, node: Node) -> Record:
         names, keys, entries = node.names, node.keys, node.entries
+        if node.key_entries:
+            keys = [Key(e, type(k).__name__) for e, k in zip(node.key_entries, keys, strict=True)]
         if node.order:
             n = len(names)
             entries = [entries[i] for i in node.order]
@@ -171,25 +193,67 @@ class Walk:
         kind = kind_of(x)
         if kind is NODE:
             return (NODE, self._node(x, static, node, place, tree))
-        if kind is MADE:
-            maker, parts = objects.taken_apart(x)
-            return (MADE, maker, tuple([self._entry(p, static, node, place, tree) for p in parts]))
+        if kind is MADE or (cls is frozenset and any(kind_of(p) is NODE for p in x)):
+            return self._made(*objects.taken_apart(x), static, node, place, tree)
         if objects.is_trace_note(x):
             self.notes.append((node, place))
             return (STATIC, TraceNote(x))
-        if isinstance(x, objects.WEAK) and node >= 0:
-            self._weak.append((node, place))
+        if is_iterator(x):
+            self.iterators.append((node, place, x))
+        if may_lead_back(x):
+            self._followed.append((x, node, place, tuple(self._path)))
         return (STATIC, Static(x))
 
-    def _find_referents(self) -> None:
-        """Weak references to the objects are to them, also in a copy."""
-        for n, place in self._weak:
-            x = self.nodes[n].values[place]
-            if type(x) is not weakref.ref:
-                if any(self.find(y) for y in objects.referents(x)):
+    def _made(
+        self, maker: Any, parts: list[Any], static: bool, node: int, place: int, tree: bool
+    ) -> Entry:
+        entries = []
+        for i, part in enumerate(parts):
+            self._path.append(i)
+            entries.append(self._entry(part, static, node, place, tree))
+            self._path.pop()
+        return (MADE, maker, tuple(entries))
+
+    def _follow(self, entries: list[Entry], tree: bool) -> None:
+        """What leads back to the objects leads to the objects, also in a copy."""
+        found = True
+        while found:
+            found, todo, self._followed = False, self._followed, []
+            for x, n, place, path in todo:
+                if is_weak_container(x, self.find):
                     raise problems.held_weakly(type(x))
-            elif (number := self.number_of(x())) is not None:
-                self.nodes[n].entries[place] = (MADE, objects.Weak(), ((NODE, number),))
+                how = followed(x, self.find)
+                if how is None:
+                    self._followed.append((x, n, place, path))
+                    continue
+                self._path = list(path)
+                found, entry = True, self._made(*how, True, n, place, tree)
+                there = entries if n < 0 else self.nodes[n].entries
+                there[place] = _with_part(there[place], path, entry)
+                if n >= 0 and has_leaves(entry) and place not in self.nodes[n].with_leaves:
+                    self.nodes[n].with_leaves.append(place)
+
+    def _find_keys(self, tree: bool) -> None:
+        for number in self._keyed:
+            node = self.nodes[number]
+            keys = [self._key(k, number, len(node.names) + i) for i, k in enumerate(node.keys)]
+            if any(key[0] is not STATIC for key in keys):
+                node.key_entries = keys
+
+    def _key(self, x: Any, node: int, place: int) -> Entry:
+        """A key. An object is a part if it is one elsewhere, or equal to others of its class:
+        otherwise it is a name, that stays what it is."""
+        if type(x) is tuple:
+            parts = [self._key(part, node, place) for part in x]
+            if any(part[0] is not STATIC for part in parts):
+                return (MADE, objects.Tuple(tuple, ()), tuple(parts))
+        elif kind_of(x) is NODE:
+            number = self.number_of(x)
+            if number is None and type(x).__hash__ is not object.__hash__:
+                number = self._node(x, True, node, place, False)
+            if number is not None:
+                return (NODE, number)
+        return (STATIC, Static(x))
 
     def _leaf(self, x: Any, aval: Any, node: int, place: int) -> Entry:
         if getattr(aval, "weak_type", False):
@@ -224,6 +288,9 @@ class Walk:
         node = Node(x, parent, place)
         self.nodes.append(node)
         node.names, node.keys, node.values = parts_of(x)
+        if type(node.keys) is list and set(map(type, node.keys)) - {str}:
+            self._keyed.append(number)
+        path, self._path = self._path, []
         n = len(node.names)
         children = children_names(x, node.names, node.values) if n else ()
         node.order = order = _order(type(x), node.names, node.keys)
@@ -235,6 +302,7 @@ class Walk:
             node.entries[i] = entry = self._entry(node.values[i], is_static, number, i, tree)
             if entry[0] is LEAF or (entry[0] is MADE and has_leaves(entry)):
                 node.with_leaves.append(i)
+        self._path = path
         return number
 
     def find(self, x: Any) -> Node | None:
@@ -318,20 +386,30 @@ class Walk:
         walk = self._like([leaf(x, aval) for x, aval in zip(self.leaves, self.avals, strict=True)])
         walk.nodes = [node.copy(objects.Blank.of(node.object).make()) for node in self.nodes]
         walk._memo = {id(node.object): n for n, node in enumerate(walk.nodes)}
-        for node in walk.nodes:
-            node.values = walk.values_of(node.entries)
-            node.fill(node.values)
+        walk.put_together()
         walk.roots = walk.values_of(self.graph.roots)
         return walk
+
+    def put_together(self) -> None:
+        """Makes the objects of their parts."""
+        for node in sorted(self.nodes, key=operator.attrgetter("hashes")):
+            node.values = self.values_of(node.entries)
+            if node.key_entries:
+                node.keys = self.values_of(node.key_entries)
+            node.fill(node.values)
 
     def _like(self, leaves: list[Any]) -> Walk:
         walk = object.__new__(Walk)
         walk.leaves, walk.places, walk.notes = leaves, self.places, self.notes
         walk.graph, walk.avals, walk.is_tree = self.graph, self.avals, self.is_tree
-        walk._before, walk._weak = None, []
+        walk._before, walk._followed, walk._keyed, walk._path = None, [], [], []
         walk._clock, walk.versions = self._clock, self.versions[:]
-        walk.nodes = []
+        walk.nodes, walk.iterators = [], self.iterators
         return walk
+
+    def positions(self) -> tuple[Any, ...]:
+        """Where the iterators are."""
+        return tuple([position(x) for _, _, x in self.iterators])
 
     # -- What stands where -------------------------------------------------------------------
 
@@ -348,6 +426,15 @@ class Walk:
 
 
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
+
+
+def _with_part(entry: Entry, path: Sequence[int], part: Entry) -> Entry:
+    """A value that is made of its parts, with another one at a path."""
+    if not path:
+        return part
+    kind, maker, entries = entry
+    i, *rest = path
+    return (kind, maker, (*entries[:i], _with_part(entries[i], rest, part), *entries[i + 1 :]))
 
 
 def _is_same_static(entry: Entry, new: Any) -> bool:
