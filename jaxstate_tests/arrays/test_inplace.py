@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 import jaxstate
 from jaxstate import inplace
 from jaxstate._src import _jax
+from jaxstate_tests.sampling import part_of_product
 
 X = np.arange(12, dtype=np.float32)
 M = np.arange(20, dtype=np.float32).reshape(4, 5)
@@ -610,8 +611,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("lanes", [False, True], ids=["", "lanes"])
+@pytest.mark.parametrize("loop, lanes", part_of_product(2, LOOPS, [False, True]))
 def test_derivatives_are_those_of_finite_differences(loop, lanes):
     def program(x, y):
         if not lanes:

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxstate
+from jaxstate_tests.sampling import part_of_product
 
 # -- Writes, by `jaxstate` and by hand -------------------------------------------------------
 
@@ -199,8 +200,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("make", WEAK)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make, kind", part_of_product(2, WEAK, KINDS))
 def test_a_weakly_typed_array_is_read_written_and_read_anywhere(make, kind):
     write, wanted = KINDS[kind]
     turn = list(WEAK).index(make) + list(KINDS).index(kind)

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxstate
+from jaxstate_tests.sampling import part_of_product
 
 error_is_expected = pytest.mark.leaks_allowed(
     "the checker reports tracers in the traceback of the expected error"
@@ -169,8 +170,9 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("turn", TURNS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "solver, turn", part_of_product(2, SOLVERS, TURNS, name=lambda f: f.__name__)
+)
 def test_reads_see_the_writes_of_other_converted_functions(solver, turn):
     writer_first = (TURNS.index(turn) + SOLVERS.index(solver)) % 2 == 0
     for convert in (by_closure_convert, by_make_jaxpr):

@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 import jaxstate
+from jaxstate_tests.sampling import part_of_product
 
 KEY = jax.random.key(3)
 X = jnp.float32(0.7)
@@ -115,8 +116,7 @@ def twice(make):
     return enc
 
 
-@pytest.mark.parametrize("call", CALLERS)
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make, call", part_of_product(2, MAKERS, CALLERS))
 def test_every_call_of_an_object_has_the_modules_of_the_first(make, call):
     enc, run = twice(MAKERS[make]), CALLERS[call]
     net = jaxstate.parametrized(lambda x: run(enc, x), name="net")
@@ -132,8 +132,7 @@ def test_every_call_of_an_object_has_the_modules_of_the_first(make, call):
     np.testing.assert_allclose(net.apply(params, X), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("call", CALLERS)
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make, call", part_of_product(2, MAKERS, CALLERS))
 def test_without_jit_it_is_the_same(make, call):
     enc, run = twice(MAKERS[make]), CALLERS[call]
     if (make, call) == ("in a branch", "vmap"):

@@ -21,6 +21,7 @@ import pytest
 
 import jaxstate
 from jaxstate_tests.core.test_matrix import initial_parameter
+from jaxstate_tests.sampling import part_of_product
 
 normal = jax.nn.initializers.normal(1.0)
 lecun = jax.nn.initializers.lecun_normal()
@@ -1009,8 +1010,7 @@ W = jnp.arange(9.0).reshape(3, 3) / 8  # exact in all dtypes that are used
 
 
 @pytest.mark.leaks_allowed("the checker turns JAX's caches off")
-@pytest.mark.parametrize("program", scopes_of(None))
-@pytest.mark.parametrize("wrap", SHARED)
+@pytest.mark.parametrize("wrap, program", part_of_product(2, SHARED, scopes_of(None)))
 def test_a_function_that_scopes_with_parameters_of_other_types_share(wrap, program, key):
     def layer(x):
         return x + (x @ jaxstate.param("w", jax.nn.initializers.ones, (3, 3))).astype(x.dtype)

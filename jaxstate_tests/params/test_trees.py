@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jaxstate
+from jaxstate_tests.sampling import part_of_product
 
 KEY = jax.random.key(5)
 normal = jax.nn.initializers.normal(1.0)
@@ -147,8 +148,7 @@ WRAPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree, wrap", part_of_product(2, TREES, WRAPS))
 def test_a_tree_is_kept_by_init_and_apply(tree, wrap):
     make = TREES[tree]
     seen = []
@@ -182,8 +182,14 @@ def test_a_tree_is_kept_by_init_and_apply(tree, wrap):
     assert_equal(copy.deepcopy(params), params)
 
 
-@pytest.mark.parametrize("wrap", [name for name in WRAPS if name not in ("vmap", "grad")])
-@pytest.mark.parametrize("tree", [name for name in TREES if name != "dtypes"])
+@pytest.mark.parametrize(
+    "tree, wrap",
+    part_of_product(
+        2,
+        [name for name in TREES if name != "dtypes"],
+        [name for name in WRAPS if name not in ("vmap", "grad")],
+    ),
+)
 def test_a_tree_is_kept_by_variables(tree, wrap):
     make = TREES[tree]
 
