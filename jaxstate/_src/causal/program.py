@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from jaxstate._src import _jax
 from jaxstate._src.causal.knowledge import Facts, lean
@@ -142,7 +141,7 @@ class Program:
         env: dict[Any, Value] = {}
 
         def read(atom: Any) -> Value:
-            if isinstance(atom, core.Literal):
+            if not isinstance(atom, _jax.Var):
                 aval: Any = atom.aval
                 return self.constant(np.asarray(atom.val, aval.dtype))
             return env[atom]
