@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -256,7 +257,7 @@ def _as_given(signature: inspect.Signature, by_position: bool = False) -> list[s
     return shown
 
 
-def note_mistakes(error: Exception, how: str, args: Any) -> None:
+def note_mistakes(net: Any, error: Exception, how: str, args: Any, kwargs: Any) -> None:
     """Adds to an error of Python or JAX what the program may have meant."""
     text = str(error)
     notes = []
@@ -269,9 +270,33 @@ def note_mistakes(error: Exception, how: str, args: Any) -> None:
         notes.append(_NETWORK_WITH_DICT)
     if how == "apply" and dict_first and isinstance(error, (AttributeError, TypeError, ValueError)):
         notes.append(_TWO_DICTS)
+    if isinstance(error, jax.errors.TracerBoolConversionError) and how.startswith("apply"):
+        notes += [_traced_option(net, how, name) for name in _traced_flags(net, args, kwargs)]
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
+
+
+def _traced_flags(net: Any, args: Any, kwargs: Any) -> list[str]:
+    """The arguments that are a bool of the program, where Python wants to know which."""
+    try:
+        given = inspect.signature(net.fn).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return []
+    return [
+        name
+        for name, x in given.items()
+        if _jax.is_tracer(x) and x.shape == () and x.dtype == jnp.bool_
+    ]
+
+
+def _traced_option(net: Any, how: str, option: str) -> str:
+    call = f"{name_to_call(net)}.{how}"
+    return f"""\
+{option!r} is an array of the program here, and Python branches on it. Bind it before.
+To mend it:
+    jax.jit(functools.partial({call}, {option}=True))
+    jax.jit({call}, static_argnames={option!r})     # called with {option}=True"""
 
 
 _NO_SUCH_ATTRIBUTE = """\
