@@ -7,6 +7,7 @@ variable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -44,6 +45,8 @@ class Copies(Parametrized[P, R]):
         self.n = n
         self.axis = axis
         super().__init__(self._forward, name)
+        functools.update_wrapper(self, block, updated=())  # it is called as the block is
+        self.__name__ = self.__qualname__ = name
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
