@@ -270,15 +270,18 @@ def note_mistakes(net: Any, error: Exception, how: str, args: Any, kwargs: Any) 
         notes.append(_NETWORK_WITH_DICT)
     if how == "apply" and dict_first and isinstance(error, (AttributeError, TypeError, ValueError)):
         notes.append(_TWO_DICTS)
-    if isinstance(error, jax.errors.TracerBoolConversionError) and how.startswith("apply"):
-        notes += [_traced_option(net, how, name) for name in _traced_flags(net, args, kwargs)]
+    if isinstance(error, _NOT_KNOWN) and how.startswith("apply"):
+        notes += [_traced_option(net, how, name) for name in _traced_options(net, args, kwargs)]
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
 
 
-def _traced_flags(net: Any, args: Any, kwargs: Any) -> list[str]:
-    """The arguments that are a bool of the program, where Python wants to know which."""
+_NOT_KNOWN = (jax.errors.TracerBoolConversionError, jax.errors.TracerIntegerConversionError)
+
+
+def _traced_options(net: Any, args: Any, kwargs: Any) -> list[str]:
+    """The arguments that may be meant for Python: one bool or integer of the program."""
     try:
         given = inspect.signature(net.fn).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
@@ -286,17 +289,19 @@ def _traced_flags(net: Any, args: Any, kwargs: Any) -> list[str]:
     return [
         name
         for name, x in given.items()
-        if _jax.is_tracer(x) and x.shape == () and x.dtype == jnp.bool_
+        if _jax.is_tracer(x)
+        and x.shape == ()
+        and any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.bool_, jnp.integer))
     ]
 
 
 def _traced_option(net: Any, how: str, option: str) -> str:
     call = f"{name_to_call(net)}.{how}"
     return f"""\
-{option!r} is an array of the program here, and Python branches on it. Bind it before.
+{option!r} is an array of the program here. If Python is to know its value, bind it before.
 To mend it:
-    jax.jit(functools.partial({call}, {option}=True))
-    jax.jit({call}, static_argnames={option!r})     # called with {option}=True"""
+    jax.jit(functools.partial({call}, {option}=value))
+    jax.jit({call}, static_argnames={option!r})     # called with {option}=value"""
 
 
 _NO_SUCH_ATTRIBUTE = """\
