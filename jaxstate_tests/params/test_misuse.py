@@ -136,3 +136,22 @@ def test_an_option_that_jit_makes_an_array_is_named(option, value, by_name):
     assert (jax.jit(bound)({}, X, KEY) == 2 * X).all()
     static = jax.jit(net.apply, static_argnames=option)
     assert (static({}, X, KEY, **{option: value}) == 2 * X).all()
+
+
+@pytest.mark.leaks_allowed("an error, whose traceback holds tracers")
+@pytest.mark.parametrize("copies", [jaxstate.stack, jaxstate.ensemble])
+def test_what_happens_in_a_block_is_said_to_happen_there(copies):
+    block = jaxstate.parametrized(lambda x: jnp.reshape(scaled(x), (7,)), name="block")
+    net = jaxstate.parametrized(lambda x, f=copies(block, 2): f(x), name="net")
+    with pytest.raises(TypeError) as e:
+        net.init(KEY, X)
+    notes = "".join(e.value.__notes__)
+    assert f"It happened in the block 'block' of the {copies.__name__}, used: " in notes
+    assert "initializer" not in notes
+
+
+@pytest.mark.parametrize("copies", [jaxstate.stack, jaxstate.ensemble])
+def test_a_keyword_that_a_block_would_not_get_is_refused(copies):
+    several = copies(jaxstate.parametrized(lambda x, *, key=None: scaled(x), name="block"), 2)
+    with pytest.raises(TypeError, match="has an argument 'key', and apply takes key= for itself"):
+        several.apply({several.copies: {"w": jnp.ones(2)}}, X, key=KEY)

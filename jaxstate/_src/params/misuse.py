@@ -59,7 +59,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     ``how`` says what was called: the network itself (``""``), or its ``init``, ``apply`` ...
     """
     try:
-        signature = inspect.signature(net.fn)
+        signature = inspect.signature(net)
     except (TypeError, ValueError):
         return None
     problem = _does_not_fit(signature, args, kwargs)
@@ -183,7 +183,7 @@ def taken_arguments(fn: Any) -> dict[str, int]:
 
 def has_taken_argument(net: Any, how: str, argument: str) -> Exception:
     """A method was given a keyword that the function has an argument for too."""
-    signature, name = inspect.signature(net.fn), name_to_call(net)
+    signature, name = inspect.signature(net), name_to_call(net)
     return TypeError(
         message(
             f"{name} has an argument {argument!r}, and {how} takes {argument}= for itself: the"
@@ -283,7 +283,7 @@ _NOT_KNOWN = (jax.errors.TracerBoolConversionError, jax.errors.TracerIntegerConv
 def _traced_options(net: Any, args: Any, kwargs: Any) -> list[str]:
     """The arguments that may be meant for Python: one bool or integer of the program."""
     try:
-        given = inspect.signature(net.fn).bind(*args, **kwargs).arguments
+        given = inspect.signature(net).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
         return []
     return [
@@ -391,7 +391,8 @@ def about_initializer(
                 used=address.used,
             )
         )
-    error.add_note(f"It happened in the initializer of {address}, used: {address.used}")
+    where = getattr(init, "in_words", f"the initializer of {address}")
+    error.add_note(f"It happened in {where}, used: {address.used}")
     return error
 
 
