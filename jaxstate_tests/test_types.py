@@ -102,6 +102,19 @@ def test_the_help_of_the_package_begins_with_all_that_can_be_called():
     assert sorted(name.strip() for name in shown) == sorted(set(jaxstate.__all__) - classes)
 
 
+def test_help_shows_how_a_network_is_called():
+    """And copies are called as the block is."""
+    for value, shown in (
+        (net, "net(x)"),
+        (Owner().part, "part(x)"),
+        (jaxstate.stack(net, 2), "stack(x)"),
+        (jaxstate.ensemble(net, 2, name="members"), "members(x)"),
+    ):
+        text = pydoc.render_doc(value, renderer=pydoc.plaintext)
+        assert f"\n{shown}\n    What this " in text
+        assert "_src" not in text and "_forward" not in text
+
+
 def has_doc(value):
     return not callable(value) or bool(inspect.getdoc(value))
 

@@ -3,6 +3,7 @@
 A keyword is never lost: the function gets it, or an error says that it would not.
 """
 
+import functools
 import inspect
 
 import jax
@@ -110,3 +111,47 @@ def test_tools_are_shown_the_first_arguments_by_name():
     lowered = jax.jit(net.apply, donate_argnames="params").lower({"w": jnp.ones(())}, 1.0)
     (params, x), _ = lowered.args_info
     assert params["w"].donated and not x.donated
+
+
+@pytest.mark.leaks_allowed("an error, whose traceback holds tracers")
+@pytest.mark.parametrize("option, value", [("train", True), ("n", 2)])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_option_that_jit_makes_an_array_is_named(option, value, by_name):
+    """And nothing else is, such as a key."""
+
+    def count(x, noise_key, n):
+        return sum(x for _ in range(n))
+
+    def branch(x, noise_key, train):
+        return 2 * x if train else x
+
+    net = jaxstate.parametrized({"n": count, "train": branch}[option], name="net")
+    args, kwargs = ((), {option: value}) if by_name else ((value,), {})
+    with pytest.raises(TypeError) as e:
+        jax.jit(net.apply)({}, X, KEY, *args, **kwargs)
+    notes = "".join(e.value.__notes__)
+    assert f"jax.jit(functools.partial(net.apply, {option}=value))" in notes
+    assert "noise_key" not in notes
+    bound = functools.partial(net.apply, **{option: value})
+    assert (jax.jit(bound)({}, X, KEY) == 2 * X).all()
+    static = jax.jit(net.apply, static_argnames=option)
+    assert (static({}, X, KEY, **{option: value}) == 2 * X).all()
+
+
+@pytest.mark.leaks_allowed("an error, whose traceback holds tracers")
+@pytest.mark.parametrize("copies", [jaxstate.stack, jaxstate.ensemble])
+def test_what_happens_in_a_block_is_said_to_happen_there(copies):
+    block = jaxstate.parametrized(lambda x: jnp.reshape(scaled(x), (7,)), name="block")
+    net = jaxstate.parametrized(lambda x, f=copies(block, 2): f(x), name="net")
+    with pytest.raises(TypeError) as e:
+        net.init(KEY, X)
+    notes = "".join(e.value.__notes__)
+    assert f"It happened in the block 'block' of the {copies.__name__}, used: " in notes
+    assert "initializer" not in notes
+
+
+@pytest.mark.parametrize("copies", [jaxstate.stack, jaxstate.ensemble])
+def test_a_keyword_that_a_block_would_not_get_is_refused(copies):
+    several = copies(jaxstate.parametrized(lambda x, *, key=None: scaled(x), name="block"), 2)
+    with pytest.raises(TypeError, match="has an argument 'key', and apply takes key= for itself"):
+        several.apply({several.copies: {"w": jnp.ones(2)}}, X, key=KEY)

@@ -7,6 +7,7 @@ variable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -44,6 +45,9 @@ class Copies(Parametrized[P, R]):
         self.n = n
         self.axis = axis
         super().__init__(self._forward, name)
+        functools.update_wrapper(self, block, updated=())  # it is called as the block is
+        self.__name__ = self.__qualname__ = name
+        self._taken = block._taken
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -77,6 +81,10 @@ class Copies(Parametrized[P, R]):
 
             return self._each(one, (jnp.arange(self.n), params), args)
 
+        # For messages: nobody has written these initializers.
+        kind = type(self).__name__.lower()
+        for initial in (initial_params, initial_state):
+            initial.in_words = f"the block {self.block.name!r} of the {kind}"  # type: ignore[attr-defined]
         with self._in_copies():
             facts = of_copies(self.block, self.axis, lambda: self._args_of_one(args), kwargs)
         # This traces the block, under apply too.

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,7 +59,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
     ``how`` says what was called: the network itself (``""``), or its ``init``, ``apply`` ...
     """
     try:
-        signature = inspect.signature(net.fn)
+        signature = inspect.signature(net)
     except (TypeError, ValueError):
         return None
     problem = _does_not_fit(signature, args, kwargs)
@@ -182,7 +183,7 @@ def taken_arguments(fn: Any) -> dict[str, int]:
 
 def has_taken_argument(net: Any, how: str, argument: str) -> Exception:
     """A method was given a keyword that the function has an argument for too."""
-    signature, name = inspect.signature(net.fn), name_to_call(net)
+    signature, name = inspect.signature(net), name_to_call(net)
     return TypeError(
         message(
             f"{name} has an argument {argument!r}, and {how} takes {argument}= for itself: the"
@@ -256,7 +257,7 @@ def _as_given(signature: inspect.Signature, by_position: bool = False) -> list[s
     return shown
 
 
-def note_mistakes(error: Exception, how: str, args: Any) -> None:
+def note_mistakes(net: Any, error: Exception, how: str, args: Any, kwargs: Any) -> None:
     """Adds to an error of Python or JAX what the program may have meant."""
     text = str(error)
     notes = []
@@ -269,9 +270,38 @@ def note_mistakes(error: Exception, how: str, args: Any) -> None:
         notes.append(_NETWORK_WITH_DICT)
     if how == "apply" and dict_first and isinstance(error, (AttributeError, TypeError, ValueError)):
         notes.append(_TWO_DICTS)
+    if isinstance(error, _NOT_KNOWN) and how.startswith("apply"):
+        notes += [_traced_option(net, how, name) for name in _traced_options(net, args, kwargs)]
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
+
+
+_NOT_KNOWN = (jax.errors.TracerBoolConversionError, jax.errors.TracerIntegerConversionError)
+
+
+def _traced_options(net: Any, args: Any, kwargs: Any) -> list[str]:
+    """The arguments that may be meant for Python: one bool or integer of the program."""
+    try:
+        given = inspect.signature(net).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return []
+    return [
+        name
+        for name, x in given.items()
+        if _jax.is_tracer(x)
+        and x.shape == ()
+        and any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.bool_, jnp.integer))
+    ]
+
+
+def _traced_option(net: Any, how: str, option: str) -> str:
+    call = f"{name_to_call(net)}.{how}"
+    return f"""\
+{option!r} is an array of the program here. If Python is to know its value, bind it before.
+To mend it:
+    jax.jit(functools.partial({call}, {option}=value))
+    jax.jit({call}, static_argnames={option!r})     # called with {option}=value"""
 
 
 _NO_SUCH_ATTRIBUTE = """\
@@ -361,7 +391,8 @@ def about_initializer(
                 used=address.used,
             )
         )
-    error.add_note(f"It happened in the initializer of {address}, used: {address.used}")
+    where = getattr(init, "in_words", f"the initializer of {address}")
+    error.add_note(f"It happened in {where}, used: {address.used}")
     return error
 
 

@@ -457,7 +457,7 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
             if other is not None:
                 raise other from None
         if where or innermost_store() is None:
-            note_mistakes(error, where, args)
+            note_mistakes(self, error, where, args, kwargs)
 
     def _check_taken(self, how: str, given: dict[str, Any], args: Any) -> None:
         """Refuses a keyword that the function has an argument for too, and has not got."""
@@ -473,6 +473,9 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
         if type(given) is not dict and not isinstance(given, Mapping):
             aval = _jax.type_of(given)
             found = type(given).__name__ if aval is None else aval.str_short()
+            if innermost_store() is not None:
+                called = f"y = {name_to_call(self)}(x)      # a part of the network that calls it"
+                fix = f"{called}\n    {fix}"
             if isinstance(given, tuple) and len(given) == 2:
                 fix = f"params, state = net.init_with_state(key, x)\n    {fix}"
             raise TypeError(

@@ -494,6 +494,7 @@ def _refusal(method: str, operation: str) -> Callable[..., Any]:
             )
         )
 
+    refuse.__doc__ = "Refused: a handle is not its value."
     refuse.__name__, refuse.__qualname__ = method, f"Variable.{method}"
     return refuse
 

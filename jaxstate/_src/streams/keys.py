@@ -37,8 +37,16 @@ def key_and_type(key: Any, where: str) -> tuple[Any, Any]:
     found = repr(key) if aval is None else aval.str_short()
     raise TypeError(
         f"{where} wants one random key, and was given {found}.\n"
-        "To mend it:\n    key = jax.random.key(0)"
+        f"To mend it:\n    {_mended(key, aval)}"
     )
+
+
+def _mended(key: Any, aval: Any) -> str:
+    if aval is not None and _jax.is_typed_key(aval):
+        return "key = keys[0]      # one of them; or jax.vmap, for a result of each"
+    if hasattr(key, "next_key"):
+        return "key = stream.next_key()"
+    return "key = jax.random.key(0)"
 
 
 def _default_kind() -> Hashable:
