@@ -88,15 +88,15 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
     """
     used = _jax.user_location()
     check_name(name, "param")
-    if not callable(init):
-        raise TypeError(
-            f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
-            f'\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
-        )
     if metadata is not None:
         metadata = checked(metadata, name)
 
     def value(init: Any, *init_args: Any) -> Any:
+        if not callable(init):
+            raise TypeError(
+                f"param({name!r}, ...) wants a function init(key, *init_args), and was given"
+                f' {init!r}.\nTo mend it:\n    jaxstate.param("{name}", lambda key: value)'
+            )
         address = ParamAddress(name, used, metadata)
         store = address.store()
         pieces = None if metadata is None else pieces_here(name, metadata, store)

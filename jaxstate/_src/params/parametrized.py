@@ -87,8 +87,6 @@ class Parametrized(Reusable[P, R], Describable, Summarizable):
     """
 
     def __init__(self, fn: Callable[P, R], name: str | None = None) -> None:
-        if not callable(fn):
-            raise TypeError(f"parametrized wants a function, and was given {fn!r}.")
         check_runs_when_called(fn, "parametrized")
         if name is not None:
             check_name(name, "parametrized")
