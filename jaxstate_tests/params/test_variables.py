@@ -1092,6 +1092,24 @@ def test_reduce_keeps_the_type():
 
 
 @refusal
+def test_reduce_makes_an_array_of_values_along_an_axis():
+    def net(reduce):
+        def net(xs):
+            n = jaxstate.variable("n", jnp.zeros, (), reduce=reduce)
+            jax.vmap(lambda x: setattr(n, "value", x))(xs)
+
+        return jaxstate.parametrized(net).apply_with_state
+
+    for wrong in (lambda values, axis: None, lambda values, axis: "n"):
+        with raises(jaxstate.SlotTypeError, "'n' has type float32.*reduce makes .* is "):
+            net(wrong)({}, {"n": 0.0}, jnp.arange(3.0))
+    with pytest.raises(TypeError, match="'axis'") as caught:
+        net(lambda values: values.sum())({}, {"n": 0.0}, jnp.arange(3.0))
+    (note,) = [note for note in caught.value.__notes__ if "variable 'n'" in note]
+    assert "called as reduce(values, axis=0)" in note
+
+
+@refusal
 def test_apply_without_state_and_writes_under_apply_are_refused():
     @jaxstate.parametrized
     def net(x):
