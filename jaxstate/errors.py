@@ -217,7 +217,10 @@ def thread_that_has_nothing() -> str | None:
 
 
 def check_runs_when_called(fn: Any, where: str) -> None:
-    """A generator or coroutine runs when the state is gone, in pieces."""
+    """Raises if ``fn`` is no function, or one that makes a generator or coroutine: these run when
+    the state is gone, in pieces."""
+    if not callable(fn):
+        raise TypeError(f"{where} wants a function, and was given {fn!r}.")
     while isinstance(fn, functools.partial):
         fn = fn.func
     is_function = isinstance(fn, (types.FunctionType, types.MethodType))

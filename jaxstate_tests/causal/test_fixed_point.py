@@ -331,6 +331,37 @@ def test_a_row_without_anything_to_see_is_an_error_or_nan(added):
     assert jnp.isnan(jax.jit(lambda x: causal_fixed_point(f, x))(jnp.zeros(4))).all()
 
 
+BAD_INPUT = {
+    "no function": (lambda: causal_fixed_point(None, jnp.zeros(4)), TypeError, "wants a function"),
+    "no array": (lambda: causal_fixed_point(shifted, None), TypeError, "or a tree of arrays"),
+    "a text": (lambda: causal_fixed_point(shifted, {"a": "x"}), TypeError, "or a tree of arrays"),
+    "no axis": (lambda: causal_fixed_point(shifted, 0.0), ValueError, r"axis 0 is none of"),
+    "another axis": (
+        lambda: causal_fixed_point(shifted, jnp.zeros(4), axis=1),
+        ValueError,
+        r"axis 1 is none of float32\[4\]",
+    ),
+    "an axis twice": (
+        lambda: causal_fixed_point(shifted, jnp.zeros((4, 4)), axis=(0, -2)),
+        ValueError,
+        "one or several axes",
+    ),
+    "steps": (lambda: causal_fixed_point(shifted, jnp.zeros(4), steps=1.5), TypeError, "steps is"),
+    "few steps": (
+        lambda: causal_fixed_point(shifted, jnp.zeros(4), steps=-1),
+        ValueError,
+        "from 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_named(name):
+    run, error, text = BAD_INPUT[name]
+    with pytest.raises(error, match=text):
+        run()
+
+
 def test_another_type_is_an_error():
     with pytest.raises(TypeError, match=r"int32\[4\] of float32\[4\]"):
         causal_fixed_point(lambda x: shifted(x).astype(jnp.int32), jnp.zeros(4))

@@ -236,17 +236,33 @@ def test_unstack_and_restack(key):
     assert_trees_equal(several.unstack(loaded), trained)
     with pytest.raises(ValueError, match="has 3 members, and was given 2"):
         several.restack(members[1:])
+    for wrong in (None, [1], {"layers": params["members"]}, {"ensemble": params}):
+        with pytest.raises(TypeError, match="unstack wants the parameters as init makes them"):
+            several.unstack(wrong)
+    for wrong in (jnp.ones((4, 2)), 1.0):  # of another ensemble, or of none
+        with pytest.raises(ValueError, match=r"has 3 members, and was given 'members/w' of shape"):
+            several.unstack({"members": {"w": wrong}})
+    for wrong in (None, 3, params):
+        with pytest.raises(TypeError, match="restack wants a list of trees"):
+            several.restack(wrong)
+    for other in ({"w": members[0]["w"], "b": 1.0}, {"w": jnp.ones(3)}):
+        with pytest.raises(ValueError, match="alike: number 2 is"):
+            several.restack([*members[:2], other])
+    assert jaxstate.ensemble(tracked, np.int64(N)).n == N
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
 def test_what_is_refused(key):
-    for bad in (0, -1, 2.0):
+    for bad in (0, -1, 2.0, None, True):
         with pytest.raises(ValueError, match="number of members"):
             jaxstate.ensemble(net, bad)
     with pytest.raises(TypeError, match=r"ensemble wants a parametrized object.*"):
         jaxstate.ensemble(lambda x: x, 2)
     with pytest.raises(ValueError, match=r"in_axes=\(0, None\).*called with 1 positional"):
         jaxstate.ensemble(net, N, (0, None)).init(key, XS)
+    for bad in ("x", {"x": 0}, 1.0):
+        with pytest.raises(TypeError, match=r"in_axes=.*wants None, an integer, or a tuple"):
+            jaxstate.ensemble(net, N, bad).init(key, XS)
     with pytest.raises(ValueError, match=r"inconsistent sizes|axis"):
         jaxstate.ensemble(net, N, 0).init(key, X)
     tracked_members = jaxstate.ensemble(tracked, N)

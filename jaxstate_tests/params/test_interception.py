@@ -420,10 +420,47 @@ def test_with_random_streams_and_in_a_stack():
     np.testing.assert_allclose(y, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("given", [{}, {"modules": 3}, {"params": "w"}, {"variables": jnp.ones(2)}])
-def test_what_is_no_function_is_refused(given):
-    with pytest.raises(TypeError, match="intercept wants a function"), jaxstate.intercept(**given):
-        pass
+@pytest.mark.parametrize("given", [
+    {}, {"modules": 3}, {"params": "w"}, {"variables": jnp.ones(2)}, {"modules": lambda x: x},
+    {"params": lambda next_fun, args, kwargs: None},
+])  # fmt: skip
+def test_what_is_no_interceptor_is_refused_where_it_is_given(given):
+    with pytest.raises(TypeError, match="intercept wants a function"):
+        jaxstate.intercept(**given)
+
+
+@pytest.mark.leaks_allowed("the checker reports tracers in the error's traceback")
+def test_what_interceptors_hand_on_and_back_is_checked():
+    @jaxstate.parametrized
+    def net(x):
+        jaxstate.variable("n", jnp.zeros, ())
+        return x * jaxstate.param("w", uniform, ())
+
+    def nothing(next_fun, args, kwargs, context):
+        next_fun(*args, **kwargs)
+
+    def without_init(next_fun, args, kwargs, context):
+        return next_fun(None)
+
+    for kind, name in (("params", "w"), ("variables", "n")):
+        for hook, text in ((nothing, f"made None of .*'{name}'"), (without_init, f"'{name}', ...")):
+            with pytest.raises(TypeError, match=text), jaxstate.intercept(**{kind: hook}):
+                net.init(KEY, X)
+
+
+def test_an_interceptor_is_opened_once_for_each_with_and_each_call():
+    layer = jaxstate.parametrized(lambda x: x + 1, name="layer")
+    opening = jaxstate.intercept(doubled)
+    for _ in range(2):
+        with opening:
+            assert layer(1.0) == 4
+            with opening:
+                assert layer(1.0) == 8
+    assert layer(1.0) == 2
+    decorated = jaxstate.intercept(doubled)(lambda n: layer(1.0) if n == 0 else decorated(n - 1))
+    assert (decorated(0), decorated(1), layer(1.0)) == (4, 8, 2)
+    with pytest.warns(UserWarning, match="never opened: 'with' opens it"):
+        jaxstate.intercept(doubled)
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the error's traceback")

@@ -189,6 +189,23 @@ def test_arrays_are_no_metadata(make, wrap):
             run(X)
 
 
+@refusal
+@pytest.mark.parametrize("collection", [3, ["a"], ("a",), PartitionSpec("a")])
+def test_a_collection_has_a_name(collection):
+    net = jaxstate.parametrized(
+        lambda x: jaxstate.variable("n", jnp.zeros, (), metadata={"collection": collection}).value
+    )
+    state = {"n": jnp.float32(0)}
+    runs = (
+        lambda: net.init(jax.random.key(0), X),
+        lambda: net.metadata(X),
+        lambda: net.apply_with_state({}, state, X, mutable=["a"]),
+    )
+    for run in runs:
+        with pytest.raises(TypeError, match="in one collection, which has a string as name"):
+            run()
+
+
 # -- What it is for --------------------------------------------------------------------------
 
 

@@ -204,6 +204,19 @@ def test_the_key_of_a_name_is_documented(key):
     assert key_of(key, "/noise") == wanted
 
 
+def test_streams_have_strings_as_names(key):
+    net = jaxstate.parametrized(lambda x: x)
+    for wrong in (3, None, ("a",)):
+        with pytest.raises(TypeError, match="init wants a dict from names of streams to keys"):
+            net.init({"params": key, wrong: key}, X)
+        for run in (
+            net.apply,
+            jax.jit(lambda *given, k=wrong, **_: net.apply(*given, key={k: key})),
+        ):
+            with pytest.raises(TypeError, match="apply wants a dict from names of streams to keys"):
+                run({}, X, key={wrong: key})
+
+
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
 def test_an_initializer_that_takes_no_key(key):
     net = jaxstate.parametrized(lambda x: jaxstate.variable("u", 3, takes_key=True))

@@ -134,9 +134,13 @@ def test_all_by_name_and_its_derivative(key):
     ({"encoder": {}}, jaxstate.UnusedReuseError, "reuse has nothing in 'encoder'"),
     ({"encoder/dense/w": W}, jaxstate.ParameterMismatchError,
      r"'encoder/dense/w', reused from 'encoder/dense/w', is float32\[3,4\].*float32\[3,3\]"),
+    ({"encoder/dense/b": jax.random.split(jax.random.key(0), 3)},
+     jaxstate.ParameterMismatchError, r"is key<fry>\[3\], and the function wants float32\[3\]"),
+    ({encoder: {}}, jaxstate.MissingParameterError, "reuse has no parameter"),
     ({"encoder/dense/w": "w"}, jaxstate.ParameterMismatchError, "is 'w'"),
     ({3: W}, TypeError, "objects or names"),
-], ids=["name", "extra", "scope", "nothing", "shape", "no array", "key"])  # fmt: skip
+], ids=["name", "extra", "scope", "nothing", "shape", "random keys", "empty module", "no array",
+        "key"])  # fmt: skip
 def test_what_fits_nothing_is_an_error(key, reuse, error, says):
     with pytest.raises(error, match=says):
         net.init(key, X, reuse=reuse)
@@ -174,6 +178,10 @@ def test_names_that_do_not_fit():
         jaxstate.unflatten_names({"weights": 1}, like={"weight": 0})
     with pytest.raises(ValueError, match="'b' is not in like"):
         jaxstate.unflatten_names({"a": 1, "b": 2}, like={"a": 0})
+    for wrong in (None, [1], jnp.ones(2), {1: 2}):
+        for like in (None, {"a": 0}):
+            with pytest.raises(TypeError, match="a dict from names to arrays"):
+                jaxstate.unflatten_names(wrong, like)
 
 
 def test_a_stack_is_filled_layer_by_layer(key):

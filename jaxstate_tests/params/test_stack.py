@@ -266,6 +266,9 @@ def test_what_is_refused(key):
     for bad in (0, -1, 2.0):
         with pytest.raises(ValueError, match="number of layers"):
             jaxstate.stack(block, bad)
+    for bad in ("yes", 1, None):
+        with pytest.raises(TypeError, match="checkpoint is True, False or a policy"):
+            jaxstate.stack(block, 2, checkpoint=bad)
     with pytest.raises(TypeError, match="wants a parametrized object"):
         jaxstate.stack(lambda x: x, 2)
     wider = jaxstate.stack(dense(7), 2)

@@ -871,6 +871,35 @@ def test_devices_write_one_value():
         assert_same(apply({}, {"v": 2.0}, x), (7 * x, {"v": jnp.float32(7)}))
 
 
+@refusal
+@pytest.mark.parametrize("reduce", [None, jnp.sum])
+@pytest.mark.parametrize(("results", "spec", "says"), [
+    (lambda x, n: {"y": x, "n": n}, {"y": PartitionSpec(), "n": PartitionSpec()},
+     r"(?s)require replication.*out_specs\['y'\] is P\(\)"),
+    (lambda x, n: (n, x), PartitionSpec("d"), r"(?s)too long.*\[0\].* has rank 0"),
+], ids=["replication", "rank"])  # fmt: skip
+def test_jax_says_which_results_of_devices_that_write_do_not_fit(results, spec, says, reduce):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+
+    @jaxstate.parametrized
+    def net(x):
+        v = jaxstate.variable("v", jnp.zeros, (), reduce=reduce)
+
+        def on_device(x):
+            v.value = v.value + 1
+            return results(x, v.value)
+
+        return jax.shard_map(on_device, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=spec)(x)
+
+    runs = (
+        lambda: net.init_with_state(KEY, jnp.ones(2)),
+        lambda: jax.jit(net.apply_with_state)({}, {"v": 0.0}, jnp.ones(2)),
+    )
+    for run in runs:
+        with pytest.raises(ValueError, match=says):
+            run()
+
+
 # -- Batch norm ------------------------------------------------------------------------------
 
 
@@ -1089,6 +1118,24 @@ def test_reduce_keeps_the_type():
     for apply in both(net.apply_with_state):
         with raises(jaxstate.SlotTypeError, "'n' has type int32.*reduce makes .* float32"):
             apply({}, {"n": 0}, jnp.arange(3))
+
+
+@refusal
+def test_reduce_makes_an_array_of_values_along_an_axis():
+    def net(reduce):
+        def net(xs):
+            n = jaxstate.variable("n", jnp.zeros, (), reduce=reduce)
+            jax.vmap(lambda x: setattr(n, "value", x))(xs)
+
+        return jaxstate.parametrized(net).apply_with_state
+
+    for wrong in (lambda values, axis: None, lambda values, axis: "n"):
+        with raises(jaxstate.SlotTypeError, "'n' has type float32.*reduce makes .* is "):
+            net(wrong)({}, {"n": 0.0}, jnp.arange(3.0))
+    with pytest.raises(TypeError, match="'axis'") as caught:
+        net(lambda values: values.sum())({}, {"n": 0.0}, jnp.arange(3.0))
+    (note,) = [note for note in caught.value.__notes__ if "variable 'n'" in note]
+    assert "called as reduce(values, axis=0)" in note
 
 
 @refusal

@@ -771,6 +771,17 @@ def test_bad_arguments_are_refused():
         sow(3, X)
     with pytest.raises(TypeError, match="wants a dict from names to values"):
         plant(op("strict"))(X)
+    with pytest.raises(TypeError, match="wants a dict from names to values"):
+        plant(op("strict"))({3: X}, X)
+    for make in (reap, plant):
+        for wrong in (None, 3, {"h": X}):
+            with pytest.raises(TypeError, match=f"{make.__name__} wants a function"):
+                make(wrong)
+        for wrong in (None, X, ["h"]):
+            with pytest.raises(TypeError, match=f"{make.__name__} wants a string as tag"):
+                make(op("strict"), wrong)
+    with pytest.raises(TypeError, match="sow wants a string as tag"):
+        sow("h", X, tag=3)
 
 
 @pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")

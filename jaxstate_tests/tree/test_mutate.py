@@ -366,6 +366,15 @@ WHOLE_PARTS = {
 }
 
 
+def test_a_function_and_its_tree_are_wanted():
+    for wrong in (None, 3, {"x": 1}):
+        with pytest.raises(TypeError, match="mutate wants a function"):
+            jaxstate.mutate(wrong)
+    for kwargs in ({}, {"tree": {"x": 1}}):
+        with pytest.raises(TypeError, match="the first positional argument, and there is none"):
+            jaxstate.mutate(lambda tree: None)(**kwargs)
+
+
 @leaks_allowed
 @pytest.mark.parametrize("body", WHOLE_PARTS)
 def test_whole_parts_are_assigned_where_one_level_is_writable(body):

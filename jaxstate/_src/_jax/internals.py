@@ -132,7 +132,7 @@ USED: dict[str, dict[str, str]] = {
         "remat_allowed_effects": ": ",
     },
     "jax._src.flattree": {
-        "flatten_list": ">=0.11: xs",
+        "flatten": ">=0.11: tree, is_leaf, registry",
         "nones": ">=0.11: n",
         "pack": ">=0.11: tree",
     },
@@ -229,6 +229,8 @@ USED: dict[str, dict[str, str]] = {
         "reshard": ": xs, out_shardings",
     },
     "jax._src.shard_map": {
+        "_RepError": ": ",
+        "_SpecError": ": ",
         "shard_map_p": ": ",
     },
     "jax._src.sharding_impls": {

@@ -38,6 +38,7 @@ except ImportError:
 __all__ = [
     "DIFFERENTIATED",
     "DIFFERENTIATING",
+    "SHARD_MAP_ERRORS",
     "UNSPECIFIED",
     "AbstractValue",
     "BatchTrace",
@@ -67,7 +68,7 @@ __all__ = [
     "custom_vjp_call_p",
     "custom_vmap_p",
     "eval_trace",
-    "flat_list",
+    "flat_tree",
     "jit",
     "jit_p",
     "linear_call_p",
@@ -122,6 +123,9 @@ linear_call_p = custom_derivatives.linear_call_p
 remat_opt_p = custom_derivatives.remat_opt_p  # the forward rule under ``optimize_remat``
 custom_vmap_p = custom_batching.custom_vmap_p
 shard_map_p = shard_map.shard_map_p
+
+# Results that do not fit their specs: which, and the tree of all of them.
+SHARD_MAP_ERRORS = (shard_map._SpecError, shard_map._RepError)
 compute_on_p = compute_on.compute_on_p
 xla_metadata_call_p = getattr(xla_metadata, "xla_metadata_call_p", None)  # jax >= 0.11
 
@@ -131,5 +135,5 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Programs may put something else in the place of `jax.jit` for a while (`chex.fake_jit`).
 jit = jax.jit
-flat_list = tree_util.FlatTree.flatten_list if flattree is None else flattree.flatten_list
+flat_tree = tree_util.FlatTree.flatten if flattree is None else flattree.flatten
 make_jaxpr = inspect.unwrap(jax.make_jaxpr)  # what is replaced is inside of the one of the API

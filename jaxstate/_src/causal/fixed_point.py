@@ -25,7 +25,7 @@ from jaxstate._src.causal.program import Program, Value
 from jaxstate._src.causal.recurrences import LoopOverTime
 from jaxstate._src.causal.regions import Clock, Region, are_disjoint, at_moments, box, only, without
 from jaxstate._src.causal.table import rule_of
-from jaxstate.errors import NotCausalError, message
+from jaxstate.errors import NotCausalError, check_runs_when_called, message
 
 
 def causal_fixed_point(
@@ -46,7 +46,9 @@ def causal_fixed_point(
 
     Raises:
       NotCausalError: if ``f(x)[i]`` depends on ``x[i]`` or later elements, as far as can be seen.
-      TypeError: if ``f(x)`` is of another type than ``x``.
+      TypeError: if ``f`` is no function, ``x`` has what is no array, or ``f(x)`` is of another type
+        than ``x``.
+      ValueError: if an array has no such ``axis``, or another size there, or ``steps`` is negative.
 
     Each element of each intermediate value is computed once, where it takes more than that to find
     ``x`` by ``x.at[i].set(f(x)[i])``: all of ``f``, for each element.
@@ -59,7 +61,17 @@ def causal_fixed_point(
     >>> print(jaxstate.causal_fixed_point(f, jnp.zeros(8, jnp.int32)))
     [ 1  1  2  3  5  8 13 21]
     """
+    check_runs_when_called(f, "causal_fixed_point")
     leaves, tree = jax.tree.flatten(x)
+    if not leaves or not all(map(_jax.is_array_like, leaves)):
+        raise TypeError(
+            f"causal_fixed_point wants an array or a tree of arrays, and was given {x!r}.\n"
+            "To mend it:\n    jaxstate.causal_fixed_point(f, jnp.zeros(n))"
+        )
+    if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__")):
+        raise TypeError(f"causal_fixed_point: steps is an integer or None, not {steps!r}.")
+    if steps is not None and steps < 0:
+        raise ValueError(f"causal_fixed_point: the number of steps is from 0, not {steps}.")
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     order = _Order(leaves, axis)
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(tree.unflatten(leaves))
@@ -85,7 +97,9 @@ class _Order:
 
     def __init__(self, leaves: Sequence[Any], axis: int | Sequence[int]):
         axes = [axis] if isinstance(axis, int) else list(axis)
-        self.axes = [[a % leaf.ndim for a in axes] for leaf in leaves]
+        self.axes = [[_axis_of(leaf, a) for a in axes] for leaf in leaves]
+        if not axes or any(len(set(own)) < len(own) for own in self.axes):
+            raise ValueError(f"causal_fixed_point: axis is one or several axes, not {axis}.")
         sizes = {
             tuple(leaf.shape[a] for a in own) for leaf, own in zip(leaves, self.axes, strict=True)
         }
@@ -99,6 +113,14 @@ class _Order:
         numbers = np.arange(self.length, dtype=np.int32).reshape(self.sizes)
         numbers = numbers.transpose(np.argsort(axes))
         return numbers.reshape([n if d in axes else 1 for d, n in enumerate(leaf.shape)])
+
+
+def _axis_of(x: Any, axis: int) -> int:
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"causal_fixed_point: axis {axis} is none of {_jax.typeof(x).str_short()}."
+        )
+    return axis % x.ndim
 
 
 def _check_types(jaxpr: Any, leaves: Sequence[Any], tree: Any, out_tree: Any) -> None:

@@ -67,13 +67,23 @@ class Spec(NamedTuple):
     def same_shapes(self, other: Spec) -> bool:
         if self is other:
             return True
-        shapes = [[a.shape for a in spec.avals] for spec in (self, other)]
-        return shapes[0] == shapes[1] and same_structure(self.tree, other.tree)
+        if len(self.avals) != len(other.avals) or not same_structure(self.tree, other.tree):
+            return False
+        return all([fits(a, b) for a, b in zip(self.avals, other.avals, strict=True)])  # noqa: C419
 
     def strong(self) -> Spec:
         """The form of the value made of arrays whose dtype no Python scalar can change."""
         avals = tuple(map(strong_type, self.avals))
         return self if avals == self.avals else self._replace(avals=avals)
+
+
+def fits(found: Any, wanted: Any) -> bool:
+    """Whether an array of one type can be given for one of another: of another dtype, but no number
+    for a random key."""
+    if found.shape != wanted.shape:
+        return False
+    is_like = found.dtype is wanted.dtype
+    return is_like or _jax.is_typed_key(found) == _jax.is_typed_key(wanted)
 
 
 class _Shown:

@@ -32,6 +32,12 @@ def keys_of_streams(key: Any, where: str) -> tuple[Any, dict[str, Any]]:
     if not isinstance(key, Mapping):
         key = check_key(key, where)
         return key, {"default": key}
+    wrong = [name for name in key if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(
+            f"{where} wants a dict from names of streams to keys, and was given the name"
+            f' {wrong[0]!r}.\nTo mend it:\n    {{"params": key, "dropout": other_key}}'
+        )
     streams = {name: check_key(k, f"{where}, stream {name!r},") for name, k in key.items()}
     if where == "init" and not {"params", "default"} & streams.keys():
         raise TypeError(

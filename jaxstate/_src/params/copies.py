@@ -8,6 +8,7 @@ variable.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxstate._src import _jax
+from jaxstate._src.core.specs import contrast, names_of, spec_of
 from jaxstate._src.params.entries import innermost_store, level_entered
 from jaxstate._src.params.metadata import of_copies
 from jaxstate._src.params.param import param
@@ -42,7 +44,7 @@ class Copies(Parametrized[P, R]):
 
     def __init__(self, block: Parametrized[P, R], n: int, name: str, axis: str | None) -> None:
         self.block = block
-        self.n = n
+        self.n = operator.index(n)
         self.axis = axis
         super().__init__(self._forward, name)
         functools.update_wrapper(self, block, updated=())  # it is called as the block is
@@ -135,6 +137,10 @@ class Copies(Parametrized[P, R]):
         Returns:
           A list of n trees, each as ``block.init`` makes it.
 
+        Raises:
+          TypeError: if ``stacked`` is no such dict.
+          ValueError: if its arrays have no leading axis of length n.
+
         >>> import jax, jax.numpy as jnp, jaxstate
         >>> @jaxstate.parametrized
         ... def block(x):
@@ -146,7 +152,20 @@ class Copies(Parametrized[P, R]):
         >>> deep.restack(layers)
         {'layers': {'b': Array([1., 2.], dtype=float32)}}
         """
-        tree = stacked["variables" if self.copies not in stacked else self.copies]
+        names = [name for name in (self.copies, "variables") if _has(stacked, name)]
+        if not names:
+            raise TypeError(
+                f"{self!r}.unstack wants the parameters as init makes them,"
+                f" {{{self.copies!r}: ...}}, or the variables, and was given {_shown(stacked)}.\n"
+                f"To mend it:\n    {self.name}.unstack(params[{self.name!r}])     # its own part"
+            )
+        tree = stacked[names[0]]
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if not jnp.ndim(x) or jnp.shape(x)[0] != self.n:
+                raise ValueError(
+                    f"{self!r} has {self.n} {self.copies}, and was given"
+                    f" {'/'.join([names[0], *names_of(path)])!r} of shape {jnp.shape(x)}."
+                )
         return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(self.n)]
 
     def restack(self, copies: Iterable[Any], *, variables: bool = False) -> dict[str, Any]:
@@ -161,11 +180,25 @@ class Copies(Parametrized[P, R]):
           example.
 
         Raises:
-          ValueError: if there are not n of them.
+          TypeError: if they are no such trees.
+          ValueError: if there are not n of them, or they are not alike.
         """
+        if isinstance(copies, Mapping) or not isinstance(copies, Iterable):
+            raise TypeError(
+                f"{self!r}.restack wants a list of trees, and was given {_shown(copies)}.\n"
+                f"To mend it:\n    {self.name}.restack([params_of_first, params_of_second])"
+            )
         copies = list(copies)
         if len(copies) != self.n:
             raise ValueError(f"{self!r} has {self.n} {self.copies}, and was given {len(copies)}.")
+        specs = [spec_of(copy) for copy in copies]
+        for i, spec in enumerate(specs):
+            if not spec.same_shapes(specs[0]):
+                found, first = contrast(spec, specs[0])
+                raise ValueError(
+                    f"{self!r}.restack wants {self.copies} that are alike: number {i} is {found},"
+                    f" and number 0 is {first}."
+                )
         name = "variables" if variables else self.copies
         return {name: jax.tree.map(lambda *xs: jnp.stack(xs), *copies)}
 
@@ -179,8 +212,16 @@ def check_block(block: Any, n: Any, function: str, copies: str) -> None:
             f"{function} wants a parametrized object, and was given {block!r}.\n"
             f"To mend it:\n    jaxstate.{function}(jaxstate.parametrized(fn), n)"
         )
-    if not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 1:
         raise ValueError(f"{function}: the number of {copies} is an integer from 1, not {n!r}.")
+
+
+def _has(tree: Any, name: str) -> bool:
+    return isinstance(tree, Mapping) and name in tree
+
+
+def _shown(x: Any) -> str:
+    return f"a dict with {list(x)}" if isinstance(x, Mapping) else repr(x)
 
 
 def shape_of(tree: Any) -> Any:

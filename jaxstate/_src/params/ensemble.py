@@ -57,6 +57,11 @@ class Ensemble(Copies[P, R]):
         axes = self._in_axes
         if axes is None or isinstance(axes, int):
             return (axes,) * len(args)
+        if not isinstance(axes, (tuple, list)):
+            raise TypeError(
+                f"{self!r} has in_axes={axes!r}, and wants None, an integer, or a tuple with one of"
+                " these, or a tree of them, for each positional argument."
+            )
         if len(axes) != len(args):
             raise ValueError(
                 f"{self!r} has in_axes={axes!r}, one for each argument, and was called with"

@@ -12,9 +12,10 @@ the rules of derivatives do, find it, and it is a part of JAX's cache keys.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ from jaxstate._src.core.slots import (
 )
 from jaxstate._src.params.paths import program
 from jaxstate._src.params.places import following, path_of
+from jaxstate.errors import warn_of_unopened
 
 __all__ = ["Intercepted", "intercept", "intercepted", "interceptions"]
 
@@ -52,13 +54,12 @@ class Intercepted(NamedTuple):
     module: Any
 
 
-@contextmanager
 def intercept(
     modules: Interceptor | None = None,
     *,
     params: Interceptor | None = None,
     variables: Interceptor | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Calls a function around each call of a module, parameter or variable in the program.
 
     Args:
@@ -98,15 +99,59 @@ def intercept(
     given = {"module": modules, "parameter": params, "variable": variables}
     hooks = {kind: hook for kind, hook in given.items() if hook is not None}
     for hook in hooks.values() or [None]:
-        if not callable(hook):
+        if not callable(hook) or not _takes_four(hook):
             raise TypeError(
                 f"intercept wants a function (next_fun, args, kwargs, context), and was given"
                 f" {hook!r}.\nTo mend it:\n"
                 "    with jaxstate.intercept(lambda next_fun, args, kwargs, context:"
                 " next_fun(*args, **kwargs)):"
             )
-    with open_holder(_Interception(hooks)), following():
-        yield
+    return _Opening(hooks)
+
+
+def _takes_four(hook: Any) -> bool:
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # not every function has a signature
+        return True
+    try:
+        signature.bind(*range(4))
+    except TypeError:
+        return False
+    return True
+
+
+class _Opening(ContextDecorator, AbstractContextManager[None]):
+    """What ``with`` opens, or each call of a function that it decorates."""
+
+    def __init__(self, hooks: Mapping[str, Interceptor]) -> None:
+        self._hooks = hooks
+        self._open: list[ExitStack] = []
+        self._was_opened = False
+
+    def __enter__(self) -> None:
+        self._was_opened = True
+        with ExitStack() as opened:
+            opened.enter_context(open_holder(_Interception(self._hooks)))
+            opened.enter_context(following())
+            self._open.append(opened.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.pop().__exit__(*error)
+
+    def __call__(self, function: Any) -> Any:
+        self._was_opened = True
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        if not self._was_opened:
+            warn_of_unopened(
+                "An interceptor",
+                """
+                with jaxstate.intercept(interceptor):
+                    ...
+                """,
+            )
 
 
 class _Interception(Holder):
@@ -192,7 +237,13 @@ def intercepted(
         with _set_active(around[i : i + 1], False):
             return around[i].hooks[kind](next_fun, args, kwargs, context)
 
-    return call_next(0, args, kwargs or {})
+    out = call_next(0, args, kwargs or {})
+    if out is None and kind != "module":
+        raise TypeError(
+            f"An interceptor made None of {kind} {'/'.join(path)!r}. Does it lack a return?\n"
+            "To mend it:\n    return next_fun(*args, **kwargs)"
+        )
+    return out
 
 
 @contextmanager

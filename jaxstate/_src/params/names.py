@@ -56,6 +56,7 @@ def unflatten_names(flat: Mapping[str, Any], like: Any = None) -> Any:
         ``jax.eval_shape(net.init, key, x)``. Without it the result is a nested dict.
 
     Raises:
+      TypeError: if ``flat`` is no dict with strings as keys.
       ValueError: if a name is that of an array and of a dict, or if the names are not those of
         ``like``.
 
@@ -66,6 +67,11 @@ def unflatten_names(flat: Mapping[str, Any], like: Any = None) -> Any:
     >>> jaxstate.unflatten_names(flat, like={"encoder": {"w": 0}, "heads": [0, 0]})
     {'encoder': {'w': 1.0}, 'heads': [2.0, 3.0]}
     """
+    if not isinstance(flat, Mapping) or not all(isinstance(name, str) for name in flat):
+        raise TypeError(
+            f"unflatten_names wants a dict from names to arrays, and was given {flat!r}.\n"
+            'To mend it:\n    jaxstate.unflatten_names({"encoder/dense/w": array})'
+        )
     if like is None:
         paths = {tuple(name.split("/")): x for name, x in flat.items()}
         for path in paths:

@@ -88,17 +88,17 @@ def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = No
     """
     used = _jax.user_location()
     check_name(name, "param")
-    if not callable(init):
-        is_after = init_args and callable(init_args[0])
-        value = f"init, {init!r}" if is_after else "lambda key: value"
-        raise TypeError(
-            f"param({name!r}, ...) wants a function init(key, *init_args), and was given {init!r}."
-            f'\nTo mend it:\n    jaxstate.param("{name}", {value})'
-        )
     if metadata is not None:
         metadata = checked(metadata, name)
 
     def value(init: Any, *init_args: Any) -> Any:
+        if not callable(init):
+            is_after = init_args and callable(init_args[0])
+            given = f"init, {init!r}" if is_after else "lambda key: value"
+            raise TypeError(
+                f"param({name!r}, ...) wants a function init(key, *init_args), and was given"
+                f' {init!r}.\nTo mend it:\n    jaxstate.param("{name}", {given})'
+            )
         address = ParamAddress(name, used, metadata)
         store = address.store()
         pieces = None if metadata is None else pieces_here(name, metadata, store)

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from jaxstate._src import _jax
-from jaxstate._src.core.specs import ONE_ARRAY, Spec, contrast, spec_of
+from jaxstate._src.core.specs import ONE_ARRAY, Spec, contrast, fits, spec_of
 from jaxstate._src.params.entry import Entry
 from jaxstate._src.params.init_store import InitStore
 from jaxstate._src.params.names import by_path, nested
@@ -415,7 +415,7 @@ class _ByName:
         return _Taken(spec.tree, leaves) if leaves else None
 
     def _checked(self, value: Any, name: Path, wanted: Any) -> Any:
-        if _jax.is_array_like(value) and _jax.typeof(value).shape == wanted.shape:
+        if _jax.is_array_like(value) and fits(_jax.typeof(value), wanted):
             return value
         found = _jax.typeof(value).str_short() if _jax.is_array_like(value) else repr(value)
         raise ParameterMismatchError(

@@ -125,7 +125,8 @@ def stack(
       layers.
 
     Raises:
-      TypeError: if ``block`` is not a parametrized object, or an option is none of these.
+      TypeError: if ``block`` is not a parametrized object, ``checkpoint`` none of these, or an
+        option is not known.
       ValueError: if ``n`` is less than 1.
 
     >>> import jax, jax.numpy as jnp, jaxstate
@@ -143,6 +144,11 @@ def stack(
     if unknown:
         raise _unknown_option(next(iter(unknown)))
     check_block(block, n, "stack", "layers")
+    if not isinstance(checkpoint, bool) and not callable(checkpoint):
+        raise TypeError(
+            f"stack: checkpoint is True, False or a policy, not {checkpoint!r}.\n"
+            "To mend it:\n    checkpoint=jax.checkpoint_policies.dots_saveable"
+        )
     return Stack(block, n, checkpoint, unroll, name, axis)
 
 

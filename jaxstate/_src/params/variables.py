@@ -127,16 +127,27 @@ class VariableAddress(EntryAddress):
 
     def reduced(self, values: Any) -> Any:
         assert self.reduce is not None
-        return self.checked(self.reduce(values, axis=0))
+        try:
+            one = self.reduce(values, axis=0)
+        except TypeError as error:
+            if "unexpected keyword argument 'axis'" in str(error):
+                error.add_note(
+                    f"The reduce of {self} is called as reduce(values, axis=0).\nTo mend it:\n"
+                    "    def reduce(values, axis):\n        return values.max(axis)"
+                )
+            raise
+        return self.checked(one)
 
     def checked(self, value: Any) -> Any:
         """One value that was made of the lanes' values."""
-        value = strong(value)
-        if not _jax.same_type(value, self.wanted):
+        is_array = _jax.is_array_like(value)
+        value = strong(value) if is_array else value
+        if not is_array or not _jax.same_type(value, self.wanted):
+            found = f"has type {_jax.typeof(value).str_short()}" if is_array else f"is {value!r}"
             raise SlotTypeError(
                 message(
                     f"{self} has type {self.wanted.str_short()}, and what its reduce makes of the"
-                    f" lanes' values has type {_jax.typeof(value).str_short()}.",
+                    f" lanes' values {found}.",
                     fix=f"""
                     reduce = lambda values, axis: values.max(axis)   # called as (values, axis=0),
                     jaxstate.variable("{self.name}", ..., reduce=reduce)  # keeps shape and dtype
@@ -551,7 +562,7 @@ def variable(
 
     Raises:
       TypeError: if ``name`` is not a name, ``init`` not a function, ``reduce`` none of these, or
-        ``metadata`` has arrays.
+        ``metadata`` has arrays or a collection that is no string.
       MissingStoreError: outside ``init`` and ``apply``.
       MissingVariableError, VariableMismatchError: if ``apply`` was not given a value of the
         structure and shapes that ``init`` would make.
@@ -572,17 +583,23 @@ def variable(
     (4.0, {'calls': Array(2, dtype=int32)})
     """
     check_name(name, "variable")
-    call = "init(key, *init_args)" if takes_key else "init(*init_args)"
-    if not callable(init):
-        raise TypeError(
-            f"variable({name!r}, ...) wants a function {call}, and was given {init!r}.\n"
-            f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
-        )
     if metadata is not None:
         metadata = checked(metadata, name)
+        collection = collection_of(metadata)
+        if not isinstance(collection, str | None):
+            raise TypeError(
+                f"variable({name!r}, ...) is in one collection, which has a string as name, and was"
+                f' given {collection!r}.\nTo mend it:\n    metadata={{"collection": "cache"}}'
+            )
     used = _jax.user_location()
 
     def handle(init: Any, *init_args: Any) -> Variable[Any]:
+        if not callable(init):
+            call = "init(key, *init_args)" if takes_key else "init(*init_args)"
+            raise TypeError(
+                f"variable({name!r}, ...) wants a function {call}, and was given {init!r}.\n"
+                f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
+            )
         address = VariableAddress(name, used, metadata, takes_key)
         store = address.store()
         address.threaded = bool(store.writable)  # one that only some may write, too

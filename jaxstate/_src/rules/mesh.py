@@ -168,7 +168,13 @@ class _Call:
         debug_info = self.params["debug_info"].with_unknown_names()
         params = dict(self.params, subfuns=(self.on_device,), debug_info=debug_info)
         with one_use():
-            results = bind(self.trace, args, avals, params)
+            try:
+                results = bind(self.trace, args, avals, params)
+            except _jax.SHARD_MAP_ERRORS as error:
+                if not self.written:
+                    raise
+                fails, _ = error.args  # what is said of them is about those of the program
+                raise type(error)(fails[: -len(self.written)], self.results.tree) from None
         if not self.written:
             return results
         values = list(results)
@@ -212,7 +218,7 @@ class _Call:
                 value = _jax.vary(value, frozenset(self.devices.axes))
                 values[address] = jnp.expand_dims(value, 0)
                 specs = (*specs, per_device)
-        return _jax.flat_list([*results, *values.values()]).with_aux(specs)
+        return _jax.flat_tree([*results, *values.values()]).with_aux(specs)
 
     def refuse_varying(self, address: Address, value: Any) -> None:
         if not self.params["check_vma"]:

@@ -34,6 +34,7 @@ from jaxstate._src.sow.sites import (
     Site,
     SownAddress,
     SownHolder,
+    check_tag,
     holder_of,
     numbered,
     placed_like,
@@ -94,6 +95,7 @@ def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
     """
     if not isinstance(name, str):
         raise TypeError(f"sow: a name is a string, not {name!r}.")
+    check_tag("sow", tag)
     if mode not in _MODES:
         raise ValueError(f"sow: mode is one of {', '.join(map(repr, _MODES))}, not {mode!r}.")
     planted = _addresses("plant", name, value, tag, mode)
@@ -437,7 +439,7 @@ def plant(
 
     @functools.wraps(fn)
     def planted(values: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not isinstance(values, Mapping):
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise TypeError(f"plant wants a dict from names to values first, not {values!r}.")
         holder = _Plant(scope, values)
         with holder.opened():

@@ -113,6 +113,7 @@ class Scope(NamedTuple):
     @classmethod
     def given(cls, function: str, tag: str, nested: bool, allow: Any, block: Any) -> Scope:
         """From the arguments of ``reap`` or ``plant``."""
+        check_tag(function, tag)
         return cls(
             tag,
             nested,
@@ -131,6 +132,18 @@ class Scope(NamedTuple):
             return any(p == path[-1:] or p == path[: len(p)] for p in paths)
 
         return (self.allow is None or is_listed(self.allow)) and not is_listed(self.block)
+
+
+def check_tag(function: str, tag: Any) -> None:
+    if not isinstance(tag, str):
+        shown = f"out, sown = jaxstate.{function}(f)(x)"
+        if function == "plant":
+            shown = "out = jaxstate.plant(f)(values, x)"
+        elif function == "sow":
+            shown = 'jaxstate.sow("hidden", value, tag="sown")'
+        raise TypeError(
+            f"{function} wants a string as tag, and was given {tag!r}.\nTo mend it:\n    {shown}"
+        )
 
 
 def _paths(function: str, argument: str, given: Any) -> tuple[Path, ...]:

@@ -61,7 +61,7 @@ def mutate(fn: Callable[P, R], *, deep: bool = True) -> Callable[P, tuple[R, Any
       too), an object of any other class of the program, or a tuple of such. It never changes.
 
     Raises:
-      TypeError: if the tree has no parts.
+      TypeError: if ``fn`` is no function, or the tree has no parts.
       StructureChangeError: if ``fn`` adds or removes parts inside a loop or a branch.
       SlotTypeError: if ``fn`` changes the shape or dtype of an array there.
       LaneWriteError: if lanes of a vmap inside ``fn`` assign different values.
@@ -91,6 +91,11 @@ def mutate(fn: Callable[P, R], *, deep: bool = True) -> Callable[P, tuple[R, Any
 
     @functools.wraps(fn)
     def mutated(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
+        if owner is None and not args:
+            raise TypeError(
+                "mutate: the tree is the first positional argument, and there is none.\n"
+                "To mend it:\n    out, new = jaxstate.mutate(fn)(tree, *args)"
+            )
         tree, *rest = args if owner is None else (owner, *args)
         return _run(function, tree, rest, kwargs, deep)
 
