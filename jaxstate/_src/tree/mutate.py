@@ -33,7 +33,7 @@ from jaxstate._src.core.slots import open_holder
 from jaxstate._src.tree import boundaries, problems
 from jaxstate._src.tree.entry import Ended, Entry
 from jaxstate._src.tree.frozen import permit_assignments
-from jaxstate._src.tree.graph import statics
+from jaxstate._src.tree.graph import LEAF, statics
 from jaxstate._src.tree.objects import NODE, STATIC, kind_of
 from jaxstate._src.tree.session import Session, writable
 from jaxstate._src.tree.walk import Walk, fitted
@@ -253,9 +253,10 @@ def _opaque_parts(walk: Walk) -> Iterator[tuple[int, int, Any]]:
     """Where values are which may keep parts where only Python's memory manager sees them."""
     for number, node in enumerate(walk.nodes):
         for place, entry in enumerate(node.entries):
-            for value in statics(entry):
-                if gc.is_tracked(value):
-                    yield number, place, value
+            if entry[0] is not LEAF:
+                for value in statics(entry):
+                    if gc.is_tracked(value):
+                        yield number, place, value
 
 
 def _has_ended(x: Any) -> bool:
