@@ -345,9 +345,12 @@ def fill(x: Any, names: Any, keys: Any, values: list[Any]) -> None:
         list.__setitem__(x, slice(None), contents)
     elif layout.contents is not None:
         layout.contents.set(x, keys.value)
-    elif layout.items is not None:
-        layout.items.clear(x)
-        (deque.extend if layout.items is deque else set.update)(x, contents)
+    elif layout.items is deque:
+        deque.clear(x)
+        deque.extend(x, contents)
+    elif layout.items is set and set(map(id, set.__iter__(x))) != set(map(id, contents)):
+        set.clear(x)
+        set.update(x, contents)
 
 
 class Blank(NamedTuple):

@@ -187,8 +187,12 @@ class Walk:
         kind = kind_of(x)
         if kind is NODE:
             return (NODE, self._node(x, static, node, place, tree))
-        if kind is MADE or (cls is frozenset and any(kind_of(p) is NODE for p in x)):
+        if kind is MADE:
             return self._made(*objects.taken_apart(x), static, node, place, tree)
+        if cls is frozenset and any(kind_of(part) is NODE for part in x):
+            maker, parts = objects.taken_apart(x)
+            parts = [parts[i] for i in self._order_of_members(parts)]
+            return self._made(maker, parts, static, node, place, tree)
         if objects.is_trace_note(x):
             self.notes.append((node, place))
             return (STATIC, TraceNote(x))
@@ -287,7 +291,11 @@ class Walk:
         path, self._path = self._path, []
         n = len(node.names)
         children = children_names(x, node.names, node.values) if n else ()
-        node.order = order = _order(type(x), node.names, node.keys)
+        order = _order(type(x), node.names, node.keys)
+        if isinstance(x, set):
+            order = order[:n] if order else list(range(n))
+            order += [n + i for i in self._order_of_members(node.values[n:])]
+        node.order = order
         if order:
             node.ranks = sorted(range(len(order)), key=order.__getitem__)
         node.entries = [(STATIC,)] * len(node.values)
@@ -298,6 +306,14 @@ class Walk:
                 node.with_leaves.append(i)
         self._path = path
         return number
+
+    def _order_of_members(self, members: list[Any]) -> list[int]:
+        """That in which they were seen before: the order of a set says nothing."""
+        before, order = self._before, list(range(len(members)))
+        if before is not None:
+            numbers = [before.number_of(x) for x in members]
+            order.sort(key=lambda i: len(before.nodes) if numbers[i] is None else numbers[i])
+        return order
 
     def find(self, x: Any) -> Node | None:
         """The node of an object, if it was seen."""
