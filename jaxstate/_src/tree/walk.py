@@ -189,7 +189,7 @@ class Walk:
             return (NODE, self._node(x, static, node, place, tree))
         if kind is MADE:
             return self._made(*objects.taken_apart(x), static, node, place, tree)
-        if cls is frozenset and any(kind_of(part) is NODE for part in x):
+        if isinstance(x, frozenset) and any(kind_of(part) is NODE for part in x):
             maker, parts = objects.taken_apart(x)
             parts = [parts[i] for i in self._order_of_members(parts)]
             return self._made(maker, parts, static, node, place, tree)
@@ -311,8 +311,8 @@ class Walk:
         """That in which they were seen before: the order of a set says nothing."""
         before, order = self._before, list(range(len(members)))
         if before is not None:
-            numbers = [before.number_of(x) for x in members]
-            order.sort(key=lambda i: len(before.nodes) if numbers[i] is None else numbers[i])
+            numbers = {i: before.number_of(x) for i, x in enumerate(members)}
+            order.sort(key=lambda i: len(before.nodes) if (n := numbers[i]) is None else n)
         return order
 
     def find(self, x: Any) -> Node | None:
