@@ -320,6 +320,82 @@ def test_what_hides_an_object_is_refused(make):
         mutate(lambda t: None)(SimpleNamespace(cell=cell, it=make(cell)))
 
 
+# -- Classes that JAX knows, and makes anew ----------------------------------------------------
+
+
+def registered(**options):
+    def static():
+        return dataclasses.field(default=None, metadata=dict(static=True))
+
+    fields = [("x", Any), *[(name, Any, static()) for name in ("method", "callback", "box")]]
+
+    def add(self, by):
+        self.x = self.x + by
+
+    made = dataclasses.make_dataclass("Registered", fields, namespace={"add": add}, **options)
+    jax.tree_util.register_dataclass(made)
+    return made
+
+
+KNOWN = {kind: registered(**options) for kind, options in {
+    "dataclass": {}, "slots": {"slots": True}, "frozen": {"frozen": True, "eq": False},
+}.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["root", "in a dict", "in an object"])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_static_fields_that_lead_to_objects_of_registered_classes(kind, place):
+    cell = KNOWN[kind](f32(1))
+    for name, value in dict(
+        method=cell.add, callback=lambda by: cell.add(2 * by), box=[(cell, 3)]
+    ).items():
+        object.__setattr__(cell, name, value)
+    tree = {"root": cell, "in a dict": {"c": cell}, "in an object": SimpleNamespace(c=cell)}[place]
+
+    def inside(t):
+        return t if place == "root" else t["c"] if place == "in a dict" else t.c
+
+    def uses(t):
+        inside(t).method(1.0)
+        inside(t).callback(1.0)
+        inside(t).box[0][0].add(4.0)
+
+    for wrap in (lambda f: f, lambda f: lambda t: jax.lax.fori_loop(0, 1, lambda i, _: f(t), None)):
+        _, new = mutate(wrap(uses))(tree)
+        assert inside(new).x == 8 and cell.x == 1
+        assert inside(new).method.__self__ is inside(new) is inside(new).box[0][0]
+        _, newer = mutate(uses)(new)
+        assert inside(newer).x == 15 and inside(new).x == 8
+
+
+def test_a_part_in_two_places_is_two_parts_of_a_pytree():
+    cell = KNOWN["dataclass"](f32(1))
+    _, new = mutate(lambda t: t["a"].add(1.0))({"a": cell, "b": cell, "c": SimpleNamespace(d=cell)})
+    assert (new["a"].x, new["b"].x) == (2.0, 1.0) and new["a"] is not new["b"]
+
+
+def test_modules_of_nnx_with_hooks():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.calls = nnx.Variable(jnp.int32(0))
+            self.hook = lambda: self.bump()
+            self.method = self.bump
+
+        def bump(self):
+            self.calls[...] += 1
+
+    def uses(net):
+        jax.lax.fori_loop(0, 3, lambda i, _: net.hook(), None)
+        jax.jit(lambda: net.method())()
+
+    net = Net()
+    _, new = mutate(uses)(net)
+    _, newer = mutate(uses)(new)
+    assert (net.calls[...], new.calls[...], newer.calls[...]) == (0, 4, 8)
+
+
 # -- State that is kept in C -----------------------------------------------------------------
 
 GENERATORS = {

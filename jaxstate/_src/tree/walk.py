@@ -110,14 +110,16 @@ class Walk:
       leaves: the arrays.
       places: for each array, the number of its node and of the part there; (-1, root) for roots.
       nodes: a `Node` per object.
-      is_tree: whether no object of a class that JAX knows was reached twice.
+      is_tree: whether no object of a class that JAX knows is a part of a pytree in two places.
+      has_links: whether an object was reached twice all the same.
       notes: where objects note the trace that they are used in, as in ``places``.
       iterators: those of Python among the parts, behind where they are, as in ``places``.
     """
 
     __slots__ = (
-        "_before", "_clock", "_followed", "_keyed", "_memo", "_path", "avals", "graph", "is_tree",
-        "iterators", "leaves", "nodes", "notes", "places", "roots", "versions",
+        "_before", "_children", "_clock", "_followed", "_keyed", "_memo", "_path", "avals", "graph",
+        "has_links", "is_tree", "iterators", "leaves", "nodes", "notes", "places", "roots",
+        "versions",
     )  # fmt: skip
 
     def __init__(
@@ -131,6 +133,8 @@ class Walk:
         self.iterators: list[tuple[int, int, Any]] = []
         self.avals: list[Any] = []
         self.is_tree = True
+        self.has_links = False
+        self._children: set[int] = set()
         self._before = before
         self._memo: dict[int, int] = {}
         self._followed: list[tuple[Any, int, int, tuple[int, ...]]] = []
@@ -277,12 +281,19 @@ class Walk:
 
     def _node(self, x: Any, static: bool, parent: int, place: int, tree: bool) -> int:
         number = self._memo.get(id(x))
-        if number is not None and (not self.is_tree or _jax.children_of(x) is None):
-            return number
-        if number is not None and not tree:
-            self.is_tree = False
-            return number
+        if number is not None:
+            is_child = not static and _jax.children_of(x) is not None
+            if not is_child or number not in self._children:
+                self.has_links = True
+                if is_child:
+                    self._children.add(number)
+                return number
+            if not tree:
+                self.is_tree = False
+                return number
         number = self._memo[id(x)] = len(self.nodes)
+        if not static:
+            self._children.add(number)
         node = Node(x, parent, place)
         self.nodes.append(node)
         node.names, node.keys, node.values = parts_of(x)
@@ -412,6 +423,7 @@ class Walk:
         walk = object.__new__(Walk)
         walk.leaves, walk.places, walk.notes = leaves, self.places, self.notes
         walk.graph, walk.avals, walk.is_tree = self.graph, self.avals, self.is_tree
+        walk.has_links, walk._children = self.has_links, self._children
         walk._before, walk._followed, walk._keyed, walk._path = None, [], [], []
         walk._clock, walk.versions = self._clock, self.versions[:]
         walk.nodes, walk.iterators = [], self.iterators
