@@ -138,7 +138,7 @@ class Walk:
         self._before = before
         self._memo: dict[int, int] = {}
         self._followed: list[tuple[Any, int, int, tuple[int, ...]]] = []
-        self._keyed: list[int] = []  # the objects whose keys are more than strings
+        self._keyed: list[int] = []  # the objects whose keys may be objects
         self._path: list[int] = []  # to a part of a value that is made of its parts
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
         self._follow(entries, tree)
@@ -297,7 +297,7 @@ class Walk:
         node = Node(x, parent, place)
         self.nodes.append(node)
         node.names, node.keys, node.values = parts_of(x)
-        if type(node.keys) is list and set(map(type, node.keys)) - {str}:
+        if type(node.keys) is list and set(map(type, node.keys)) - _NAMES:
             self._keyed.append(number)
         path, self._path = self._path, []
         n = len(node.names)
@@ -447,6 +447,7 @@ class Walk:
         return self.nodes[number].object
 
 
+_NAMES = {str, int, float, bool, bytes, type(None)}  # keys that are no objects
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
 
