@@ -4,6 +4,7 @@ Between the places where JAX calls functions of the program, nothing is intercep
 just happens. In those places the objects are looked at, and compared with what they were.
 
 * `objects`: where objects of Python keep their parts, and how one is made of given parts.
+* `references`: functions that close over objects, weak references, and iterators.
 * `graph`: what objects there are and where their arrays are, static and hashable.
 * `walk`: the looking.
 * `addresses`: the slots of arrays and of the structure, as they stand in a jaxpr.

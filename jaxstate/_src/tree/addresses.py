@@ -134,7 +134,13 @@ class Change:
         self.objects = [before.number_of(node.object) for node in after.nodes]
         self.blanks = [Blank.of(node.object) for node in after.nodes]
         self.parts = [
-            Parts(tuple(n.names), n.keys, n.key_entries, tuple(n.entries), n.hashes)
+            Parts(
+                tuple(n.names),
+                None if n.key_entries else n.keys,
+                n.key_entries,
+                tuple(n.entries),
+                n.hashes,
+            )
             for n in after.nodes
         ]
         self.leaves = [numbers.get(id(x)) for x in after.leaves]

@@ -148,7 +148,7 @@ def hashes(cls: type, keys: Any, entries: Any) -> bool:
     """Whether an object with such keys and parts looks at the hashes of others."""
     if keys or objects.layout_of(cls).items is set:
         return True
-    return any(e[0] is MADE and _has_members(e) for e in entries)
+    return any(map(_has_members, [e for e in entries if e[0] is MADE]))
 
 
 def _has_members(entry: Entry) -> bool:

@@ -30,11 +30,11 @@ from jaxstate._src import _jax
 from jaxstate._src.arrays.activation import activation
 from jaxstate._src.arrays.array import Writable, snapshot
 from jaxstate._src.core.slots import open_holder
-from jaxstate._src.tree import boundaries, problems
+from jaxstate._src.tree import boundaries, objects, problems
 from jaxstate._src.tree.entry import Ended, Entry
 from jaxstate._src.tree.frozen import permit_assignments
-from jaxstate._src.tree.graph import statics
-from jaxstate._src.tree.objects import NODE, STATIC, kind_of
+from jaxstate._src.tree.graph import LEAF, mentions, statics, value_of
+from jaxstate._src.tree.objects import NODE, STATIC, kind_of, parts_of
 from jaxstate._src.tree.session import Session, writable
 from jaxstate._src.tree.walk import Walk, fitted
 from jaxstate.errors import check_runs_when_called
@@ -138,7 +138,10 @@ def _run_on_copies(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool)
     _check_leaves(walk)
     is_tree = walk.is_tree and len(walk.roots) == 1
     tree = walk if is_tree else Walk(session.roots, walk, tree=True)
-    new = _remade(tree.copied(given.back).roots[0])
+    copied = tree.copied(given.back)
+    new = _remade(copied.roots[0])
+    if copied.has_links:
+        _link(copied, new)
     out = _without_objects_of(walk, out)
     _end(session, walk)
     return out, new
@@ -210,6 +213,40 @@ def _remade(tree: Any) -> Any:
     return structure.unflatten(leaves)
 
 
+def _link(walk: Walk, new: Any) -> None:
+    """What leads to the objects of a tree leads to those that their classes have made of them."""
+    made: dict[int, Any] = {}
+    todo = [(walk.roots[0], new)]
+    while todo:
+        x, y = todo.pop()
+        if x is not y:
+            number = walk.number_of(x)
+            if number is not None:
+                made.setdefault(number, y)
+            pairs = zip(_jax.children_of(x) or (), _jax.children_of(y) or (), strict=False)
+            todo += [(a, b) for a, b in pairs if type(a) is type(b)]
+
+    def made_of(entry: Any) -> Any:
+        return value_of(entry, walk.leaves.__getitem__, node)
+
+    def node(number: int) -> Any:
+        return made.get(number, walk.object_of(number))
+
+    for number, old in enumerate(walk.nodes):
+        entries = [*old.entries, *(old.key_entries or ())]
+        if not any(mentions(entry, n) for entry in entries for n in made):
+            continue
+        y = made.get(number)
+        if y is None:
+            keys = [made_of(e) for e in old.key_entries] if old.key_entries else old.keys
+            objects.fill(old.object, old.names, keys, [made_of(e) for e in old.entries])
+            continue
+        children, there = _jax.children_of(old.object) or (), parts_of(y)[0]
+        for name, value, entry in zip(old.names, old.values, old.entries, strict=False):
+            if name in there and not any(value is child for child in children):
+                objects.put_attribute(y, name, made_of(entry))
+
+
 def _has_no_order(x: Any) -> bool:
     """Whether ``x`` is a dict that is no node for JAX, which cannot sort its keys."""
     if not isinstance(x, dict):
@@ -256,9 +293,10 @@ def _opaque_parts(walk: Walk) -> Iterator[tuple[int, int, Any]]:
     """Where values are which may keep parts where only Python's memory manager sees them."""
     for number, node in enumerate(walk.nodes):
         for place, entry in enumerate(node.entries):
-            for value in statics(entry):
-                if gc.is_tracked(value):
-                    yield number, place, value
+            if entry[0] is not LEAF:
+                for value in statics(entry):
+                    if gc.is_tracked(value):
+                        yield number, place, value
 
 
 def _has_ended(x: Any) -> bool:

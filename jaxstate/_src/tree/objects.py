@@ -135,7 +135,7 @@ class Contents(NamedTuple):
 
     get: Callable[[Any], Any]
     set: Callable[[Any, Any], None]
-    make: Callable[[type, Any], Any] = lambda cls, _: cls.__new__(cls)
+    make: Callable[[Any, Any], Any] = lambda cls, _: cls.__new__(cls)
     argument: Callable[[Any], Any] = lambda x: None
 
 
@@ -345,9 +345,12 @@ def fill(x: Any, names: Any, keys: Any, values: list[Any]) -> None:
         list.__setitem__(x, slice(None), contents)
     elif layout.contents is not None:
         layout.contents.set(x, keys.value)
-    elif layout.items is not None:
-        layout.items.clear(x)
-        (deque.extend if layout.items is deque else set.update)(x, contents)
+    elif layout.items is deque:
+        deque.clear(x)
+        deque.extend(x, contents)
+    elif layout.items is set and set(map(id, set.__iter__(x))) != set(map(id, contents)):
+        set.clear(x)
+        set.update(x, contents)
 
 
 class Blank(NamedTuple):
@@ -460,8 +463,10 @@ class Partial(NamedTuple):
 class Members(NamedTuple):
     """Of a frozen set of objects."""
 
+    cls: type
+
     def make(self, parts: list[Any]) -> Any:
-        return frozenset(parts)
+        return frozenset.__new__(self.cls, parts)
 
 
 class View(NamedTuple):
@@ -488,8 +493,8 @@ def taken_apart(x: Any) -> tuple[Any, list[Any]]:
     if issubclass(cls, tuple):
         attributes = dict_of(x) if layout_of(cls).has_dict else {}
         return Tuple(cls, tuple(attributes)), [*tuple.__iter__(x), *attributes.values()]
-    if cls is frozenset:
-        return Members(), list(x)
+    if issubclass(cls, frozenset):
+        return Members(cls), list(x)
     if issubclass(cls, types.MappingProxyType):
         return View(), gc.get_referents(x)
     if issubclass(cls, types.MethodType):

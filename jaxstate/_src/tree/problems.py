@@ -175,7 +175,8 @@ def copy_written(label: str) -> Exception:
             " argument, and does not return: the assignment would be lost.",
             fix="""
             jax.vmap(jaxstate.mutate(fn))(tree)      # a tree per lane,
-            jax.grad(lambda w: loss(w, tree))(w)     # or what is assigned to is no argument
+            jax.grad(lambda w: loss(w, tree))(w)     # or what is assigned to is no argument,
+            return part.x + 1                        # or the new value is a result
             """,
             used=_jax.user_location(),
         )

@@ -241,7 +241,12 @@ def position(x: Any) -> Any:
         place = x.gi_frame.f_lasti, *map(id, x.gi_frame.f_locals.values())
     elif type(x) is itertools.count:
         place = repr(x)
-    inner = [position(y) for y in gc.get_referents(x) if is_iterator(y)]
+    inner = [
+        position(z)
+        for y in gc.get_referents(x)
+        for z in (y if type(y) is tuple else (y,))
+        if is_iterator(z)
+    ]
     return operator.length_hint(x, -1), place, *inner
 
 

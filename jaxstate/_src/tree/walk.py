@@ -116,14 +116,16 @@ class Walk:
       leaves: the arrays.
       places: for each array, the number of its node and of the part there; (-1, root) for roots.
       nodes: a `Node` per object.
-      is_tree: whether no object of a class that JAX knows was reached twice.
+      is_tree: whether no object of a class that JAX knows is a part of a pytree in two places.
+      has_links: whether an object was reached twice all the same.
       notes: where objects note the trace that they are used in, as in ``places``.
       iterators: those of Python among the parts, behind where they are, as in ``places``.
     """
 
     __slots__ = (
-        "_before", "_clock", "_followed", "_keyed", "_memo", "_path", "avals", "graph", "is_tree",
-        "iterators", "leaves", "nodes", "notes", "places", "roots", "versions",
+        "_before", "_children", "_clock", "_followed", "_keyed", "_memo", "_path", "avals", "graph",
+        "has_links", "is_tree", "iterators", "leaves", "nodes", "notes", "places", "roots",
+        "versions",
     )  # fmt: skip
 
     def __init__(
@@ -137,10 +139,12 @@ class Walk:
         self.iterators: list[tuple[int, int, Any]] = []
         self.avals: list[Any] = []
         self.is_tree = True
+        self.has_links = False
+        self._children: set[int] = set()
         self._before = before
         self._memo: dict[int, int] = {}
         self._followed: list[tuple[Any, int, int, tuple[int, ...]]] = []
-        self._keyed: list[int] = []  # the objects whose keys are more than strings
+        self._keyed: list[int] = []  # the objects whose keys may be objects
         self._path: list[int] = []  # to a part of a value that is made of its parts
         entries = [self._entry(r, False, -1, i, tree) for i, r in enumerate(roots)]
         self._follow(entries, tree)
@@ -193,8 +197,12 @@ class Walk:
         kind = kind_of(x)
         if kind is NODE:
             return (NODE, self._node(x, static, node, place, tree))
-        if kind is MADE or (cls is frozenset and any(kind_of(p) is NODE for p in x)):
+        if kind is MADE:
             return self._made(*objects.taken_apart(x), static, node, place, tree)
+        if isinstance(x, frozenset) and any(kind_of(part) is NODE for part in x):
+            maker, parts = objects.taken_apart(x)
+            parts = [parts[i] for i in self._order_of_members(parts)]
+            return self._made(maker, parts, static, node, place, tree)
         if objects.is_trace_note(x):
             self.notes.append((node, place))
             return (STATIC, TraceNote(x))
@@ -279,21 +287,32 @@ class Walk:
 
     def _node(self, x: Any, static: bool, parent: int, place: int, tree: bool) -> int:
         number = self._memo.get(id(x))
-        if number is not None and (not self.is_tree or _jax.children_of(x) is None):
-            return number
-        if number is not None and not tree:
-            self.is_tree = False
-            return number
+        if number is not None:
+            is_child = not static and _jax.children_of(x) is not None
+            if not is_child or number not in self._children:
+                self.has_links = True
+                if is_child:
+                    self._children.add(number)
+                return number
+            if not tree:
+                self.is_tree = False
+                return number
         number = self._memo[id(x)] = len(self.nodes)
+        if not static:
+            self._children.add(number)
         node = Node(x, parent, place)
         self.nodes.append(node)
         node.names, node.keys, node.values = parts_of(x)
-        if type(node.keys) is list and set(map(type, node.keys)) - {str}:
+        if type(node.keys) is list and set(map(type, node.keys)) - _NAMES:
             self._keyed.append(number)
         path, self._path = self._path, []
         n = len(node.names)
         children = children_names(x, node.names, node.values) if n else ()
-        node.order = order = _order(type(x), node.names, node.keys)
+        order = _order(type(x), node.names, node.keys)
+        if isinstance(x, set):
+            order = order[:n] if order else list(range(n))
+            order += [n + i for i in self._order_of_members(node.values[n:])]
+        node.order = order
         if order:
             node.ranks = sorted(range(len(order)), key=order.__getitem__)
         node.entries = [(STATIC,)] * len(node.values)
@@ -304,6 +323,14 @@ class Walk:
                 node.with_leaves.append(i)
         self._path = path
         return number
+
+    def _order_of_members(self, members: list[Any]) -> list[int]:
+        """That in which they were seen before: the order of a set says nothing."""
+        before, order = self._before, list(range(len(members)))
+        if before is not None:
+            numbers = {i: before.number_of(x) for i, x in enumerate(members)}
+            order.sort(key=lambda i: len(before.nodes) if (n := numbers[i]) is None else n)
+        return order
 
     def find(self, x: Any) -> Node | None:
         """The node of an object, if it was seen."""
@@ -402,6 +429,7 @@ class Walk:
         walk = object.__new__(Walk)
         walk.leaves, walk.places, walk.notes = leaves, self.places, self.notes
         walk.graph, walk.avals, walk.is_tree = self.graph, self.avals, self.is_tree
+        walk.has_links, walk._children = self.has_links, self._children
         walk._before, walk._followed, walk._keyed, walk._path = None, [], [], []
         walk._clock, walk.versions = self._clock, self.versions[:]
         walk.nodes, walk.iterators = [], self.iterators
@@ -425,6 +453,7 @@ class Walk:
         return self.nodes[number].object
 
 
+_NAMES = {str, int, float, bool, bytes, type(None)}  # keys that are no objects
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
 
