@@ -23,6 +23,7 @@ def shown(error):
     notes = [n for n in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in n]
     text = "\n".join([str(error), *notes])
     text = re.sub(r" at 0x[0-9a-f]+", "", text).replace(" (<lambda>)\n", " (<module>)\n")
+    text = re.sub(rf"{re.escape(str(ROOT))}/(jaxstate/\S+\.py):\d+", r"\1", text)
     name = type(error).__name__
     module = type(error).__module__
     return f"{'jaxstate.' if module.startswith('jaxstate') else ''}{name}: {text}"
@@ -47,7 +48,7 @@ class Recorder:
         for line in lines:
             assert line in text, text
         # A message names a line of the program, which is a function that calls what is wrong.
-        assert __file__ not in text, text
+        assert str(ROOT) not in text, text
         self.messages.append(text)
 
 
