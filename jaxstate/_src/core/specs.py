@@ -79,11 +79,13 @@ class Spec(NamedTuple):
 
 def fits(found: Any, wanted: Any) -> bool:
     """Whether an array of one type can be given for one of another: of another dtype, but no number
-    for a random key."""
+    for a random key, and nothing that has no dtype."""
     if found.shape != wanted.shape:
         return False
-    is_like = found.dtype is wanted.dtype
-    return is_like or _jax.is_typed_key(found) == _jax.is_typed_key(wanted)
+    one, other = getattr(found, "dtype", None), getattr(wanted, "dtype", None)
+    if one is other or one is None or other is None:
+        return one is other
+    return _jax.is_typed_key(found) == _jax.is_typed_key(wanted)
 
 
 class _Shown:

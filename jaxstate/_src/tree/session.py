@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from jaxstate._src import _jax
@@ -265,10 +265,13 @@ class Session(Holder):
         """What the objects are now was not assigned by the program."""
         self.frozen[:] = [_Frozen(label, node.seen_now()) for label, node in self.frozen]
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self) -> AbstractContextManager[None]:
         """While what a transformed function has assigned is put into the objects: it was checked
         where the function ended."""
+        return self._writing_frozen() if self.frozen else nullcontext()
+
+    @contextmanager
+    def _writing_frozen(self) -> Iterator[None]:
         self.check_frozen()
         yield
         self.refreeze()
