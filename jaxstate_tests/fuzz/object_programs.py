@@ -528,7 +528,11 @@ class Run:
 
 
 def _once(how):
-    return lambda self, root, x, block: self.way.once(how, self.block(block), root, x)
+    def statement(self, root, x, block):
+        has_gradient = how != "grad" or "while_loop" not in str(block)
+        return self.way.once(how if has_gradient else "jvp", self.block(block), root, x)
+
+    return statement
 
 
 def _often(how):
