@@ -11,6 +11,7 @@ from jax.custom_derivatives import linear_call
 
 import jaxstate
 from jaxstate.extend import new_slot, read, write
+from jaxstate_tests.sampling import part_of_product
 
 ones = jax.nn.initializers.ones
 W = jnp.float32(3.0)
@@ -157,8 +158,7 @@ def jax_differentiates(wrap):
     return True
 
 
-@pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, around", part_of_product(2, WAYS, AROUND))
 def test_a_rule_and_its_function_use_the_state_of_their_call(key, way, around):
     make, switched_on = WAYS[way]
     wrap, n = AROUND[around]

@@ -15,6 +15,7 @@ import pytest
 import jaxstate
 from jaxstate import extend
 from jaxstate_tests.params.test_params import assert_trees_close
+from jaxstate_tests.sampling import part_of_product
 
 normal = jax.nn.initializers.normal(0.3)
 X = jnp.array([0.8, -0.5])
@@ -282,8 +283,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWING)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name, way", part_of_product(2, DRAWING, WAYS))
 def test_the_calls_of_the_solve_draw_and_the_others_do_not(key, name, way):
     """acceptance.md, the core: custom_linear_solve and custom_root."""
     solve, by_hand = DRAWING[name]
