@@ -42,7 +42,7 @@ FLOORS = {
         "nests", "paths", "entry", "entries", "places", "interception", "interned", "stores",
         "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata", "pieces",
         "summary", "methods", "pickling", "misuse", "param", "calling", "parametrized",
-        "variables", "copies", "stack", "ensemble",
+        "lanes_of_variables", "variables", "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [

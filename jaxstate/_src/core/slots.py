@@ -27,15 +27,8 @@ from jaxstate._src import _jax
 from jaxstate.errors import SlotTypeError, message
 
 __all__ = [
-    "Address",
-    "AllLanes",
-    "Cell",
-    "Holder",
-    "any_known",
-    "any_open",
-    "holders",
-    "open_holder",
-]
+    "Address", "AllLanes", "Cell", "Holder", "any_known", "any_open", "holders", "open_holder",
+]  # fmt: skip
 
 
 class Address:

@@ -6,7 +6,7 @@ completes the address with the place where that jaxpr is bound, and gives out na
 (`params.paths`).
 
 What is special to either is in the subclass of `EntryAddress` that it has
-(`params.parametrized`, `params.variables`).
+(`params.param`, `params.lanes_of_variables`).
 """
 
 from __future__ import annotations
@@ -46,15 +46,9 @@ from jaxstate._src.params.paths import (
 from jaxstate.errors import ClosedStateError, StateError, message
 
 __all__ = [
-    "EntryAddress",
-    "RuleStore",
-    "Store",
-    "current_origin",
-    "current_place",
-    "innermost_store",
-    "level_entered",
-    "place_of",
-]
+    "EntryAddress", "RuleStore", "Store", "current_origin", "current_place", "innermost_store",
+    "level_entered", "place_of",
+]  # fmt: skip
 
 
 class EntryAddress(Address):
