@@ -108,6 +108,11 @@ def test_only_one_folder_knows_internals_and_versions(path):
             assert not (node.attr == "__version__" and getattr(node.value, "id", "") == "jax")
 
 
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_is_read_at_once(path):
+    assert len(path.read_text().splitlines()) <= 600
+
+
 def test_public_names_are_what_init_lists():
     public = {name for name in vars(jaxstate) if not name.startswith("_")}
     submodules = {path.stem for path in PACKAGE.glob("*.py")}
