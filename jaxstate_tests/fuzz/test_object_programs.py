@@ -94,3 +94,21 @@ def test_random_programs_over_random_objects(number):
 @pytest.mark.leaks_allowed("as above")
 def test_fuzz():
     fuzz(check, op.programs)
+
+
+COMPUTED = ("Doubling", None, None)
+
+
+@pytest.mark.parametrize("around", [[], ["grad"], ["jit"], ["grad", "grad"]], ids="-".join)
+@pytest.mark.parametrize(
+    "spec",
+    [("AttrDict", COMPUTED, None), ("Doubling", COMPUTED, None), ("AttrDict", COMPUTED, COMPUTED)],
+    ids=["in one", "in another one", "two"],
+)
+@pytest.mark.leaks_allowed("as above")
+def test_children_that_are_computed_while_jax_works_out_an_operation(spec, around):
+    """The class computes with tracers that mean nothing to the rule of the operation."""
+    body = [("assign", 0, 0, 0), ("optimize", 0)]
+    for how in around:
+        body = [(how, body)]
+    check((spec, body, 0.7))

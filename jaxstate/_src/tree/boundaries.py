@@ -30,7 +30,7 @@ from jaxstate._src.tree.operands import (
     dispatched,
     result_of_trace,
 )
-from jaxstate._src.tree.session import all_writable, is_object, publishes, sessions
+from jaxstate._src.tree.session import Session, all_writable, is_object, publishes, sessions
 
 _TRACES = (
     _jax.StagingTrace, _jax.BatchTrace, *_jax.DIFFERENTIATING, _jax.PartialTrace
@@ -46,7 +46,7 @@ def _enter(trace_: Any) -> list[Frame] | None:
         return None
     if _jax.is_linear_part(trace_) or publishes.jax_only or _is_of_devices(trace_):
         return None
-    new = [s for s in here if not _is_in(s, trace_)]
+    new = [s for s in here if not _is_in(s, trace_) and not _is_below(s, trace_)]
     if not new:
         return None
     frames = [_begin(Frame(s, trace_)) for s in new]
@@ -63,6 +63,17 @@ def _is_in(session: Any, trace_: Any) -> bool:
     if any(f.trace is trace_ and f.rule is None for f in session.frames):
         return True
     return any(t is trace_ for t in session.base)
+
+
+def _is_below(session: Session, trace_: Any) -> bool:
+    """Whether JAX works out one operation of a trace that the objects are in, by its rule. Nothing
+    of the program runs there, and nothing there may compute with the values of the objects, as
+    classes do that compute their children."""
+    around = list(_jax.chain(trace_))
+    if not any(isinstance(t, _jax.PartialTrace) for t in around):
+        return False
+    inside = session.frames[-1].trace if session.frames else next(iter(session.base), None)
+    return inside is not None and not any(t is inside for t in around)
 
 
 def _begin(frame: Frame) -> Frame:

@@ -182,6 +182,15 @@ class Session(Holder):
         if self._pending is not None or (before and before.is_current(self.everything())):
             assert before is not None
             return before
+        del before
+        outside, publishes.jax_only = publishes.jax_only, True  # (a class may compute its children)
+        try:
+            return self._look_again()
+        finally:
+            publishes.jax_only = outside
+
+    def _look_again(self) -> Walk:
+        before = self._walk
         self.called = None
         if self._graph is not None:  # without values: nothing of it may be another one
             self._walk = Walk(self.everything())
