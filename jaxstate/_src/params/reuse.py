@@ -385,16 +385,7 @@ class _Part:
             if found.same_shapes(spec):
                 return value
             shown, wanted = contrast(found, spec)
-        raise ParameterMismatchError(
-            message(
-                f"Parameter {'/'.join(path)!r}, reused from {self.module.name!r}, is"
-                f" {shown}, and the function wants {wanted}.",
-                fix="""
-                params = net.init(key, x)      # with inputs of the shapes that apply is given
-                """,
-                used=_jax.user_location(),
-            )
-        )
+        raise _of_another_type(path, self.module.name, shown, wanted)
 
 
 class _ByName:
@@ -418,16 +409,7 @@ class _ByName:
         if _jax.is_array_like(value) and fits(_jax.typeof(value), wanted):
             return value
         found = _jax.typeof(value).str_short() if _jax.is_array_like(value) else repr(value)
-        raise ParameterMismatchError(
-            message(
-                f"Parameter {'/'.join(name)!r}, reused from {self.name!r}, is {found}, and the"
-                f" function wants {wanted.str_short()}.",
-                fix="""
-                params = net.init(key, x)      # with inputs of the shapes that apply is given
-                """,
-                used=_jax.user_location(),
-            )
-        )
+        raise _of_another_type(name, self.name, found, wanted.str_short())
 
     def check_all_are_used(self, net: Any, specs: Mapping[Path, Spec]) -> None:
         if not self.unused and self.arrays:
@@ -450,6 +432,19 @@ class _ByName:
                 used=_jax.user_location(),
             )
         )
+
+
+def _of_another_type(path: Path, source: str, found: str, wanted: str) -> Exception:
+    return ParameterMismatchError(
+        message(
+            f"Parameter {'/'.join(path)!r}, reused from {source!r}, is {found}, and the function"
+            f" wants {wanted}.",
+            fix="""
+            params = net.init(key, x)      # with inputs of the shapes that apply is given
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def _kind_of_call(args: Any, kwargs: Any) -> Hashable:
