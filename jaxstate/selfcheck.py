@@ -158,10 +158,13 @@ def other_calls() -> Pairs:
         return call(lambda r, x: x * r, lambda r, ct: ct * r, noise(), x)
 
     yield drawn(jax.jit(linear), 2.0), (2 * by_hand(0), 1)
-    metadata = importlib.import_module("jax.experimental.xla_metadata")
-    if _jax.xla_metadata_call_p is not None and hasattr(metadata, "xla_metadata_call"):
-        named = metadata.xla_metadata_call(lambda x: x * noise(), name="f")
-        yield drawn(jax.jit(named), 2.0), (2 * by_hand(0), 1)
+    groups = importlib.import_module("jax.experimental.scheduling_groups")
+    grouped = groups.scheduling_group("f")(lambda x: x * noise())
+    yield drawn(jax.jit(grouped), 2.0), (2 * by_hand(0), 1)
+    if _jax.program_order_p is not None:
+        overlap = importlib.import_module("jax.experimental.overlap")
+        ordered = overlap.program_order(lambda x: x * noise(), enforce=False)
+        yield drawn(jax.jit(ordered), 2.0), (2 * by_hand(0), 1)
     for flag, kind in (("jax_custom_jvp3", "jvp"), ("jax_custom_vjp3", "vjp")):
         if not hasattr(jax.config, "jax_custom_jvp3"):
             continue  # those of jax 0.10 are not finished
@@ -362,6 +365,8 @@ def objects() -> Pairs:
         lax.cond(n > 0, lambda: add(0, None), lambda: None)
         lax.switch(1, [lambda: None, lambda: add(0, None)])
         out = jax.jit(lambda t: t["total"] * 2)(tree)
+        for shape_of in (jax.eval_shape, lambda f, t: jax.jit(f).eval_shape(t)):
+            out += jnp.zeros(shape_of(lambda t: t["total"], tree).shape)
         slope = jax.grad(jax.checkpoint(lambda s, t: s * t["total"]))(1.0, tree)
         lanes = jax.vmap(lambda t, y: t["total"] + y, in_axes=(None, 0))(tree, jnp.arange(2.0))
         doubled = jax.custom_batching.custom_vmap(lambda y: 2 * y)

@@ -92,6 +92,7 @@ def merged(dumps: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, s
                     "": versions,
                     "<0.11": [v for v in versions if v < "0.11"],
                     ">=0.11": [v for v in versions if v >= "0.11"],
+                    ">=0.11 <0.12": [v for v in versions if "0.11" <= v < "0.12"],
                     "<0.12": [v for v in versions if v < "0.12"],
                     ">=0.12": [v for v in versions if v >= "0.12"],
                     "no": [],

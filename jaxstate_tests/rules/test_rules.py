@@ -3,6 +3,8 @@
 Every reference is the same program with its keys folded by hand.
 """
 
+import importlib.util
+
 import jax
 import jax.experimental
 import jax.export
@@ -335,7 +337,30 @@ def platform(f):
     return lambda x: jax.lax.platform_dependent(x, cpu=f, default=lambda x: 0 * x)
 
 
-WRAPPERS = {"compute_on": compute_on, "named_call": named, "platform_dependent": platform}
+def grouped(f):
+    import jax.experimental.scheduling_groups as module
+
+    return module.scheduling_group("group")(f)
+
+
+def ordered(**options):
+    def wrap(f):
+        import jax.experimental.overlap as module
+
+        return module.program_order(f, **options)
+
+    return wrap
+
+
+WRAPPERS = {
+    "compute_on": compute_on, "named_call": named, "platform_dependent": platform,
+    "scheduling_group": grouped,
+}  # fmt: skip
+if importlib.util.find_spec("jax.experimental.overlap"):
+    WRAPPERS |= {
+        "program_order": ordered(enforce=True),
+        "program_order, some arguments": ordered(enforce=False, exclude_argnames="x"),
+    }
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

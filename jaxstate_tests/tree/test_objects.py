@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import heapq
+import importlib.util
 import threading
 import types
 import weakref
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import jaxstate
 from jaxstate import inplace, mutate
@@ -685,8 +687,56 @@ def with_lanes(f):
     return f
 
 
+def traced(f):
+    """As libraries evaluate what JAX traces for them."""
+
+    def call(cell):
+        trace = jax.jit(f).trace(cell)
+        (out,) = jax.core.eval_jaxpr(trace.jaxpr.jaxpr, trace.jaxpr.consts, *jax.tree.leaves(cell))
+        return jax.tree.unflatten(jax.tree.structure(trace.out_info), [out])
+
+    return call
+
+
+def evaluated(f):
+    def call(cell):
+        jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(cell)
+        (out,) = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *jax.tree.leaves(cell))
+        return jax.tree.unflatten(jax.tree.structure(shapes), [out])
+
+    return call
+
+
+def with_residual(f):
+    """The function is linear in an argument that is not used."""
+    call = jax.custom_derivatives.linear_call
+    return lambda cell: call(lambda cell, x: f(cell) + 0 * x, lambda cell, x: x, cell, f32(0))
+
+
+def on_host(f):
+    module = importlib.import_module("jax.experimental.compute_on")
+    decorate = getattr(module, "compute_on2", module.compute_on)  # its name until jax 0.10
+    space = jax.memory.Space.Device
+    return decorate(f, compute_type="device_host", out_memory_spaces=space)
+
+
+def in_a_group(f):
+    groups = importlib.import_module("jax.experimental.scheduling_groups")
+    return groups.scheduling_group("g")(f)
+
+
+def in_order(f):
+    overlap = importlib.import_module("jax.experimental.overlap")
+    return overlap.program_order(f, enforce=False)
+
+
 # Functions with an argument that JAX hands out as a copy.
 HANDED = {
+    "jit.trace": traced,
+    "make_jaxpr": evaluated,
+    "linear_call": with_residual,
+    "compute_on": on_host,
+    "scheduling_group": in_a_group,
     "custom_vjp": with_rule,
     "custom_jvp": with_tangents,
     "custom_vmap": with_lanes,
@@ -694,6 +744,8 @@ HANDED = {
     "shard_map": on_devices,
     "custom_vjp in grad": lambda f: lambda c: (jax.grad(with_rule(f))(c), with_rule(f)(c))[1],
 }
+if importlib.util.find_spec("jax.experimental.overlap"):
+    HANDED["program_order"] = in_order
 
 
 @leaks_allowed
@@ -727,6 +779,35 @@ def test_what_a_function_assigns_to_its_argument_is_lost_or_returned(how, run):
 
     if how != "custom_vjp in grad":
         assert run(fresh)(example)[0] == 3
+
+
+@leaks_allowed
+@pytest.mark.parametrize("run", RUNS)
+def test_functions_that_are_called_with_the_object_itself_assign_to_it(run):
+    def adds(cell):
+        cell.add(1.0)
+        return cell.n * 2
+
+    by_hand = {"jit": jax.jit, "checkpoint": jax.checkpoint, "checkify": checkify.checkify}
+    for name, transform in by_hand.items():
+        out, new = RUNS[run](lambda t, f=transform: f(adds)(t["c"]))({"c": Cell(f32(3))})
+        assert (out[1] if name == "checkify" else out) == 8 and numbers(new) == [4.0]
+
+
+@leaks_allowed
+def test_shapes_are_those_of_a_function_that_assigns_to_its_argument():
+    def adds(cell):
+        cell.add(1.0)
+        return cell.n * 2
+
+    def f(t):
+        found = jax.eval_shape(adds, t["c"]), jax.jit(adds).eval_shape(t["c"])
+        with pytest.raises(jaxstate.CopyWriteError):  # and not what was traced for the shapes
+            jax.jit(adds).trace(t["c"])
+        return [jnp.zeros(s.shape, s.dtype) for s in found]
+
+    out, new = mutate(f)({"c": Cell(f32(3))})
+    assert [x.shape for x in out] == [(), ()] and numbers(new) == [3.0]
 
 
 @leaks_allowed

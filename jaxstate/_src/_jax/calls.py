@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax._src import pjit, tree_util
@@ -20,6 +20,7 @@ __all__ = [
     "JitCall",
     "Jitted",
     "JittedFunction",
+    "Use",
     "around_inference",
     "checks_results",
     "dispatched",
@@ -29,17 +30,20 @@ __all__ = [
 ]
 
 
+# What the jaxpr of a jitted function is wanted for: a call, as it is, or for its types alone.
+Use = Literal["call", "trace", "shapes"]
+
+
 class _Inference:
-    """How JAX is asked for the jaxpr of a call of a jitted function, or (if not `is_call`) for one
-    without a call."""
+    """How JAX is asked for the jaxpr of a jitted function."""
 
     @staticmethod
-    def around(infer: Any, jitted: Jitted, args: Any, kwargs: Any, is_call: bool) -> Any:
+    def around(infer: Any, jitted: Jitted, args: Any, kwargs: Any, use: Use) -> Any:
         return infer(jitted.fun, jitted.info, args, kwargs)
 
 
 def around_inference(around: Callable[..., Any]) -> None:
-    """Calls ``around(infer, jitted, args, kwargs, is_call)`` instead."""
+    """Calls ``around(infer, jitted, args, kwargs, use)`` instead."""
     _Inference.around = staticmethod(around)
 
 
@@ -69,7 +73,7 @@ class Jitted(NamedTuple):
 
     def infer(self, args: Any, kwargs: Any) -> JitCall:
         """Traces the function, unless JAX knows the jaxpr for such arguments."""
-        return _jit_call(*_Inference.around(_infer_params, self, args, kwargs, True))
+        return _jit_call(*_Inference.around(_infer_params, self, args, kwargs, "call"))
 
 
 JittedFunction = type(jax.jit(lambda: None))

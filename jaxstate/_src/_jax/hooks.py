@@ -294,6 +294,7 @@ class Hook(NamedTuple):
 
 
 _011 = (0, 11)
+_012 = (0, 12)
 _BIND = "*args, **params"
 _BIND_WITH_TRACE = "trace, args, avals, params"
 _CALL = "self, *args, **kwargs"
@@ -338,7 +339,10 @@ TABLE: tuple[Hook, ...] = (
     *_primitive("jax._src.core:closed_call_p", until=_011),
     *_primitive("jax._src.core:eval_jaxpr_p", since=_011),
     *_primitive("jax._src.compute_on:compute_on_p"),
+    *_primitive("jax.experimental.scheduling_groups:xla_metadata_call_p", until=_011),
     *_primitive("jax._src.xla_metadata:xla_metadata_call_p", since=_011),
+    *_primitive("jax._src.pjit:program_order_p", since=_011, until=_012),
+    *_primitive("jax._src.program_order:program_order_p", since=_012),
     *_primitive(f"{_SOLVES}linear_solve_p"),
     *_primitive(f"{_RULES}linear_call_p"),
     *_primitive(f"{_RULES}remat_opt_p"),
@@ -427,6 +431,8 @@ TABLE: tuple[Hook, ...] = (
     )),
     Hook("jax._src.shard_map:FlatTree", "", OBJECTS, until=_011),
     Hook("jax._src.shard_map:ft", "", OBJECTS, since=_011),
+    Hook("jax._src.api:eval_shape<fun>", "fun, *args, **kwargs", OBJECTS),
+    Hook("jax._src.pjit:jit_eval_shape<fun>", "jit_func, *args, **kwargs", OBJECTS),
     Hook(f"{_LOOPS}scan<fun>", "f, init, xs, length, reverse, unroll, _split_transpose", OBJECTS),
     Hook(f"{_LOOPS}while_loop<fun>", "cond_fun, body_fun, init_val", OBJECTS),
     Hook(f"{_LOOPS}fori_loop<fun>", "lower, upper, body_fun, init_val, unroll", OBJECTS),

@@ -226,7 +226,11 @@ USED: dict[str, dict[str, str]] = {
         "_need_to_rebuild_with_fdo": ": pgle_profiler",
         "_run_python_pjit": ": p, args_flat, fun, args, kwargs",
         "jit_p": ": ",
+        "program_order_p": ">=0.11 <0.12: ",
         "reshard": ": xs, out_shardings",
+    },
+    "jax._src.program_order": {
+        "program_order_p": ">=0.12: ",
     },
     "jax._src.shard_map": {
         "_RepError": ": ",

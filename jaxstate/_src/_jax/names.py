@@ -74,6 +74,7 @@ __all__ = [
     "linear_call_p",
     "linear_solve_p",
     "make_jaxpr",
+    "program_order_p",
     "remat_opt_p",
     "remat_p",
     "scan_p",
@@ -127,7 +128,16 @@ shard_map_p = shard_map.shard_map_p
 # Results that do not fit their specs: which, and the tree of all of them.
 SHARD_MAP_ERRORS = (shard_map._SpecError, shard_map._RepError)
 compute_on_p = compute_on.compute_on_p
-xla_metadata_call_p = getattr(xla_metadata, "xla_metadata_call_p", None)  # jax >= 0.11
+if flattree is None:  # jax 0.10
+    from jax.experimental.scheduling_groups import xla_metadata_call_p
+
+    program_order_p = None
+else:
+    xla_metadata_call_p = xla_metadata.xla_metadata_call_p
+    try:
+        from jax._src.program_order import program_order_p
+    except ImportError:  # jax 0.11
+        program_order_p = pjit.program_order_p
 
 # Evaluates the closed jaxpr in its parameter ``call_jaxpr``.
 call_p = core.closed_call_p if flattree is None else core.eval_jaxpr_p

@@ -54,10 +54,13 @@ def _takes_all(found: str) -> bool:
 
 
 def is_here(when: str) -> bool:
-    """Whether this version is one of ``"<0.11"`` or ``">=0.11"``; all are in ``""``."""
-    if when.startswith("<"):
-        return version_of(when[1:]) > VERSION
-    return when != "no" and (not when or version_of(when[2:]) <= VERSION)
+    """Whether this version is one of ``">=0.11"``, ``">=0.11 <0.12"``...; all are in ``""``."""
+    return when != "no" and all(
+        version_of(bound[1:]) > VERSION
+        if bound.startswith("<")
+        else version_of(bound[2:]) <= VERSION
+        for bound in when.split()
+    )
 
 
 def problems() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from jax._src import config, core, pjit, traceback_util
 from jax._src.util import register_cache
 
-from jaxstate._src._jax.calls import JitCall, Jitted, _Inference, _jit_call
+from jaxstate._src._jax.calls import JitCall, Jitted, Use, _Inference, _jit_call
 from jaxstate._src._jax.hooks import ALWAYS, OBJECTS, change
 
 __all__ = ["wrap_ahead_of_time", "wrap_clear_cache", "wrap_jitted_calls"]
@@ -33,9 +33,15 @@ _NO_JAXPR = types.SimpleNamespace(effects=(), consts=())
 
 
 class _Ahead(threading.local):
-    """The function that `jit_trace` is about to ask for on this thread: that is no call."""
+    """What this thread does that is no call.
+
+    Attributes:
+      fun: the function that `jit_trace` is about to ask for.
+      shapes: whether for the types of its results alone.
+    """
 
     fun: Any = None
+    shapes = False
 
 
 _ahead = _Ahead()
@@ -63,22 +69,35 @@ def wrap_jitted_calls(
 
         return jit_trace
 
+    def wrap_shapes(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def eval_shape(*args: Any, **kwargs: Any) -> Any:
+            _ahead.shapes = True
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                _ahead.shapes = False
+
+        return eval_shape
+
     def wrap_infer(plain: Any) -> Any:
         @functools.wraps(plain)
         def infer_params(fun: Any, info: Any, args: Any, kwargs: Any) -> Any:
-            is_call = _ahead.fun is not fun
+            use: Use = "call"
+            if _ahead.fun is fun:
+                use, _ahead.shapes = "shapes" if _ahead.shapes else "trace", False
             _ahead.fun = None
             jitted = Jitted(fun, info)
-            if not is_call or not core.trace_state_clean() or config.debug_key_reuse.value:
+            if use != "call" or not core.trace_state_clean() or config.debug_key_reuse.value:
                 if not OBJECTS.users:
                     return plain(fun, info, args, kwargs)
-                return _Inference.around(plain, jitted, args, kwargs, is_call)
+                return _Inference.around(plain, jitted, args, kwargs, use)
             results = call(jitted, args, kwargs)
             if results is not NotImplemented:
                 done = _Done([], {"jaxpr": _NO_JAXPR}, (), None, None, ())
                 done.results = results
                 return done, []
-            p, flat = _Inference.around(plain, jitted, args, kwargs, True)
+            p, flat = _Inference.around(plain, jitted, args, kwargs, "call")
             p = _Inferred(*p)
             p.jitted = jitted
             return p, flat
@@ -141,6 +160,8 @@ def wrap_jitted_calls(
     change("jax._src.pjit:_cpp_pjit", wrap_cpp, ALWAYS)
     change("jax._src.pjit:_jax", wrap_module, ALWAYS)
     change("jax._src.pjit:jit_trace", wrap_trace, ALWAYS)
+    change("jax._src.api:eval_shape<fun>", wrap_shapes, OBJECTS)
+    change("jax._src.pjit:jit_eval_shape<fun>", wrap_shapes, OBJECTS)
     change("jax._src.pjit:_infer_params", wrap_infer, ALWAYS)
     change("jax._src.pjit:_run_python_pjit", wrap_run, ALWAYS)
 

@@ -18,8 +18,8 @@ from jaxstate._src.core.registry import register_rule
 
 
 def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any]]:
-    """The rule of a primitive whose parameter ``name`` is its jaxpr; no other parameter counts
-    operands, and only ``out_memory_spaces`` counts results."""
+    """The rule of a primitive whose parameter ``name`` is its jaxpr; of the others only
+    ``exclude_mask`` counts operands, and only ``out_memory_spaces`` counts results."""
 
     def rule(args: Any, params: dict[str, Any]) -> list[Any]:
         uses = reads, writes, outs = uses_of([params[name]])
@@ -32,6 +32,8 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
         if "out_memory_spaces" in params:
             spaces = (jax.memory.Space.Device,) * len(uses.results)
             threaded["out_memory_spaces"] = params["out_memory_spaces"] + spaces
+        if "exclude_mask" in params:  # operands that need not wait for what is before the call
+            threaded["exclude_mask"] = (False,) * len(slots) + params["exclude_mask"]
         return write_last(uses.results, primitive.bind(*slots, *args, **threaded))
 
     return rule
@@ -42,6 +44,7 @@ for _primitive, _name in (
     (_jax.call_p, "call_jaxpr"),
     (_jax.compute_on_p, "jaxpr"),
     (_jax.xla_metadata_call_p, "jaxpr"),
+    (_jax.program_order_p, "call_jaxpr"),
 ):
     if _primitive is not None:
         register_rule(_primitive)(_call(_primitive, _name))

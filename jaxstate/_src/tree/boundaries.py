@@ -158,7 +158,7 @@ def _around_tracing(fun: Any) -> Any:
     return _around(fun)
 
 
-def _around_inference(infer: Any, call: _jax.Jitted, args: Any, kwargs: Any, is_call: bool) -> Any:
+def _around_inference(infer: Any, call: _jax.Jitted, args: Any, kwargs: Any, use: _jax.Use) -> Any:
     if publishes.jax_only or registry.in_bind() or not sessions():
         return infer(call.fun, call.info, args, kwargs)
     if not publishes.graphs and _jax.calls_no_user(call.fun):  # what most calls are, in less time
@@ -169,10 +169,10 @@ def _around_inference(infer: Any, call: _jax.Jitted, args: Any, kwargs: Any, is_
             publishes.function, publishes.jax_only = before, False
     with _around(call.fun):
         if not publishes.jax_only:
-            args, kwargs = _operands(call.info, args, kwargs)
-            if not is_call:
-                with by_value():
+            if use != "call":
+                with by_value(copies_for=call.fun if use == "trace" else None):
                     return infer(call.fun, call.info, args, kwargs)
+            args, kwargs = _operands(call.info, args, kwargs)
         return infer(call.fun, call.info, args, kwargs)
 
 

@@ -38,12 +38,10 @@ _ONCE = {
     "custom_jvp fun", "custom_vjp fun",
 }  # fmt: skip
 
-# Functions that get copies of objects that are operands. (Those of loops and branches get the
-# objects themselves, and what `make_jaxpr` and `eval_shape` trace is not run.)
-_WITH_COPIES = {
-    "closure_convert", "custom_jvp fun", "custom_jvp jvp", "custom_vjp fun", "custom_vjp fwd",
-    "custom_gradient fwd", "custom_vmap fun", "custom_vmap rule", "linear_transpose",
-    "linear_call fun", "compute_on",
+# Functions that get objects that are operands by reference. All others get copies.
+_BY_REFERENCE = {
+    "jit", "checkpoint / remat", "remat", "checkpoint", "scan", "while_body", "while_cond",
+    "fori_loop", "cond", "switch",
 }  # fmt: skip
 _LOOPS = {"scan", "while_body", "while_cond", "fori_loop"}
 
@@ -291,7 +289,10 @@ class Frame:
         """Whether the function gets copies of objects that are operands, and no references."""
         if self.rule is not None:
             return True
-        return self.stages and _jax.traced_for(self.trace) in _WITH_COPIES
+        if not self.stages:
+            return False
+        is_apart = self.function is not None and self.function is publishes.copies_for
+        return is_apart or _jax.traced_for(self.trace) not in _BY_REFERENCE
 
     @property
     def has_other_arrays(self) -> bool:

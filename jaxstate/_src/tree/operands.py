@@ -365,12 +365,20 @@ def _run(call: _Call, plain: Any, args: Any, kwargs: Any) -> Any:
 
 
 class by_value:
-    """While this is entered, what is called hands objects back by value."""
+    """While this is entered, what is called hands objects back by value.
+
+    A function that ``copies_for`` is given gets objects by value too.
+    """
+
+    def __init__(self, copies_for: Any = None) -> None:
+        self.copies_for = copies_for
 
     def __enter__(self) -> None:
         publishes.by_value += 1
+        self.before, publishes.copies_for = publishes.copies_for, self.copies_for
         signature_changed()
 
     def __exit__(self, *_: object) -> None:
         publishes.by_value -= 1
+        publishes.copies_for = self.before
         signature_changed()

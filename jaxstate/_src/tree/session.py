@@ -141,8 +141,13 @@ class Session(Holder):
     def signature(self) -> Any:
         # While functions of JAX are traced, their caches need not know the objects.
         if not publishes.graphs:
-            return ("mutate", publishes.by_value)
-        return ("mutate", publishes.by_value, self.graph, closed_over(publishes.function, self))
+            return ("mutate", *publishes.way_of_objects)
+        return (
+            "mutate",
+            *publishes.way_of_objects,
+            self.graph,
+            closed_over(publishes.function, self),
+        )
 
     @property
     def graph(self) -> Any:
@@ -437,12 +442,19 @@ class _Publishes(threading.local):
       jax_only: whether a function is traced that calls none of the program.
       function: what is traced next.
       by_value: how many of the calls in progress hand back objects by value.
+      copies_for: a jitted function that is called with copies of objects, since its jaxpr is wanted
+        and no call is made.
     """
 
     graphs = False
     jax_only = False
     function: Any = None
     by_value = 0
+    copies_for: Any = None
+
+    @property
+    def way_of_objects(self) -> tuple[int, bool]:
+        return self.by_value, self.copies_for is not None
 
 
 publishes = _Publishes()
