@@ -91,6 +91,10 @@ def _block(static: tuple[Any, Any], x: Any, value: Any, *starts: Any) -> Any:
     if jnp.shape(value) != sizes:
         axes = axes[len(axes) - jnp.ndim(value) :]
         value = jax.lax.broadcast_in_dim(value, sizes, axes)
+    if _jax.mesh_of(_jax.typeof(x)) != _jax.mesh_of(_jax.typeof(value)):
+        all_axes = tuple(range(x.ndim))  # the other operation wants both in one mesh
+        dims = jax.lax.ScatterDimensionNumbers(all_axes, (), all_axes)
+        return jax.lax.scatter(x, jnp.stack(starts), value, dims, mode="clip")
     return jax.lax.dynamic_update_slice(x, value, starts, allow_negative_indices=False)
 
 

@@ -162,7 +162,19 @@ class ApplyStore(Store):
             found = spec._replace(avals=tuple([aval for _, aval in given]))
             raise address.mismatch(path, str(found), str(spec))
         is_stored = address.type_as_stored(aval) is aval
-        return _add_cell(entry, address, address.leaf, value, is_stored)
+        return self._add_cell(entry, address, address.leaf, value, is_stored)
+
+    def _add_cell(
+        self, entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool
+    ) -> Cell:
+        """``is_stored`` says whether the value is of the type of what is stored of it."""
+        if not is_stored or type(value) not in _jax.plain_arrays:
+            # What is kept for all uses is an array of where the store is, and not of the first use.
+            with _jax.set_current_trace(self.anchor), _jax.use_abstract_mesh(self.mesh):
+                value = address.as_stored(value)
+        entry.initial[leaf] = value
+        cell = entry.cells[leaf] = entry.new_cell(value)
+        return cell
 
     # What a jitted function finds in the store when it is called at top level is the same in each
     # ``apply`` of the same module to arrays of the same types, if the same calls came before. As
@@ -265,7 +277,7 @@ class ApplyStore(Store):
                 raise address.mismatch(entry.path, str(found), str(wanted))
         for leaf, (value, aval), stored in zip(wanted.leaves, given, types, strict=True):
             if leaf not in entry.cells:
-                _add_cell(entry, address, leaf, value, stored is aval)
+                self._add_cell(entry, address, leaf, value, stored is aval)
         return found
 
     def _guess(self, address: EntryAddress, path: Path, wanted: Spec) -> Spec:
@@ -398,15 +410,6 @@ class _InOtherTypes:
     def __exit__(self, *error: object) -> None:
         self._level.__exit__(*error)
         self._store.use_types(self._before)
-
-
-def _add_cell(entry: Entry, address: EntryAddress, leaf: Leaf, value: Any, is_stored: bool) -> Cell:
-    """``is_stored`` says whether the value is of the type of what is stored of it."""
-    if not is_stored or type(value) not in _jax.plain_arrays:
-        value = address.as_stored(value)
-    entry.initial[leaf] = value
-    cell = entry.cells[leaf] = entry.new_cell(value)
-    return cell
 
 
 class _Guess:
