@@ -243,13 +243,9 @@ def test_a_foreign_primitive_under_derivatives_lanes_and_traces():
 
     @extend.register_rule(twice_p)
     def rule(args, params):
-        reads, writes = extend.state_of(params["jaxpr"])
-        slots = extend.read_all(reads + writes)
-        how = extend.Layout(reads, writes, out_at=0)
-        jaxpr = extend.discharge(params["jaxpr"], how, [jax.typeof(s) for s in slots])
-        outs = twice_p.bind(*slots, *args, jaxpr=jaxpr)
-        extend.write_all(writes, outs[: len(writes)])
-        return outs[len(writes) :]
+        n_consts = len(args) - len(params["jaxpr"].out_avals)
+        loop = extend.discharged_loop(params["jaxpr"], args, n_consts)
+        return loop.results(twice_p.bind(*loop.operands, jaxpr=loop.jaxpr))
 
     def twice(f, x):
         return twice_p.bind(x, jaxpr=jax.make_jaxpr(f)(x))[0]
@@ -286,3 +282,114 @@ def test_a_foreign_primitive_under_derivatives_lanes_and_traces():
                 found, wanted = (mode(transform(g))(xs[0]) for g in (f, by_hand))
                 np.testing.assert_allclose(found, wanted, rtol=1e-6)
             np.testing.assert_allclose(mode(jax.vmap(f))(xs), jax.vmap(by_hand)(xs), rtol=1e-6)
+
+
+def foreign(name, times):
+    """A primitive that runs a jaxpr so many times, (constants, carry) -> carry, with a rule.
+
+    Returns a function that builds the jaxpr of a function, and one that binds it.
+    """
+    p = jax.extend.core.Primitive(name)
+    p.multiple_results = True
+
+    def run(*args, jaxpr):
+        n_consts = len(args) - len(jaxpr.out_avals)
+        consts, carry = args[:n_consts], args[n_consts:]
+        for _ in range(times):
+            carry = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *consts, *carry)
+        return carry
+
+    p.def_impl(run)
+    p.def_effectful_abstract_eval(lambda *_, jaxpr: (list(jaxpr.out_avals), jaxpr.effects))
+    jax.interpreters.mlir.register_lowering(
+        p, jax.interpreters.mlir.lower_fun(run, multiple_results=True)
+    )
+
+    @extend.register_rule(p)
+    def rule(args, params):
+        if times == 1:
+            call = extend.discharged_call(params["jaxpr"], args)
+        else:
+            n_consts = len(args) - len(params["jaxpr"].out_avals)
+            call = extend.discharged_loop(params["jaxpr"], args, n_consts)
+        outs = p.bind(*call.operands, jaxpr=call.jaxpr)
+        if times == 1:
+            return call.results(outs)
+        assert call.n_consts == len(call.operands) - len(call.jaxpr.out_avals)
+        return call.results(outs)
+
+    def build(f, x):
+        traced = jax.make_jaxpr(f)(x)
+
+        def explicit(consts, x):
+            return jax.core.eval_jaxpr(traced.jaxpr, consts, x)
+
+        return traced.consts, jax.make_jaxpr(explicit)(traced.consts, x)
+
+    def bind(consts, jaxpr, x):
+        return p.bind(*consts, x, jaxpr=jaxpr)[0]
+
+    return build, bind
+
+
+FOREIGN = {n: foreign(f"foreign_{n}", n) for n in (1, 3)}
+RUN = {"eagerly": lambda f: f, "jit": jax.jit}
+
+
+@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("times", FOREIGN)
+def test_a_foreign_primitive_reads_arrays_as_they_are_when_it_is_bound(times, run):
+    build, bind = FOREIGN[times]
+
+    def f(a, x, writes):
+        def body(y):
+            if writes:
+                a[1] += a[0]
+            return y + a[0] * a[1]
+
+        consts, jaxpr = build(body, x)
+        a[0] = 10.0
+        return bind(consts, jaxpr, x), a
+
+    def by_hand(a, x, writes):
+        a = np.array(a)
+        a[0] = 10.0
+        for _ in range(times):
+            if writes:
+                a[1] += a[0]
+            x = x + a[0] * a[1]
+        return x, a
+
+    for writes in (False, True):
+        inplace = jaxstate.inplace(lambda a, x, w=writes: f(a, x, w))
+        found = RUN[run](inplace)(jnp.array([2.0, 0.5]), jnp.float32(1.0))
+        wanted = by_hand([2.0, 0.5], 1.0, writes)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b)
+
+
+@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("times", FOREIGN)
+def test_a_foreign_primitive_with_parameters_that_look_at_data(times, run, key):
+    build, bind = FOREIGN[times]
+
+    @jaxstate.parametrized
+    def net(x, data):
+        def body(y):
+            w = jaxstate.param("w", lambda key: 2 * data)
+            steps = jaxstate.variable("steps", jnp.zeros, (), jnp.int32)
+            steps.value += 1
+            return y * w + jaxstate.random.normal()
+
+        return bind(*build(body, x), x)
+
+    x, data = jnp.float32(1.5), jnp.float32(3.0)
+    params, state = RUN[run](net.init_with_state)(key, x, data)
+    assert (params, state) == ({"w": 6.0}, {"steps": 0})
+    found, state = RUN[run](lambda *args: net.apply_with_state(*args, key=key))(
+        params, state, x, data
+    )
+    for i in range(times):
+        x = x * 6.0 + jax.random.normal(jax.random.fold_in(key, i))
+    np.testing.assert_allclose(found, x, rtol=1e-6)
+    assert state == {"steps": times}

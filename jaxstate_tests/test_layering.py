@@ -23,7 +23,8 @@ FLOORS = {
     "errors": [],
     "core": [
         "slots", "capture", "primitives", "uses", "notes", "lanes", "boundaries", "resolve",
-        "specs", "memory", "refs", "initializers", "contents", "discharge", "registry",
+        "specs", "memory", "refs", "initializers", "contents", "discharge", "discharged",
+        "registry",
     ],
     "rules": [
         "calls", "loops", "branches", "derivatives", "explicit", "linear_calls", "solves",

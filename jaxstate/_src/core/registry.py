@@ -53,21 +53,16 @@ def register_rule(primitive: Any) -> Callable[[Rule], Rule]:
       primitive: a `jax.extend.core.Primitive` with jaxprs among its parameters.
 
     Returns:
-      A decorator for the rule. Typically a rule asks `state_of` which slots the jaxpr uses, takes
-      their values with `read_all`, makes a pure jaxpr with `discharge`, binds the same primitive
-      with the values as further operands, and hands the further results to `write_all`.
+      A decorator for the rule. `discharged_call` and `discharged_loop` are what most rules need.
 
     Here for a primitive that calls its jaxpr once:
 
-    >>> from jaxstate.extend import Layout, discharge, read_all, register_rule, state_of, write_last
+    >>> from jaxstate.extend import discharged_call, register_rule
     >>> def rule_for(call_p):
     ...     @register_rule(call_p)
     ...     def rule(args, params):
-    ...         reads, writes = state_of(params["jaxpr"])
-    ...         slots = read_all(reads + writes)
-    ...         how = Layout(reads, writes, once=True)
-    ...         jaxpr = discharge(params["jaxpr"], how, [jax.typeof(s) for s in slots])
-    ...         return write_last(writes, call_p.bind(*slots, *args, jaxpr=jaxpr))
+    ...         call = discharged_call(params["jaxpr"], args)
+    ...         return call.results(call_p.bind(*call.operands, jaxpr=call.jaxpr))
     """
 
     def register(rule: Rule) -> Rule:

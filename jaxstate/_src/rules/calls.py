@@ -11,9 +11,7 @@ from typing import Any
 import jax
 
 from jaxstate._src import _jax
-from jaxstate._src.core.contents import refreshed, uses_of
-from jaxstate._src.core.discharge import Layout, discharge, read_all, write_last
-from jaxstate._src.core.initializers import initialize
+from jaxstate._src.core.discharged import discharged_call
 from jaxstate._src.core.registry import register_rule
 
 
@@ -22,19 +20,14 @@ def _call(primitive: Any, name: str) -> Callable[[Any, dict[str, Any]], list[Any
     ``exclude_mask`` counts operands, and only ``out_memory_spaces`` counts results."""
 
     def rule(args: Any, params: dict[str, Any]) -> list[Any]:
-        uses = reads, writes, outs = uses_of([params[name]])
-        initialize(params[name], args)
-        args = refreshed(params[name], args, writes=uses.results)
-        slots = read_all(uses.ins)
-        how = Layout(reads, writes, outs=outs, once=True)
-        jaxpr = discharge(params[name], how, [_jax.typeof(s) for s in slots])
-        threaded = dict(params, **{name: jaxpr})
+        call = discharged_call(params[name], args)
+        threaded = dict(params, **{name: call.jaxpr})
         if "out_memory_spaces" in params:
-            spaces = (jax.memory.Space.Device,) * len(uses.results)
+            spaces = (jax.memory.Space.Device,) * len(call.written)
             threaded["out_memory_spaces"] = params["out_memory_spaces"] + spaces
         if "exclude_mask" in params:  # operands that need not wait for what is before the call
-            threaded["exclude_mask"] = (False,) * len(slots) + params["exclude_mask"]
-        return write_last(uses.results, primitive.bind(*slots, *args, **threaded))
+            threaded["exclude_mask"] = (False,) * call.n_read + params["exclude_mask"]
+        return call.results(primitive.bind(*call.operands, **threaded))
 
     return rule
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxstate._src import _jax
 from jaxstate._src.core.contents import Addresses, refreshed, state_of, state_of_all, superseded
 from jaxstate._src.core.discharge import Layout, discharge, read_all, write_all
+from jaxstate._src.core.discharged import carried_values
 from jaxstate._src.core.initializers import initialize
 from jaxstate._src.core.registry import register_rule
 from jaxstate._src.core.slots import Address, any_open, where_unused
@@ -32,7 +33,7 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     writes, ys = _split(state.writes)
     n_consts, _ = _jax.scan_arity(params)
     initialize(params["jaxpr"], [*args[:n_consts], *[None] * (len(args) - n_consts)], state.writes)
-    slots = _read_all(reads, writes)
+    slots = carried_values(reads, writes)
     steps = _read_steps(xs, params["length"])
     avals = [_jax.typeof(s) for s in slots] + [a.aval() for a in xs]
     consts = refreshed(params["jaxpr"], args[:n_consts], writes=writes)
@@ -50,14 +51,6 @@ def _scan(args: Any, params: dict[str, Any]) -> list[Any]:
     write_all(writes, outs[: len(writes)])
     _write_steps(ys, outs[end:], params["length"])
     return outs[len(writes) : end]
-
-
-def _read_all(reads: Addresses, writes: Addresses) -> list[Any]:
-    """The values of slots; those that are carried are of the mesh, as they are after a turn."""
-    values = read_all(reads + writes)
-    if _jax.abstract_mesh().empty:
-        return values
-    return [*values[: len(reads)], *map(_jax.with_mesh, values[len(reads) :])]
 
 
 def _split(addresses: Sequence[Address]) -> tuple[Addresses, Addresses]:
@@ -115,7 +108,7 @@ def _while(args: Any, params: dict[str, Any]) -> list[Any]:
     reads, writes = state_of_all((cond, body))
     initialize(cond, [*cond_consts, *[None] * len(carry)], writes)
     initialize(body, [*body_consts, *[None] * len(carry)], writes)
-    slots = _read_all(reads, writes)
+    slots = carried_values(reads, writes)
     avals = [_jax.typeof(s) for s in slots]
     constants, carried = slots[: len(reads)], slots[len(reads) :]
     cond_writes = bool(state_of(cond).writes)
