@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxstate._src import _jax
 from jaxstate._src.core import resolve
 from jaxstate._src.core.memory import cell_of
 from jaxstate._src.core.notes import notes_of
-from jaxstate._src.core.slots import Address, Cell, Holder, add_loose, holders, note_use
+from jaxstate._src.core.slots import Address, Cell, Holder, Lane, add_loose, holders, note_use
 from jaxstate._src.core.specs import strong
 from jaxstate.errors import ClosedStateError, LaneWriteError, SlotTypeError, message
 
@@ -50,10 +52,13 @@ class ZeroCell(Cell):
 class Slot(Holder):
     """One array of state: see `new_slot`."""
 
-    def __init__(self, cell: Cell, aval: Any, name: str, made: str) -> None:
+    def __init__(
+        self, cell: Cell, aval: Any, name: str, made: str, lanes: OfLanes | None = None
+    ) -> None:
         super().__init__()
         self.name = name
         self.made = made
+        self.lanes = lanes
         self.anchor = _jax.holding_trace(_jax.current_trace())
         self.address = SlotAddress(self)
         self._own: Any = weakref.WeakKeyDictionary()  # or the slot would keep itself alive
@@ -102,6 +107,34 @@ class Slot(Holder):
     def aval(self, address: Address) -> Any:
         return self._aval
 
+    def lane(self, address: Address, trace: Any, notes: dict[Any, Any]) -> Lane | None:
+        if self.lanes is None:
+            return None
+        if address not in notes:
+            with _jax.set_current_trace(_jax.parent_of(trace)):
+                before = resolve.read(address)
+            notes[address] = before, Lane(before, None)
+        return _OwnLane(self, trace, *notes[address])
+
+    def of_lanes(self, before: Any, values: Any) -> Any:
+        """One value of those that lanes or devices have, which are stacked on the first axis."""
+        assert self.lanes is not None
+        value = strong(self.lanes(before, values))
+        if not _jax.same_type(value, self._aval):
+            raise SlotTypeError(
+                message(
+                    f"{self.address} has type {self._aval.str_short()}, and its lanes=..., given"
+                    f" values of type {_jax.shown(_jax.typeof(values))}, makes"
+                    f" {_jax.shown(_jax.typeof(value))} of them.",
+                    fix="""
+                    new_slot(value, lanes=lambda before, values: values.sum(0))
+                    """,
+                    made=self.made,
+                    used=_jax.user_location(),
+                )
+            )
+        return value
+
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:
         return LaneWriteError(
             message(
@@ -110,6 +143,7 @@ class Slot(Holder):
                 fix="""
                 write(slot, values.mean())          # one value: outside the vmap, from all lanes
                 slot = new_slot(value)              # or a slot per lane: made inside the vmap
+                slot = new_slot(value, lanes=lambda before, values: values.sum(0))   # or one of all
                 """,
                 made=self.made,
                 used=_jax.user_location(),
@@ -119,6 +153,32 @@ class Slot(Holder):
 
     def __repr__(self) -> str:
         return f"Slot({self.name!r}, {self._aval.str_short()})"
+
+
+class _OwnLane(Lane):
+    """The value of each lane, where a slot has ``lanes``. It is kept in another `Lane`, as this one
+    knows the trace."""
+
+    __slots__ = ("_before", "_kept", "_slot", "_trace")
+
+    def __init__(self, slot: Slot, trace: Any, before: Any, kept: Lane) -> None:
+        super().__init__(kept.value, kept.batch_dim)
+        self._slot, self._trace, self._before, self._kept = slot, trace, before, kept
+
+    def write(self, value: Any, batch_dim: int | None) -> None:
+        super().write(value, batch_dim)
+        self._kept.write(value, batch_dim)
+        with _jax.set_current_trace(_jax.parent_of(self._trace)):
+            resolve.write(self._slot.address, self._of_all(value, batch_dim))
+
+    def _of_all(self, value: Any, batch_dim: int | None) -> Any:
+        if _jax.lanes_are_directions(self._trace):  # all the same: the function runs once
+            return value if batch_dim is None else jnp.take(value, 0, batch_dim)
+        if batch_dim is None:
+            values = jnp.broadcast_to(value, (_jax.lane_count(self._trace), *jnp.shape(value)))
+        else:
+            values = jnp.moveaxis(value, batch_dim, 0)
+        return self._slot.of_lanes(self._before, values)
 
 
 class SlotAddress(Address):
@@ -137,6 +197,17 @@ class SlotAddress(Address):
     @property
     def own_holder(self) -> Any:  # type: ignore[override]
         return self._slot
+
+    @property
+    def reduce(self) -> Any:  # type: ignore[override]
+        slot = self._slot()
+        return None if slot is None else slot.lanes
+
+    def reduced(self, values: Any) -> Any:
+        slot = self._slot()
+        if slot is None:
+            raise self.missing()
+        return slot.of_lanes(resolve.read(self), values)
 
     def cell_here(self) -> Cell | None:
         slot = self._slot()
@@ -179,12 +250,22 @@ class SlotAddress(Address):
         )
 
 
-def new_slot(value: Any, *, name: str = "slot") -> Slot:
+# Makes one value of those that the lanes of a vmap, or devices, have.
+OfLanes = Callable[[jax.Array, jax.Array], Any]
+
+
+def new_slot(value: Any, *, name: str = "slot", lanes: OfLanes | None = None) -> Slot:
     """Makes a slot that holds ``value``.
 
     Args:
       value: an array or scalar; its shape and dtype are those of the slot from now on.
       name: for messages.
+      lanes: with it, every lane of a vmap and every device of a shard_map has a value of its own,
+        and goes on from what the slot holds outside. When they have written, the slot outside is
+        ``lanes(before, values)``: ``before`` is what it was before the vmap or shard_map, of the
+        slot's shape, and ``values`` are those of all lanes or devices, along a further first axis.
+        (What the lanes of a vmap write is put together at each write, what devices write at the
+        end.) Without it, lanes and devices share the slot, and have to write one value.
 
     Returns:
       A `Slot`, which lives as long as the object does, under the transformation in which it was
@@ -201,10 +282,19 @@ def new_slot(value: Any, *, name: str = "slot") -> Slot:
     >>> _ = jax.lax.fori_loop(0, 4, body, None)
     >>> float(read(total))
     6.0
+    >>> calls = new_slot(0, lanes=lambda before, values: before + (values - before).sum())
+    >>> def count(x):
+    ...     write(calls, read(calls) + 1)
+    ...     return 2 * x
+    >>> _ = jax.vmap(count)(jnp.arange(3.0))
+    >>> int(read(calls))
+    3
     """
+    if lanes is not None and not callable(lanes):
+        raise TypeError(f"lanes is a function of two arrays, (before, values), and not {lanes!r}.")
     value = strong(value)
     aval = _jax.typeof(value)
-    return Slot(cell_of(value, aval), aval, name, _jax.user_location())
+    return Slot(cell_of(value, aval), aval, name, _jax.user_location(), lanes)
 
 
 def read(slot: Slot) -> jax.Array:

@@ -302,7 +302,7 @@ def _write_lanes(
         return _write_at([lane.address], holder, levels, i + 1, base, lanes)
     lowered = [_jax.lane_value(trace, value) for value in values]
     if lane is not None:
-        ((lane.value, lane.batch_dim),) = lowered
+        lane.write(*lowered[0])
         return [lane.value]
     written = written_by_lanes(trace, holder, base)
     keys = [_key(address, holder, base) for address in addresses]

@@ -370,6 +370,9 @@ class Lane:
         self.value = value
         self.batch_dim = batch_dim
 
+    def write(self, value: Any, batch_dim: int | None) -> None:
+        self.value, self.batch_dim = value, batch_dim
+
 
 class AllLanes(NamedTuple):
     """Says that the values of all lanes are one slot outside of the vmap, on its leading axis."""

@@ -293,3 +293,25 @@ def test_a_write_that_is_not_one_for_all_devices_is_refused(mode, message):
     with pytest.raises(jaxstate.DeviceWriteError, match=message):
         mode(run)(ONES)
     assert read(slot) == 0
+
+
+@both
+def test_a_slot_of_which_devices_and_lanes_have_their_own(mode):
+    calls = new_slot(jnp.int32(0), lanes=lambda before, values: before + (values - before).sum(0))
+
+    def f(x):
+        write(calls, read(calls) + 1)
+        return x
+
+    wanted = 0
+    for run, times in (
+        (mapped(f), 8),
+        (mapped(f, check_vma=False), 8),
+        (mapped(jax.vmap(f)), 8),
+        (lambda x: jax.vmap(lambda _: mapped(f)(x))(X[:2]), 16),
+    ):
+        mode(run)(SMALL)
+        wanted += times
+        assert read(calls) == wanted
+    jax.pmap(f)(SMALL)
+    assert read(calls) == wanted + 8
