@@ -358,11 +358,8 @@ class Memory:
 
 
 class Lane:
-    """The value that one slot has in each lane of a vmap.
-
-    Kept as the array over all lanes and its batch dimension, not as a tracer: it has to outlive no
-    trace, and the leak checker counts tracers.
-    """
+    """The value of one slot in each lane of a vmap: the array over all lanes and its batch dimension,
+    and no tracer, since the leak checker counts these."""
 
     __slots__ = ("batch_dim", "value")
 
