@@ -50,8 +50,8 @@ FLOORS = {
         "indices", "protocols", "array", "trace", "boundaries", "inplace",
     ],
     "tree": [
-        "objects", "problems", "references", "graph", "walk", "addresses", "entry", "session",
-        "copies", "holding", "frames", "operands", "boundaries", "frozen", "mutate",
+        "objects", "problems", "references", "graph", "walk", "addresses", "entry", "equations",
+        "session", "copies", "holding", "frames", "operands", "boundaries", "frozen", "mutate",
     ],
     "public": [],
     "": [],

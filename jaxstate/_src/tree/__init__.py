@@ -8,6 +8,7 @@ just happens. In those places the objects are looked at, and compared with what 
 * `graph`: what objects there are and where their arrays are, static and hashable.
 * `walk`: the looking.
 * `addresses`: the slots of arrays and of the structure, as they stand in a jaxpr.
+* `equations`: the equations that read and write them.
 * `session`: the objects of one call of `mutate`, which answer for these addresses.
 * `copies`: objects that JAX calls functions with, put together anew.
 * `holding`: whether the program holds an object that a loop replaces.
