@@ -91,7 +91,7 @@ class Frame:
         session.roots[:] = session.walk.roots[: len(self.roots)]
         self.renew_notes()
         self.frozen = list(session.frozen)
-        session.refreeze()
+        session.frozen.accept()
 
     def looks(self) -> tuple[Walk | None, ...]:
         return self.walk, self.called
@@ -154,7 +154,7 @@ class Frame:
                 return
             replaced: list[int] = []
             try:
-                self.session.check_frozen()
+                self.session.frozen.check()
                 for copy in self.session.copies[self._copies :]:
                     copy.check()
                 if self.builds_jaxpr:
@@ -164,7 +164,7 @@ class Frame:
                     self._equations.add()
                 else:
                     self._lower()
-                    self.session.refreeze()
+                    self.session.frozen.accept()
             except BaseException:
                 self.restore()
                 raise
