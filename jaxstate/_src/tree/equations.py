@@ -8,12 +8,16 @@ equation of its own, with the capture as its operand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxstate._src import _jax
 from jaxstate._src.core.capture import StateTracer
 from jaxstate._src.core.primitives import read_p, state_effect, write_p
 from jaxstate._src.tree.addresses import LeafAddress
+from jaxstate._src.tree.walk import Walk
+
+AddressOf = Callable[[int], LeafAddress]
 
 _EFFECTS = {state_effect}
 
@@ -22,42 +26,43 @@ class Equations:
     """The equations of the jaxpr that ``trace`` is building.
 
     Attributes:
+      walk: the objects at the beginning.
       written: the slots that are written, in order, and their values.
+      has_ended: whether the equations are in the jaxpr.
     """
 
-    __slots__ = ("_has_ended", "_place", "_read", "_reads", "_trace", "written")
+    __slots__ = ("_place", "_read", "_reads", "_trace", "has_ended", "walk", "written")
 
-    def __init__(self, trace: Any) -> None:
+    def __init__(self, trace: Any, walk: Walk) -> None:
+        self.walk = walk
         self.written: dict[Any, Any] = {}
+        self.has_ended = False
         self._trace = trace
-        self._has_ended = False
         self._place: Any = None
         self._reads: _jax.GrowingEquation | None = None
-        self._read: list[tuple[LeafAddress, Any, int]] = []
+        self._read: list[int] = []  # the numbers of the arrays
 
-    def read(self, address: LeafAddress, aval: Any, version: int) -> Any:
-        """An array as it was at the beginning, of type ``aval``; it had that version then."""
-        reads = self._reads
-        if reads is None:
-            if self._has_ended:
-                return self._read_late(address, aval, version)
+    def read(self, number: int, address_of: AddressOf) -> Any:
+        """An array as it was at the beginning."""
+        if self.has_ended:
+            return self._read_late(number, address_of(number))
+        if self._reads is None:
+            place = self._place_of(address_of(number))
             params = dict(addresses=(), avals=(), version=0)
-            place = self._place_of(address)
-            reads = _jax.GrowingEquation(self._trace, read_p, params, _EFFECTS, place)
-            self._reads = reads
-        self._read.append((address, aval, version))
-        return reads.result(aval)
+            self._reads = _jax.GrowingEquation(self._trace, read_p, params, _EFFECTS, place)
+        self._read.append(number)
+        return self._reads.result(self.walk.avals[number])
 
-    def _read_late(self, address: LeafAddress, aval: Any, version: int) -> Any:
-        place = self._place_of(address)
-        operand, params = self._capture(address, aval, version, place)
+    def _read_late(self, number: int, address: LeafAddress) -> Any:
+        place, aval = self._place_of(address), self.walk.avals[number]
+        operand, params = self._capture(number, address, place)
         (value,) = _jax.emit(self._trace, read_p, [operand], [aval], params, _EFFECTS, place)
         return value
 
-    def add(self) -> None:
+    def add(self, address_of: AddressOf) -> None:
         """Adds them to the jaxpr, whose function has returned."""
         if self._reads is not None:
-            self._divide(self._reads)
+            self._divide(self._reads, [address_of(number) for number in self._read])
         if self.written:
             addresses = tuple(self.written)
             params, place = dict(addresses=addresses), self._place_of(addresses[0])
@@ -66,24 +71,26 @@ class Equations:
 
     def end(self) -> None:
         """To be called behind `add`, or if the function has failed."""
-        self._has_ended = True
+        self.has_ended = True
         self._reads, self._read, self.written = None, [], {}
 
-    def _divide(self, reads: _jax.GrowingEquation) -> None:
+    def _divide(self, reads: _jax.GrowingEquation, addresses: list[LeafAddress]) -> None:
         """Only what is written is read without a capture."""
-        place, written = reads.place, self.written
+        written, avals = self.written, self.walk.avals
+        pairs = list(zip(self._read, addresses, strict=True))
         own = {
-            i: self._capture(address, aval, version, place)
-            for i, (address, aval, version) in enumerate(self._read)
+            i: self._capture(number, address, reads.place)
+            for i, (number, address) in enumerate(pairs)
             if address not in written
         }
-        kept = [(a, aval) for a, aval, _ in self._read if a in written]
+        kept = [(avals[number], address) for number, address in pairs if address in written]
         reads.params.update(
-            addresses=tuple([a for a, _ in kept]), avals=tuple([aval for _, aval in kept])
+            addresses=tuple([address for _, address in kept]), avals=tuple([a for a, _ in kept])
         )
         reads.divide(own)
 
-    def _capture(self, address: LeafAddress, aval: Any, version: int, place: Any) -> Any:
+    def _capture(self, number: int, address: LeafAddress, place: Any) -> Any:
+        aval, version = self.walk.avals[number], self.walk.versions[number]
         operand = _jax.new_const(self._trace, StateTracer(address, aval), aval, place)
         return operand, dict(addresses=(address,), avals=(aval,), version=version)
 

@@ -74,7 +74,7 @@ class Frame:
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
         self._positions = walk.positions()
-        self._equations = Equations(trace_)
+        self._equations = Equations(trace_, walk)
         self._numbers: dict[int, int] | None = None
         self._copies = len(session.copies)
         self.writes: list[Any] = []
@@ -117,14 +117,13 @@ class Frame:
 
     def read(self, number: int) -> Any:
         """What an array was at the beginning, for the trace of this frame."""
-        address = self.address(number)
-        aval = self.walk.avals[number]
         if self.is_finished():
-            raise problems.read_before(address.label)
+            raise problems.read_before(self.walk.graph.label(number))
         if self.rule is not None:
             with self._as_it_was():
-                return fitted(self.rule.cell(address).value, aval)
-        return self._equations.read(address, aval, self.walk.versions[number])
+                value = self.rule.cell(self.address(number)).value
+                return fitted(value, self.walk.avals[number])
+        return self._equations.read(number, self.address)
 
     def number_of(self, leaf: Any) -> int | None:
         """The number of an array that was there at the beginning."""
@@ -161,7 +160,7 @@ class Frame:
                     self._check_iterators()
                 if self.stages:
                     replaced = self._write()
-                    self._equations.add()
+                    self._equations.add(self.address)
                 else:
                     self._lower()
                     self.session.frozen.accept()

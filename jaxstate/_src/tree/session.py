@@ -20,7 +20,7 @@ from jaxstate._src.arrays.array import Writable, fresh, snapshot
 from jaxstate._src.core import slots
 from jaxstate._src.core.slots import Address, Holder, holders
 from jaxstate._src.tree.addresses import FLAG_TYPE, Change, LeafAddress, Shape
-from jaxstate._src.tree.graph import Entry, value_of
+from jaxstate._src.tree.graph import LEAF, Entry, Graph, value_of
 from jaxstate._src.tree.objects import NODE, Blank, fill, kind_of
 from jaxstate._src.tree.one_level import FrozenParts
 from jaxstate._src.tree.problems import another_structure, structure_changed
@@ -90,17 +90,18 @@ class Session(Holder):
     def cell(self, address: Any) -> Any:
         if not isinstance(address, LeafAddress):
             return _ChangeCell(self, address)
-        self._check_graph(address)
+        graph = (self.reading or self.walk).graph
+        if address.graph is not graph:
+            self._check_graph(address, graph)
         return _LeafCell(self, address)
 
     def is_given(self) -> bool:
         """Whether a function runs that was given the arrays that it uses."""
         return any(f.rule is not None and f.rule.is_boundary for f in self.frames)
 
-    def _check_graph(self, address: LeafAddress) -> None:
+    def _check_graph(self, address: LeafAddress, graph: Graph) -> None:
         """An array is meant by its number in objects of one structure."""
-        graph = (self.reading or self.walk).graph
-        if address.graph is graph or self._checked == (id(address.graph), id(graph)):
+        if self._checked == (id(address.graph), id(graph)):
             return
         if not graph.has_structure_of(address.graph):
             raise another_structure(address.label)
@@ -228,8 +229,9 @@ class Session(Holder):
             walk.roots[place] = self.roots[place] = made
             return
         node = walk.nodes[n]
+        entry = node.entries[place]
+        made = walk.leaves[number] if entry[0] is LEAF else walk.values_of([entry])[0]
         with self.frozen.written():
-            (made,) = walk.values_of([node.entries[place]])
             node.values[place] = made
             node.put(place, made)
 
