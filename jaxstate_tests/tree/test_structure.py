@@ -4,6 +4,7 @@ The reference is the same program with every part passed and returned by hand.
 """
 
 import copy
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,31 @@ def test_mutate_in_the_body_of_a_loop():
     body = lambda tree, x: (jaxstate.mutate(step)(tree, x)[1], tree.a)  # noqa: E731
     new, _ = jax.lax.scan(body, example(Data), xs)
     assert_close(new, by_hand(example(Data), xs))
+
+
+@pytest.mark.parametrize("uses", [*itertools.product(["read", "written", "both"], repeat=3)])
+def test_calls_of_mutate_in_each_other_share_the_body_of_a_loop(uses):
+    def step(outer, inner):
+        seen = 0.0
+        for (tree, name), use in zip([(outer, "a"), (inner, "a"), (outer, "b")], uses, strict=True):
+            seen = seen + (tree[name] if use != "written" else 1.0)
+            if use != "read":
+                tree[name] = 2.0 * seen
+        inner["sum"] = inner["sum"] + seen
+
+    def both(outer):
+        def run(inner):
+            jax.lax.fori_loop(0, 3, lambda i, _: step(outer, inner), None)
+
+        return jaxstate.mutate(run)(arrays)[1]
+
+    given = {"a": 1.0, "b": 2.0, "sum": 3.0}
+    arrays = jax.tree.map(f32, given)
+    inner, outer = jax.jit(jaxstate.mutate(both))(arrays)
+    wanted = dict(given), dict(given)
+    for _ in range(3):
+        step(*wanted)
+    assert (outer, inner) == wanted
 
 
 # -- What is refused -------------------------------------------------------------------------

@@ -59,14 +59,13 @@ class GrowingEquation:
     """An equation without operands, in the jaxpr that ``trace`` is building, that gets its results
     one by one. It has an effect, or JAX would drop it."""
 
-    __slots__ = ("_at", "_eqn", "_trace", "place")
+    __slots__ = ("_eqn", "_trace", "place")
 
     def __init__(
         self, trace: Any, primitive: Any, params: Any, effs: Any, place: tuple[Any, Any]
     ) -> None:
         trace.emit_eqn([], [], primitive, params, effs, *place)
-        eqns = trace.frame.tracing_eqns
-        self._trace, self._at, self._eqn, self.place = trace, len(eqns) - 1, eqns[-1], place
+        self._trace, self._eqn, self.place = trace, trace.frame.tracing_eqns[-1], place
 
     def result(self, aval: Any) -> Any:
         """One more result."""
@@ -90,7 +89,8 @@ class GrowingEquation:
             made.append(eqns.pop())
             made[-1].outvars.append(eqn.outvars[i])
         eqn.outvars[:] = [v for i, v in enumerate(eqn.outvars) if i not in own]
-        eqns[self._at : self._at + 1] = [*made, eqn] if eqn.outvars else made
+        at = next(i for i, other in enumerate(eqns) if other is eqn)
+        eqns[at : at + 1] = [*made, eqn] if eqn.outvars else made
 
 
 def traced_for(trace: Any) -> str:
