@@ -51,8 +51,9 @@ FLOORS = {
         "indices", "protocols", "array", "trace", "boundaries", "inplace",
     ],
     "tree": [
-        "objects", "problems", "references", "graph", "walk", "addresses", "entry", "session",
-        "copies", "holding", "frames", "operands", "boundaries", "frozen", "mutate",
+        "objects", "problems", "references", "graph", "node", "looking", "walk", "addresses",
+        "entry", "equations", "one_level", "session", "copies", "holding", "frames", "operands",
+        "boundaries", "frozen", "mutate",
     ],
     "public": [],
     "": [],

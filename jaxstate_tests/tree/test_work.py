@@ -36,7 +36,7 @@ def traced(pair, fun):
 
 
 # How many more calls of Python one more array costs than by hand.
-@pytest.mark.parametrize(("make", "limit"), [(programs.write_all, 1.4), (programs.write_one, 1.3)])
+@pytest.mark.parametrize(("make", "limit"), [(programs.write_all, 1.2), (programs.write_one, 1.25)])
 def test_an_array_more_costs_what_it_costs_by_hand(make, limit):
     few, many = make(40), make(80)
     ours = traced(many, many.ours) - traced(few, few.ours)

@@ -15,6 +15,7 @@ from jaxstate._src._jax.names import StagingTrace, Var, flattree
 from jaxstate._src._jax.traces import chain, current_trace, parent_of
 
 __all__ = [
+    "GrowingEquation",
     "abandon_traces_inside",
     "builds_jaxpr",
     "constant_of",
@@ -52,6 +53,44 @@ def emit(
     """`stage`, of an equation of which everything is known."""
     operands = [trace.to_jaxpr_tracer(x, place[0]) for x in operands]
     return trace.emit_eqn(operands, avals, primitive, params, effs, *place)
+
+
+class GrowingEquation:
+    """An equation without operands, in the jaxpr that ``trace`` is building, that gets its results
+    one by one. It has an effect, or JAX would drop it."""
+
+    __slots__ = ("_eqn", "_trace", "place")
+
+    def __init__(
+        self, trace: Any, primitive: Any, params: Any, effs: Any, place: tuple[Any, Any]
+    ) -> None:
+        trace.emit_eqn([], [], primitive, params, effs, *place)
+        self._trace, self._eqn, self.place = trace, trace.frame.tracing_eqns[-1], place
+
+    def result(self, aval: Any) -> Any:
+        """One more result."""
+        var = self._trace.frame.newvar(aval)
+        self._eqn.outvars.append(var)
+        return self._trace.var_to_tracer(var, self.place[0], self._eqn)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self._eqn.params
+
+    def divide(self, own: dict[int, tuple[Any, Any]]) -> None:
+        """Makes some of the results those of equations of their own.
+
+        Args:
+          own: for their numbers, the operand and the parameters of such an equation.
+        """
+        eqn, eqns, made = self._eqn, self._trace.frame.tracing_eqns, []
+        for i, (operand, params) in own.items():
+            self._trace.emit_eqn([operand], [], eqn.primitive, params, eqn.effects, *self.place)
+            made.append(eqns.pop())
+            made[-1].outvars.append(eqn.outvars[i])
+        eqn.outvars[:] = [v for i, v in enumerate(eqn.outvars) if i not in own]
+        at = next(i for i, other in enumerate(eqns) if other is eqn)
+        eqns[at : at + 1] = [*made, eqn] if eqn.outvars else made
 
 
 def traced_for(trace: Any) -> str:

@@ -21,8 +21,10 @@ MEMBERS: dict[str, tuple[str, str]] = {
         "", "dtype mat memory_space shape sharding str_short to_tangent_aval update weak_type"
     ),
     "jax._src.interpreters.partial_eval:DynamicJaxprTrace": (
-        "", "default_process_primitive emit_eqn new_const to_jaxpr_tracer"
+        "", "default_process_primitive emit_eqn new_const to_jaxpr_tracer var_to_tracer"
     ),
+    "jax._src.interpreters.partial_eval:JaxprStackFrame": ("", "newvar tracing_eqns"),
+    "jax._src.interpreters.partial_eval:TracingEqn": ("", "effects outvars primitive"),
     "jax._src.interpreters.partial_eval:DynamicJaxprTracer": ("", "val"),
     "jax._src.interpreters.partial_eval:JaxprTracer": ("", "pval"),
     "jax._src.interpreters.ad:JVPTracer": ("", "primal tangent"),

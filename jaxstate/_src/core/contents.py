@@ -148,7 +148,7 @@ def contents_of(jaxpr: Any) -> _Contents:
     captured_reads, captured, computed = set(), [], []
     places = {v: i for i, v in enumerate(_jax.invars(jaxpr))} if of_captures else {}
     for i, eqn in of_captures:
-        address, version, (operand,) = eqn.params["address"], eqn.params["version"], eqn.invars
+        (address,), version, (operand,) = addresses_of(eqn), eqn.params["version"], eqn.invars
         if isinstance(operand, _jax.Var) and operand in captures:
             captured_reads.add(i)
             if captures[operand] in places:
@@ -181,7 +181,7 @@ def _captures_of(jaxpr: Any, reads: Iterable[Any], written: Collection[Address])
         constants = [v for v, c in pairs if type(c) is StateTracer]
     captures: dict[Any, Any] = {v: v for v in (*constants, *_jax.invars(jaxpr))}
     for eqn in reads:
-        if eqn.params["address"] not in written:
+        if addresses_of(eqn)[0] not in written:
             operand = eqn.invars[0]
             if isinstance(operand, _jax.Var) and operand in captures:
                 captures[eqn.outvars[0]] = captures[operand]
@@ -246,7 +246,7 @@ def _reading_captures(jaxpr: Any) -> Any:
     def read_of(constant: Any) -> Any:
         if type(constant) is not StateTracer:
             return None
-        params = dict(address=constant.address, aval=constant.aval, version=0)
+        params = dict(addresses=(constant.address,), avals=(constant.aval,), version=0)
         return read_p, params, {state_effect}
 
     return _jax.with_computed_constants(jaxpr, read_of)
@@ -275,7 +275,7 @@ def _superseded(jaxpr: Any, writes: frozenset[Address]) -> tuple[int, ...]:
     used = [v for e in eqns if id(e) not in of_captures for v in e.invars]
     used = [v for v in (*used, *_jax.outvars(jaxpr)) if isinstance(v, _jax.Var)]
     kept = {captures[v] for v in used if v in captures}
-    operands = [e.invars[0] for e in reads if e.params["address"] in writes]
+    operands = [e.invars[0] for e in reads if addresses_of(e)[0] in writes]
     meant = {captures[v] for v in operands if isinstance(v, _jax.Var) and v in captures}
     return tuple([i for i, v in enumerate(_jax.invars(jaxpr)) if v in meant and v not in kept])
 

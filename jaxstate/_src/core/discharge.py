@@ -145,8 +145,8 @@ def _thread(jaxpr: Any, how: Layout, avals: tuple[Any, ...]) -> Any:
 
     for i, eqn in enumerate(_jax.equations(jaxpr)):
         if eqn.primitive is write_p:
-            (current[eqn.params["address"]],) = rename(eqn.invars)
-        elif i in captured_reads and eqn.params["address"] not in written:
+            current.update(zip(addresses_of(eqn), rename(eqn.invars), strict=True))
+        elif i in captured_reads and addresses_of(eqn)[0] not in written:
             (renamed[eqn.outvars[0]],) = rename(eqn.invars)
         elif eqn.primitive in uses_slots:
             for address, outvar in zip(addresses_of(eqn), eqn.outvars, strict=True):

@@ -197,12 +197,12 @@ def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
         return jaxpr, []
     made = _jax.remade(
         jaxpr,
-        invars=[*(eqn.outvars[0] for eqn in reads), *_jax.invars(jaxpr)],
+        invars=[*(v for eqn in reads for v in eqn.outvars), *_jax.invars(jaxpr)],
         outvars=_jax.outvars(jaxpr),
         eqns=others,
         effs=jaxpr.effects - {state_effect},
     )
-    return made, [eqn.params["address"] for eqn in reads]
+    return made, [address for eqn in reads for address in addresses_of(eqn)]
 
 
 # -- Initializers that look at data, inside a jaxpr ------------------------------------------
@@ -292,6 +292,7 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
         for e in sliced
         if e.primitive in (read_p, init_p)
         for v, address in zip(e.outvars, addresses_of(e), strict=True)
+        if v in needed
     }
     inputs = tuple(i for i, v in enumerate(_jax.invars(jaxpr)) if v in needed)
     made = _jax.remade(
@@ -306,7 +307,7 @@ def _needs(jaxpr: Any, address: Address) -> _Needs:
 
 def addresses_of(eqn: Any) -> tuple[Address, ...]:
     """The slots that a state equation reads, writes or makes."""
-    return eqn.params["addresses"] if eqn.primitive is init_p else (eqn.params["address"],)
+    return eqn.params["addresses"]
 
 
 def sliced(jaxpr: Any) -> tuple[Any, list[int]]:

@@ -31,19 +31,23 @@ state_effect = StateEffect()
 _jax.allow_effect_everywhere_but_in_compiled_code(StateEffect)
 
 read_p = _jax.Primitive("state_read")
+read_p.multiple_results = True
 write_p = _jax.Primitive("state_write")
 write_p.multiple_results = True
 
-# The operand of a read, if it has one, is the capture of the slot: see `resolve._read_staged`.
-read_p.def_effectful_abstract_eval(lambda *captured, address, aval, version: (aval, {state_effect}))
-write_p.def_effectful_abstract_eval(lambda value, *, address: ([], {state_effect}))
+# A read with an operand is one of a single slot, and the operand is the capture of that slot: see
+# `resolve._read_staged`.
+read_p.def_effectful_abstract_eval(
+    lambda *captured, addresses, avals, version: (list(avals), {state_effect})
+)
+write_p.def_effectful_abstract_eval(lambda *values, addresses: ([], {state_effect}))
 
 
-def _refuse_to_compile(ctx: Any, *args: Any, address: Address, **params: Any) -> Any:
+def _refuse_to_compile(ctx: Any, *args: Any, addresses: tuple[Address, ...], **params: Any) -> Any:
     raise UnsupportedPrimitiveError(
         message(
-            f"{address} is used inside a higher-order primitive for which jaxstate has no rule,"
-            " and cannot be compiled.",
+            f"{addresses[0]} is used inside a higher-order primitive for which jaxstate has no"
+            " rule, and cannot be compiled.",
             fix="""
             jaxstate.extend.register_rule(primitive)(rule)    # makes the primitive stateful
             k = jaxstate.next_key()                           # or: take it out, pass it in

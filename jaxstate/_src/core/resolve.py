@@ -51,10 +51,12 @@ __all__ = [
 def _read_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     """An interpreter evaluates a jaxpr whose state is not threaded: read from where it runs."""
     with _jax.set_current_trace(trace):
-        address = params["address"].renewed(None)
-        captured = args[0] if args else None
-        value = read_since(address, captured, params["version"]) if args else read_stored(address)
-        return _jax.in_mesh_of(params["aval"], value)
+        addresses = [address.renewed(None) for address in params["addresses"]]
+        if args:
+            values = [read_since(addresses[0], args[0], params["version"])]
+        else:
+            values = [read_stored(address) for address in addresses]
+        return [_jax.in_mesh_of(a, x) for a, x in zip(params["avals"], values, strict=True)]
 
 
 def _resolving_captures(bind: Any) -> Any:
@@ -62,8 +64,8 @@ def _resolving_captures(bind: Any) -> Any:
         # An operand that still is a capture is what the slot holds here.
         if StateTracer not in map(type, args):
             return bind(*args, **params)
-        params["address"].note_read()
-        return resolve(args[0])
+        params["addresses"][0].note_read()
+        return [resolve(args[0])]
 
     return resolve_or_bind
 
@@ -74,7 +76,7 @@ _jax.wrap_bind(read_p, _resolving_captures)
 @write_p.def_bind_with_trace
 def _write_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     with _jax.set_current_trace(trace):
-        write(params["address"].renewed(None), *args)
+        write_each([address.renewed(None) for address in params["addresses"]], args)
     return []
 
 
@@ -380,7 +382,7 @@ def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
     if state_effect not in jaxpr.effects or StateTracer not in map(type, consts):
         return jaxpr, consts
     eqns = _jax.equations(jaxpr)
-    written = {e.params["address"] for e in eqns if e.primitive is write_p}
+    written = {a for e in eqns if e.primitive is write_p for a in e.params["addresses"]}
     dropped = [type(c) is StateTracer and c.address in written for c in consts]
     if not any(dropped):
         return jaxpr, consts
@@ -388,7 +390,7 @@ def _finished(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
     kept = [not d for d in dropped]
     without_operands = [
         eqn.replace(invars=[])
-        if eqn.primitive is read_p and eqn.invars and eqn.params["address"] in written
+        if eqn.primitive is read_p and eqn.invars and eqn.params["addresses"][0] in written
         else eqn
         for eqn in eqns
     ]
@@ -453,7 +455,7 @@ def _read_staged(address: Address, trace: Any) -> Any:
         if not address.threaded:
             captured.append(_jax.new_const(trace, StateTracer(key, aval), aval, place))
         if address.threaded or address.may_be_written:
-            params = dict(address=key, aval=aval, version=address.version())
+            params = dict(addresses=(key,), avals=(aval,), version=address.version())
             (value,) = _jax.emit(trace, read_p, captured, [aval], params, {state_effect}, place)
         else:
             value = captured[0]
@@ -511,7 +513,7 @@ def _staged_since(x: Any, levels: list[Any], base: Any, address: Address, versio
     if any(_jax.is_same(x, value) for value in known):
         return x
     aval = _jax.typeof(x)
-    params, place = dict(address=key, aval=aval, version=version), _jax.current_place()
+    params, place = dict(addresses=(key,), avals=(aval,), version=version), _jax.current_place()
     (value,) = _jax.emit(base, read_p, (x,), [aval], params, {state_effect}, place)
     notes.refreshed.setdefault(key, []).append(value)
     return value
@@ -568,6 +570,6 @@ def _write_staged(address: Address, trace: Any, value: Any) -> None:
     notes, key = notes_of(trace), address.seen_from(trace)
     if notes.place is None:
         notes.place = _jax.current_place()
-    _jax.emit(trace, write_p, (value,), [], dict(address=key), {state_effect}, notes.place)
+    _jax.emit(trace, write_p, (value,), [], dict(addresses=(key,)), {state_effect}, notes.place)
     notes.values[key] = value
     notes.written.add(key)

@@ -358,7 +358,7 @@ class Memory:
 
 
 class Lane:
-    """The value of one slot in each lane of a vmap: an array over all lanes and its batch dimension,
+    """The value of one slot in each lane of a vmap: the array over all lanes and its batch axis,
     and no tracer, since the leak checker counts these."""
 
     __slots__ = ("batch_dim", "value")

@@ -93,7 +93,7 @@ def without_unused_reads(jaxpr: Any) -> Any:
     eqns = _jax.equations(jaxpr)
     used = {v for eqn in eqns for v in eqn.invars if isinstance(v, _jax.Var)}
     used.update(v for v in _jax.outvars(jaxpr) if isinstance(v, _jax.Var))
-    kept = [e for e in eqns if e.primitive is not read_p or e.outvars[0] in used]
+    kept = [e for e in eqns if e.primitive is not read_p or not used.isdisjoint(e.outvars)]
     if len(kept) == len(eqns):
         return jaxpr
     effects = jaxpr.effects

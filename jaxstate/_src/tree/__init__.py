@@ -6,8 +6,12 @@ just happens. In those places the objects are looked at, and compared with what 
 * `objects`: where objects of Python keep their parts, and how one is made of given parts.
 * `references`: functions that close over objects, weak references, and iterators.
 * `graph`: what objects there are and where their arrays are, static and hashable.
-* `walk`: the looking.
+* `node`: what was seen of one object.
+* `looking`: the looking.
+* `walk`: what was seen.
 * `addresses`: the slots of arrays and of the structure, as they stand in a jaxpr.
+* `equations`: the equations that read and write them.
+* `one_level`: objects that may not be assigned to.
 * `session`: the objects of one call of `mutate`, which answer for these addresses.
 * `copies`: objects that JAX calls functions with, put together anew.
 * `holding`: whether the program holds an object that a loop replaces.

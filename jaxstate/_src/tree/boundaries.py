@@ -162,11 +162,11 @@ def _around_inference(infer: Any, call: _jax.Jitted, args: Any, kwargs: Any, use
     if publishes.jax_only or registry.in_bind() or not sessions():
         return infer(call.fun, call.info, args, kwargs)
     if not publishes.graphs and _jax.calls_no_user(call.fun):  # what most calls are, in less time
-        before, publishes.function, publishes.jax_only = publishes.function, call.fun, True
+        publishes.jax_only = True
         try:
             return infer(call.fun, call.info, args, kwargs)
         finally:
-            publishes.function, publishes.jax_only = before, False
+            publishes.jax_only = False
     with _around(call.fun):
         if not publishes.jax_only:
             if use != "call":

@@ -15,8 +15,9 @@ from jaxstate._src import _jax
 from jaxstate._src.tree import problems
 from jaxstate._src.tree.entry import Entry
 from jaxstate._src.tree.graph import LEAF
+from jaxstate._src.tree.node import Node
 from jaxstate._src.tree.session import Session, sessions
-from jaxstate._src.tree.walk import Node, Walk
+from jaxstate._src.tree.walk import Walk
 
 
 class Copy(NamedTuple):

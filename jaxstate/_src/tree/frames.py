@@ -20,13 +20,13 @@ from typing import Any
 
 from jaxstate._src import _jax
 from jaxstate._src.arrays.array import Writable, snapshot
-from jaxstate._src.core.capture import StateTracer, nowhere
+from jaxstate._src.core.capture import nowhere
 from jaxstate._src.core.notes import notes_of
-from jaxstate._src.core.primitives import read_p, state_effect, write_p
 from jaxstate._src.core.slots import Holder
 from jaxstate._src.tree import problems
 from jaxstate._src.tree.addresses import FLAG, Change, LeafAddress, NewLeaf, Shape
 from jaxstate._src.tree.entry import Entry
+from jaxstate._src.tree.equations import Equations
 from jaxstate._src.tree.graph import TraceNote
 from jaxstate._src.tree.holding import is_held, is_reached
 from jaxstate._src.tree.session import Session, publishes
@@ -72,7 +72,7 @@ class Frame:
         if not walk.graph.has_structure_of(session.graph):
             raise problems.another_structure("the tree")
         self._positions = walk.positions()
-        self._place: Any = None
+        self._equations = Equations(trace_, walk)
         self._numbers: dict[int, int] | None = None
         self._copies = len(session.copies)
         self.writes: list[Any] = []
@@ -89,7 +89,7 @@ class Frame:
         session.roots[:] = session.walk.roots[: len(self.roots)]
         self.renew_notes()
         self.frozen = list(session.frozen)
-        session.refreeze()
+        session.frozen.accept()
 
     def looks(self) -> tuple[Walk | None, ...]:
         return self.walk, self.called
@@ -115,26 +115,13 @@ class Frame:
 
     def read(self, number: int) -> Any:
         """What an array was at the beginning, for the trace of this frame."""
-        address = self.address(number)
-        aval = self.walk.avals[number]
         if self.is_finished():
-            raise problems.read_before(address.label)
+            raise problems.read_before(self.walk.graph.label(number))
         if self.rule is not None:
             with self._as_it_was():
-                return fitted(self.rule.cell(address).value, aval)
-        place = self._place_of(address)
-        captured = _jax.new_const(self.trace, StateTracer(address, aval), aval, place)
-        params = dict(address=address, aval=aval, version=self.walk.versions[number])
-        (value,) = _jax.emit(
-            self.trace,
-            read_p,
-            (captured,),
-            [aval],
-            params,
-            {state_effect},
-            place,
-        )
-        return value
+                value = self.rule.cell(self.address(number)).value
+                return fitted(value, self.walk.avals[number])
+        return self._equations.read(number, self.address)
 
     def number_of(self, leaf: Any) -> int | None:
         """The number of an array that was there at the beginning."""
@@ -164,16 +151,17 @@ class Frame:
                 return
             replaced: list[int] = []
             try:
-                self.session.check_frozen()
+                self.session.frozen.check()
                 for copy in self.session.copies[self._copies :]:
                     copy.check()
                 if self.builds_jaxpr:
                     self._check_iterators()
                 if self.stages:
                     replaced = self._write()
+                    self._equations.add(self.address)
                 else:
                     self._lower()
-                    self.session.refreeze()
+                    self.session.frozen.accept()
             except BaseException:
                 self.restore()
                 raise
@@ -185,6 +173,7 @@ class Frame:
                 if is_reached(self, n) if self.is_loop else is_held(self, n):
                     raise problems.held_outside(self.walk.graph.label_of_node(n))
         finally:
+            self._equations.end()
             self.session.called, self.session.added = self.called, []
             self.writes, self.function = [], None
             del self.session.copies[self._copies :]
@@ -266,19 +255,7 @@ class Frame:
         if self.rule is not None:
             self.writes.append((address, value))
             return
-        params, effects, place = (
-            dict(address=address),
-            {state_effect},
-            self._place_of(address),
-        )
-        _jax.emit(self.trace, write_p, (value,), [], params, effects, place)
-
-    def _place_of(self, address: Any) -> Any:
-        """Where the program is, for equations. (One place for all of a frame: to look is slow.)"""
-        if self._place is None:
-            address.holder()  # a kernel refuses
-            self._place = _jax.current_place()
-        return self._place
+        self._equations.written[address] = value
 
     @property
     def runs_once(self) -> bool:

@@ -127,12 +127,12 @@ def _run_on_copies(function: Any, tree: Any, args: Any, kwargs: Any, deep: bool)
     session = Session(walk.copied(given.copy), _jax.user_location())
     permit_assignments(session.walk)
     if not deep:
-        session.freeze_parts()
+        session.frozen.freeze(session.walk)
     with open_holder(session):
         try:
             out = _called(function, session.roots[0], args, kwargs)
             walk = session.refresh()
-            session.check_frozen()
+            session.frozen.check()
         finally:
             session.is_open = False
     _check_leaves(walk)

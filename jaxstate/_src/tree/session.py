@@ -10,9 +10,9 @@ import copy
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from jaxstate._src import _jax
 from jaxstate._src.arrays.activation import activation, is_array
@@ -20,10 +20,11 @@ from jaxstate._src.arrays.array import Writable, fresh, snapshot
 from jaxstate._src.core import slots
 from jaxstate._src.core.slots import Address, Holder, holders
 from jaxstate._src.tree.addresses import FLAG_TYPE, Change, LeafAddress, Shape
-from jaxstate._src.tree.graph import value_of
+from jaxstate._src.tree.graph import LEAF, Entry, Graph, value_of
 from jaxstate._src.tree.objects import NODE, Blank, fill, kind_of
-from jaxstate._src.tree.problems import another_structure, frozen_part, structure_changed
-from jaxstate._src.tree.walk import Node, Walk, fitted
+from jaxstate._src.tree.one_level import FrozenParts
+from jaxstate._src.tree.problems import another_structure, structure_changed
+from jaxstate._src.tree.walk import Walk, fitted
 
 
 class Session(Holder):
@@ -41,8 +42,7 @@ class Session(Holder):
       called: the objects as they were when something was last called with some of them.
       renewed: the objects that the bind in progress has replaced.
       added: the objects after the last change of the structure, by their numbers in that change.
-      frozen: the objects that may not be assigned to, as the program was given them. (One list for
-        all sessions of a call.)
+      frozen: the objects that may not be assigned to. (One list for all sessions of a call.)
       original: the session that this is one of, for functions that run later, if it is there yet.
     """
 
@@ -61,12 +61,12 @@ class Session(Holder):
         self.called: Walk | None = None
         self.renewed: Any = None
         self.added: list[Any] = []
-        self.frozen: list[_Frozen] = []
+        self.frozen = FrozenParts()
         self.original: Callable[[], Session | None] = lambda: None
         self._checked: Any = None
         self.is_open = True
         self._graph: Any = None
-        self._pending: _Pending | None = None
+        self._pending: _PendingChange | None = None
         self._walk: Walk | None = walk
 
     # -- As a holder -------------------------------------------------------------------------
@@ -90,17 +90,18 @@ class Session(Holder):
     def cell(self, address: Any) -> Any:
         if not isinstance(address, LeafAddress):
             return _ChangeCell(self, address)
-        self._check_graph(address)
+        graph = (self.reading or self.walk).graph
+        if address.graph is not graph:
+            self._check_graph(address, graph)
         return _LeafCell(self, address)
 
     def is_given(self) -> bool:
         """Whether a function runs that was given the arrays that it uses."""
         return any(f.rule is not None and f.rule.is_boundary for f in self.frames)
 
-    def _check_graph(self, address: LeafAddress) -> None:
+    def _check_graph(self, address: LeafAddress, graph: Graph) -> None:
         """An array is meant by its number in objects of one structure."""
-        graph = (self.reading or self.walk).graph
-        if address.graph is graph or self._checked == (id(address.graph), id(graph)):
+        if self._checked == (id(address.graph), id(graph)):
             return
         if not graph.has_structure_of(address.graph):
             raise another_structure(address.label)
@@ -233,15 +234,16 @@ class Session(Holder):
             walk.roots[place] = self.roots[place] = made
             return
         node = walk.nodes[n]
-        with self._writing():
-            (made,) = walk.values_of([node.entries[place]])
+        entry = node.entries[place]
+        made = walk.leaves[number] if entry[0] is LEAF else walk.values_of([entry])[0]
+        with self.frozen.written():
             node.values[place] = made
             node.put(place, made)
 
     def map_leaves(self, change: Callable[[Any], Any]) -> None:
         """Puts ``change(array)`` in the place of every array."""
         walk = self.refresh()
-        with self._writing():
+        with self.frozen.written():
             self._walk = walk.with_leaves([change(x) for x in walk.leaves], put=True)
             self.roots[:] = self._walk.roots[: len(self.roots)]
 
@@ -249,92 +251,76 @@ class Session(Holder):
         """Replaces objects by others like them, which the program has not seen."""
         walk = self.walk
         self.renewed = numbers
-        with self._writing():
+        with self.frozen.written():
             for n in numbers:
                 made = Blank.of(walk.nodes[n].object).make()
                 self.own.add(id(made))
-                walk.replace(n, made)
+                walk.nodes.replace(n, made)
             walk.put_together()
         walk.roots = walk.values_of(walk.graph.roots)
         self.roots[:] = walk.roots[: len(self.roots)]
         self.detached = walk.roots[len(self.roots) :]
 
-    # -- Objects that may not be assigned to ---------------------------------------------------
-
-    def freeze_parts(self) -> None:
-        """From now on the program may assign to the parts of the tree only."""
-        walk = self.walk
-        for n, node in enumerate(walk.nodes):
-            if node.parent >= 0:
-                self.frozen.append(_Frozen(walk.graph.label_of_node(n), node))
-        self.refreeze()
-
-    def check_frozen(self) -> None:
-        for label, node in self.frozen:
-            part = node.changed_part()
-            if part is not None:
-                raise frozen_part(label + part)
-
-    def refreeze(self) -> None:
-        """What the objects are now was not assigned by the program."""
-        self.frozen[:] = [_Frozen(label, node.seen_now()) for label, node in self.frozen]
-
-    def _writing(self) -> AbstractContextManager[None]:
-        """While what a transformed function has assigned is put into the objects: it was checked
-        where the function ended."""
-        return self._writing_frozen() if self.frozen else nullcontext()
-
-    @contextmanager
-    def _writing_frozen(self) -> Iterator[None]:
-        self.check_frozen()
-        yield
-        self.refreeze()
+    # -- Changes of the structure --------------------------------------------------------------
 
     def begin_change(self, change: Change) -> None:
-        walk = self.walk
-        nodes = [
-            blank.make() if i is None else walk.nodes[i].object
-            for i, blank in zip(change.objects, change.blanks, strict=True)
-        ]
-        leaves = [None if i is None else walk.leaves[i] for i in change.leaves]
-        missing = {j for j, i in enumerate(change.leaves) if i is None}
-        self._pending = _Pending(change, nodes, leaves, missing)
+        self._pending = _PendingChange(change, self.walk)
         self._finish_change()
 
     def add_leaf(self, number: int, value: Any) -> None:
         assert self._pending is not None
-        self._pending.leaves[number] = writable(value)
-        self._pending.missing.discard(number)
+        self._pending.add_leaf(number, writable(value))
         self._finish_change()
 
     def _finish_change(self) -> None:
-        assert self._pending is not None
-        change, nodes, leaves, missing = self._pending
-        if missing:
+        pending = self._pending
+        assert pending is not None
+        if pending.missing:
             return
         self._pending = None
-        leaf, node = leaves.__getitem__, nodes.__getitem__
-        pairs = list(zip(nodes, change.parts, strict=True))
-        with self._writing():
-            for x, part in sorted(pairs, key=lambda pair: pair[1].hashes):
-                keys = part.keys
-                if part.key_entries:
-                    keys = [value_of(e, leaf, node) for e in part.key_entries]
-                fill(x, part.names, keys, [value_of(e, leaf, node) for e in part.entries])
-        roots = [value_of(e, leaf, node) for e in change.after.roots]
-        self.roots[:] = roots[: change.roots]
-        self.detached = roots[change.roots :]
-        self.added = nodes
+        with self.frozen.written():
+            pending.make()
+        self.roots[:], self.detached = pending.roots()
+        self.added = pending.nodes
         self._walk = Walk(self.everything())
 
 
-class _Pending(NamedTuple):
-    """A change of the structure that waits for the arrays that it adds."""
+class _PendingChange:
+    """A change of the structure that waits for the arrays that it adds.
 
-    change: Change
-    nodes: list[Any]
-    leaves: list[Any]
-    missing: set[int]
+    Attributes:
+      nodes: the objects after the change, by their numbers.
+      missing: the numbers of the arrays that it waits for.
+    """
+
+    def __init__(self, change: Change, before: Walk) -> None:
+        self._change = change
+        self.nodes = [
+            blank.make() if i is None else before.nodes[i].object
+            for i, blank in zip(change.objects, change.blanks, strict=True)
+        ]
+        self._leaves = [None if i is None else before.leaves[i] for i in change.leaves]
+        self.missing = {j for j, i in enumerate(change.leaves) if i is None}
+
+    def add_leaf(self, number: int, value: Any) -> None:
+        self._leaves[number] = value
+        self.missing.discard(number)
+
+    def make(self) -> None:
+        """Makes the objects what they are after the change."""
+        pairs = list(zip(self.nodes, self._change.parts, strict=True))
+        for x, part in sorted(pairs, key=lambda pair: pair[1].hashes):
+            keys = self._values(part.key_entries) if part.key_entries else part.keys
+            fill(x, part.names, keys, self._values(part.entries))
+
+    def roots(self) -> tuple[list[Any], list[Any]]:
+        """Those of the program, and the objects that are detached."""
+        made, n = self._values(self._change.after.roots), self._change.roots
+        return made[:n], made[n:]
+
+    def _values(self, entries: Sequence[Entry]) -> list[Any]:
+        leaf, node = self._leaves.__getitem__, self.nodes.__getitem__
+        return [value_of(e, leaf, node) for e in entries]
 
 
 # -- In-place arrays -------------------------------------------------------------------------
@@ -401,13 +387,6 @@ class _LeafCell:
         if renewed and session.renewed is not renewed:
             session.renew(renewed)
         session.set(self.address.number, value)
-
-
-class _Frozen(NamedTuple):
-    """An object that may not be assigned to."""
-
-    label: str
-    node: Node
 
 
 class _ChangeCell:
