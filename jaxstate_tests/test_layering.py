@@ -41,7 +41,7 @@ FLOORS = {
     "params": [
         "nests", "paths", "entry", "entries", "places", "interception", "interned", "stores",
         "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata", "pieces",
-        "summary", "methods", "pickling", "misuse", "param", "calling", "parametrized",
+        "summary", "methods", "pickling", "misuse", "param", "calling", "modules", "parametrized",
         "lanes_of_variables", "variables", "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
