@@ -39,7 +39,7 @@ FLOORS = {
     "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
-        "nests", "paths", "entry", "entries", "places", "interception", "interned", "stores",
+        "nests", "paths", "entry", "entries", "places", "interception", "interned", "given", "stores",
         "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata", "pieces",
         "summary", "methods", "pickling", "misuse", "param", "calling", "modules", "parametrized",
         "lanes_of_variables", "variables", "copies", "stack", "ensemble",
