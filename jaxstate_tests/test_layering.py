@@ -39,10 +39,10 @@ FLOORS = {
     "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
-        "nests", "paths", "entry", "entries", "places", "interception", "interned", "given", "stores",
-        "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata", "pieces",
-        "summary", "methods", "pickling", "misuse", "param", "calling", "modules", "parametrized",
-        "lanes_of_variables", "variables", "copies", "stack", "ensemble",
+        "nests", "paths", "entry", "entries", "places", "interception", "interned", "given",
+        "stores", "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata",
+        "pieces", "summary", "methods", "pickling", "misuse", "param", "calling", "modules",
+        "parametrized", "lanes_of_variables", "variables", "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [
@@ -67,6 +67,8 @@ SHARED = {"rules.donation", "rules.derivatives", "rules.explicit", "rules.linear
 FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
 # Of `tree`, which are split next.
 LARGE_CLASSES = {"Frame", "Session", "Walk"}
+TESTS = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+LARGE_TESTS = {"test_mutate.py", "test_objects.py"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / INSIDE / "__init__.py")
 
 
@@ -113,6 +115,11 @@ def test_only_one_folder_knows_internals_and_versions(path):
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_a_file_is_read_at_once(path):
     assert len(path.read_text().splitlines()) <= 600
+
+
+def test_a_file_of_tests_establishes_one_thing():
+    sizes = {p.name: len(p.read_text().splitlines()) for p in TESTS if p.name not in LARGE_TESTS}
+    assert not [name for name, size in sizes.items() if size > 800]
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
