@@ -39,9 +39,10 @@ FLOORS = {
     "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
-        "nests", "paths", "entry", "entries", "places", "interception", "interned", "given",
-        "stores", "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata",
-        "pieces", "summary", "methods", "pickling", "misuse", "param", "calling", "modules",
+        "folded_streams", "nests", "paths", "entry", "entries", "places", "interception",
+        "interned", "given", "stores", "init_store", "arguments", "names", "observing", "shaped",
+        "reuse", "metadata", "pieces", "summary", "methods", "pickling", "misuse", "param",
+        "calling", "modules",
         "parametrized", "lanes_of_variables", "variables", "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
@@ -96,6 +97,14 @@ def test_imports_point_up_the_list(path):
     for other in imported_modules(path):
         assert ORDER.index(other) < ORDER.index(me), f"{me} imports {other}"
         assert not (me in FAMILIES and other in FAMILIES), f"{me} imports {other}"
+
+
+def test_random_streams_are_written_on_the_extension_point_alone():
+    """So can somebody else write a kind of state."""
+    for path in FILES:
+        if module_name(path).split(".")[0] in ("random", "streams"):
+            floors = {other.split(".")[0] for other in imported_modules(path)}
+            assert floors <= {"_jax", "errors", "extend", "streams", ""}, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -219,7 +219,7 @@ def read(slot: Slot) -> jax.Array:
     Raises:
       ClosedStateError: if the transformed function in which the slot was made has ended.
     """
-    value = resolve.read(slot.address)
+    value = resolve.read_at(slot.address)
     if _jax.has_ended(value):
         raise slot.ended()
     return value
@@ -253,4 +253,4 @@ def write(slot: Slot, value: Any) -> None:
                 used=_jax.user_location(),
             )
         )
-    resolve.write(slot.address, value)
+    resolve.write_at(slot.address, value)

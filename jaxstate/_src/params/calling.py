@@ -13,6 +13,7 @@ from jaxstate._src.core.initializers import sliced
 from jaxstate._src.core.slots import open_holder
 from jaxstate._src.params.arguments import split_arrays
 from jaxstate._src.params.entries import innermost_store
+from jaxstate._src.params.folded_streams import FoldedStreams
 from jaxstate._src.params.init_store import InitStore
 from jaxstate._src.params.misuse import LAZY, name_to_call, refuse_lazy
 from jaxstate._src.params.names import nested
@@ -20,7 +21,6 @@ from jaxstate._src.params.nests import room_for_nests
 from jaxstate._src.params.paths import ModuleId, Path
 from jaxstate._src.params.reuse import Reused, ReusingStore, reused
 from jaxstate._src.params.stores import ApplyStore
-from jaxstate._src.streams.holders import FoldedStreams
 from jaxstate._src.streams.keys import check_key
 from jaxstate._src.streams.stream import rng_stream
 from jaxstate.errors import InitializerDataError, NameClashError, message

@@ -15,7 +15,7 @@ from jaxstate._src.core.initializers import (
     words_of,
 )
 from jaxstate._src.core.notes import notes_of
-from jaxstate._src.core.resolve import read
+from jaxstate._src.core.resolve import read_at
 from jaxstate._src.core.slots import Cell, Holder, holders
 from jaxstate._src.params.entries import EntryAddress, Store
 from jaxstate._src.params.entry import Entry, Use
@@ -112,7 +112,7 @@ class InitStore(Store):
                     boundary, init_p, data, dict(addresses=keys, traced_init=traced_init)
                 )
                 notes_of(boundary).values.update(zip(keys, leaves, strict=True))
-        return [read(a) for a in addresses]
+        return [read_at(a) for a in addresses]
 
     def _devices_are_inside(self) -> bool:
         """Whether the program is in a shard_map that the store is outside of."""
