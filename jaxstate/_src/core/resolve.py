@@ -1,8 +1,8 @@
 """Reading and writing a slot from wherever the program is.
 
 In today's JAX there is no stack of levels: one trace is current, it knows its parent, and so on to
-the trace that evaluates. `read_at` and `write_at` walk that chain from the current trace to the anchor
-of the holder that answers for the slot. What they meet on the way decides:
+the trace that evaluates. `read_at` and `write_at` walk that chain from the current trace to the
+anchor of the holder that answers for the slot. What they meet on the way decides:
 
 * nothing: the cell holds the value;
 * a trace that builds a jaxpr (jit, a loop body, a branch ...): inside it the slot is a *capture*
