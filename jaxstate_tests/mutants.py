@@ -38,24 +38,25 @@ AREAS: dict[str, tuple[str, str]] = {
     "random": ("random", "random jitted counts combinators random_programs"),
     "params": (
         "params/*",
-        "params variables reuse stack summary call_sequences random_programs",
+        "params initializers methods types_of_params variables variables_transformed"
+        " variables_refused batch_norm reuse stack summary call_sequences random_programs",
     ),
     "in place": (
         "arrays/*",
-        "inplace inplace_results inplace_corners inplace_arguments masked inplace_nested"
-        " numpy_ports inplace_programs inplace_indices",
+        "inplace inplace_transformed inplace_results inplace_corners inplace_arguments masked"
+        " inplace_nested numpy_ports inplace_programs inplace_indices",
     ),
     "sow": ("sow/*", "sow"),
     "causal": ("causal/*", "fixed_point"),
     "rules": (
         "rules/*",
-        "rules derivatives jitted combinators solvers variables libraries call_sequences"
-        " random_programs random matrix",
+        "rules derivatives jitted combinators solvers variables variables_transformed libraries"
+        " call_sequences random_programs random matrix",
     ),
     "core": (
         "*",
-        "rules extend stateful jitted variables derivatives random libraries call_sequences"
-        " random_programs trace_programs",
+        "rules extend stateful jitted variables variables_transformed derivatives random libraries"
+        " call_sequences random_programs trace_programs",
     ),
 }
 # Not of these areas, or nothing but texts.

@@ -393,3 +393,75 @@ def test_a_foreign_primitive_with_parameters_that_look_at_data(times, run, key):
         x = x * 6.0 + jax.random.normal(jax.random.fold_in(key, i))
     np.testing.assert_allclose(found, x, rtol=1e-6)
     assert state == {"steps": times}
+
+
+class Named(extend.Address):
+    """The innermost open `Counter` of a name."""
+
+    __slots__ = ("name",)
+    threaded = True
+
+    def __init__(self, name):
+        self.name = name
+
+    def __eq__(self, other):
+        return type(other) is Named and other.name == self.name
+
+    def __hash__(self):
+        return hash(self.name)
+
+    def missing(self):
+        return LookupError(f"no counter {self.name!r} is open")
+
+
+class Counter(extend.Holder):
+    """A number; in a vmap every lane has its own, which starts at zero and ends with the lane."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.address, self.counted = Named(name), extend.Cell(jnp.int32(0))
+
+    def knows(self, address):
+        return address == self.address
+
+    def cell(self, address):
+        return self.counted
+
+    def lane(self, address, trace, notes):
+        return notes.setdefault(self, extend.Lane(jnp.int32(0), None))
+
+    def signature(self):
+        return "counter", self.address
+
+
+def count(name, by=1):
+    now = extend.read_at(Named(name)) + by
+    extend.write_at(Named(name), now)
+    return now
+
+
+def test_a_kind_of_state_of_ones_own_goes_through_transformations_and_has_lanes():
+    def program(xs):
+        def body(i, x):
+            count("outer", 2)
+            return x + count("inner")
+
+        y = jax.jit(lambda x: jax.lax.fori_loop(0, 3, body, x))(jnp.int32(0))
+        lanes = jax.vmap(lambda x: x * count("inner", x))(xs)
+        slope = jax.grad(lambda x: x * jax.checkpoint(lambda: count("inner"))().astype(float))(1.0)
+        return y, lanes, slope
+
+    for f in (program, jax.jit(program)):
+        outer, inner, shadowed = Counter("outer"), Counter("inner"), Counter("inner")
+        with (
+            extend.open_holder(outer),
+            extend.open_holder(shadowed),
+            extend.open_holder(inner),
+        ):
+            y, lanes, slope = f(jnp.arange(1, 4))
+            assert [h is inner for h in extend.holders()] == [True, False, False]
+        assert (int(y), int(slope)) == (1 + 2 + 3, 4)
+        assert lanes.tolist() == [1, 4, 9]
+        assert [int(h.counted.value) for h in (outer, inner, shadowed)] == [6, 4, 0]
+    with pytest.raises(LookupError, match="no counter 'outer' is open"):
+        count("outer")

@@ -40,10 +40,11 @@ FLOORS = {
     "streams": ["keys", "holders", "stream"],
     "random": [],
     "params": [
-        "nests", "paths", "entry", "entries", "places", "interception", "interned", "stores",
-        "init_store", "arguments", "names", "observing", "shaped", "reuse", "metadata", "pieces",
-        "summary", "methods", "pickling", "misuse", "param", "calling", "parametrized",
-        "lanes_of_variables", "variables", "copies", "stack", "ensemble",
+        "folded_streams", "nests", "paths", "entry", "entries", "places", "interception",
+        "interned", "given", "stores", "init_store", "arguments", "names", "observing", "shaped",
+        "reuse", "metadata", "pieces", "summary", "methods", "pickling", "misuse", "param",
+        "calling", "modules",
+        "parametrized", "lanes_of_variables", "variables", "copies", "stack", "ensemble",
     ],
     "sow": ["sites", "harvest"],
     "arrays": [
@@ -67,6 +68,10 @@ ORDER = [
 # as those of `rules.derivatives` do. And what `rules.jitted` donates is no rule.
 SHARED = {"rules.donation", "rules.derivatives", "rules.explicit", "rules.linear_calls"}
 FAMILIES = {name for name in ORDER if name.startswith("rules.")} - SHARED
+# Of `tree`, which are split next.
+LARGE_CLASSES = {"Frame", "Session", "Walk"}
+TESTS = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+LARGE_TESTS = {"test_mutate.py", "test_objects.py"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / INSIDE / "__init__.py")
 
 
@@ -96,6 +101,14 @@ def test_imports_point_up_the_list(path):
         assert not (me in FAMILIES and other in FAMILIES), f"{me} imports {other}"
 
 
+def test_random_streams_are_written_on_the_extension_point_alone():
+    """So can somebody else write a kind of state."""
+    for path in FILES:
+        if module_name(path).split(".")[0] in ("random", "streams"):
+            floors = {other.split(".")[0] for other in imported_modules(path)}
+            assert floors <= {"_jax", "errors", "extend", "streams", ""}, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_only_one_folder_knows_internals_and_versions(path):
     if module_name(path).partition(".")[0] == "_jax":
@@ -113,6 +126,18 @@ def test_only_one_folder_knows_internals_and_versions(path):
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_a_file_is_read_at_once(path):
     assert len(path.read_text().splitlines()) <= 600
+
+
+def test_a_file_of_tests_establishes_one_thing():
+    sizes = {p.name: len(p.read_text().splitlines()) for p in TESTS if p.name not in LARGE_TESTS}
+    assert not [name for name, size in sizes.items() if size > 800]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_class_has_one_responsibility(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and node.name not in LARGE_CLASSES:
+            assert node.end_lineno - node.lineno < 250, node.name
 
 
 def test_public_names_are_what_init_lists():

@@ -23,7 +23,7 @@ from jax.scipy.sparse.linalg import bicgstab, gmres
 
 import jaxstate
 from jaxstate import extend
-from jaxstate_tests.params.test_params import assert_trees_close
+from jaxstate_tests.params.networks import assert_trees_close
 
 normal = jax.nn.initializers.normal(0.3)
 X = jnp.array([0.8, -0.5])

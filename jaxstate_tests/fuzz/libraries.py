@@ -29,6 +29,7 @@ from jax.extend import core
 import jaxstate
 from jaxstate.extend import new_slot, read
 from jaxstate_tests.fuzz import call_sequences as cs
+from jaxstate_tests.fuzz import statements_and_ways as ways
 from jaxstate_tests.fuzz.random_programs import (
     Arithmetic,
     Body,
@@ -336,7 +337,7 @@ def loop_with_rule(step, x, *consts):
 
 
 def loop_with_rule_by_hand(f, touched, x, s):
-    return cs.custom_by_hand(lambda x, s: looped_by_hand(f, touched, x, s), touched, x, s)
+    return ways.custom_by_hand(lambda x, s: looped_by_hand(f, touched, x, s), touched, x, s)
 
 
 def custom_jvp(step, x, *consts, **options):
@@ -392,7 +393,7 @@ def root_by_hand(f, touched, x, s):
 
     gy, slope = jax.value_and_grad(g)(y)
     y = y - (gy - lax.stop_gradient(gy)) / lax.stop_gradient(slope)
-    return y, cs.without_derivatives(after, touched)
+    return y, ways.without_derivatives(after, touched)
 
 
 def linear_solve(step, x, *consts):
@@ -408,7 +409,7 @@ def linear_solve(step, x, *consts):
 
 def linear_solve_by_hand(f, touched, x, s):
     c, after = f(jnp.float32(0.5), s)
-    return x / (2.0 + c**2), cs.without_derivatives(after, touched)
+    return x / (2.0 + c**2), ways.without_derivatives(after, touched)
 
 
 def value_and_grad(step, x, *consts):
@@ -431,7 +432,7 @@ def linearized(step, x, *consts):
 
 
 def in_lanes(step, x, *consts):
-    xs = x + 0.2 * jnp.arange(cs.LANES, dtype=jnp.float32)
+    xs = x + 0.2 * jnp.arange(ways.LANES, dtype=jnp.float32)
     return jnp.mean(jax.vmap(step, (0, *(None for _ in consts)))(xs, *consts))
 
 
@@ -450,7 +451,7 @@ VJP = frozenset({"rule", "custom_vjp"})
 # no rule (`jax.custom_gradient`), or whose second derivative by hand is not that of the first one
 # (a root that is not exact).
 FIRST_ORDER = frozenset({"first order"})
-DERIVATIVE = cs.REVERSE | FIRST_ORDER
+DERIVATIVE = ways.REVERSE | FIRST_ORDER
 
 
 def with_options(run, **options):
@@ -458,44 +459,44 @@ def with_options(run, **options):
 
 
 RUNS = {
-    "direct": Run(directly, cs.directly),
-    "jit": Run(jitted, cs.directly),
-    "checkpoint": Run(checkpointed, cs.directly),
-    "scan": Run(scanned, cs.scan_by_hand),
-    "fori": Run(repeated, cs.fori_by_hand),
+    "direct": Run(directly, ways.directly),
+    "jit": Run(jitted, ways.directly),
+    "checkpoint": Run(checkpointed, ways.directly),
+    "scan": Run(scanned, ways.scan_by_hand),
+    "fori": Run(repeated, ways.fori_by_hand),
     "while": Run(looped, looped_by_hand, makes=frozenset({"while", "diverges", "unsown"})),
     "cond": Run(chosen, chosen_by_hand, frozenset({"sown"}), DIVERGES),
-    "switch": Run(equal_branches, cs.directly, makes=DIVERGES),
+    "switch": Run(equal_branches, ways.directly, makes=DIVERGES),
     "handed back": Run(handed_back, twice_by_hand),
-    "custom_vjp": Run(custom_vjp, cs.custom_by_hand, makes=VJP),
+    "custom_vjp": Run(custom_vjp, ways.custom_by_hand, makes=VJP),
     "custom_vjp, optimize_remat": Run(
         with_options(custom_vjp, optimize_remat=True),
-        cs.custom_by_hand,
+        ways.custom_by_hand,
         makes=VJP | FIRST_ORDER,
     ),
     "custom_vjp, symbolic_zeros": Run(
-        with_options(custom_vjp, symbolic_zeros=True), cs.custom_by_hand, makes=VJP
+        with_options(custom_vjp, symbolic_zeros=True), ways.custom_by_hand, makes=VJP
     ),
-    "custom_vjp, nondiff_argnums": Run(custom_vjp_nondiff, cs.custom_by_hand, makes=VJP),
+    "custom_vjp, nondiff_argnums": Run(custom_vjp_nondiff, ways.custom_by_hand, makes=VJP),
     "while in custom_vjp": Run(
         loop_with_rule, loop_with_rule_by_hand, makes=VJP | DIVERGES | {"while in lanes"}
     ),
-    "custom_jvp": Run(custom_jvp, cs.custom_by_hand, makes=RULE),
+    "custom_jvp": Run(custom_jvp, ways.custom_by_hand, makes=RULE),
     "custom_jvp, symbolic_zeros": Run(
-        with_options(custom_jvp, symbolic_zeros=True), cs.custom_by_hand, makes=RULE
+        with_options(custom_jvp, symbolic_zeros=True), ways.custom_by_hand, makes=RULE
     ),
-    "custom_jvp, nondiff_argnums": Run(custom_jvp_nondiff, cs.custom_by_hand, makes=RULE),
-    "custom_gradient": Run(custom_gradient, cs.custom_by_hand, makes=VJP | FIRST_ORDER),
+    "custom_jvp, nondiff_argnums": Run(custom_jvp_nondiff, ways.custom_by_hand, makes=RULE),
+    "custom_gradient": Run(custom_gradient, ways.custom_by_hand, makes=VJP | FIRST_ORDER),
     "custom_root": Run(
-        root, root_by_hand, cs.REVERSE | cs.FORWARD | {"rule", "sown"}, RULE | FIRST_ORDER
+        root, root_by_hand, ways.REVERSE | ways.FORWARD | {"rule", "sown"}, RULE | FIRST_ORDER
     ),
     "custom_linear_solve": Run(
-        linear_solve, linear_solve_by_hand, cs.REVERSE | cs.FORWARD | {"rule", "sown"}, RULE
+        linear_solve, linear_solve_by_hand, ways.REVERSE | ways.FORWARD | {"rule", "sown"}, RULE
     ),
-    "grad": Run(value_and_grad, cs.grad_by_hand, DERIVATIVE),
-    "vjp": Run(pulled_back, cs.grad_by_hand, DERIVATIVE),
-    "linearize": Run(linearized, cs.grad_by_hand, DERIVATIVE | cs.FORWARD),
-    "vmap": Run(in_lanes, cs.vmap_by_hand, cs.IN_LANES | {"sown"}),
+    "grad": Run(value_and_grad, ways.grad_by_hand, DERIVATIVE),
+    "vjp": Run(pulled_back, ways.grad_by_hand, DERIVATIVE),
+    "linearize": Run(linearized, ways.grad_by_hand, DERIVATIVE | ways.FORWARD),
+    "vmap": Run(in_lanes, ways.vmap_by_hand, ways.IN_LANES | {"sown"}),
 }
 
 
@@ -533,10 +534,10 @@ class Library(Statement):
         return (self.body,)
 
     def writes(self, at):
-        return cs.written(self.body, at)
+        return ways.written(self.body, at)
 
     def facts(self, facts):
-        found = set().union(*(cs.facts_of(s, facts) for s in self.body))
+        found = set().union(*(ways.facts_of(s, facts) for s in self.body))
         for layer in self.layers:
             found |= RUNS[layer.run].makes | {layer.run, layer.convert}
             if layer.convert in ("eval_jaxpr", "jaxpr_as_fun") or layer.closed:
@@ -588,7 +589,7 @@ class Program:
 
     @property
     def facts(self):
-        found = set().union(*(cs.facts_of(s, []) for s in self.body))
+        found = set().union(*(ways.facts_of(s, []) for s in self.body))
         return found | {"inplace"} if self.inplace else found
 
     @property
@@ -605,7 +606,7 @@ class Program:
 
     def stateful(self, x, entries):
         """What the program gives, and all state after it."""
-        slots = {name: new_slot(jnp.float32(v)) for name, v in cs.SLOTS.items()}
+        slots = {name: new_slot(jnp.float32(v)) for name, v in ways.SLOTS.items()}
         net = jaxstate.parametrized(lambda x: self.run(x, slots), name="net")
         params, state = cs.nested(entries, "param"), cs.nested(entries, "variable")
         with cs.open_streams(cs.stream_keys(0)) as streams:
@@ -615,7 +616,7 @@ class Program:
         return y, after | cs.flat(state, "variable")
 
     def init(self, x):
-        slots = {name: new_slot(jnp.float32(v)) for name, v in cs.SLOTS.items()}
+        slots = {name: new_slot(jnp.float32(v)) for name, v in ways.SLOTS.items()}
         net = jaxstate.parametrized(lambda x: self.run(x, slots), name="net")
         with cs.open_streams(cs.stream_keys(0)):
             params, state = net.init_with_state(jax.random.key(11), x)
@@ -640,7 +641,7 @@ class Program:
         return y, after | sown | ({"object": tree["n"]} if "object" in uses else {})
 
     def by_hand(self, x, entries):
-        s = {f"slot {name}": jnp.float32(v) for name, v in cs.SLOTS.items()}
+        s = {f"slot {name}": jnp.float32(v) for name, v in ways.SLOTS.items()}
         s |= cs.streams_by_hand(cs.stream_keys(0)) | entries
         s |= {"array": [jnp.float32(0.0)] * 3, "object": jnp.asarray(INITIAL_OBJECT)}
         y, after = run_by_hand(self.body, self.place, x, s)
@@ -653,13 +654,13 @@ class Program:
 _hows = st.sampled_from(["set", "add", "scale"])
 _leaves = st.one_of(
     st.builds(Arithmetic, st.sampled_from([0.5, 1.3])),
-    st.builds(cs.Draw, st.sampled_from(cs.STREAMS)),
-    st.builds(cs.Parameter, st.sampled_from(["w", "u"])),
-    st.builds(cs.OnlyParameter, st.sampled_from(["w", "u"])),
+    st.builds(ways.Draw, st.sampled_from(ways.STREAMS)),
+    st.builds(ways.Parameter, st.sampled_from(["w", "u"])),
+    st.builds(ways.OnlyParameter, st.sampled_from(["w", "u"])),
     st.builds(Read, st.sampled_from(["a", "b"])),
     st.builds(Write, st.sampled_from(["a", "b"]), _hows),
-    st.builds(cs.ReadVariable, st.sampled_from(["v", "r"])),
-    st.builds(cs.WriteVariable, st.sampled_from(["v", "r"]), _hows),
+    st.builds(ways.ReadVariable, st.sampled_from(["v", "r"])),
+    st.builds(ways.WriteVariable, st.sampled_from(["v", "r"]), _hows),
     st.builds(WriteArray, st.booleans()),
     st.builds(ReadArray),
     st.builds(Assign),
@@ -671,10 +672,10 @@ _leaves = st.one_of(
 @st.composite
 def _libraries(draw: Any, depth: int) -> Library:
     body = tuple(draw(_statements(depth - 1)) for _ in range(draw(st.integers(1, 3))))
-    facts = set().union(*(cs.facts_of(s, []) for s in body))
+    facts = set().union(*(ways.facts_of(s, []) for s in body))
     layers = []
     for _ in range(draw(st.integers(1, 3))):
-        runs = [name for name, run in RUNS.items() if not cs.refused(run.not_with, facts)]
+        runs = [name for name, run in RUNS.items() if not ways.refused(run.not_with, facts)]
         run = draw(st.sampled_from(runs))
         layers.append(Layer(draw(st.sampled_from(sorted(CONVERSIONS))), run, draw(st.booleans())))
         facts |= RUNS[run].makes

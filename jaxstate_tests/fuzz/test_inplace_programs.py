@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import jaxstate
 from jaxstate_tests.fuzz.fuzzing import drawn, fuzz
-from jaxstate_tests.fuzz.numpy_programs import LAX, NUMPY, PYTHON, initial, programs, run
+from jaxstate_tests.fuzz.numpy_programs import LAX, NUMPY, PYTHON, programs, run
+from jaxstate_tests.fuzz.numpy_statements import initial
 
 LANES = 2
 EXAMPLES = 200

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxstate
-from jaxstate_tests.params.test_params import assert_trees_close, normal, shapes
+from jaxstate_tests.params.networks import assert_trees_close, normal, shapes
 
 PATH = pathlib.Path(__file__).parents[2] / "examples/combinators.py"
 spec = importlib.util.spec_from_file_location("combinators", PATH)

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jaxstate
-from jaxstate_tests.params.test_params import (
+from jaxstate_tests.params.networks import (
     assert_trees_close,
     assert_trees_equal,
     dense,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxstate
-from jaxstate_tests.params.test_params import assert_trees_close, assert_trees_equal, normal, zeros
+from jaxstate_tests.params.networks import assert_trees_close, assert_trees_equal, normal, zeros
 
 X = jnp.ones((2, 4))
 SHAPE = jax.ShapeDtypeStruct((2, 4), jnp.float32)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxstate
-from jaxstate_tests.params.test_params import assert_trees_close, normal
+from jaxstate_tests.params.networks import assert_trees_close, normal
 from jaxstate_tests.params.test_stack import key_of
 
 X = jnp.linspace(0.5, 1.0, 3)

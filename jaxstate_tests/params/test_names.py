@@ -13,7 +13,7 @@ from flax import linen
 from safetensors.numpy import load, save
 
 import jaxstate
-from jaxstate_tests.params.test_params import assert_trees_equal, dense, normal
+from jaxstate_tests.params.networks import assert_trees_equal, dense, normal
 
 X = jnp.ones((2, 3))
 encoder = jaxstate.parametrized(lambda x: dense(4)(jnp.tanh(dense(3)(x))), name="encoder")

@@ -2,16 +2,12 @@
 
 import copy
 import dataclasses
-import hashlib
 import importlib
-import inspect
 import pickle
 import subprocess
 import sys
 import threading
-import types
-from functools import partial, update_wrapper, wraps
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.extend
@@ -21,68 +17,20 @@ import pytest
 
 import jaxstate
 from jaxstate_tests.core.test_matrix import initial_parameter
-from jaxstate_tests.sampling import part_of_product
-
-normal = jax.nn.initializers.normal(1.0)
-lecun = jax.nn.initializers.lecun_normal()
-zeros = jax.nn.initializers.zeros
-
-
-def dense(features):
-    @jaxstate.parametrized
-    def dense(x):
-        w = jaxstate.param("w", lecun, (x.shape[-1], features))
-        b = jaxstate.param("b", zeros, (features,))
-        return x @ w + b
-
-    return dense
-
-
-def dense_by_hand(p, x):
-    return x @ p["w"] + p["b"]
-
-
-def scaled(name="scale"):
-    @jaxstate.parametrized(name=name)
-    def scale(x):
-        return x * jaxstate.param("s", normal, ())
-
-    return scale
-
-
-def shapes(params):
-    return jax.tree.map(jnp.shape, params)
-
-
-def assert_trees_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def assert_trees_close(a, b, rtol=1e-5):
-    """Each array to `rtol` of its largest element, which is what its sums are rounded to."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(partial(_assert_close, rtol), a, b)
-
-
-def _assert_close(rtol, x, y):
-    largest = np.max(np.abs(y), initial=0.1, where=np.isfinite(y))
-    np.testing.assert_allclose(x, y, rtol=0, atol=rtol * largest)
-
+from jaxstate_tests.params.networks import (
+    assert_trees_close,
+    assert_trees_equal,
+    dense,
+    dense_by_hand,
+    lecun,
+    net,
+    net_by_hand,
+    normal,
+    scaled,
+    shapes,
+)
 
 # -- The example of the documentation --------------------------------------------------------
-
-
-@jaxstate.parametrized
-def net(x, layer=dense(8), head=dense(1)):
-    x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(layer(x)), x)
-    return jax.jit(head)(x)
-
-
-def net_by_hand(p, x):
-    for _ in range(3):
-        x = jnp.tanh(dense_by_hand(p["dense"], x))
-    return dense_by_hand(p["dense_1"], x)
 
 
 def test_a_layer_in_a_loop_and_one_in_a_jit(key):
@@ -273,16 +221,16 @@ def test_layers_of_two_branches_or_of_cond_and_body(key):
         (branches, lambda p: dense_by_hand(p["dense"], x).sum()),
         (loop, lambda p: 2 * dense_by_hand(p["dense_1"], x).sum()),
     ):
-        for net in (jaxstate.parametrized(f), jaxstate.parametrized(jax.jit(f), name="f")):
-            p = net.init(key, x)
+        for network in (jaxstate.parametrized(f), jaxstate.parametrized(jax.jit(f), name="f")):
+            p = network.init(key, x)
             assert shapes(p) == {
                 "dense": {"w": (2, 3), "b": (3,)},
                 "dense_1": {"w": (2, 4), "b": (4,)},
             }
             for dtype in (jnp.float32, jnp.bfloat16):
                 q = jax.tree.map(lambda a, d=dtype: a.astype(d), p)
-                np.testing.assert_allclose(net.apply(q, x), by_hand(q), rtol=1e-2)
-            np.testing.assert_allclose(jax.jit(net.apply)(p, x), by_hand(p), rtol=1e-5)
+                np.testing.assert_allclose(network.apply(q, x), by_hand(q), rtol=1e-2)
+            np.testing.assert_allclose(jax.jit(network.apply)(p, x), by_hand(p), rtol=1e-5)
 
 
 def test_a_shared_layer_in_two_branches_has_one_place(key):
@@ -307,168 +255,6 @@ def test_one_layer_first_transformed_then_plain(key, first):
     net = jaxstate.parametrized(lambda x: first(layer)(x) + layer(x) + jax.jit(layer)(x))
     p = net.init(key, 1.0)
     np.testing.assert_allclose(net.apply(p, 2.0), 6 * p["scale"]["s"], rtol=1e-6)
-
-
-# -- Birth -----------------------------------------------------------------------------------
-
-
-def births():
-    def while_body(f, x):
-        return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, f(c[1])), (0, x))[1]
-
-    def deep(f, x):
-        def lane(x):
-            turn = jax.checkpoint(jax.jit(f))
-            return jax.lax.scan(lambda c, _: (turn(c), None), x, None, length=2)[0]
-
-        return jax.jit(jax.vmap(lane))(jnp.stack([x, x]))[0]
-
-    def while_cond(f, x):
-        return jax.lax.while_loop(
-            lambda c: (c[0] < 3) & (f(c[1]) < 1e9), lambda c: (c[0] + 1, c[1]), (0, x)
-        )[1]
-
-    def custom_jvp(f, x):
-        @jax.custom_jvp
-        def g(x):
-            return f(x)
-
-        g.defjvp(lambda p, t: (g(*p), t[0]))
-        return g(x)
-
-    def custom_vjp(f, x):
-        @jax.custom_vjp
-        def g(x):
-            return f(x)
-
-        g.defvjp(lambda x: (g(x), None), lambda _, ct: (ct,))
-        return g(x)
-
-    return {
-        "plain": lambda f, x: f(x),
-        "jit": lambda f, x: jax.jit(f)(x),
-        "scan": lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
-        "while_body": while_body,
-        "while_cond": while_cond,
-        "branch": lambda f, x: jax.lax.cond(x < -1e9, f, lambda x: x, x),
-        "both_branches": lambda f, x: jax.lax.cond(x < 0, f, lambda x: 2 * f(x), x),
-        "vmap": lambda f, x: jax.vmap(f)(jnp.stack([x, x]))[0],
-        "grad": lambda f, x: jax.grad(f)(x),
-        "checkpoint": lambda f, x: jax.checkpoint(f)(x),
-        "custom_jvp": custom_jvp,
-        "custom_vjp": custom_vjp,
-        "closure_convert": lambda f, x: (lambda g, c: g(x, *c))(*jax.closure_convert(f, x)),
-        "deep": deep,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("where", births())
-def test_a_parameter_can_be_born_anywhere(key, where):
-    net = jaxstate.parametrized(lambda x: births()[where](scaled(), x))
-    wanted = {"scale": {"s": initial_parameter(key, "scale/s")}}
-    assert_trees_equal(net.init(key, 0.5), wanted)
-    assert_trees_equal(jax.jit(net.init)(key, 0.5), wanted)
-    by_hand = births()[where](lambda x: x * wanted["scale"]["s"], 0.5)
-    np.testing.assert_allclose(net.apply(wanted, 0.5), by_hand, rtol=1e-6)
-
-
-def test_init_does_nothing_of_the_forward_pass(key, capfd):
-    def forward(x):
-        jax.debug.print("forward {x}", x=x)
-        y = jax.pure_callback(lambda x: 1 / 0, jax.ShapeDtypeStruct((), jnp.float32), x)
-        return y * jaxstate.param("s", normal, ())
-
-    net = jaxstate.parametrized(forward)
-    net.init(key, 1.0)
-    jax.effects_barrier()
-    assert capfd.readouterr().out == ""
-    jaxpr = jax.make_jaxpr(net.init)(key, 1.0)
-    assert "callback" not in str(jaxpr) and "debug" not in str(jaxpr)
-
-
-def test_init_from_shapes_and_eval_shape(key):
-    x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
-    params = net.init(key, x)
-    assert_trees_equal(params, net.init(key, jnp.ones((4, 8))))
-    assert shapes(jax.eval_shape(net.init, key, x)) == shapes(params)
-
-
-def test_vmap_of_init_makes_an_ensemble(key):
-    x, keys = jnp.ones((4, 8)), jax.random.split(key, 3)
-    ensemble = jax.vmap(net.init, (0, None))(keys, x)
-    assert_trees_equal(jax.tree.map(lambda a: a[1], ensemble), net.init(keys[1], x))
-    ys = jax.vmap(net.apply, (0, None))(ensemble, x)
-    wanted = net_by_hand(jax.tree.map(lambda a: a[1], ensemble), x)
-    np.testing.assert_allclose(ys[1], wanted, rtol=1e-5)
-
-
-def test_init_with_out_shardings(key):
-    mesh = jax.make_mesh((1,), ("model",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.jit(net.init, out_shardings=sharding)(key, jnp.ones((4, 8)))
-    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(params))
-
-
-def test_an_initializer_that_looks_at_data(key):
-    x = jnp.arange(16.0).reshape(2, 8)
-
-    @jaxstate.parametrized
-    def f(x):
-        @jax.jit
-        def whiten(x):
-            x = dense(8)(x)
-            return x - jaxstate.param("mean", lambda key: x.mean(0))
-
-        x = whiten(x)
-
-        def body(c, _):
-            return c / jaxstate.param("std", lambda key, x: x.std(0), x), None
-
-        return jax.lax.scan(body, x, None, length=2)[0]
-
-    p = f.init(key, x)
-    y = dense_by_hand(p["dense"], x)
-    np.testing.assert_allclose(p["mean"], y.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(p["std"], (y - y.mean(0)).std(0), rtol=1e-5)
-    np.testing.assert_allclose(f.apply(p, x), (y - p["mean"]) / p["std"] ** 2, rtol=1e-4)
-    assert_trees_close(jax.jit(f.init)(key, x), p)
-
-
-@pytest.mark.leaks_allowed("the checker reports tracers in the traceback of the expected error")
-def test_data_out_of_a_loop_or_a_lane_is_a_clear_error(key):
-    def in_scan(x):
-        def body(c, x):
-            return c + x * jaxstate.param("s", lambda key: x), None
-
-        return jax.lax.scan(body, 0.0, x)[0]
-
-    def in_lane(x):
-        return jax.vmap(lambda x: x * jaxstate.param("s", lambda key: x))(x)
-
-    for f, match in ((in_scan, "comes out of a loop"), (in_lane, "differs between the lanes")):
-        with pytest.raises(jaxstate.InitializerDataError, match=match):
-            jaxstate.parametrized(f).init(key, jnp.ones(3))
-    only_shape = jaxstate.parametrized(lambda x: x * jaxstate.param("s", lambda key: x.mean()))
-    with pytest.raises(jaxstate.InitializerDataError, match="only its shape"):
-        only_shape.init(key, jax.ShapeDtypeStruct((3,), jnp.float32))
-
-
-def test_data_for_a_module_made_inside_a_transformed_function(key):
-    def f(x):
-        layer = jaxstate.parametrized(
-            lambda x: x + jaxstate.param("m", lambda key: x.mean() * 2), name="layer"
-        )
-        return layer(x)
-
-    def scan(f):
-        return lambda x: jax.lax.scan(lambda c, _: (c + f(x), None), x, length=2)[0]
-
-    def cond(f):
-        return lambda x: jax.lax.cond(x.sum() > 0, f, lambda x: x, x)
-
-    for wrap in (lambda f: f, jax.jit, jax.checkpoint, scan, cond):
-        net = jaxstate.parametrized(wrap(f), name="net")
-        assert net.init(key, jnp.arange(3.0)) == {"layer": {"m": 2.0}}
 
 
 # -- Apply -----------------------------------------------------------------------------------
@@ -706,17 +492,17 @@ def test_what_stands_in_a_module_is_pickled_by_name(protocol, tmp_path, monkeypa
     module = importlib.import_module("module_of_nets")
     again = lambda x: pickle.loads(pickle.dumps(x, protocol))  # noqa: E731
     Block = module.Block
-    for net in (module.net, module.nameless, module.deep, Block.__call__, Block.Inner.f):
-        assert again(net) is net
-        assert again([net.apply, net])[0].__self__ is net
+    for network in (module.net, module.nameless, module.deep, Block.__call__, Block.Inner.f):
+        assert again(network) is network
+        assert again([network.apply, network])[0].__self__ is network
     shaped = again(module.net.shaped(jax.ShapeDtypeStruct((), jnp.float32)))
     assert shaped.net is module.net and shaped.init(key) == {"w": 1.0}
     for method in (again(Block(2)).__call__, again(Block(2).__call__)):
         assert method.apply({"w": 3.0}, 5.0) == 30.0
     made_here = [scaled(), jaxstate.stack(scaled(), 2), jaxstate.parametrized(MODULE.count)]
-    for net in made_here:
+    for network in made_here:
         with pytest.raises(pickle.PicklingError, match="pickled by name"):
-            again(net)
+            again(network)
 
 
 async def coroutine(x):
@@ -777,7 +563,7 @@ def test_a_pickled_tree_in_a_new_process(tmp_path, key):
     (tmp_path / "params.pkl").write_bytes(pickle.dumps(jax.tree.map(np.asarray, params)))
     program = f"""
 import pickle, jax.numpy as jnp
-from jaxstate_tests.params.test_params import net
+from jaxstate_tests.params.networks import net
 params = pickle.load(open({str(tmp_path / "params.pkl")!r}, "rb"))
 print(float(net.apply(params, jnp.ones((4, 8))).sum()))
 """
@@ -840,400 +626,3 @@ def test_a_parameter_that_is_the_result_of_a_jaxpr_is_its_value(jitted):
         assert [type(y) for y in out] == [type(jnp.ones(()))] * 2
         assert out == (w, w)
     assert net.init(jax.random.key(0), 1.0) == {"w": 1.0}
-
-
-# -- Methods -----------------------------------------------------------------------------------
-
-
-class Scale:
-    @jaxstate.parametrized
-    def dense(self, x):
-        return x * jaxstate.param("w", jax.nn.initializers.ones, ())
-
-
-@dataclasses.dataclass(slots=True, weakref_slot=True)
-class SlottedScale:
-    size: int = 1
-
-    @jaxstate.parametrized
-    def dense(self, x):
-        return x * jaxstate.param("w", jax.nn.initializers.ones, (self.size,)).sum()
-
-
-class ScaleWithNew(Scale):
-    def __new__(cls, *sizes):
-        self = super().__new__(cls)
-        self.sizes = sizes
-        return self
-
-    def __init__(self, *sizes):
-        super().__init__()
-
-
-FIRST_USES = {
-    "jit": lambda f, x: jax.jit(f)(jax.jit(f)(x)),
-    "cached jit": lambda f, x: (lambda g: g(g(x)))(jax.jit(f)),
-    "checkpoint": lambda f, x: (lambda g: g(g(x)))(jax.checkpoint(f)),
-    "branch, then loop": lambda f, x: jax.lax.fori_loop(
-        0, 1, lambda _, x: f(x), jax.lax.cond(True, f, f, x)
-    ),
-}
-
-
-@pytest.mark.parametrize("use", FIRST_USES)
-@pytest.mark.parametrize("make", [Scale, SlottedScale, ScaleWithNew], ids=lambda c: c.__name__)
-def test_an_instance_is_one_module_wherever_its_method_is_used_first(make, use, key):
-    def network():
-        layer = make()
-        return jaxstate.parametrized(
-            lambda x: FIRST_USES[use](lambda x: layer.dense(x), x), name="net"
-        )
-
-    x, params = jnp.float32(1), {"dense": {"w": 2.0}, "dense_1": {"w": 5.0}}
-    if make is SlottedScale:
-        params = jax.tree.map(lambda w: jnp.full((1,), w), params)
-    assert network().init(key, x).keys() == {"dense"}
-    assert network().apply(params, x) == 4  # of a network that was never initialized
-    seen = network()
-    seen.init(key, x)
-    assert seen.apply(params, x) == 4
-
-
-def test_an_instance_made_in_a_jitted_function_is_one_for_each_call(key):
-    f = jax.jit(lambda x: Scale().dense(x))
-    net = jaxstate.parametrized(lambda x: f(f(x)), name="net")
-    assert net.init(key, 1.0).keys() == {"dense", "dense_1"}
-
-
-def test_classes_with_parametrized_methods_are_made_as_ever():
-    class WithInit:
-        def __init__(self, n: int, *, m=3):
-            self.n = n
-
-        @jaxstate.parametrized
-        def __call__(self, x):
-            return x
-
-    class Further(WithInit):
-        def __init__(self, z):
-            super().__init__(z)
-
-    class Pair(NamedTuple):
-        a: int
-
-    class PairWithMethod(Pair):
-        @jaxstate.parametrized
-        def f(self, x):
-            return x
-
-    shown = {Scale: "()", SlottedScale: "(size: int = 1) -> None", WithInit: "(n: int, *, m=3)"}
-    shown |= {Further: "(z)", PairWithMethod: "(a: int)", ScaleWithNew: "(*sizes)"}
-    for cls, signature in shown.items():
-        assert str(inspect.signature(cls)) == signature
-    assert str(inspect.signature(WithInit(1))) == "(x)"
-    assert PairWithMethod(3).a == 3 and ScaleWithNew(1, 2).sizes == (1, 2) and Further(4).n == 4
-    assert copy.copy(ScaleWithNew(5)).sizes == (5,)
-    with pytest.raises(TypeError, match="takes no arguments"):
-        Scale(3)
-
-
-# -- Types that a jaxpr was traced for ---------------------------------------------------------
-
-
-SHARED = {
-    "jit": jax.jit,
-    "checkpoint": jax.checkpoint,
-    "jit of checkpoint": lambda f: jax.jit(jax.checkpoint(f)),
-    "scan": lambda f: (
-        lambda body: lambda x: jax.lax.scan(body, x, None, length=1)[0]
-    )(lambda x, _: (f(x), None)),
-    "fori_loop": lambda f: (lambda body: lambda x: jax.lax.fori_loop(0, 1, body, x))(
-        lambda i, x: f(x)
-    ),
-    "while_loop": lambda f: (
-        lambda cond, body: lambda x: jax.lax.while_loop(cond, body, (0, x))[1]
-    )(lambda c: c[0] < 1, lambda c: (c[0] + 1, f(c[1]))),
-    "cond": lambda f: lambda x: jax.lax.cond(x.sum() < 1e9, f, f, x),
-    "vmap": lambda f: (lambda g: lambda x: jax.vmap(g)(x[None])[0])(jax.jit(f)),
-    "grad": lambda f: (lambda g: lambda x: x + jax.grad(lambda x: g(x).sum())(x))(jax.jit(f)),
-    "custom_jvp": lambda f: with_rule(jax.jit(f)),
-}  # fmt: skip
-
-
-def with_rule(f):
-    g = jax.custom_jvp(f)
-    g.defjvp(lambda primals, tangents: (g(*primals), tangents[0]))
-    return g
-
-
-class Layer:
-    def __init__(self, f):
-        self.f = f
-
-    @jaxstate.parametrized(name="layer")
-    def __call__(self, x):
-        return self.f(x)
-
-
-def scopes_of(f):
-    """Programs that use one function in the scopes "a", "b" and "a" again."""
-
-    def by_hand(x):
-        for name in ("a", "b", "a"):
-            with jaxstate.scope(name):
-                x = f(x)
-        return x
-
-    def modules(x):
-        a, b = (jaxstate.parametrized(lambda x: f(x), name=name) for name in "ab")
-        return a(b(a(x)))
-
-    def instances(x):
-        a, b = Layer(f), Layer(f)
-        return a(b(a(x)))
-
-    def nested(x):
-        with jaxstate.scope("deep"), jaxstate.scope("er"):
-            return by_hand(x)
-
-    return {
-        "scopes": by_hand,
-        "modules": modules,
-        "instances": instances,
-        "in jit": jax.jit(by_hand),
-        "in a loop": lambda x: jax.lax.fori_loop(0, 1, lambda i, x: modules(x), x),
-        "nested": nested,
-    }
-
-
-W = jnp.arange(9.0).reshape(3, 3) / 8  # exact in all dtypes that are used
-
-
-@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
-@pytest.mark.parametrize("wrap, program", part_of_product(2, SHARED, scopes_of(None)))
-def test_a_function_that_scopes_with_parameters_of_other_types_share(wrap, program, key):
-    def layer(x):
-        return x + (x @ jaxstate.param("w", jax.nn.initializers.ones, (3, 3))).astype(x.dtype)
-
-    net = jaxstate.parametrized(scopes_of(SHARED[wrap](layer))[program], name="net")
-    x = jnp.ones(3)
-    params = net.init(key, x)
-    tree = jax.tree.structure(params)
-    for dtypes in [(jnp.float32, jnp.bfloat16), (jnp.float16,) * 2]:
-        a, b = (W.astype(dtype) for dtype in dtypes)
-
-        def by_hand(a, b, x):
-            for w in (a, b, a):
-                f = lambda x, w=w: x + (x @ w).astype(x.dtype)  # noqa: E731
-                x = x + jax.grad(lambda x, f=f: f(x).sum())(x) if wrap == "grad" else f(x)
-            return x
-
-        for apply in (net.apply, jax.jit(net.apply)):
-            found, wanted = apply(tree.unflatten([a, b]), x), by_hand(a, b, x)
-            np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
-def test_scopes_with_parameters_of_the_same_types_share_one_trace(key):
-    traced = []
-
-    @jax.jit
-    def layer(x):
-        traced.append(1)
-        return x @ jaxstate.param("w", jax.nn.initializers.ones, (3, 3)).astype(x.dtype)
-
-    @jaxstate.parametrized
-    def net(x):
-        for i in range(6):
-            with jaxstate.scope(f"layer{i}"):
-                x = layer(x)
-        return x
-
-    params = net.init(key, jnp.ones(3))
-    del traced[:]
-    net.apply(params, jnp.ones(3))
-    assert len(traced) == 1
-    for i in (1, 3, 5):
-        params[f"layer{i}"]["w"] = params[f"layer{i}"]["w"].astype(jnp.bfloat16)
-    net.apply(params, jnp.ones(3))
-    assert len(traced) == 3
-
-
-@pytest.mark.leaks_allowed("the checker turns JAX's caches off")
-@pytest.mark.parametrize("shared", ["jit", "scan", "checkpoint"])
-def test_a_function_shared_by_scopes_with_weak_and_strong_parameters(shared):
-    f = SHARED[shared](lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, ()))
-
-    def both(x):
-        with jaxstate.scope("a"):
-            a = f(x) if shared != "scan" else f(x).astype(jnp.bfloat16)
-        with jaxstate.scope("b"):
-            return a, f(x)
-
-    net = jaxstate.parametrized(both, name="net")
-    x, weak, strong = jnp.bfloat16(1), 2.0, jnp.bfloat16(3)
-    for a, b in ((weak, weak), (strong, strong), (weak, strong), (strong, weak)):
-        assert net.apply({"a": {"w": a}, "b": {"w": b}}, x) == (a, b)
-
-
-def test_variables_of_other_types_in_scopes_that_share_a_function(key):
-    @jax.jit
-    def f(x):
-        v = jaxstate.variable("v", jnp.zeros, ())
-        v.value = v.value + 1
-        return x + v.value
-
-    def both(x):
-        for name in "aba":
-            with jaxstate.scope(name):
-                x = f(x)
-        return x
-
-    net = jaxstate.parametrized(both, name="net")
-    state = {"a": {"v": jnp.float32(1)}, "b": {"v": jnp.int32(2)}}
-    y, new = net.apply_with_state({}, state, 0.0)
-    assert y == 2 + 3 + 3 and new == {"a": {"v": 3}, "b": {"v": 3}}
-    assert new["a"]["v"].dtype == jnp.float32 and new["b"]["v"].dtype == jnp.int32
-
-
-def test_parameters_in_a_mapping_that_is_no_pytree():
-    layer = jax.jit(lambda x: x * jaxstate.param("w", jax.nn.initializers.ones, ()))
-    net = jaxstate.parametrized(lambda x: layer(x), name="net")
-    for w in (jnp.float32(2), 2.0, jnp.bfloat16(2), jnp.int32(2)):
-        out = net.apply(types.MappingProxyType({"w": w}), jnp.bfloat16(1))
-        wanted = jnp.bfloat16(1) * w
-        assert out == wanted and out.dtype == wanted.dtype
-
-
-def test_initializers_that_differ_in_the_sign_of_zero(key):
-    @jaxstate.parametrized
-    def net(x):
-        a = jaxstate.param("a", jax.nn.initializers.constant(0.0), ())
-        return a, jaxstate.param("b", jax.nn.initializers.constant(-0.0), ())
-
-    params = net.init(key, 1.0)
-    assert not np.signbit(params["a"]) and np.signbit(params["b"])
-
-
-# -- Initializers that differ in one thing -----------------------------------------------------
-
-lecun = jax.nn.initializers.lecun_normal()
-FACTOR = 1.0
-
-
-def by_keyword_default(factor):
-    @wraps(lecun)
-    def init(key, shape, dtype=jnp.float32, *, factor=factor):
-        return factor * lecun(key, shape, dtype)
-
-    return init
-
-
-def by_default(factor):
-    @wraps(lecun)
-    def init(key, shape, dtype=jnp.float32, factor=factor):
-        return factor * lecun(key, shape, dtype)
-
-    return init
-
-
-def by_closure(factor):
-    return wraps(lecun)(lambda key, *args: factor * lecun(key, *args))
-
-
-@wraps(lecun)
-def reads_global(key, *args):
-    return FACTOR * lecun(key, *args)
-
-
-def by_global(factor):
-    globals()["FACTOR"] = factor
-    return reads_global
-
-
-@wraps(lecun)
-def reads_attribute(key, *args):
-    return reads_attribute.factor * lecun(key, *args)
-
-
-def by_attribute(factor):
-    reads_attribute.factor = factor
-    return reads_attribute
-
-
-class Factor:
-    def __init__(self, factor):
-        update_wrapper(self, lecun)
-        self.factor = factor
-
-    def __call__(self, key, *args):
-        return self.factor * lecun(key, *args)
-
-
-def by_changed_default(factor, init=by_keyword_default(0.0)):
-    init.__kwdefaults__ = {"factor": factor}
-    return init
-
-
-DIFFERING = [
-    by_keyword_default, by_default, by_closure, by_global, by_attribute, Factor,
-    by_changed_default, lambda factor: partial(by_default(1.0), factor=factor),
-    lambda factor: Factor(factor).__call__,
-    lambda factor: jax.nn.initializers.variance_scaling(factor**2, "fan_in", "truncated_normal"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("make", DIFFERING, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
-def test_initializers_that_differ_in_one_thing_are_told_apart(make, wrap, key):
-    def net(init):
-        f = wrap(lambda x: x @ jaxstate.param("w", init, (4, 4)))
-        return jaxstate.parametrized(lambda x: f(x), name="net")
-
-    x = jnp.ones((2, 4))
-    own = lecun(folded(key, "w"), (4, 4))
-    for factor in (1.0, 10.0, 3.0, 10.0):
-        p = net(make(factor)).init(key, x)
-        np.testing.assert_allclose(p["w"], factor * own, rtol=1e-5)
-
-
-def folded(key, path):
-    for word in np.frombuffer(hashlib.sha256(path.encode()).digest(), "<u4", 2):
-        key = jax.random.fold_in(key, word)
-    return key
-
-
-@pytest.mark.parametrize("init", ["zeros", "normal"])
-def test_the_dtype_that_an_initializer_was_made_with(init, key):
-    make = getattr(jax.nn.initializers, init)
-    init = make(dtype=jnp.bfloat16) if init == "normal" else partial(make, dtype=jnp.bfloat16)
-    net = jaxstate.parametrized(jax.jit(lambda: jaxstate.param("w", init, (2,)) + 1), name="net")
-    assert net.init(key)["w"].dtype == jnp.bfloat16
-    assert net.apply(net.init(key)).dtype == jnp.bfloat16
-
-
-def test_arguments_that_are_equal_and_not_the_same(key):
-    def init(key, value):
-        return jnp.asarray(value)
-
-    @jaxstate.parametrized
-    def net():
-        return [jaxstate.param(f"p{i}", init, v) for i, v in enumerate((1, 1.0, True, 0.0, -0.0))]
-
-    params = net.init(key)
-    for out in (net.apply(params), jax.jit(net.apply)(params)):
-        kinds = [jnp.asarray(x).dtype.kind for x in out]
-        assert kinds == ["i", "f", "b", "f", "f"] and np.signbit(out[4]) and not np.signbit(out[3])
-
-
-@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
-def test_the_form_of_a_parameter_that_is_a_raw_key(kind):
-    net = jaxstate.parametrized(lambda: jaxstate.param("k", lambda key: key), name="net")
-    with jax.default_prng_impl(kind):
-        params = net.init(jax.random.PRNGKey(0))
-        raw = jaxstate.parametrized(
-            lambda: jaxstate.param("k", lambda key: jax.random.key_data(key)), name="raw"
-        )
-        typed = raw.init(jax.random.key(0))
-        assert (raw.apply(typed) == typed["k"]).all()
-    assert params["k"].shape == jax.random.PRNGKey(0, impl=kind).shape

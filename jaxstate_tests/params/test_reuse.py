@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxstate
-from jaxstate_tests.params.test_params import (
+from jaxstate_tests.params.networks import (
     assert_trees_close,
     assert_trees_equal,
     dense,

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxstate
-from jaxstate_tests.params.test_params import dense, normal, zeros
+from jaxstate_tests.params.networks import dense, normal, zeros
 
 X = jnp.ones((5, 3))
 

@@ -14,7 +14,7 @@ import pytest
 
 import jaxstate
 from jaxstate import extend
-from jaxstate_tests.params.test_params import assert_trees_close
+from jaxstate_tests.params.networks import assert_trees_close
 from jaxstate_tests.sampling import part_of_product
 
 normal = jax.nn.initializers.normal(0.3)

@@ -45,8 +45,8 @@ from jaxstate.errors import SlotTypeError, message
 __all__ = ["Writable", "WritableArray", "fresh", "loose", "snapshot"]
 
 
-class Writable(ArrayProtocols):
-    """An array that can be written, as in NumPy. It is a `jax.Array` in everything else."""
+class Indexed(ArrayProtocols):
+    """Elements that are read and written by their indices, in the buffer that they are part of."""
 
     __slots__ = ()
 
@@ -57,8 +57,6 @@ class Writable(ArrayProtocols):
     dtype: Any
     ndim: int
     size: int
-
-    # Indexing and views.
 
     def __getitem__(self, index: Any) -> Any:
         mask = mask_in(index)
@@ -120,6 +118,42 @@ class Writable(ArrayProtocols):
         view._is_view = True
         view._is_read_only = self._is_read_only
         return view
+
+    def _write(self, update: Callable[[Any], Update]) -> None:
+        if self._is_read_only:
+            raise ValueError(
+                message(
+                    "An array that is a part of the bits of another one (its `real`, `imag`,"
+                    " `diagonal()` or `view(dtype)`) is a copy here, so it is read-only.",
+                    fix="""
+                    x.real = values; x.imag = values                # all of them
+                    x[i] = jax.lax.complex(real, imag)              # or the whole element
+                    x[jnp.arange(n), jnp.arange(n)] = diagonal      # or the array itself
+                    """,
+                    used=_jax.user_location(),
+                )
+            )
+        buffer = self._own_buffer()
+        self._detach()
+        if buffer.made is None:
+            buffer.made = _jax.user_location()
+        with writing:
+            new = write_to(buffer, update)
+        if place_here() is buffer.home:
+            # In a shard_map: what was the same on every device may vary now.
+            self.aval = _jax.with_varying_axes_of(self.aval, new)
+
+    def _detach(self) -> None:
+        """From the first write on, JAX must not take the tracer for what it was."""
+
+    def _own_buffer_shape(self) -> tuple[int, ...]:
+        return self._steps[0].parent if self._steps else self.shape
+
+
+class Writable(Indexed):
+    """An array that can be written, as in NumPy. It is a `jax.Array` in everything else."""
+
+    __slots__ = ()
 
     @property
     def T(self) -> Any:
@@ -249,38 +283,6 @@ class Writable(ArrayProtocols):
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
         return fresh(jnp.astype(self._read(), dtype, *args, **kwargs))
-
-    # Writes.
-
-    def _write(self, update: Callable[[Any], Update]) -> None:
-        if self._is_read_only:
-            raise ValueError(
-                message(
-                    "An array that is a part of the bits of another one (its `real`, `imag`,"
-                    " `diagonal()` or `view(dtype)`) is a copy here, so it is read-only.",
-                    fix="""
-                    x.real = values; x.imag = values                # all of them
-                    x[i] = jax.lax.complex(real, imag)              # or the whole element
-                    x[jnp.arange(n), jnp.arange(n)] = diagonal      # or the array itself
-                    """,
-                    used=_jax.user_location(),
-                )
-            )
-        buffer = self._own_buffer()
-        self._detach()
-        if buffer.made is None:
-            buffer.made = _jax.user_location()
-        with writing:
-            new = write_to(buffer, update)
-        if place_here() is buffer.home:
-            # In a shard_map: what was the same on every device may vary now.
-            self.aval = _jax.with_varying_axes_of(self.aval, new)
-
-    def _detach(self) -> None:
-        """From the first write on, JAX must not take the tracer for what it was."""
-
-    def _own_buffer_shape(self) -> tuple[int, ...]:
-        return self._steps[0].parent if self._steps else self.shape
 
     def fill(self, value: Any) -> None:
         """Writes one value, a scalar, to all elements."""

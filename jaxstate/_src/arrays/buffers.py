@@ -84,14 +84,14 @@ class Buffer(Kept):
             return self.place_of_value().value
         with quiet(), _jax.set_current_trace(here):
             try:
-                value = resolve.read(self.slot.address)
+                value = resolve.read_at(self.slot.address)
             except CustomRuleStateError:
                 # A rule that reads what its function does not: a value that Python closes over.
                 value = self.slot.cell(self.slot.address).value
                 if way is None and isinstance(value, _jax.DIFFERENTIATED):
                     raise
                 with slots.only_open([h for h in slots.stack() if not self._is_held_by(h)]):
-                    value = value if way is None else resolve.read(self.slot.address)
+                    value = value if way is None else resolve.read_at(self.slot.address)
             return _jax.canonicalize(value)
 
     def place_of_value(self) -> Kept:
@@ -111,7 +111,7 @@ class Buffer(Kept):
         self.become_slot()
         assert self.slot is not None
         with quiet(), _jax.set_current_trace(here):
-            resolve.write(self.slot.address, value)
+            resolve.write_at(self.slot.address, value)
 
     def is_at_home(self) -> bool:
         """Whether the program sees the value where it is kept."""
@@ -219,7 +219,7 @@ class ArraySlot(Slot):
         lane = notes.get(address)
         if lane is None:
             with _jax.set_current_trace(_jax.parent_of(trace_)):
-                lane = notes[address] = Lane(_jax.canonicalize(resolve.read(address)), None)
+                lane = notes[address] = Lane(_jax.canonicalize(resolve.read_at(address)), None)
         return lane
 
     def refuse_lanes(self, address: Address, trace: Any) -> Exception:

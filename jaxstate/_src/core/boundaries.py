@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from jaxstate._src import _jax
 from jaxstate._src.core.notes import Boundaries, notes_of
-from jaxstate._src.core.slots import Holder, any_stacked, open_here, stack
+from jaxstate._src.core.slots import Holder, any_stacked, holders, open_here, stack
 
-__all__ = ["boundaries", "boundary_of", "innermost_boundary", "is_inside", "same_trace"]
+__all__ = ["boundaries", "boundary_of", "holders_outside", "innermost_boundary", "same_trace"]
 
 
 def boundaries(holder: Holder) -> Boundaries:
@@ -93,7 +94,12 @@ def innermost_boundary() -> Any:
 _OUTERMOST = Holder()
 
 
-def is_inside(holder: Holder, boundary: Any) -> bool:
+def holders_outside(boundary: Any) -> Iterator[Holder]:
+    """The open holders around a jaxpr or holder (see `Address.seen_from`), innermost first."""
+    return (h for h in holders() if not (h.is_boundary or _is_inside(h, boundary)))
+
+
+def _is_inside(holder: Holder, boundary: Any) -> bool:
     """Whether ``holder`` was opened inside a boundary."""
     if isinstance(boundary, Holder):
         return holder.age > boundary.age

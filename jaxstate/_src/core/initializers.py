@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxstate._src import _jax
 from jaxstate._src.core.primitives import read_p, state_effect, write_p
-from jaxstate._src.core.resolve import read
+from jaxstate._src.core.resolve import read_at
 from jaxstate._src.core.slots import Address
 from jaxstate._src.core.specs import Spec, all_arrays, spec_of, takes_shape, typed
 from jaxstate._src.core.uses import current_use
@@ -182,7 +182,7 @@ def trace_initializer(
     data = [c for c in _jax.consts_of(closed) if _jax.is_tracer(c)]
     if data:
         closed = _jax.hoist_constants(closed, _jax.is_tracer)
-    return TracedInit(closed, spec_of(shape)), [*data, *(read(a) for a in addresses)]
+    return TracedInit(closed, spec_of(shape)), [*data, *(read_at(a) for a in addresses)]
 
 
 def _with_reads_as_inputs(jaxpr: Any) -> tuple[Any, list[Address]]:
@@ -271,7 +271,7 @@ def initialize(jaxpr: Any, operands: Sequence[Any], loop_writes: Sequence[Addres
                     used=addresses[0].used,  # type: ignore[attr-defined]
                 )
             )
-        reads = [read(a.renewed(use)) for a in needs.reads]
+        reads = [read_at(a.renewed(use)) for a in needs.reads]
         data = _jax.eval_closed_jaxpr(needs.jaxpr, *values, *reads)
         initialize_at(addresses, traced_init, data)
 

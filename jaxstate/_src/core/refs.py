@@ -112,7 +112,7 @@ class Slot(Holder):
             return None
         if address not in notes:
             with _jax.set_current_trace(_jax.parent_of(trace)):
-                before = resolve.read(address)
+                before = resolve.read_at(address)
             notes[address] = before, Lane(before, None)
         return _OwnLane(self, trace, *notes[address])
 
@@ -169,7 +169,7 @@ class _OwnLane(Lane):
         super().write(value, batch_dim)
         self._kept.write(value, batch_dim)
         with _jax.set_current_trace(_jax.parent_of(self._trace)):
-            resolve.write(self._slot.address, self._of_all(value, batch_dim))
+            resolve.write_at(self._slot.address, self._of_all(value, batch_dim))
 
     def _of_all(self, value: Any, batch_dim: int | None) -> Any:
         if _jax.lanes_are_directions(self._trace):  # all the same: the function runs once
@@ -207,7 +207,7 @@ class SlotAddress(Address):
         slot = self._slot()
         if slot is None:
             raise self.missing()
-        return slot.of_lanes(resolve.read(self), values)
+        return slot.of_lanes(resolve.read_at(self), values)
 
     def cell_here(self) -> Cell | None:
         slot = self._slot()
@@ -309,7 +309,7 @@ def read(slot: Slot) -> jax.Array:
     Raises:
       ClosedStateError: if the transformed function in which the slot was made has ended.
     """
-    value = resolve.read(slot.address)
+    value = resolve.read_at(slot.address)
     if _jax.has_ended(value):
         raise slot.ended()
     return value
@@ -343,4 +343,4 @@ def write(slot: Slot, value: Any) -> None:
                 used=_jax.user_location(),
             )
         )
-    resolve.write(slot.address, value)
+    resolve.write_at(slot.address, value)

@@ -1,8 +1,8 @@
 """Reading and writing a slot from wherever the program is.
 
 In today's JAX there is no stack of levels: one trace is current, it knows its parent, and so on to
-the trace that evaluates. `read` and `write` walk that chain from the current trace to the anchor
-of the holder that answers for the slot. What they meet on the way decides:
+the trace that evaluates. `read_at` and `write_at` walk that chain from the current trace to the
+anchor of the holder that answers for the slot. What they meet on the way decides:
 
 * nothing: the cell holds the value;
 * a trace that builds a jaxpr (jit, a loop body, a branch ...): inside it the slot is a *capture*
@@ -36,13 +36,13 @@ __all__ = [
     "check_captured",
     "destination",
     "one_of_each",
-    "read",
+    "read_at",
     "read_each",
     "read_since",
     "read_stored",
     "resolve",
     "to_program",
-    "write",
+    "write_at",
     "write_each",
 ]
 
@@ -80,8 +80,12 @@ def _write_again(trace: Any, args: Any, avals: Any, params: Any, /) -> Any:
     return []
 
 
-def read(address: Address) -> Any:
-    """The current value of the slot, as one of the mesh that the program is in."""
+def read_at(address: Address) -> Any:
+    """The current value of the slot that an address means here, in the mesh that the program is in.
+
+    Raises:
+      What ``address.missing()`` makes, if nothing that is open knows the address.
+    """
     value = read_stored(address)
     return value if _jax.abstract_mesh().empty else _jax.in_mesh(value)
 
@@ -101,19 +105,23 @@ def _read_under(trace: Any, address: Address) -> Any:
 
 
 def read_each(addresses: Iterable[Address]) -> list[Any]:
-    """`read`, of several slots."""
+    """`read_at`, of several slots."""
     trace = _jax.current_trace()
     values = [_read_under(trace, address) for address in addresses]
     return values if _jax.abstract_mesh().empty else [_jax.in_mesh(value) for value in values]
 
 
-def write(address: Address, value: Any) -> None:
-    """Makes ``value`` the current value of the slot, which keeps its mesh type."""
+def write_at(address: Address, value: Any) -> None:
+    """Makes ``value`` the current value of the slot that an address means here.
+
+    The slot keeps its mesh type. Lanes of a vmap that share it write one value, or
+    ``holder.refuse_lanes`` makes the error.
+    """
     _write_under(_jax.current_trace(), _jax.abstract_mesh().empty, address, value)
 
 
 def _write_under(trace: Any, is_in_no_mesh: bool, address: Address, value: Any) -> None:
-    """`write`, if ``trace`` is the one that is current."""
+    """`write_at`, if ``trace`` is the one that is current."""
     holder = address.holder()
     value = _to_write(address, holder, value, is_in_no_mesh)
     if holder.anchor is trace:
@@ -480,14 +488,14 @@ def read_since(address: Address, captured: Any, version: int) -> Any:
     is_written = base is not None and address.is_written_in(base, notes_of(base).written)
     if not holder.is_boundary:
         if address.version() != version:
-            value = read(address)
+            value = read_at(address)
             if _is_differentiated(captured, levels) and not _is_differentiated(value, levels):
                 raise _written_since(address)
             return value
     elif base is None:
         return holder.captured(address, captured, version)
     elif is_written and address.version() != version:
-        return read(address)
+        return read_at(address)
     if base is None or is_written:
         return captured
     return _staged_since(captured, levels, base, address, version)
@@ -561,7 +569,7 @@ def _staged_aval(address: Address, key: Address, trace: Any) -> Any:
 
     def outside() -> Any:
         with _jax.set_current_trace(parent):
-            return read(key)
+            return read_at(key)
 
     return _jax.with_axes(aval, address.holder().varies_over(address, outside))
 

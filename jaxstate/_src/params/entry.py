@@ -7,7 +7,7 @@ from typing import Any
 from jaxstate._src import _jax
 from jaxstate._src.core.memory import cell_of
 from jaxstate._src.core.notes import notes_of
-from jaxstate._src.core.resolve import read
+from jaxstate._src.core.resolve import read_at
 from jaxstate._src.core.slots import Cell, Holder
 from jaxstate._src.core.specs import Leaf, Spec
 from jaxstate._src.params.paths import FrameId, NameTables, Path, PathElement
@@ -115,7 +115,7 @@ class Use:
     def values(self) -> list[Any]:
         """The current values of the leaves."""
         if self.entry is None:
-            return [read(a) for a in self.addresses]
+            return [read_at(a) for a in self.addresses]
         cells = self.entry.cells
         return [cells[a.leaf].value for a in self.addresses]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from jaxstate._src import _jax
-from jaxstate._src.core.boundaries import boundary_of
+from jaxstate._src.core.boundaries import boundary_of, same_trace
 from jaxstate._src.core.initializers import (
     TracedInit,
     init_p,
@@ -15,12 +15,12 @@ from jaxstate._src.core.initializers import (
     words_of,
 )
 from jaxstate._src.core.notes import notes_of
-from jaxstate._src.core.resolve import read
+from jaxstate._src.core.resolve import read_at
 from jaxstate._src.core.slots import Cell, Holder, holders
 from jaxstate._src.params.entries import EntryAddress, Store
 from jaxstate._src.params.entry import Entry, Use
 from jaxstate._src.params.paths import ModuleId, NameTables, Path
-from jaxstate._src.params.stores import data_in_custom_rule, data_on_devices, lowered
+from jaxstate.errors import InitializerDataError, message
 
 __all__ = ["InitStore"]
 
@@ -98,21 +98,21 @@ class InitStore(Store):
         place = self.located(address)
         if place.layers.entry(place.path, address.kind) is None:
             entry = self.entry_at(place, address)
-            data = [lowered(d, address, self.anchor) for d in map(_jax.canonicalize, data)]
+            data = [_lowered(d, address, self.anchor) for d in map(_jax.canonicalize, data)]
             boundary = boundary_of(self)
             if boundary is None:
                 self.make(entry, address, data, self.path(NameTables([self.layer]), address))
             elif isinstance(boundary, Holder):
-                raise data_in_custom_rule(address)
+                raise _data_in_custom_rule(address)
             elif self._devices_are_inside():
-                raise data_on_devices(address)
+                raise _data_on_devices(address)
             else:
                 keys = tuple(a.seen_from(boundary) for a in addresses)
                 leaves = _jax.stage(
                     boundary, init_p, data, dict(addresses=keys, traced_init=traced_init)
                 )
                 notes_of(boundary).values.update(zip(keys, leaves, strict=True))
-        return [read(a) for a in addresses]
+        return [read_at(a) for a in addresses]
 
     def _devices_are_inside(self) -> bool:
         """Whether the program is in a shard_map that the store is outside of."""
@@ -130,3 +130,54 @@ class InitStore(Store):
             path: entry.spec.tree.unflatten(entry.initial.values())  # type: ignore[union-attr]
             for path, entry in self.made(kind).items()
         }
+
+
+def _lowered(data: Any, address: EntryAddress, anchor: Any) -> Any:
+    """The value under ``anchor`` that an initializer may keep of data in the middle of a
+    transformation inside of it."""
+    while isinstance(data, (_jax.JVPTracer, _jax.LinearizeTracer, _jax.BatchTracer)):
+        if any(same_trace(data._trace, trace) for trace in _jax.chain(anchor)):
+            break
+        if isinstance(data, _jax.BatchTracer):
+            if data.batch_dim is not None:
+                raise InitializerDataError(
+                    message(
+                        f"The initializer of {address} looks at data that differs between the"
+                        " lanes of a vmap, and the lanes share the parameter.",
+                        fix="""
+                        w = jaxstate.param("w", init, xs)                # outside, from all lanes
+                        params = jax.vmap(net.init, (None, 0))(key, xs)  # or one net per lane
+                        """,
+                        used=address.used,
+                    )
+                )
+            data = data.val
+        else:
+            data = data.primal
+    return data
+
+
+def _data_in_custom_rule(address: EntryAddress) -> Exception:
+    return InitializerDataError(
+        message(
+            f"The initializer of {address} looks at data inside a function with a custom"
+            " derivative rule.",
+            fix="""
+            w = jaxstate.param("w", init, x)      # before the call of the function
+            """,
+            used=address.used,
+        )
+    )
+
+
+def _data_on_devices(address: EntryAddress) -> Exception:
+    return InitializerDataError(
+        message(
+            f"The initializer of {address} looks at data inside a shard_map, where every device has"
+            " its own, and the devices share what it makes.",
+            fix="""
+            w = jaxstate.param("w", init, xs)     # before the call of the mapped function, from xs
+            """,
+            used=address.used,
+        )
+    )

@@ -11,9 +11,9 @@ from jaxstate._src import _jax
 from jaxstate._src.core.slots import open_holder
 from jaxstate._src.params.arguments import split_arrays
 from jaxstate._src.params.entry import home_of
+from jaxstate._src.params.folded_streams import FoldedStreams
 from jaxstate._src.params.init_store import InitStore
 from jaxstate._src.params.paths import FrameId, ModuleId
-from jaxstate._src.streams.holders import FoldedStreams
 from jaxstate.errors import StateError
 
 __all__ = ["Lasting", "ObservingStore", "observe"]

@@ -31,12 +31,12 @@ import numpy as np
 from jaxstate._src import _jax
 from jaxstate._src.core.specs import ONE_ARRAY, Spec, contrast, fits, spec_of
 from jaxstate._src.params.entry import Entry
+from jaxstate._src.params.given import flattened
 from jaxstate._src.params.init_store import InitStore
 from jaxstate._src.params.names import by_path, nested
 from jaxstate._src.params.observing import Lasting, ObservingStore, observe
 from jaxstate._src.params.paths import ModuleId, NameTable, Path
 from jaxstate._src.params.shaped import Shaped
-from jaxstate._src.params.stores import flattened
 from jaxstate.errors import (
     MissingParameterError,
     ParameterMismatchError,

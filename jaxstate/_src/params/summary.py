@@ -20,11 +20,11 @@ from jaxstate._src import _jax
 from jaxstate._src.core.boundaries import boundaries
 from jaxstate._src.core.slots import open_holder
 from jaxstate._src.params.arguments import split_arrays
+from jaxstate._src.params.folded_streams import FoldedStreams
 from jaxstate._src.params.names import nested
 from jaxstate._src.params.nests import room_for_nests
 from jaxstate._src.params.observing import ObservingStore
 from jaxstate._src.params.paths import ModuleId, Path
-from jaxstate._src.streams.holders import FoldedStreams
 from jaxstate._src.streams.keys import check_key
 
 __all__ = ["ParameterRow", "ScopeRow", "Summarizable", "Summary", "summary"]

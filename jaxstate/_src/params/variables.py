@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxstate._src import _jax
-from jaxstate._src.core.resolve import read, write_each
+from jaxstate._src.core.resolve import read_at, write_each
 from jaxstate._src.core.specs import contrast, same_structure, spec_of, strong
 from jaxstate._src.params.entries import Store, current_place, innermost_store
 from jaxstate._src.params.entry import Use
@@ -92,7 +92,7 @@ class Variable(Generic[T]):
         """
         cells = self._cells_here(self._store())
         if cells is None:
-            return self._spec.tree.unflatten([read(a) for a in self._addresses])
+            return self._spec.tree.unflatten([read_at(a) for a in self._addresses])
         return self._spec.tree.unflatten([cells[a.leaf].value for a in self._addresses])
 
     @value.setter

@@ -26,7 +26,7 @@ from typing import Any
 from jaxstate._src import _jax
 from jaxstate._src.core import slots
 from jaxstate._src.core.boundaries import boundaries, same_trace
-from jaxstate._src.core.resolve import read, read_since, write_each
+from jaxstate._src.core.resolve import read_at, read_since, write_each
 from jaxstate._src.core.slots import Address, Cell, Holder
 from jaxstate.errors import CustomRuleStateError, message
 
@@ -292,7 +292,7 @@ class Calls(_RuleState):
 
     def _read(self, key: Address) -> Any:
         with self._outside():
-            return _jax.canonicalize(read(key.renewed(self.use)))
+            return _jax.canonicalize(read_at(key.renewed(self.use)))
 
     def read_at_once(self, key: Address) -> Any:
         """The value as the function sees it: a rule runs under a trace further out."""

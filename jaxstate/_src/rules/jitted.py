@@ -252,17 +252,135 @@ def _state_of_call(call: _jax.JitCall) -> _StateOfCall:
     return _StateOfCall(captured, uses_of([jaxpr]), order, paths, types)
 
 
-class _ThreadedCall:
-    """A jitted function as one that is given the slots it reads, and returns those it writes."""
+class _ThreadedFunction:
+    """A jitted function as one of its slots too, on dispatches of its own.
+
+    It takes the values of the slots that it reads, and returns those that it writes: it knows no
+    cells, but whether they are large.
+    """
 
     def __init__(self, jitted: _jax.Jitted, state: _StateOfCall) -> None:
         self._state = state
-        captured, uses, order, _, _ = state
-        self._aliases = tuple(a for a in order if a.may_alias)
+        captured, uses = state.captured, state.uses
         self._slots = (*uses.ins, *captured, *uses.outs)
+        self._carried = range(len(uses.reads), len(uses.ins))
+        # What is left alone once learns nothing about operands of those types: so there are more.
+        self._run = _jax.dispatched(jitted, self._prepare)
+        self._runs = [self._run]
+        self._has_left_alone = False
+        # Whether there are large cells; which of them the call writes, and how it is called then.
+        self._has_large: bool | None = None
+        self._donated: tuple[int, ...] = ()
+        self._runs_donating: list[Callable[..., Any]] = []
+
+    def _renew(self, jitted: _jax.Jitted) -> None:
+        """Adds a dispatch, if the last one has learned nothing where it was asked."""
+        if self._has_left_alone and len(self._runs) < _MOST_DISPATCHES:
+            self._has_left_alone = False
+            self._run = _jax.dispatched(jitted, self._prepare)
+            self._runs.append(self._run)
+            if self._donated:
+                self._runs_donating.append(self._dispatched(jitted))
+
+    def _with_copies(
+        self, jitted: _jax.Jitted, jaxpr: Any, values: list[Any]
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """How to call the function, with what: with copies of what is to be donated."""
+        if self._has_large is None:
+            self._look_for_large(jitted)
+        if self._donated and calls_host(jaxpr):
+            self._donated = ()
+        if not self._donated or _jax.checks_results():
+            return self._run, values
+        copies = {i: _jax.like_copy(values[i]) for i in self._donated}
+        if None in copies.values():
+            self._donated = ()
+            return self._run, values
+        return self._runs_donating[-1], [copies.get(i, value) for i, value in enumerate(values)]
+
+    def _look_for_large(self, jitted: _jax.Jitted) -> None:
+        cells = {i: address.cell_here() for i, address in enumerate(self._slots)}
+        if None in cells.values():
+            return  # not to be said here
+        large = {
+            i: cell.peek()
+            for i, cell in cells.items()
+            if isinstance(cell, Kept) and is_large(cell.peek())
+        }
+        donated = tuple(i for i in self._carried if i in large and _jax.can_be_donated(large[i]))
+        self._donated = donated
+        if donated:
+            self._runs_donating.append(self._dispatched(jitted))
+        self._has_large = bool(large)
+
+    def _dispatched(self, jitted: _jax.Jitted) -> Callable[..., Any]:
+        return _jax.dispatched(jitted, partial(self._prepare, donated=self._donated))
+
+    def _append_recalled(
+        self,
+        done: list[Any],
+        runs: Sequence[Callable[..., Any]],
+        values: list[Any],
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        """Appends what the call returns; an `OtherStateError` if the function would have to be
+        traced."""
+        _recalled.values = values
+        try:
+            for run in runs:
+                with suppress(OtherStateError):
+                    return append_result(done, partial(run, values, *args, **kwargs))
+        finally:
+            _recalled.values = None
+        self._has_left_alone = True
+        raise OtherStateError
+
+    def _prepare(
+        self,
+        jitted: _jax.Jitted,
+        values: list[Any],
+        args: Any,
+        kwargs: Any,
+        donated: Sequence[int] = (),
+    ) -> _jax.JitCall:
+        """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
+        if _recalled.values is values:  # to trace the function would look at what the holder knows
+            raise OtherStateError
+        if donations.last is not None and donations.last.values is values:
+            donations.last.give_back()
+        call = jitted.infer(args, kwargs)
+        if _looks_at_operands(call) or _state_of_call(call) != self._state:
+            raise OtherStateError
+        uses = uses_of([call.params["jaxpr"]])
         n = len(uses.ins)
-        self._n_in = n + len(captured)
-        self._carried = range(len(uses.reads), n)
+        slots, captures = values[:n], values[n:]
+        for address, value in zip(uses.ins, slots, strict=True):
+            check_type(address, address.wanted, value)
+        tracers = [c for c in call.consts if isinstance(c, StateTracer)]
+        for tracer, value in zip(tracers, captures, strict=True):
+            check_captured(tracer, value)
+        call = _jax.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
+        avals = [_jax.typeof(_jax.canonicalize(s)) for s in slots]
+        return call._replace(
+            params=_threaded(call.params, uses, avals, donated),
+            consts=[*slots, *captures],
+            names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
+            out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
+        )
+
+
+class _ThreadedCall(_ThreadedFunction):
+    """Calls such a function: finds the cells of the slots, and writes them.
+
+    (A base class, since each attribute more on the way takes its time in every call.)
+    """
+
+    def __init__(self, jitted: _jax.Jitted, state: _StateOfCall) -> None:
+        super().__init__(jitted, state)
+        uses = state.uses
+        self._aliases = tuple(a for a in state.order if a.may_alias)
+        self._n_in = len(uses.ins) + len(state.captured)
         self._written = (*self._carried, *range(self._n_in, len(self._slots)))
         self._noticing = tuple(a for a in uses.results if a.notices_writes)
         self._stay = all(a.stays_here for a in self._slots)
@@ -272,14 +390,6 @@ class _ThreadedCall:
         self._others = [(i, a) for i, a in enumerate(self._slots) if not a.is_recalled]
         self._ranks = {i: rank for rank, i in enumerate(recalled)}
         self._memories: dict[Hashable, Any] = {}
-        # What is left alone once learns nothing about operands of those types: so there are more.
-        self._run = _jax.dispatched(jitted, self._prepare)
-        self._runs = [self._run]
-        self._has_left_alone = False
-        # Whether there are large cells; which of them the call writes, and how it is called then.
-        self._has_large: bool | None = None
-        self._donated: tuple[int, ...] = ()
-        self._runs_donating: list[Callable[..., Any]] = []
 
     def try_here(self, found: dict[Any, Any], args: Any, kwargs: Any) -> Any:
         """The results; `NotImplemented` if a cell is not here, or if the call uses other state.
@@ -353,40 +463,6 @@ class _ThreadedCall:
         for address in self._noticing:
             address.note_write()
 
-    def _with_copies(
-        self, jitted: _jax.Jitted, jaxpr: Any, values: list[Any]
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """How to call the function, with what: with copies of what is to be donated."""
-        if self._has_large is None:
-            self._look_for_large(jitted)
-        if self._donated and calls_host(jaxpr):
-            self._donated = ()
-        if not self._donated or _jax.checks_results():
-            return self._run, values
-        copies = {i: _jax.like_copy(values[i]) for i in self._donated}
-        if None in copies.values():
-            self._donated = ()
-            return self._run, values
-        return self._runs_donating[-1], [copies.get(i, value) for i, value in enumerate(values)]
-
-    def _look_for_large(self, jitted: _jax.Jitted) -> None:
-        cells = {i: address.cell_here() for i, address in enumerate(self._slots)}
-        if None in cells.values():
-            return  # not to be said here
-        large = {
-            i: cell.peek()
-            for i, cell in cells.items()
-            if isinstance(cell, Kept) and is_large(cell.peek())
-        }
-        donated = tuple(i for i in self._carried if i in large and _jax.can_be_donated(large[i]))
-        self._donated = donated
-        if donated:
-            self._runs_donating.append(self._dispatched(jitted))
-        self._has_large = bool(large)
-
-    def _dispatched(self, jitted: _jax.Jitted) -> Callable[..., Any]:
-        return _jax.dispatched(jitted, partial(self._prepare, donated=self._donated))
-
     def _try_recalled(self, holder: Any, memory: Any, args: Any, kwargs: Any) -> Any:
         """The same with what ``holder`` remembers, whose values are numbered."""
         numbers, now = memory.numbers, holder.numbered
@@ -425,26 +501,6 @@ class _ThreadedCall:
                 now[numbers[self._ranks[i]]] = value
         return results
 
-    def _append_recalled(
-        self,
-        done: list[Any],
-        runs: Sequence[Callable[..., Any]],
-        values: list[Any],
-        args: Any,
-        kwargs: Any,
-    ) -> None:
-        """Appends what the call returns; an `OtherStateError` if the function would have to be
-        traced."""
-        _recalled.values = values
-        try:
-            for run in runs:
-                with suppress(OtherStateError):
-                    return append_result(done, partial(run, values, *args, **kwargs))
-        finally:
-            _recalled.values = None
-        self._has_left_alone = True
-        raise OtherStateError
-
     def _cells_here(self, found: dict[Any, Any]) -> list[Any]:
         """The cells; None for one that is not here, or not to be told from another."""
         cells: list[Any] = [address.cell_here() for address in self._slots]
@@ -469,12 +525,7 @@ class _ThreadedCall:
         captured, uses, _, _, _ = self._state
         holder = self._holder()
         place = None if holder is None else holder.place_here()
-        if self._has_left_alone and len(self._runs) < _MOST_DISPATCHES:
-            self._has_left_alone = False
-            self._run = _jax.dispatched(jitted, self._prepare)
-            self._runs.append(self._run)
-            if self._donated:
-                self._runs_donating.append(self._dispatched(jitted))
+        self._renew(jitted)
         use = begin_use(())
         try:
             with watched():
@@ -489,36 +540,3 @@ class _ThreadedCall:
         if place is not None:
             self._remember(holder, place)
         return outs
-
-    def _prepare(
-        self,
-        jitted: _jax.Jitted,
-        values: list[Any],
-        args: Any,
-        kwargs: Any,
-        donated: Sequence[int] = (),
-    ) -> _jax.JitCall:
-        """The call with slots, for operands of new types. (The dispatch knows types, not slots.)"""
-        if _recalled.values is values:  # to trace the function would look at what the holder knows
-            raise OtherStateError
-        if donations.last is not None and donations.last.values is values:
-            donations.last.give_back()
-        call = jitted.infer(args, kwargs)
-        if _looks_at_operands(call) or _state_of_call(call) != self._state:
-            raise OtherStateError
-        uses = uses_of([call.params["jaxpr"]])
-        n = len(uses.ins)
-        slots, captures = values[:n], values[n:]
-        for address, value in zip(uses.ins, slots, strict=True):
-            check_type(address, address.wanted, value)
-        tracers = [c for c in call.consts if isinstance(c, StateTracer)]
-        for tracer, value in zip(tracers, captures, strict=True):
-            check_captured(tracer, value)
-        call = _jax.with_constants_inside(call, lambda c: not isinstance(c, StateTracer))
-        avals = [_jax.typeof(_jax.canonicalize(s)) for s in slots]
-        return call._replace(
-            params=_threaded(call.params, uses, avals, donated),
-            consts=[*slots, *captures],
-            names=([str(a) for a in (*uses.ins, *self._state.captured)], call.names[1]),
-            out_tree=_jax.tree_with_leaves(call.out_tree, len(uses.results)),
-        )

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxstate._src import _jax
 from jaxstate._src.core import slots
 from jaxstate._src.core.boundaries import boundaries
-from jaxstate._src.core.resolve import one_of_each, read, write_each
+from jaxstate._src.core.resolve import one_of_each, read_at, write_each
 from jaxstate._src.core.slots import Address, Cell, Holder
 from jaxstate._src.core.uses import current_use, one_use
 from jaxstate.errors import DeviceWriteError, message
@@ -73,7 +73,7 @@ class _Devices(Holder):
             return owner.device_cell(address, self.notes, self.from_outside, self.index)
         key = address.seen_from(self.jaxpr_or_self())
         if key not in self.shared:
-            value = self.from_outside(lambda: _jax.canonicalize(read(key.renewed(self.use))))
+            value = self.from_outside(lambda: _jax.canonicalize(read_at(key.renewed(self.use))))
             if address.reduce is not None:
                 value = _jax.vary(value, frozenset(self.axes))
             self.before[key] = value

@@ -109,11 +109,11 @@ def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
 
 def _collect(addresses: list[SownAddress], leaves: list[Any]) -> None:
     for address, leaf in zip(addresses, leaves, strict=True):
-        resolve.write(address, leaf)
+        resolve.write_at(address, leaf)
 
 
 def _replaced(addresses: list[SownAddress], value: Any) -> Any:
-    planted = _tree(addresses[0].site, [resolve.read(address) for address in addresses])
+    planted = _tree(addresses[0].site, [resolve.read_at(address) for address in addresses])
     # A Python scalar, or what is computed from such only, gives way to the dtype of other operands.
     return jax.tree.map(lambda x, y: _jax.weak(y) if _jax.is_weak(x) else y, value, planted)
 

@@ -6,8 +6,6 @@ Under ``vmap`` a ``"split"`` stream (the default) gives every lane a stream of i
 outside draws one key for the whole vmap region, and lane i starts at ``fold_in(that key, i)`` with
 count 0. In a ``"share"`` stream all lanes see the same keys.
 
-``init`` opens every stream that nobody has opened, with a key made from its own (`FoldedStreams`).
-
 Under ``shard_map`` and ``pmap`` the stream outside draws one key for the whole region too. With
 ``"split"`` the device with index i along the mapped axes starts at ``fold_in(that key, i)``, with
 ``"share"`` every device starts at that key; all with count 0.
@@ -24,11 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
-from jaxstate._src.core.boundaries import is_inside
-from jaxstate._src.core.initializers import folded, words_of
-from jaxstate._src.core.resolve import read, write
-from jaxstate._src.core.slots import Address, Cell, Holder, Lane, holders
-from jaxstate._src.streams.keys import key_and_type
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -38,8 +31,18 @@ from jaxstate.errors import (
     nearest,
     thread_that_has_nothing,
 )
+from jaxstate.extend import (
+    Address,
+    Cell,
+    Holder,
+    Lane,
+    holders,
+    holders_outside,
+    read_at,
+    write_at,
+)
 
-__all__ = ["FoldedStreams", "StreamAddress", "StreamHolder", "draw", "not_opened"]
+__all__ = ["Count", "StreamAddress", "StreamHolder", "Streams", "draw", "not_opened"]
 
 _OPEN = np.False_
 
@@ -105,8 +108,7 @@ class StreamAddress(Address):
         if self.identity is None:
             return self
         named = StreamAddress(self.name, self.part)
-        outside = (h for h in holders() if not (h.is_boundary or is_inside(h, boundary)))
-        meant = next((h for h in outside if h.knows(named)), None)
+        meant = next((h for h in holders_outside(boundary) if h.knows(named)), None)
         is_innermost = meant is not None and meant.knows(self)
         if self.part == "count":
             return named if is_innermost else self
@@ -190,7 +192,7 @@ class StreamAddress(Address):
         )
 
 
-class _Count(Cell):
+class Count(Cell):
     """The count of a stream: a number, which is kept where the key is.
 
     A call on other devices leaves it there, which would bind all later draws to them.
@@ -229,7 +231,11 @@ class _Identity:
         self.thread: int | None = None
 
 
-class StreamHolder(Holder):
+class Streams(Holder):
+    """What answers for streams, by their names."""
+
+
+class StreamHolder(Streams):
     """An open stream."""
 
     def __init__(
@@ -240,7 +246,7 @@ class StreamHolder(Holder):
         self.vmap = vmap
         self.made = made
         self.identity = _Identity()
-        self.cells = {"key": Cell(key), "count": _Count(count, key), "open": Cell(_OPEN)}
+        self.cells = {"key": Cell(key), "count": Count(count, key), "open": Cell(_OPEN)}
         # Kept apart from the values: a rule that runs later asks for the types too.
         self.avals = {
             "key": key_type,
@@ -334,79 +340,15 @@ class StreamHolder(Holder):
         return self._signature
 
 
-class FoldedStreams(Holder):
-    """Every stream that is not open: of each name one, whose key is made from one key and the name.
-
-    The key of the stream "dropout" is the given one, with the first 8 bytes of the SHA-256 digest
-    of "/dropout" folded in. (The path of no parameter begins with a slash.)
-    """
-
-    def __init__(self, key: Any) -> None:
-        super().__init__()
-        self.key, self.key_type = key_and_type(key, "init")
-        self.mesh = _jax.abstract_mesh()
-        self.streams: dict[str, StreamHolder] = {}
-
-    def knows(self, address: Address) -> bool:
-        if not isinstance(address, StreamAddress) or address.identity is not None:
-            return False
-        return not any(isinstance(h, StreamHolder) and h.knows(address) for h in holders())
-
-    def stream(self, name: str) -> StreamHolder:
-        """The stream of that name; it gets its key when the key is asked for."""
-        if name not in self.streams:
-            new = StreamHolder(None, self.key_type, name, "split", np.int32(0), "")
-            self.streams[name] = new.without_values()
-        return self.streams[name]
-
-    def cell(self, address: StreamAddress) -> Cell:  # type: ignore[override]
-        stream = self.stream(address.name)
-        if not stream.cells:
-            with _jax.set_current_trace(self.anchor), _jax.use_abstract_mesh(self.mesh):
-                key = folded(self.key, words_of(f"/{address.name}"))
-            stream.cells = {"key": Cell(key), "count": _Count(np.int32(0), key)}
-        return stream.cell(address)
-
-    def aval(self, address: StreamAddress) -> Any:  # type: ignore[override]
-        return self.stream(address.name).aval(address)
-
-    def lane(  # type: ignore[override]
-        self, address: StreamAddress, trace: Any, notes: dict[Any, Any]
-    ) -> Lane | None:
-        if _jax.lanes_are_directions(trace):
-            return None  # whoever opens the stream will say vmap="share"
-        return self.stream(address.name).lane(address, trace, notes)
-
-    def differs_by_device(self, address: Address) -> bool:
-        return True
-
-    def device_cell(  # type: ignore[override]
-        self, address: StreamAddress, notes: Any, from_outside: Any, index: Any
-    ) -> Cell:
-        return self.stream(address.name).device_cell(address, notes, from_outside, index)
-
-    def without_values(self) -> FoldedStreams:
-        copy = FoldedStreams.__new__(FoldedStreams)
-        streams = {name: stream.without_values() for name, stream in self.streams.items()}
-        copy.__dict__.update(self.__dict__, key=None, streams=streams, anchor=None, lane_tables={})
-        return copy
-
-    def refuse_lanes(self, address: Address, trace: Any) -> Exception:
-        return self.stream(address.name).refuse_lanes(address, trace)  # type: ignore[attr-defined]
-
-    def signature(self) -> Hashable:
-        return "every stream", self.key_type
-
-
 # The streams that were made and not opened, by name: where.
 not_opened: dict[str, str] = {}
 
 
 def draw(name: str, identity: Any) -> jax.Array:
     count_address = StreamAddress(name, "count", identity)
-    key = read(StreamAddress(name, "key", identity))
-    count = read(count_address)
-    write(count_address, _after(count))
+    key = read_at(StreamAddress(name, "key", identity))
+    count = read_at(count_address)
+    write_at(count_address, _after(count))
     return jax.random.fold_in(key, count)
 
 

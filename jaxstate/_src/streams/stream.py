@@ -19,12 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
-from jaxstate._src.core.resolve import read
-from jaxstate._src.core.slots import holders, open_holder
 from jaxstate._src.streams.holders import (
-    FoldedStreams,
     StreamAddress,
     StreamHolder,
+    Streams,
     draw,
     not_opened,
 )
@@ -35,6 +33,7 @@ from jaxstate.errors import (
     message,
     warn_of_unopened,
 )
+from jaxstate.extend import holders, open_holder, read_at
 
 __all__ = ["Stream", "next_key", "no_key_wanted", "rng_stream"]
 
@@ -84,8 +83,8 @@ class Stream:
         if holder.anchor is None:
             return holder.cells[part].value
         if part == "count" and holder.anchor is not _jax.current_trace():
-            read(StreamAddress(holder.name, "open", holder.identity))
-        return read(StreamAddress(holder.name, part, holder.identity))
+            read_at(StreamAddress(holder.name, "open", holder.identity))
+        return read_at(StreamAddress(holder.name, part, holder.identity))
 
     def __repr__(self) -> str:
         return f"<random stream {self.name!r}>"
@@ -272,8 +271,8 @@ def next_key(name: str = "default", *, default: Any = _REQUIRED) -> Any:
 
 def _is_open(name: str) -> bool:
     """Whether there is a stream of that name, be it one that cannot be drawn from here."""
-    address, kinds = StreamAddress(name, "key"), (StreamHolder, FoldedStreams)
-    return any(isinstance(h, kinds) and h.knows(address) for h in holders())
+    address = StreamAddress(name, "key")
+    return any(isinstance(h, Streams) and h.knows(address) for h in holders())
 
 
 def no_key_wanted(name: str, better: str) -> Exception:

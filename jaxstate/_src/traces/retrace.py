@@ -9,7 +9,7 @@ import jax
 from jaxstate._src import _jax
 from jaxstate._src.core.primitives import read_p, state_effect
 from jaxstate._src.core.refs import Slot, new_slot
-from jaxstate._src.core.resolve import read
+from jaxstate._src.core.resolve import read_at
 from jaxstate._src.traces.state import Spec
 from jaxstate.errors import TraceStateError, message
 
@@ -81,7 +81,7 @@ def constants_in_slots(jaxpr: Any, may_close: bool) -> tuple[Any, tuple[Slot, ..
     hoisted = _jax.hoist_constants(jaxpr, moves)
 
     def run(*args: Any) -> list[Any]:
-        return _jax.eval_closed_jaxpr(hoisted, *(read(s.address) for s in slots), *args)
+        return _jax.eval_closed_jaxpr(hoisted, *(read_at(s.address) for s in slots), *args)
 
     return _jax.trace_flat(run, _jax.in_avals(jaxpr)), slots
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxstate._src import _jax
 from jaxstate._src.core.refs import Slot, ZeroCell
-from jaxstate._src.core.resolve import read, write
+from jaxstate._src.core.resolve import read_at, write_at
 from jaxstate._src.core.specs import strong, typed
 
 
@@ -108,7 +108,7 @@ class Entry:
             if not isinstance(x, Static):
                 slot = shared.slot(n, kinds[n])
                 if known.get(slot) is not x:
-                    write(slot.address, x)
+                    write_at(slot.address, x)
                 entry.values[slot] = x
         return entry
 
@@ -119,14 +119,14 @@ class Entry:
     def load(self) -> Any:
         """The state, as it is in the slots here and now."""
         slots = self._slots()
-        self.values = {slot: read(slot.address) for slot in slots if slot is not None}
+        self.values = {slot: read_at(slot.address) for slot in slots if slot is not None}
         leaves = zip(self.spec.leaves, slots, strict=True)
         return self.spec.tree.unflatten(
             [x.value if s is None else self.values[s] for x, s in leaves]
         )
 
     def changed(self) -> bool:
-        return any(read(slot.address) is not value for slot, value in self.values.items())
+        return any(read_at(slot.address) is not value for slot, value in self.values.items())
 
 
 def is_array(x: Any) -> bool:

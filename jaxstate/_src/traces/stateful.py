@@ -269,19 +269,7 @@ class StatefulTrace(_jax.TransparentTrace, Generic[S]):
         here = _jax.holding_trace(current)
         if self.parent_trace is None or same_trace(here, _jax.holding_trace(self)):
             return
-        raise TraceStateError(
-            message(
-                f"The state of a {type(self).__name__} was used inside a function that JAX is"
-                f" transforming (a {type(here).__name__} is current). The operations of that"
-                " function reach the trace when it runs, and only then is its state known.",
-                fix="""
-                def process_primitive(self, primitive, args, params):
-                    ...                     # use self.state here, or outside of the function
-                slot = new_slot(value)      # or keep that part in a slot: read(slot), write(...)
-                """,
-                used=_jax.user_location(),
-            )
-        )
+        raise _used_elsewhere(self, here)
 
     @contextmanager
     def _state_in_slots(self) -> Iterator[Entry]:
@@ -343,6 +331,22 @@ def _under_the_parent(method: Callable[..., Any]) -> Callable[..., Any]:
 
     called._runs_under_the_parent = True  # type: ignore[attr-defined]
     return called
+
+
+def _used_elsewhere(trace: StatefulTrace, here: Any) -> Exception:
+    return TraceStateError(
+        message(
+            f"The state of a {type(trace).__name__} was used inside a function that JAX is"
+            f" transforming (a {type(here).__name__} is current). The operations of that"
+            " function reach the trace when it runs, and only then is its state known.",
+            fix="""
+            def process_primitive(self, primitive, args, params):
+                ...                     # use self.state here, or outside of the function
+            slot = new_slot(value)      # or keep that part in a slot: read(slot), write(...)
+            """,
+            used=_jax.user_location(),
+        )
+    )
 
 
 def _returns_nothing(trace: StatefulTrace, method: str, primitive: Any) -> Exception:

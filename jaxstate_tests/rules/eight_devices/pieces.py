@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxstate
-from jaxstate_tests.params.test_params import normal
+from jaxstate_tests.params.networks import normal
 from jaxstate_tests.rules.eight_devices.common import KEY, MODES, P, close, explicit_mesh, mesh
 
 X = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
