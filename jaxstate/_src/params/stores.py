@@ -302,15 +302,13 @@ class ApplyStore(Store):
             raise _missing(address, path, self._given[address.kind], wanted)
         found = scope[path[-1]]
         if wanted.is_array:
-            leaves = [found]
-        else:
-            leaves, structure = flattened(found, wanted.tree)
-            if not same_structure(structure, wanted.tree):
+            aval = _type_of(found)
+            if isinstance(aval, type):
                 raise self._other_structure(address, path, found, wanted)
-        avals = [
-            leaf.aval if type(leaf) in _jax.plain_arrays else _type_of(leaf) for leaf in leaves
-        ]
-        if type in map(type, avals):
+            return [(found, aval)]
+        leaves, structure = flattened(found, wanted.tree)
+        avals = list(map(_type_of, leaves))
+        if not same_structure(structure, wanted.tree) or type in map(type, avals):
             raise self._other_structure(address, path, found, wanted)
         return list(zip(leaves, avals, strict=True))
 
