@@ -24,6 +24,11 @@ def test_quick_run_writes_a_json_that_can_be_compared(tmp_path, capsys):
     assert len(lines) == 3 + len(rows)
 
 
+def test_names_are_shown_without_measuring(capsys):
+    main(["--list", "--only", "import"])
+    assert capsys.readouterr().out.split() == ["import,", "against", "30", "ms", "1.00"]
+
+
 def test_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(models, "PEERS", {"by hand": "by_hand", "Gone": "no_such_library"})
     found, missing = models.libraries()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from jaxstate_tests.bench import programs, table
-from jaxstate_tests.bench.figures import BY_HAND, measured, peak_bytes
+from jaxstate_tests.bench.figures import BY_HAND, FIGURES, measured, peak_bytes
 from jaxstate_tests.bench.measure import Timing, compare
 from jaxstate_tests.bench.models import MODELS, QUICK, libraries
 from jaxstate_tests.bench.table import Row
@@ -46,6 +46,15 @@ def rows(quick: bool, repeats: int, only: str) -> Iterator[Row]:
         yield table.row("import, against 30 ms", 1.0, timing, "30 ms")
 
 
+def show_names(quick: bool, only: str) -> None:
+    """The lines of the table and the ratios that are wanted, without measuring anything."""
+    named = [(f"{m}: {f.name}", f.target) for m in (QUICK if quick else MODELS) for f in FIGURES]
+    named += [(p.name, p.target) for p in (programs.QUICK if quick else programs.PROGRAMS)]
+    for name, target in [*named, ("import, against 30 ms", 1.0)]:
+        if only in name:
+            print(f"{name:44}{target:8.2f}")
+
+
 def commit() -> str:
     """The commit that is checked out, if this is a checkout."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -60,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small models, few repeats")
     parser.add_argument("--repeats", type=int, help="rounds of each comparison")
     parser.add_argument("--only", default="", help="only what has this in its name")
+    parser.add_argument("--list", action="store_true", help="show the names, and measure nothing")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/bench"))
     parser.add_argument(
         "--compare", nargs=2, type=pathlib.Path, metavar=("OLD", "NEW"),
@@ -68,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.compare:
         table.show_comparison(*options.compare)
+        return
+    if options.list:
+        show_names(options.quick, options.only)
         return
     about = {
         "commit": commit(),

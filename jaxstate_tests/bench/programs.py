@@ -200,7 +200,8 @@ def loop_of_writes() -> dict[str, Side]:
 
 
 def calls_that_write() -> dict[str, Side]:
-    """An eager loop of jitted calls that write one element of an array of 80 MB."""
+    """An eager loop of jitted calls that write one element of an array of 80 MB: of a slot, of an
+    array that is written in place, and of a variable of a step that donates its state."""
     n, x = 20_000_000, jnp.float32(1)
     table, array = jaxstate.extend.new_slot(jnp.zeros(n)), jaxstate.array(jnp.zeros(n))
     ref, held = jax.new_ref(jnp.zeros(n)), jnp.zeros(n)
@@ -215,6 +216,19 @@ def calls_that_write() -> dict[str, Side]:
     def to_array(x: Any) -> Any:
         array[3] = x
         return x * 2
+
+    @jaxstate.parametrized
+    def net(x: Any) -> Any:
+        table = jaxstate.variable("table", jnp.zeros, (n,))
+        table.value = table.value.at[3].set(x)
+        return x * 2
+
+    step, state = jax.jit(net.apply_with_state, donate_argnums=1), {"table": jnp.zeros(n)}
+
+    def to_variable() -> Any:
+        nonlocal state
+        y, state = step({}, state, x)
+        return y
 
     @jax.jit
     def to_ref(x: Any) -> Any:
@@ -232,6 +246,7 @@ def calls_that_write() -> dict[str, Side]:
         OURS: Side(lambda: to_slot(x), CALLS),
         "donated by hand": Side(to_argument, CALLS),
         "array": Side(lambda: to_array(x), CALLS),
+        "variable": Side(to_variable, CALLS),
         REFS: Side(lambda: to_ref(x), CALLS),
     }
 

@@ -261,6 +261,9 @@ def superseded(jaxpr: Any, writes: Sequence[Address]) -> tuple[int, ...]:
     """The inputs that are captures of slots which a loop writes: the carried value is meant."""
     if state_effect not in jaxpr.effects:
         return ()
+    contents = contents_of(jaxpr)
+    if not contents.captured_reads and not contents.computed:
+        return ()
     return _superseded(jaxpr, frozenset(writes))
 
 

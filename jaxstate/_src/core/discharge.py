@@ -96,8 +96,8 @@ def _thread(jaxpr: Any, how: Layout, avals: tuple[Any, ...]) -> Any:
     incoming = {a: _jax.Var(aval) for a, aval in zip(addresses, avals, strict=True)}
     current: dict[Address, Any] = dict(incoming)
     inputs = list(_jax.invars(jaxpr))
-    written = {*how.writes, *how.outs}
     captured_reads = contents_of(jaxpr).captured_reads
+    written = {*how.writes, *how.outs} if captured_reads else ()
     renamed: dict[Any, Any] = {}
     eqns = []
 

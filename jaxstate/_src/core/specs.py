@@ -244,8 +244,8 @@ def takes_shape(init: Callable[..., Any], init_args: tuple[Any, ...], takes_key:
 
 def _own_dtype(init: Any) -> list[Any]:
     """The dtype that one of JAX's initializers was made with: ``lecun_normal(dtype=...)``."""
-    dtype, *_ = getattr(init, "__defaults__", None) or [None]
-    return [] if dtype is None else [dtype]
+    defaults = getattr(init, "__defaults__", None)
+    return [defaults[0]] if defaults and defaults[0] is not None else []
 
 
 @functools.lru_cache(4096)

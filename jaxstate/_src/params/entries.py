@@ -29,6 +29,7 @@ from jaxstate._src.params.entry import (
     current_home,
     home_of,
     made_and_kept,
+    made_and_over,
 )
 from jaxstate._src.params.paths import (
     Entered,
@@ -43,7 +44,7 @@ from jaxstate._src.params.paths import (
     ScopeStack,
     note_kept,
 )
-from jaxstate.errors import ClosedStateError, StateError, message
+from jaxstate.errors import StateError, message
 
 __all__ = [
     "EntryAddress", "RuleStore", "Store", "current_origin", "current_place", "innermost_store",
@@ -94,8 +95,12 @@ class EntryAddress(Address):
 
     def having(self, **changes: Any) -> Any:
         """A copy with other attributes."""
+        return self.used_at(self.used, **changes, _hash=None, _seen=None)
+
+    def used_at(self, used: str, **changes: Any) -> Any:
+        """The same address, where it is used in another line."""
         new = object.__new__(type(self))
-        new.__dict__ = {**self.__dict__, **changes, "_hash": None, "_seen": None}
+        new.__dict__ = {**self.__dict__, "used": used, **changes}
         return new
 
     def place_at(self, place: FrameId | None, levels: tuple[PathElement, ...]) -> None:
@@ -146,6 +151,12 @@ class EntryAddress(Address):
             raise self.missing()
         return store
 
+    def holder(self) -> Holder:  # who knows one knows all that are threaded, or all that are not
+        found, key = open_here().found, (EntryAddress, self.threaded)
+        if key not in found:
+            found[key] = super().holder()
+        return found[key]
+
     def aval(self) -> Any:
         if self.home is None and self.wanted is not None and _jax.abstract_mesh().empty:
             return self.wanted  # the program has declared it, here, where types know of no mesh
@@ -167,7 +178,7 @@ class EntryAddress(Address):
         if place is None:
             levels = store.scopes.inside(boundary) + levels
         elif seen is not None and seen[0] is home and seen[1] is run:
-            return seen[2]
+            return seen[2] if seen[2].used is self.used else seen[2].used_at(self.used)
         elif place is home:
             place = None
         levels = tuple([level.inside(home, run) for level in levels])
@@ -454,15 +465,7 @@ class Store(Holder):
                 return self.scopes.inside(None, *around[i + 1 :])
         if address.place is OUTSIDE:
             return ()
-        raise ClosedStateError(
-            message(
-                f"{address} was made inside a transformed function that has ended.",
-                fix=f"""
-                {address.name} = jaxstate.variable("{address.name}", ...)   # the same one, here
-                """,
-                used=address.used,
-            )
-        )
+        raise made_and_over(address)
 
     def meaning_of(self, address: EntryAddress) -> Hashable:
         """What two addresses have in common that mean the same slot here."""

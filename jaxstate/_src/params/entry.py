@@ -11,9 +11,12 @@ from jaxstate._src.core.resolve import read_at
 from jaxstate._src.core.slots import Cell, Holder
 from jaxstate._src.core.specs import Leaf, Spec
 from jaxstate._src.params.paths import FrameId, NameTables, Path, PathElement
-from jaxstate.errors import NameClashError, message
+from jaxstate.errors import ClosedStateError, NameClashError, message
 
-__all__ = ["OUTSIDE", "Entry", "Located", "Use", "current_home", "home_of", "made_and_kept"]
+__all__ = [
+    "OUTSIDE", "Entry", "Located", "Use", "current_home", "home_of", "made_and_kept",
+    "made_and_over",
+]  # fmt: skip
 
 
 OUTSIDE = FrameId()  # outside of any boundary: directly in the store
@@ -131,5 +134,17 @@ def made_and_kept(level: PathElement) -> Exception:
             def block(x): return layer(x)
             """,
             used=_jax.user_location(),
+        )
+    )
+
+
+def made_and_over(address: Any) -> Exception:
+    return ClosedStateError(
+        message(
+            f"{address} was made inside a transformed function that has ended.",
+            fix=f"""
+            {address.name} = jaxstate.variable("{address.name}", ...)   # the same one, here
+            """,
+            used=address.used,
         )
     )

@@ -51,15 +51,13 @@ class Given:
             raise _missing(address, path, self.trees[address.kind], wanted)
         found = scope[path[-1]]
         if wanted.is_array:
-            leaves = [found]
-        else:
-            leaves, structure = flattened(found, wanted.tree)
-            if not same_structure(structure, wanted.tree):
+            aval = type_of_given(found)
+            if isinstance(aval, type):
                 raise _other_structure(address, path, found, wanted)
-        avals = [
-            leaf.aval if type(leaf) in _jax.plain_arrays else type_of_given(leaf) for leaf in leaves
-        ]
-        if type in map(type, avals):
+            return [(found, aval)]
+        leaves, structure = flattened(found, wanted.tree)
+        avals = list(map(type_of_given, leaves))
+        if not same_structure(structure, wanted.tree) or type in map(type, avals):
             raise _other_structure(address, path, found, wanted)
         return list(zip(leaves, avals, strict=True))
 

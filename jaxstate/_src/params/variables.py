@@ -70,10 +70,7 @@ class Variable(Generic[T]):
         self._is_writable = _may_write(store.writable, metadata)
         self._run = store.run
         self._spec = use.spec
-        home, levels = current_place(store, is_here=use.entry is not None)
         self._addresses = use.addresses
-        for address in use.addresses:
-            address.place_at(home, levels)
         # Weak, or a handle that is kept would keep the values.
         self._entry = None if use.entry is None else weakref.ref(use.entry)
 
@@ -110,7 +107,7 @@ class Variable(Generic[T]):
         cells = self._cells_here(store)
         if cells is None:
             used = _jax.user_location()
-            write_each([address.having(used=used) for address in self._addresses], values)
+            write_each([address.used_at(used) for address in self._addresses], values)
         else:
             for address, x in zip(self._addresses, values, strict=True):
                 cells[address.leaf].value = x
@@ -373,6 +370,9 @@ def variable(
         except Exception as error:
             raise about_initializer(address, init, init_args, error)  # noqa: B904
         set_reduce(use.addresses, use.spec, reduce)
+        home, levels = current_place(store, is_here=use.entry is not None)
+        for leaf in use.addresses:
+            leaf.place_at(home, levels)
         # To declare it is to use it: it gets its name here, and `init` makes it.
         types = use.spec.avals
         if use.entry is None:

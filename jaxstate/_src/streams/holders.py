@@ -357,6 +357,6 @@ def _after(count: Any) -> Any:
         n = int(count)  # NumPy warns of a number that goes round
         return np.int32(n + 1 if n < 2**31 - 1 else -(2**31))
     if not _jax.is_concrete_array(count):
-        return count + 1
+        return jax.lax.add(count, np.int32(1))  # what "+" is, without a jitted function
     # The same, without a number that has to be brought to the device: a transfer guard forbids it.
     return jax.lax.neg(jax.lax.bitwise_not(count))
