@@ -19,7 +19,7 @@ from jaxstate._src.arrays.activation import Activation, activated, activation, i
 from jaxstate._src.arrays.array import fresh, loose, snapshot
 from jaxstate._src.arrays.boundaries import objects
 from jaxstate._src.arrays.trace import InplaceTrace
-from jaxstate.errors import check_runs_when_called
+from jaxstate.errors import called_as, check_runs_when_called
 
 __all__ = ["array", "inplace"]
 
@@ -35,6 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@called_as("y = jaxstate.inplace(fun)(x)      # or @jaxstate.inplace above a function")
 def inplace(fun: Callable[P, R]) -> Callable[P, R]:
     """Makes a function in which arrays can be written, as in NumPy.
 
@@ -134,6 +135,7 @@ def _note_numpy(error: Exception) -> None:
         error.add_note(note)
 
 
+@called_as("x = jaxstate.array([1.0, 2.0], dtype=jnp.float32)")
 def array(x: Any, dtype: Any = None) -> jax.Array:
     """Makes a writable array, in an `inplace` function or outside of one.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import numpy as np
 from jaxstate._src import _jax
 from jaxstate._src.core.specs import NoArrayError
 from jaxstate._src.streams.keys import is_a_key
-from jaxstate.errors import StateError, message
+from jaxstate.errors import StateError, does_not_fit, message
 
 __all__ = [
     "BY_NAME",
@@ -44,6 +43,13 @@ LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGenerator
 # -- Calls of a network ----------------------------------------------------------------------
 
 
+# What a network takes before the arguments of its function: in a call of itself, and of a method.
+_FIRST = {
+    "": "", "init": "key, ", "init_with_state": "key, ", "apply": "params, ",
+    "apply_with_state": "params, state, ", "summary": "key, ", "metadata": "",
+}  # fmt: skip
+
+
 def name_to_call(net: Any) -> str:
     """How a program may call a network: a method by a name for its instance."""
     method = getattr(net, "_method", None)
@@ -62,7 +68,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
         signature = inspect.signature(net)
     except (TypeError, ValueError):
         return None
-    problem = _does_not_fit(signature, args, kwargs)
+    problem = does_not_fit(signature, args, kwargs)
     if problem is None:
         return None
     name = name_to_call(net)
@@ -76,7 +82,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
                 used=_jax.user_location(),
             )
         )
-    if starts_with_dict and _does_not_fit(signature, args[1:], kwargs) is None:
+    if starts_with_dict and does_not_fit(signature, args[1:], kwargs) is None:
         if not how:
             return TypeError(
                 message(
@@ -97,7 +103,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
         )
     others = [p for p in signature.parameters.values() if p.name not in _TAKEN - kwargs.keys()]
     taken = _TAKEN & signature.parameters.keys() - kwargs.keys()
-    if how and taken and not _does_not_fit(signature.replace(parameters=others), args, kwargs):
+    if how and taken and not does_not_fit(signature.replace(parameters=others), args, kwargs):
         argument = min(taken)
         return TypeError(
             message(
@@ -135,8 +141,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
                     used=_jax.user_location(),
                 )
             )
-    first = {"": "", "init": "key, ", "apply": "params, "}.get(how, "params, state, ")
-    first = "key, " if how == "init_with_state" else first
+    first = _FIRST[how]
     return TypeError(
         message(
             f"{takes} does not take the arguments of this call of {call}: {problem}.",
@@ -222,18 +227,6 @@ def also_by_name(method: Callable[..., Any]) -> Callable[..., Any]:
     me = shown[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = signature.replace(parameters=[me, *shown[1:]])  # type: ignore
     return method
-
-
-def _does_not_fit(signature: inspect.Signature, args: Any, kwargs: Any) -> str | None:
-    """Why a function of that signature does not take these arguments."""
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        problem = str(error)
-        unknown = next((k for k in kwargs if k not in signature.parameters), None)
-        close = unknown and difflib.get_close_matches(unknown, signature.parameters, n=1)
-        return problem + (f" (did you mean {close[0]!r}?)" if close else "")
-    return None
 
 
 def _shown(signature: inspect.Signature) -> list[str]:
@@ -375,7 +368,7 @@ def about_initializer(
             )
         )
     try:
-        problem = _does_not_fit(
+        problem = does_not_fit(
             inspect.signature(init), (None, *init_args) if takes_key else init_args, {}
         )
     except (TypeError, ValueError):

@@ -70,7 +70,7 @@ from jaxstate._src.params.stores import ApplyStore
 from jaxstate._src.params.summary import Summarizable
 from jaxstate._src.streams.holders import FoldedStreams
 from jaxstate._src.streams.keys import KeyLike
-from jaxstate.errors import check_runs_when_called
+from jaxstate.errors import called_as, check_runs_when_called
 
 __all__ = ["Keys", "Owner", "Parametrized", "Rest", "Tree", "TreeLike", "parametrized"]
 
@@ -515,6 +515,7 @@ def parametrized(
 ) -> Callable[[Callable[P, R]], Parametrized[P, R]]: ...
 
 
+@called_as('net = jaxstate.parametrized(fn, name="net")')
 def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     """Makes a function with parameters out of one that calls `param`.
 

@@ -40,6 +40,7 @@ from jaxstate.errors import (
     ClosedStateError,
     ReadOnlyVariableError,
     SlotTypeError,
+    called_as,
     message,
     thread_that_has_nothing,
 )
@@ -294,6 +295,7 @@ def _refuse_what_values_can_do() -> None:
 _refuse_what_values_can_do()
 
 
+@called_as('v = jaxstate.variable("v", init, shape, dtype)      # init(shape, dtype)')
 def variable(
     name: str,
     init: Callable[..., T],
@@ -361,9 +363,13 @@ def variable(
     def handle(init: Any, *init_args: Any) -> Variable[Any]:
         if not callable(init):
             call = "init(key, *init_args)" if takes_key else "init(*init_args)"
+            fix = f'jaxstate.variable("{name}", lambda: value)'
+            if isinstance(init, str):
+                of = f'metadata={{"collection": "{name}"}}'
+                fix += f'\n    jaxstate.variable("{init}", init, shape, {of})'
             raise TypeError(
                 f"variable({name!r}, ...) wants a function {call}, and was given {init!r}.\n"
-                f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
+                f"To mend it:\n    {fix}"
             )
         address = VariableAddress(name, used, metadata, takes_key)
         store = address.store()

@@ -32,6 +32,7 @@ from jaxstate._src.streams.keys import KeyLike, key_and_type
 from jaxstate.errors import (
     ClosedStateError,
     MissingStreamError,
+    called_as,
     message,
     warn_of_unopened,
 )
@@ -171,6 +172,7 @@ def _no_decorator() -> Exception:
     )
 
 
+@called_as('with jaxstate.rng_stream(jax.random.key(0), "dropout"):')
 def rng_stream(
     key: KeyLike,
     name: str = "default",
