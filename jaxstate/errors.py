@@ -257,9 +257,13 @@ def called_as(fix: str) -> Callable[[F], F]:
                 problem = does_not_fit(inspect.signature(fn), args, kwargs)
                 if problem is None:
                     raise
-            name = fn.__name__
-            what = f"{name} does not take the arguments of this call: {problem}."
-            raise TypeError(message(what, fix=fix, used=_jax.user_location()))
+            raise TypeError(
+                message(
+                    f"{fn.__name__} does not take the arguments of this call: {problem}.",
+                    fix=fix,
+                    used=_jax.user_location(),
+                )
+            )
 
         return cast(F, call)
 

@@ -22,8 +22,8 @@ FLOORS = {
     ],
     "errors": [],
     "core": [
-        "slots", "capture", "primitives", "uses", "notes", "lanes", "boundaries", "resolve",
-        "specs", "memory", "refs", "initializers", "contents", "discharge", "registry",
+        "handles", "slots", "capture", "primitives", "uses", "notes", "lanes", "boundaries",
+        "resolve", "specs", "memory", "refs", "initializers", "contents", "discharge", "registry",
     ],
     "rules": [
         "calls", "loops", "branches", "derivatives", "explicit", "linear_calls", "solves",

@@ -138,7 +138,8 @@ def described(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     except Exception as error:
         if args and is_a_key(args[0]):
             error.add_note("metadata takes no key.\nTo mend it:\n    net.metadata(x)")
-        module._explain(error, "metadata", args, kwargs)
+        else:
+            module._explain(error, "metadata", args, kwargs)
         raise
     return found
 

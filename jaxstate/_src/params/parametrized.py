@@ -30,6 +30,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 import jax
 
 from jaxstate._src import _jax
+from jaxstate._src.core.handles import Shown
 from jaxstate._src.core.slots import open_holder
 from jaxstate._src.params.arguments import Shape, split_arrays
 from jaxstate._src.params.calling import (
@@ -83,7 +84,7 @@ Tree = dict[str, Any]
 TreeLike = Mapping[str, Any]
 
 
-class Parametrized(Reusable[P, R], Describable, Summarizable):
+class Parametrized(Reusable[P, R], Describable, Summarizable, metaclass=Shown):
     """A function with parameters: see `parametrized`.
 
     Attributes:

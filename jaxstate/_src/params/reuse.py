@@ -162,7 +162,7 @@ class Reusable(Generic[P, R]):
         >>> net.init(jax.random.key(0))
         {'s': Array([1., 1.], dtype=float32)}
         """
-        return Shaped(self, args, kwargs)
+        return Shaped._make(self, args, kwargs)
 
 
 class _Taken(NamedTuple):

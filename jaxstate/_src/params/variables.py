@@ -27,6 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxstate._src import _jax
+from jaxstate._src.core.handles import Handle
 from jaxstate._src.core.resolve import read, write_each
 from jaxstate._src.core.specs import contrast, same_structure, spec_of, strong
 from jaxstate._src.params.entries import Store, current_place, innermost_store
@@ -51,7 +52,11 @@ __all__ = ["Variable", "is_writable", "variable"]
 T = TypeVar("T")
 
 
-class Variable(Generic[T]):
+class Variable(
+    Generic[T],
+    metaclass=Handle,
+    made_by='v = jaxstate.variable("v", init, shape)      # in a parametrized function',
+):
     """A handle of a variable: see `variable`."""
 
     __slots__ = (
@@ -386,7 +391,7 @@ def variable(
         if types != use.spec.avals:
             addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
             use = Use(use.spec._replace(avals=types), addresses, use.entry)
-        return Variable(name, store, use, metadata)
+        return Variable._make(name, store, use, metadata)
 
     around = interceptions("variable")
     if not around:

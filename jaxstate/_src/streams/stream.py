@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.core.handles import Handle
 from jaxstate._src.core.resolve import read
 from jaxstate._src.core.slots import holders, open_holder
 from jaxstate._src.streams.holders import (
@@ -42,7 +43,7 @@ __all__ = ["Stream", "next_key", "no_key_wanted", "rng_stream"]
 T = TypeVar("T")
 
 
-class Stream:
+class Stream(metaclass=Handle, made_by="with jaxstate.rng_stream(key) as stream:"):
     """A handle of an open stream: what ``with rng_stream(...) as stream`` gives.
 
     ``stream.key`` and ``stream.count`` are enough to go on later, in another process too:
@@ -119,7 +120,7 @@ class _Opening(AbstractContextManager[Stream]):
         self._open = open_holder(holder)
         self._open.__enter__()
         holder.identity.thread = threading.get_ident()
-        return Stream(holder)
+        return Stream._make(holder)
 
     def __exit__(self, *exc: object) -> None:
         self._holder.identity.thread = None
