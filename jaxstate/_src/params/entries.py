@@ -294,6 +294,7 @@ class EntryAddress(Address):
                 fix=f"""
                 jaxstate.{function}("{path[-1]}_2", ...)          # another one: another name
                 with jaxstate.scope("second"): ...           # or another scope
+                second = jaxstate.parametrized(layer)        # or each layer a module of its own
                 """,
                 made=made,
                 used=self.used,

@@ -25,6 +25,7 @@ __all__ = [
     "given_by_name",
     "has_taken_argument",
     "name_to_call",
+    "no_such_attribute",
     "note_mistakes",
     "refuse_lazy",
     "taken_arguments",
@@ -265,6 +266,8 @@ def note_mistakes(net: Any, error: Exception, how: str, args: Any, kwargs: Any) 
         notes.append(_TWO_DICTS)
     if isinstance(error, _NOT_KNOWN) and how.startswith("apply"):
         notes += [_traced_option(net, how, name) for name in _traced_options(net, args, kwargs)]
+    if how.startswith("apply") and any(x is None or _is_typed_key(x) for x in args):
+        notes.append(_KEY_BY_POSITION)
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
@@ -311,10 +314,46 @@ _NETWORK_WITH_DICT = """\
 The network itself was called, with a dict first. If these are the parameters, did you mean apply?
     y = net.apply(params, x)"""
 
+_KEY_BY_POSITION = """\
+A random key, or None, was given by position, as an input of the function. If it is for the streams:
+    y = net.apply(params, x, key=key)      # or without a key"""
+
 _TWO_DICTS = """\
 apply was given a dict as the first input of the function. If that is the variables:
     y, state = net.apply_with_state(params, state, x)    # reads and writes variables
     y = net.apply(params, x, state=state)                # only reads them"""
+
+
+def _is_typed_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+_HOLDS_NOTHING = """
+params = net.init(key, x)      # a network holds no parameters: they are a dict
+y = net.apply(params, x)
+"""
+
+# What other libraries have on a network, and what it is here.
+_ELSEWHERE = {
+    **dict.fromkeys(("params", "parameters", "state_dict", "variables", "weights"), _HOLDS_NOTHING),
+    "tabulate": "print(net.summary(key, x))",
+    "forward": "y = net.apply(params, x)",
+    **dict.fromkeys(("train", "eval"), "y = net.apply(params, x, train=False)      # an argument"),
+}
+
+
+def no_such_attribute(net: Any, name: str) -> AttributeError:
+    """With what another library would have there, and it is here."""
+    kind = type(net).__name__
+    if name not in _ELSEWHERE:
+        return AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=net)
+    return AttributeError(
+        message(
+            f"{kind!r} object has no attribute {name!r}.",
+            fix=_ELSEWHERE[name],
+            used=_jax.user_location(),
+        )
+    )
 
 
 def refuse_lazy(net: Any, out: Any) -> None:

@@ -25,7 +25,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 import jax
 
@@ -57,6 +57,7 @@ from jaxstate._src.params.misuse import (
     given_by_name,
     has_taken_argument,
     name_to_call,
+    no_such_attribute,
     note_mistakes,
     refuse_lazy,
     taken_arguments,
@@ -497,6 +498,11 @@ class Parametrized(Reusable[P, R], Describable, Summarizable, metaclass=Shown):
     def __reduce__(self) -> Any:
         """A module is pickled as a function is: by its name."""
         return found_by_name, name_of_global(self, self.fn)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_such_attribute(self, name)
 
     def __dir__(self) -> list[str]:
         """What is public, and the names of Python."""
