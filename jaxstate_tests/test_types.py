@@ -1,6 +1,8 @@
 """What tools and people see of the public names. (`make types` runs the type checkers.)"""
 
+import ast
 import dataclasses
+import doctest
 import functools
 import inspect
 import pathlib
@@ -153,6 +155,18 @@ def test_a_handle_is_not_made_by_a_program(cls, fix):
     with pytest.raises(TypeError, match="is not called by them") as error:
         cls(np.zeros(3))
     assert fix in str(error.value)
+
+
+def test_doctest_finds_every_example():
+    found = [test.name for m in PUBLIC_MODULES for test in doctest.DocTestFinder().find(m)]
+    written = set()
+    for path in pathlib.Path(jaxstate.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_code = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            if is_code and ">>> " in (ast.get_docstring(node) or ""):
+                written.add(node.name)
+    assert "parameters_from" in written
+    assert written <= {name.rpartition(".")[2] for name in found}
 
 
 def has_doc(value):
