@@ -15,6 +15,7 @@ shutil.rmtree(here / "notebooks", ignore_errors=True)
 shutil.copytree(root / "notebooks", here / "notebooks", ignore=shutil.ignore_patterns("*.ipynb"))
 
 from docutils import nodes  # noqa: E402
+from sphinx import addnodes  # noqa: E402
 
 import jaxstate  # noqa: E402
 from jaxstate._src.public import written_in  # noqa: E402
@@ -42,7 +43,6 @@ nb_execution_timeout = 300
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 autodoc_class_signature = "separated"
 autodoc_default_options = {"exclude-members": "__init__, __new__"}  # nobody calls them
 autodoc_type_aliases = {name: name for name in ("ArrayLike", "DTypeLike", "KeyLike", "Keys")}
@@ -66,9 +66,25 @@ def _docstring_to_rst(app, what, name, obj, options, lines):
 def _as_written(app, what, name, obj, options, signature, annotation):
     """Aliases have their names, and an argument that is there to be refused is not shown."""
     if signature:
-        signature = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature)
-        signature = re.sub(r"\*nothing[^,)]*", "", signature)
-    return signature, annotation
+        signature = re.sub(r"(, )?\*+(nothing|unknown)[^,)]*", "", signature)
+    return _plain(signature), _plain(annotation)
+
+
+def _plain(text):
+    if text:
+        text = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+        text = re.sub(r"\S*\._Scope\b", "ContextDecorator", text)
+        text = re.sub(r"<class '\S*\.(\w+)'>", r"\1", text)
+    return text
+
+
+def _plain_overloads(app, doctree):
+    """Types of overloads do not come to the function above."""
+    for signature in doctree.findall(addnodes.desc_signature):
+        for text in list(signature.findall(nodes.Text)):
+            plain = re.sub(r"~(?:\w+\.)*~?", "", text.astext())
+            if plain != text.astext():
+                text.parent.replace(text, nodes.Text(plain))
 
 
 def _long_names_may_break(app, doctree, docname):
@@ -85,5 +101,6 @@ def _long_names_may_break(app, doctree, docname):
 
 def setup(app):
     app.connect("autodoc-process-signature", _as_written)
+    app.connect("doctree-read", _plain_overloads)
     app.connect("doctree-resolved", _long_names_may_break)
     app.connect("autodoc-process-docstring", _docstring_to_rst, priority=400)  # before napoleon

@@ -13,8 +13,8 @@ import textwrap
 import threading
 import types
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 from jaxstate._src import _jax
 
@@ -55,6 +55,9 @@ __all__ = [
     "VariableConflictError",
     "VariableMismatchError",
 ]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StateError(Exception):
@@ -220,7 +223,10 @@ def check_runs_when_called(fn: Any, where: str) -> None:
     """Raises if ``fn`` is no function, or one that makes a generator or coroutine: these run when
     the state is gone, in pieces."""
     if not callable(fn):
-        raise TypeError(f"{where} wants a function, and was given {fn!r}.")
+        raise TypeError(
+            f"{where} wants a function, and was given {fn!r}.\n"
+            f"To mend it:\n    jaxstate.{where}(fn{', x' if where == 'causal_fixed_point' else ''})"
+        )
     while isinstance(fn, functools.partial):
         fn = fn.func
     is_function = isinstance(fn, (types.FunctionType, types.MethodType))
@@ -237,6 +243,45 @@ def check_runs_when_called(fn: Any, where: str) -> None:
                 f" {kind}.\nTo mend it:\n"
                 "    return [f(x) for x in xs]      # return what it makes, and no yield or await"
             )
+
+
+def called_as(fix: str) -> Callable[[F], F]:
+    """A decorator: the error for arguments that a function does not take shows ``fix``, a call."""
+
+    def decorate(fn: F) -> F:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return fn(*args, **kwargs)
+            except TypeError:
+                problem = does_not_fit(inspect.signature(fn), args, kwargs)
+                if problem is None:
+                    raise
+            raise TypeError(
+                message(
+                    f"{fn.__name__} does not take the arguments of this call: {problem}.",
+                    fix=fix,
+                    used=_jax.user_location(),
+                )
+            )
+
+        return cast(F, call)
+
+    return decorate
+
+
+def does_not_fit(
+    signature: inspect.Signature, args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Why a function of that signature does not take these arguments."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        problem = str(error)
+        unknown = next((k for k in kwargs if k not in signature.parameters), None)
+        close = unknown and difflib.get_close_matches(unknown, signature.parameters, n=1)
+        return problem + (f" (did you mean {close[0]!r}?)" if close else "")
+    return None
 
 
 def warn_of_unopened(what: str, fix: str) -> None:

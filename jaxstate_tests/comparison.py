@@ -25,6 +25,9 @@ from flax import nnx
 from jax import lax
 
 import jaxstate
+from jaxstate_tests.bench import models
+from jaxstate_tests.bench.measure import python_calls, trace_of
+from jaxstate_tests.bench.models import libraries, train_step
 
 KEY = jax.random.key(0)
 W = jnp.float32(1.5)
@@ -365,7 +368,44 @@ def versions() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in DISTRIBUTIONS)
 
 
+# -- Speed -----------------------------------------------------------------------------------
+
+
+SPEED = {
+    "trace a training step": lambda net, args: trace_of(train_step(net), args),
+    "trace `init`": lambda net, args: trace_of(net.init, (args[3], args[2])),
+    "run the model without `jit`": lambda net, args: lambda: net.forward(*args),
+}
+MODELS = ("mlp, width 8", "transformer, width 8", "convnet")
+
+
+def calls(work: str, model: str) -> dict[str, float]:
+    """How many functions of Python and C each library calls for it, by hand = 1."""
+    found = {}
+    for library, module in libraries()[0].items():
+        net = models.MODELS[model].written_in(module)
+        if net is None:
+            continue
+        x = models.MODELS[model].input()
+        run = SPEED[work](net, (*net.init(KEY, x), x, KEY))
+        for _ in range(3):  # the last time, all is known that may be kept
+            found[library] = python_calls(run)
+    return {library: n / found["by hand"] for library, n in found.items()}
+
+
+def table_of_speed() -> Iterator[str]:
+    names = [name for name in libraries()[0] if name != "by hand"]
+    yield f"| | {' | '.join(names)} |"
+    yield "|---" * (len(names) + 1) + "|"
+    for work in SPEED:
+        for model in MODELS:
+            found = calls(work, model)
+            cells = [f"{found[name]:.2f}" if name in found else "" for name in names]
+            yield f"| {work}: {model} | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     print(f"With {versions()}:\n")
     for kind in KINDS:
         print(f"## {kind}\n", *table(kind), "", sep="\n")
+    print("## Speed\n", *table_of_speed(), sep="\n")

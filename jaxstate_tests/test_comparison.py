@@ -25,3 +25,23 @@ def test_the_page_says_what_comes_out(kind):
     with jax.checking_leaks.func(False):
         table = "\n".join(comparison.table(kind))
     assert table in PAGE
+
+
+QUICK = "run the model without `jit`"
+
+
+@plain
+@pytest.mark.skipif(comparison.versions() not in PAGE, reason="the page is about other versions")
+@pytest.mark.parametrize(
+    "work",
+    [QUICK, *(pytest.param(w, marks=pytest.mark.slow) for w in comparison.SPEED if w != QUICK)],
+)
+def test_the_page_says_what_libraries_cost(work):
+    """Up to a tenth: what JAX keeps of earlier tests counts too."""
+    model = comparison.MODELS[0]
+    [row] = [line for line in PAGE.splitlines() if line.startswith(f"| {work}: {model} |")]
+    said = [float(cell) for cell in row.strip("| ").split(" | ")[1:]]
+    with jax.checking_leaks.func(False):
+        found = comparison.calls(work, model)
+    del found["by hand"]
+    assert said == pytest.approx([*found.values()], rel=0.1)

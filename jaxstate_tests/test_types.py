@@ -1,6 +1,8 @@
 """What tools and people see of the public names. (`make types` runs the type checkers.)"""
 
+import ast
 import dataclasses
+import doctest
 import functools
 import inspect
 import pathlib
@@ -113,6 +115,58 @@ def test_help_shows_how_a_network_is_called():
         text = pydoc.render_doc(value, renderer=pydoc.plaintext)
         assert f"\n{shown}\n    What this " in text
         assert "_src" not in text and "_forward" not in text
+
+
+CLASSES = [v for m in (jaxstate, jaxstate.extend) for v in vars(m).values() if inspect.isclass(v)]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_help_names_no_private_module(cls):
+    text = pydoc.render_doc(cls, renderer=pydoc.plaintext)
+    assert "_src" not in text.replace("jax._src.core.Trace", "")  # the parent of a StatefulTrace
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        jaxstate.Variable, jaxstate.Stream, jaxstate.Shaped,
+        jaxstate.Parametrized, jaxstate.Stack, jaxstate.Ensemble,
+    ],
+    ids=lambda cls: cls.__name__,
+)  # fmt: skip
+def test_help_shows_what_a_handle_can_do_and_no_constructor(cls):
+    text = pydoc.render_doc(cls, renderer=pydoc.plaintext)
+    shown = re.findall(r"^ \|  (\w+)(?:\(.*)?$", text, flags=re.M)
+    assert {name for name in shown if name[0] == "_"} <= {"__call__"}
+    assert f"{cls.__name__}(" not in text.partition(" |")[2]
+    assert inspect.signature(cls) == inspect.Signature()
+
+
+@pytest.mark.parametrize(
+    "cls, fix",
+    [
+        (jaxstate.Variable, 'jaxstate.variable("v", init, shape)'),
+        (jaxstate.Variable[jax.Array], 'jaxstate.variable("v", init, shape)'),
+        (jaxstate.Stream, "with jaxstate.rng_stream(key) as stream:"),
+        (jaxstate.Shaped, "net.shaped(x)"),
+    ],
+)
+def test_a_handle_is_not_made_by_a_program(cls, fix):
+    with pytest.raises(TypeError, match="is not called by them") as error:
+        cls(np.zeros(3))
+    assert fix in str(error.value)
+
+
+def test_doctest_finds_every_example():
+    found = [test.name for m in PUBLIC_MODULES for test in doctest.DocTestFinder().find(m)]
+    written = set()
+    for path in pathlib.Path(jaxstate.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_code = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            if is_code and ">>> " in (ast.get_docstring(node) or ""):
+                written.add(node.name)
+    assert "parameters_from" in written
+    assert written <= {name.rpartition(".")[2] for name in found}
 
 
 def has_doc(value):

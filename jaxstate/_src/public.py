@@ -21,16 +21,25 @@ written_in: dict[Any, str] = {}
 
 def known_as_public(module: Any) -> None:
     """Gives what ``module`` lists as public, and is written in a part, the name of ``module``."""
+    # Where `doctest` looks for what is in a module by ``__module__``, and under no name of it.
+    examples = module.__test__ = {}
     for name in module.__all__:
         value = getattr(module, name)
         if not _is_written_in_a_part(value):
             continue
-        if isinstance(value, type):
-            _settle_annotations(value)
-            for member in vars(value).values():
-                if isinstance(member, types.FunctionType) and _is_written_in_a_part(member):
-                    _move(member, module.__name__)
-        _move(value, module.__name__)
+        if not isinstance(value, type):
+            _move(value, module.__name__)
+            continue
+        for cls in value.__mro__:  # `help` shows the classes that it is made of
+            if _is_written_in_a_part(cls):
+                _settle_annotations(cls)
+                for member in vars(cls).values():
+                    member = getattr(member, "__func__", member)  # of a class method
+                    if isinstance(member, types.FunctionType) and _is_written_in_a_part(member):
+                        _move(member, module.__name__)
+                _move(cls, module.__name__)
+                if cls.__name__ not in module.__all__:
+                    examples[cls.__name__] = cls
 
 
 def _is_written_in_a_part(value: Any) -> bool:

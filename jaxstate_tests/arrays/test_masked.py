@@ -153,6 +153,8 @@ def test_numpy_refuses_to_cast_and_so_does_this():
         lambda x, m: np.asarray(x[m]),
         lambda x, m: bool(x[m]),
         lambda x, m: [*x[m]],
+        lambda x, m: x[m],
+        lambda x, m: {"found": x[m] + 1},
     ],
 )
 def test_everything_else_is_the_error_of_jax(use):

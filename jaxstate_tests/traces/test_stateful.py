@@ -294,6 +294,43 @@ def test_an_attribute_that_would_be_lost_is_an_error(jit):
         assert trace.ops == 1 and trace.names == ["sin", "sin"]
 
 
+class Options:
+    factor = 2.0
+
+
+class Scale(StatefulTrace, Options):
+    """A sine is ``factor`` times itself."""
+
+    def process_primitive(self, primitive, args, params):
+        out = super().process_primitive(primitive, args, params)
+        return out * self.factor if primitive.name == "sin" else out
+
+
+class ScaleToo(Scale):
+    pass
+
+
+@pytest.mark.parametrize("owner", ["trace", ScaleToo, Scale, Options])
+def test_an_attribute_that_is_assigned_between_calls_counts(owner, monkeypatch):
+    """Of the trace, of its class, and of the classes above that."""
+
+    @jax.jit
+    def f(x):
+        return jax.lax.fori_loop(0, 3, lambda i, x: jax.jit(jnp.sin)(x), x)
+
+    def wanted(x, factor):
+        for _ in range(3):
+            x = np.sin(x) * factor
+        return x
+
+    with new_trace(ScaleToo) as trace:
+        for factor in (2.0, 3.0, 3.0, 4.0):
+            if factor != trace.factor:
+                target = trace if owner == "trace" else owner
+                monkeypatch.setattr(target, "factor", factor, raising=False)
+            np.testing.assert_allclose(f(0.5), wanted(0.5, factor), rtol=1e-6)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_loop_whose_lanes_end_at_different_times(jit):
     """The loop runs as often as its slowest lane. It steps on with the lanes that go on."""

@@ -18,8 +18,9 @@ from jaxstate._src import _jax
 from jaxstate._src.arrays.activation import Activation, activated, activation, is_array
 from jaxstate._src.arrays.array import fresh, loose, snapshot
 from jaxstate._src.arrays.boundaries import objects
+from jaxstate._src.arrays.masked import MaskedElements
 from jaxstate._src.arrays.trace import InplaceTrace
-from jaxstate.errors import check_runs_when_called
+from jaxstate.errors import called_as, check_runs_when_called
 
 __all__ = ["array", "inplace"]
 
@@ -35,6 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@called_as("y = jaxstate.inplace(fun)(x)      # or @jaxstate.inplace above a function")
 def inplace(fun: Callable[P, R]) -> Callable[P, R]:
     """Makes a function in which arrays can be written, as in NumPy.
 
@@ -84,7 +86,8 @@ def inplace(fun: Callable[P, R]) -> Callable[P, R]:
             except Exception as error:
                 _note_numpy(error)
                 raise
-            results = jax.tree.map(snapshot, results, is_leaf=objects.is_object)
+            taken = snapshot if inside is not None else _handed_out
+            results = jax.tree.map(taken, results, is_leaf=objects.is_object)
         if inside is None:
             return results
         return jax.tree.map(_writable, results, is_leaf=objects.is_object)
@@ -105,6 +108,7 @@ _IF = """\
 A traced value decides nothing in Python.
 To mend it:
     x[i] = jnp.where(condition, a, b)     # for an if that chooses a value
+    smaller = jnp.minimum(a, b)           # for min(a, b)
     jax.lax.cond(condition, f, g)         # for one that writes: f and g may write arrays
     jax.lax.while_loop(test, body, None)  # for while; both find the arrays around them"""
 
@@ -115,6 +119,13 @@ To mend it:
     jax.lax.fori_loop(0, n, body, None)   # for a range(n); the body finds the arrays around it
     x[jax.ds(i, 3)]                       # for x[i : i + 3]
     y = jnp.asarray(table)[i]             # for a list or tuple"""
+
+
+_NUMBER = """\
+A traced value is no number of Python.
+To mend it:
+    y = jnp.sqrt(x)          # for math.sqrt(x)
+    y = x.astype(float)      # for float(x)"""
 
 
 def _note_numpy(error: Exception) -> None:
@@ -128,12 +139,15 @@ def _note_numpy(error: Exception) -> None:
         note = _IF
     elif isinstance(error, jax.errors.TracerIntegerConversionError):
         note = _INDEX
+    elif type(error) is jax.errors.ConcretizationTypeError:
+        note = _NUMBER
     else:
         return
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
 
 
+@called_as("x = jaxstate.array([1.0, 2.0], dtype=jnp.float32)")
 def array(x: Any, dtype: Any = None) -> jax.Array:
     """Makes a writable array, in an `inplace` function or outside of one.
 
@@ -161,6 +175,13 @@ def array(x: Any, dtype: Any = None) -> jax.Array:
     if activation() is None:
         array.become_slot()  # state is open from now on: what JAX transforms may use it
     return array
+
+
+def _handed_out(leaf: Any) -> Any:
+    """A result, for a program that does not write arrays."""
+    if isinstance(leaf, MaskedElements):
+        return leaf.as_array()  # JAX's error
+    return snapshot(leaf)
 
 
 def _writable(leaf: Any) -> Any:

@@ -102,29 +102,29 @@ class MaskedElements:
     def _operand(self, other: Any) -> Any:
         if isinstance(other, MaskedElements):
             same = self._are_those_of(other.mask, other.state, other.place, other.found.shape)
-            return other._values if same else other._as_array()
-        return _plain(other) if jnp.ndim(other) <= self.place.n_behind else self._as_array()
+            return other._values if same else other.as_array()
+        return _plain(other) if jnp.ndim(other) <= self.place.n_behind else self.as_array()
 
-    def _as_array(self) -> Any:
+    def as_array(self) -> Any:
         """Raises what JAX raises."""
         return _jax.getitem(self._array, self._index)
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        return np.asarray(self._as_array(), *args, **kwargs)
+        return np.asarray(self.as_array(), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self._as_array(), name)
+        return getattr(self.as_array(), name)
 
     def __len__(self) -> int:
-        return len(self._as_array())
+        return len(self.as_array())
 
     def __getitem__(self, index: Any) -> Any:
-        return self._as_array()[index]
+        return self.as_array()[index]
 
     def __bool__(self) -> bool:
-        return bool(self._as_array())
+        return bool(self.as_array())
 
 
 def _plain(x: Any) -> Any:

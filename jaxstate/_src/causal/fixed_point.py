@@ -25,9 +25,10 @@ from jaxstate._src.causal.program import Program, Value
 from jaxstate._src.causal.recurrences import LoopOverTime
 from jaxstate._src.causal.regions import Clock, Region, are_disjoint, at_moments, box, only, without
 from jaxstate._src.causal.table import rule_of
-from jaxstate.errors import NotCausalError, check_runs_when_called, message
+from jaxstate.errors import NotCausalError, called_as, check_runs_when_called, message
 
 
+@called_as("x = jaxstate.causal_fixed_point(f, jnp.zeros(n))")
 def causal_fixed_point(
     f: Callable[[Any], Any], x: Any, *, axis: int | Sequence[int] = 0, steps: int | None = None
 ) -> Any:

@@ -16,6 +16,7 @@ import jax
 
 from jaxstate._src.params.copies import Copies, check_block
 from jaxstate._src.params.parametrized import Parametrized
+from jaxstate.errors import called_as
 
 __all__ = ["Ensemble", "ensemble"]
 
@@ -79,6 +80,7 @@ class Ensemble(Copies[P, R]):
         return out
 
 
+@called_as("several = jaxstate.ensemble(net, 5)")
 def ensemble(
     net: Parametrized[P, R],
     n: int,

@@ -2,11 +2,8 @@
 
 Both are entries of a tree, found by name. An *address* says which: the modules and scopes that were
 entered, relative to the jaxpr (or custom rule) in which the entry is used, and its name. The store
-completes the address with the place where that jaxpr is bound, and gives out names
-(`params.paths`).
-
-What is special to either is in the subclass of `EntryAddress` that it has
-(`params.param`, `params.lanes_of_variables`).
+completes the address with the place where that jaxpr is bound, and gives out names: `params.paths`.
+What is special to either is in `params.param` and `params.lanes_of_variables`.
 """
 
 from __future__ import annotations
@@ -197,29 +194,15 @@ class EntryAddress(Address):
         return False
 
     def renewed(self, use: dict[Any, Any] | None) -> EntryAddress:
-        home = self.home
         if not self._is_made_anew():
             return self
         if use is None:
             use = self.store().layers().layers[0].renewed
-        here = current_origin()
-
-        def renew(token: ModuleId | None) -> ModuleId | None:
-            if token is None or token.home is not home:
-                return token
-            if token not in use:
-                if token.parent is not None:
-                    parent = renew(token.parent)
-                    if token.made is not None:
-                        note_kept(parent, token.made)
-                    use[token] = ModuleId(here.home, parent, token.key, here.run)
-                else:
-                    if home not in use:
-                        use[home] = here.next_key("use")
-                    use[token] = here.token((use[home], token.key))
-            return use[token]
-
-        return self.having(levels=tuple(PathElement(v.base, renew(v.token)) for v in self.levels))
+        return self.having(
+            levels=tuple(
+                PathElement(v.base, _renewed(v.token, self.home, use)) for v in self.levels
+            )
+        )
 
     def meaning_here(self) -> Hashable:
         return self.store().meaning_of(self)
@@ -305,6 +288,7 @@ class EntryAddress(Address):
                 fix=f"""
                 jaxstate.{function}("{path[-1]}_2", ...)          # another one: another name
                 with jaxstate.scope("second"): ...           # or another scope
+                second = jaxstate.parametrized(layer)        # or each layer a module of its own
                 """,
                 made=made,
                 used=self.used,
@@ -312,6 +296,24 @@ class EntryAddress(Address):
         )
 
     fix_by_init: str
+
+
+def _renewed(token: ModuleId | None, home: Any, use: dict[Any, Any]) -> ModuleId | None:
+    """The module that one use of a jaxpr makes for one that was made inside of it."""
+    if token is None or token.home is not home:
+        return token
+    if token not in use:
+        here = current_origin()
+        if token.parent is not None:
+            parent = _renewed(token.parent, home, use)
+            if token.made is not None:
+                note_kept(parent, token.made)
+            use[token] = ModuleId(here.home, parent, token.key, here.run)
+        else:
+            if home not in use:
+                use[home] = here.next_key("use")
+            use[token] = here.token((use[home], token.key))
+    return use[token]
 
 
 def current_origin() -> Origin:

@@ -48,7 +48,7 @@ class Given:
         or something of another structure."""
         scope = self.scope(address.kind, path[:-1])
         if scope is None or path[-1] not in scope:
-            raise _missing(address, path, self.trees[address.kind], wanted)
+            raise _missing(address, path, self.trees, wanted)
         found = scope[path[-1]]
         if wanted.is_array:
             aval = type_of_given(found)
@@ -121,8 +121,8 @@ def _other_structure(address: EntryAddress, path: Path, found: Any, wanted: Spec
 
 
 def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exception:
-    """The error for a path that is not in the given dict."""
-    node, i = given, 0
+    """The error for a path that is not in the dict that was given for its kind."""
+    node, i = given[address.kind], 0
     while isinstance(node, Mapping) and path[i] in node:
         node, i = node[path[i]], i + 1
     names = sorted(map(str, node)) if isinstance(node, Mapping) else []
@@ -144,23 +144,29 @@ def _missing(address: EntryAddress, path: Path, given: Any, wanted: Any) -> Exce
 
 
 def _of_other_network(address: EntryAddress, path: Path, given: Any) -> tuple[str, str]:
-    """What to say if the given dict is that of a network around this one, or of a part of it."""
-    whole = "params" if address.kind == "parameter" else "state"
-    call = "apply(params" if address.kind == "parameter" else "apply_with_state(params, state"
+    """What to say if the dict is of the other kind, of a network around this one, or of a part."""
+    is_parameter = address.kind == "parameter"
+    other = "variable" if is_parameter else "parameter"
+    if _has(given[other], path):
+        what = f" It is among the {other}s that were given: were the two exchanged?"
+        return what, "y, state = net.apply_with_state(params, state, x)      # parameters first"
+    given = given[address.kind]
+    whole = "params" if is_parameter else "state"
+    call = "apply({}, x)" if is_parameter else "apply_with_state(params, {}, x)"
     for outer, part in _parts(given):
         if _has(part, path):
             of_part = whole + "".join(f'["{name}"]' for name in outer)
             return (
                 f" It is in {of_part}: these are the {address.kind}s of a network in which this one"
                 " is a part.",
-                f"net.{call.replace(whole, of_part)}, x)      # of the part",
+                f"net.{call.format(of_part)}      # of the part",
             )
     for n in range(1, len(path)):
         if _has(given, path[n:]):
             return (
                 f" {'/'.join(path[n:])!r} is: these are the {address.kind}s of the part"
                 f" {'/'.join(path[:n])!r} alone.",
-                f"{path[n - 1]}.{call}, x)      # the part; or the {address.kind}s of the whole",
+                f"{path[n - 1]}.{call.format(whole)}      # the part; or all {address.kind}s",
             )
     return "", ""
 

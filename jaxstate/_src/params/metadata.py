@@ -27,6 +27,7 @@ from jaxstate._src.params.entries import EntryAddress, innermost_store
 from jaxstate._src.params.entry import Entry, Located, Use
 from jaxstate._src.params.names import nested
 from jaxstate._src.params.observing import ObservingStore, observe
+from jaxstate._src.streams.keys import is_a_key
 from jaxstate.errors import ParameterMismatchError, message
 
 __all__ = ["Describable", "Metadata", "PerArray", "checked", "collection_of", "of_copies"]
@@ -132,7 +133,14 @@ def described(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
             places = jax.tree.leaves(nested(shape))
             found[kind] = Described(nested(tree), [place.value for place in places])
 
-    observe(module, args, kwargs, lambda key: _DescribingStore(module._token, key), see)
+    try:
+        observe(module, args, kwargs, lambda key: _DescribingStore(module._token, key), see)
+    except Exception as error:
+        if args and is_a_key(args[0]):
+            error.add_note("metadata takes no key.\nTo mend it:\n    net.metadata(x)")
+        else:
+            module._explain(error, "metadata", args, kwargs)
+        raise
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import numpy as np
 from jaxstate._src import _jax
 from jaxstate._src.core.specs import NoArrayError
 from jaxstate._src.streams.keys import is_a_key
-from jaxstate.errors import StateError, message
+from jaxstate.errors import StateError, does_not_fit, message
 
 __all__ = [
     "BY_NAME",
@@ -26,6 +25,7 @@ __all__ = [
     "given_by_name",
     "has_taken_argument",
     "name_to_call",
+    "no_such_attribute",
     "note_mistakes",
     "refuse_lazy",
     "taken_arguments",
@@ -42,6 +42,13 @@ LAZY = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGenerator
 
 
 # -- Calls of a network ----------------------------------------------------------------------
+
+
+# What a network takes before the arguments of its function: in a call of itself, and of a method.
+_FIRST = {
+    "": "", "init": "key, ", "init_with_state": "key, ", "apply": "params, ",
+    "apply_with_state": "params, state, ", "summary": "key, ", "metadata": "",
+}  # fmt: skip
 
 
 def name_to_call(net: Any) -> str:
@@ -62,7 +69,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
         signature = inspect.signature(net)
     except (TypeError, ValueError):
         return None
-    problem = _does_not_fit(signature, args, kwargs)
+    problem = does_not_fit(signature, args, kwargs)
     if problem is None:
         return None
     name = name_to_call(net)
@@ -76,7 +83,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
                 used=_jax.user_location(),
             )
         )
-    if starts_with_dict and _does_not_fit(signature, args[1:], kwargs) is None:
+    if starts_with_dict and does_not_fit(signature, args[1:], kwargs) is None:
         if not how:
             return TypeError(
                 message(
@@ -97,7 +104,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
         )
     others = [p for p in signature.parameters.values() if p.name not in _TAKEN - kwargs.keys()]
     taken = _TAKEN & signature.parameters.keys() - kwargs.keys()
-    if how and taken and not _does_not_fit(signature.replace(parameters=others), args, kwargs):
+    if how and taken and not does_not_fit(signature.replace(parameters=others), args, kwargs):
         argument = min(taken)
         return TypeError(
             message(
@@ -135,8 +142,7 @@ def about_call(net: Any, how: str, args: Any, kwargs: Any) -> Exception | None:
                     used=_jax.user_location(),
                 )
             )
-    first = {"": "", "init": "key, ", "apply": "params, "}.get(how, "params, state, ")
-    first = "key, " if how == "init_with_state" else first
+    first = _FIRST[how]
     return TypeError(
         message(
             f"{takes} does not take the arguments of this call of {call}: {problem}.",
@@ -224,18 +230,6 @@ def also_by_name(method: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _does_not_fit(signature: inspect.Signature, args: Any, kwargs: Any) -> str | None:
-    """Why a function of that signature does not take these arguments."""
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        problem = str(error)
-        unknown = next((k for k in kwargs if k not in signature.parameters), None)
-        close = unknown and difflib.get_close_matches(unknown, signature.parameters, n=1)
-        return problem + (f" (did you mean {close[0]!r}?)" if close else "")
-    return None
-
-
 def _shown(signature: inspect.Signature) -> list[str]:
     """The parameters of a function, without types."""
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
@@ -272,6 +266,8 @@ def note_mistakes(net: Any, error: Exception, how: str, args: Any, kwargs: Any) 
         notes.append(_TWO_DICTS)
     if isinstance(error, _NOT_KNOWN) and how.startswith("apply"):
         notes += [_traced_option(net, how, name) for name in _traced_options(net, args, kwargs)]
+    if how.startswith("apply") and any(x is None or _is_typed_key(x) for x in args):
+        notes.append(_KEY_BY_POSITION)
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
@@ -318,10 +314,46 @@ _NETWORK_WITH_DICT = """\
 The network itself was called, with a dict first. If these are the parameters, did you mean apply?
     y = net.apply(params, x)"""
 
+_KEY_BY_POSITION = """\
+A random key, or None, was given by position, as an input of the function. If it is for the streams:
+    y = net.apply(params, x, key=key)      # or without a key"""
+
 _TWO_DICTS = """\
 apply was given a dict as the first input of the function. If that is the variables:
     y, state = net.apply_with_state(params, state, x)    # reads and writes variables
     y = net.apply(params, x, state=state)                # only reads them"""
+
+
+def _is_typed_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+_HOLDS_NOTHING = """
+params = net.init(key, x)      # a network holds no parameters: they are a dict
+y = net.apply(params, x)
+"""
+
+# What other libraries have on a network, and what it is here.
+_ELSEWHERE = {
+    **dict.fromkeys(("params", "parameters", "state_dict", "variables", "weights"), _HOLDS_NOTHING),
+    "tabulate": "print(net.summary(key, x))",
+    "forward": "y = net.apply(params, x)",
+    **dict.fromkeys(("train", "eval"), "y = net.apply(params, x, train=False)      # an argument"),
+}
+
+
+def no_such_attribute(net: Any, name: str) -> AttributeError:
+    """With what another library would have there, and it is here."""
+    kind = type(net).__name__
+    if name not in _ELSEWHERE:
+        return AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=net)
+    return AttributeError(
+        message(
+            f"{kind!r} object has no attribute {name!r}.",
+            fix=_ELSEWHERE[name],
+            used=_jax.user_location(),
+        )
+    )
 
 
 def refuse_lazy(net: Any, out: Any) -> None:
@@ -375,7 +407,7 @@ def about_initializer(
             )
         )
     try:
-        problem = _does_not_fit(
+        problem = does_not_fit(
             inspect.signature(init), (None, *init_args) if takes_key else init_args, {}
         )
     except (TypeError, ValueError):

@@ -18,6 +18,7 @@ from jaxstate.errors import (
     MissingStoreError,
     ParameterConflictError,
     ParameterMismatchError,
+    called_as,
     message,
     thread_that_has_nothing,
     warn_of_unopened,
@@ -57,6 +58,7 @@ class ParamAddress(EntryAddress):
         """
 
 
+@called_as('w = jaxstate.param("w", init, shape, dtype)      # init(key, shape, dtype)')
 def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = None) -> T:
     """A parameter of the module (or `scope`) that the program is in.
 
@@ -148,6 +150,7 @@ class _Scope(ContextDecorator):
             )
 
 
+@called_as('with jaxstate.scope("encoder"):')
 def scope(name: str) -> _Scope:
     """Opens a level of the tree of parameters and variables by hand.
 

@@ -25,8 +25,9 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
+from jaxstate._src.handles import Shown
 from jaxstate._src.params.arguments import Shape
 from jaxstate._src.params.calling import check_is_dict, run_apply, run_init, writable_names
 from jaxstate._src.params.metadata import Describable
@@ -35,12 +36,14 @@ from jaxstate._src.params.misuse import (
     also_by_name,
     given_by_name,
     has_taken_argument,
+    no_such_attribute,
 )
 from jaxstate._src.params.modules import Module
 from jaxstate._src.params.paths import ModuleId
 from jaxstate._src.params.reuse import Reusable
 from jaxstate._src.params.summary import Summarizable
 from jaxstate._src.streams.keys import KeyLike
+from jaxstate.errors import called_as
 
 __all__ = ["Keys", "Owner", "Parametrized", "Rest", "Tree", "TreeLike", "parametrized"]
 
@@ -53,7 +56,7 @@ Tree = dict[str, Any]
 TreeLike = Mapping[str, Any]
 
 
-class Parametrized(Module[P, R], Reusable[P, R], Describable, Summarizable):
+class Parametrized(Module[P, R], Reusable[P, R], Describable, Summarizable, metaclass=Shown):
     """A function with parameters: see `parametrized`.
 
     Attributes:
@@ -289,6 +292,11 @@ class Parametrized(Module[P, R], Reusable[P, R], Describable, Summarizable):
             if value is not None and self._taken.get(name, 0) >= len(args):
                 raise has_taken_argument(self, how, name)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_such_attribute(self, name)
+
 
 @overload
 def parametrized(fn: Callable[P, R], *, name: str | None = None) -> Parametrized[P, R]: ...
@@ -300,6 +308,7 @@ def parametrized(
 ) -> Callable[[Callable[P, R]], Parametrized[P, R]]: ...
 
 
+@called_as('net = jaxstate.parametrized(fn, name="net")')
 def parametrized(fn: Any = None, *, name: str | None = None) -> Any:
     """Makes a function with parameters out of one that calls `param`.
 

@@ -42,6 +42,7 @@ from jaxstate.errors import (
     ParameterMismatchError,
     UncoveredParameterError,
     UnusedReuseError,
+    called_as,
     message,
     nearest,
 )
@@ -65,6 +66,7 @@ class Reusable(Generic[P, R]):
     init: Callable[..., Any]
     apply: Callable[..., Any]
 
+    @called_as("params = net.parameters_from({layer: layer_params}, x)")
     def parameters_from(
         self, reuse: Mapping[Any, Mapping[str, Any]], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -106,6 +108,7 @@ class Reusable(Generic[P, R]):
             raise _uncovered(self.name, missing, found)
         return nested({path: found.values[path].tree() for path in found.specs})
 
+    @called_as("y = net.apply_from({layer: layer_params}, x)")
     def apply_from(
         self,
         reuse: Mapping[Any, Mapping[str, Any]],
@@ -159,7 +162,7 @@ class Reusable(Generic[P, R]):
         >>> net.init(jax.random.key(0))
         {'s': Array([1., 1.], dtype=float32)}
         """
-        return Shaped(self, args, kwargs)
+        return Shaped._make(self, args, kwargs)
 
 
 class _Taken(NamedTuple):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
+from jaxstate._src.handles import Handle
+
 __all__ = ["Shaped"]
 
 R = TypeVar("R")
 
 
-class Shaped(Generic[R]):
+class Shaped(Generic[R], metaclass=Handle, made_by="shaped = net.shaped(x)"):
     """A parametrized object with example inputs: see `Parametrized.shaped`.
 
     As a key of ``reuse`` it says with which arguments its parameters were made.

@@ -18,7 +18,7 @@ from jaxstate._src import _jax
 from jaxstate._src.core.specs import spec_of
 from jaxstate._src.params.copies import Copies, check_block, shape_of
 from jaxstate._src.params.parametrized import Parametrized
-from jaxstate.errors import message, nearest
+from jaxstate.errors import called_as, message, nearest
 
 __all__ = ["Stack", "stack"]
 
@@ -85,6 +85,7 @@ class Stack(Copies[P, R]):
         )
 
 
+@called_as("deep = jaxstate.stack(block, 3)")
 def stack(
     block: Parametrized[P, R],
     n: int,

@@ -26,6 +26,7 @@ from jaxstate._src.params.nests import room_for_nests
 from jaxstate._src.params.observing import ObservingStore
 from jaxstate._src.params.paths import ModuleId, Path
 from jaxstate._src.streams.keys import check_key
+from jaxstate.errors import called_as
 
 __all__ = ["ParameterRow", "ScopeRow", "Summarizable", "Summary", "summary"]
 
@@ -124,6 +125,7 @@ class Summary:
         return "" if held == self.total_bytes else f"{held:,} bytes per device"
 
 
+@called_as("print(jaxstate.summary(params))\nprint(net.summary(key, x))      # of a network")
 def summary(params: Any) -> Summary:
     """What a tree of parameters is made of.
 
@@ -138,6 +140,11 @@ def summary(params: Any) -> Summary:
     >>> [(row.path, row.shape, row.bytes) for row in s.rows], s.total_bytes
     ([('dense/b', (3,), 12), ('dense/w', (2, 3), 24)], 36)
     """
+    if isinstance(params, Summarizable):
+        raise TypeError(
+            f"summary wants a tree of parameters, and was given {params!r}.\n"
+            "To mend it:\n    print(net.summary(key, x))\n    print(jaxstate.summary(params))"
+        )
     pairs = jax.tree_util.tree_leaves_with_path(params)
     return Summary(tuple(_row(jax.tree_util.keystr(p, simple=True, separator="/"), x)
                          for p, x in pairs))  # fmt: skip
@@ -161,8 +168,10 @@ class Summarizable:
     """What a parametrized object can say of itself before there are parameters."""
 
     _as_called: Callable[..., Any]
+    _explain: Callable[..., Any]
     _token: ModuleId
 
+    @called_as("print(net.summary(key, x))")
     def summary(self, key: Any, *args: Any, **kwargs: Any) -> Summary:
         """The parameters that ``init`` would make, and the outputs of all modules.
 
@@ -194,7 +203,7 @@ class Summarizable:
         total                         3     12
         """
         if isinstance(key, Mapping):
-            key = key.get("params", key.get("default"))
+            key = key.get("params", key.get("default", key))
         key = check_key(key, "summary")
         arrays, rebuild, _ = split_arrays((args, kwargs))
         calls: list[tuple[Path, Any]] = []
@@ -208,7 +217,11 @@ class Summarizable:
                 store.root_entered(self),
                 room_for_nests(),
             ):
-                calls.append(((), _shapes(self._as_called(None)(*args, **kwargs))))
+                try:
+                    calls.append(((), _shapes(self._as_called(None)(*args, **kwargs))))
+                except Exception as error:
+                    self._explain(error, "summary", args, kwargs)
+                    raise
             return store.initial_values("parameter")
 
         with jax.disable_jit(False):  # every branch is traced

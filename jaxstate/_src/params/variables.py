@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxstate._src import _jax
 from jaxstate._src.core.resolve import read_at, write_each
 from jaxstate._src.core.specs import contrast, same_structure, spec_of, strong
+from jaxstate._src.handles import Handle
 from jaxstate._src.params.entries import Store, current_place, innermost_store
 from jaxstate._src.params.entry import Use
 from jaxstate._src.params.interception import intercepted, interceptions
@@ -40,6 +41,7 @@ from jaxstate.errors import (
     ClosedStateError,
     ReadOnlyVariableError,
     SlotTypeError,
+    called_as,
     message,
     thread_that_has_nothing,
 )
@@ -50,7 +52,11 @@ __all__ = ["Variable", "is_writable", "variable"]
 T = TypeVar("T")
 
 
-class Variable(Generic[T]):
+class Variable(
+    Generic[T],
+    metaclass=Handle,
+    made_by='v = jaxstate.variable("v", init, shape)      # in a parametrized function',
+):
     """A handle of a variable: see `variable`."""
 
     __slots__ = (
@@ -291,6 +297,7 @@ def _refuse_what_values_can_do() -> None:
 _refuse_what_values_can_do()
 
 
+@called_as('v = jaxstate.variable("v", init, shape, dtype)      # init(shape, dtype)')
 def variable(
     name: str,
     init: Callable[..., T],
@@ -358,9 +365,13 @@ def variable(
     def handle(init: Any, *init_args: Any) -> Variable[Any]:
         if not callable(init):
             call = "init(key, *init_args)" if takes_key else "init(*init_args)"
+            fix = f'jaxstate.variable("{name}", lambda: value)'
+            if isinstance(init, str):
+                of = f'metadata={{"collection": "{name}"}}'
+                fix += f'\n    jaxstate.variable("{init}", init, shape, {of})'
             raise TypeError(
                 f"variable({name!r}, ...) wants a function {call}, and was given {init!r}.\n"
-                f'To mend it:\n    jaxstate.variable("{name}", lambda: value)'
+                f"To mend it:\n    {fix}"
             )
         address = VariableAddress(name, used, metadata, takes_key)
         store = address.store()
@@ -380,7 +391,7 @@ def variable(
         if types != use.spec.avals:
             addresses = [a.having(wanted=t) for a, t in zip(use.addresses, types, strict=True)]
             use = Use(use.spec._replace(avals=types), addresses, use.entry)
-        return Variable(name, store, use, metadata)
+        return Variable._make(name, store, use, metadata)
 
     around = interceptions("variable")
     if not around:

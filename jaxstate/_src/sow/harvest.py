@@ -41,7 +41,13 @@ from jaxstate._src.sow.sites import (
     reaps_inside,
     types_of,
 )
-from jaxstate.errors import NameClashError, PlantMismatchError, check_runs_when_called, message
+from jaxstate.errors import (
+    NameClashError,
+    PlantMismatchError,
+    called_as,
+    check_runs_when_called,
+    message,
+)
 
 __all__ = ["plant", "reap", "sow"]
 
@@ -52,6 +58,7 @@ Mode = Literal["strict", "append", "clobber", "cond_clobber"]
 _MODES = ("strict", "append", "clobber", "cond_clobber")
 
 
+@called_as('x = jaxstate.sow("name", x)')
 def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
     """Marks a value, anywhere in a program, for `reap` to collect and `plant` to replace.
 
@@ -94,7 +101,9 @@ def sow(name: str, value: T, *, tag: str = "sown", mode: Mode = "strict") -> T:
     (18.0, 9.0)
     """
     if not isinstance(name, str):
-        raise TypeError(f"sow: a name is a string, not {name!r}.")
+        raise TypeError(
+            f'sow: a name is a string, not {name!r}.\nTo mend it:\n    x = jaxstate.sow("name", x)'
+        )
     check_tag("sow", tag)
     if mode not in _MODES:
         raise ValueError(f"sow: mode is one of {', '.join(map(repr, _MODES))}, not {mode!r}.")
@@ -211,6 +220,7 @@ def _stack(*leaves: Any) -> Any:
     return jnp.stack(leaves)
 
 
+@called_as("out, sown = jaxstate.reap(fn)(x)")
 def reap(
     fn: Callable[P, R],
     tag: str = "sown",
@@ -394,6 +404,7 @@ def _count_mismatch(site: Site, value: Any, times: str, made: str) -> Exception:
     )
 
 
+@called_as('out = jaxstate.plant(fn)({"name": value}, x)')
 def plant(
     fn: Callable[P, R],
     tag: str = "sown",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -35,18 +35,28 @@ def key_and_type(key: Any, where: str) -> tuple[Any, Any]:
             key = _jax.canonicalize(key)
             return key, _jax.typeof(key)
     found = repr(key) if aval is None else aval.str_short()
+    if isinstance(key, Mapping):
+        found = f"a dict with {', '.join(map(repr, key)) or 'nothing'}"
     raise TypeError(
         f"{where} wants one random key, and was given {found}.\n"
-        f"To mend it:\n    {_mended(key, aval)}"
+        f"To mend it:\n    {_mended(key, aval, where)}"
     )
 
 
-def _mended(key: Any, aval: Any) -> str:
+# A call of what takes a key first.
+_WITH_KEY = {
+    "init": "net.init(jax.random.key(0), x)",
+    "summary": "net.summary(jax.random.key(0), x)",
+    "rng_stream": 'with jaxstate.rng_stream(jax.random.key(0), "dropout"):',
+}
+
+
+def _mended(key: Any, aval: Any, where: str) -> str:
     if aval is not None and _jax.is_typed_key(aval):
         return "key = keys[0]      # one of them; or jax.vmap, for a result of each"
     if hasattr(key, "next_key"):
         return "key = stream.next_key()"
-    return "key = jax.random.key(0)"
+    return _WITH_KEY.get(where, "key = jax.random.key(0)")
 
 
 def _default_kind() -> Hashable:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.handles import Handle
 from jaxstate._src.streams.holders import (
     StreamAddress,
     StreamHolder,
@@ -30,6 +31,7 @@ from jaxstate._src.streams.keys import KeyLike, key_and_type
 from jaxstate.errors import (
     ClosedStateError,
     MissingStreamError,
+    called_as,
     message,
     warn_of_unopened,
 )
@@ -40,7 +42,7 @@ __all__ = ["Stream", "next_key", "no_key_wanted", "rng_stream"]
 T = TypeVar("T")
 
 
-class Stream:
+class Stream(metaclass=Handle, made_by="with jaxstate.rng_stream(key) as stream:"):
     """A handle of an open stream: what ``with rng_stream(...) as stream`` gives.
 
     ``stream.key`` and ``stream.count`` are enough to go on later, in another process too:
@@ -117,7 +119,7 @@ class _Opening(AbstractContextManager[Stream]):
         self._open = open_holder(holder)
         self._open.__enter__()
         holder.identity.thread = threading.get_ident()
-        return Stream(holder)
+        return Stream._make(holder)
 
     def __exit__(self, *exc: object) -> None:
         self._holder.identity.thread = None
@@ -170,6 +172,7 @@ def _no_decorator() -> Exception:
     )
 
 
+@called_as('with jaxstate.rng_stream(jax.random.key(0), "dropout"):')
 def rng_stream(
     key: KeyLike,
     name: str = "default",

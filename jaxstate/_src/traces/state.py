@@ -61,7 +61,7 @@ class Shared:
         self.place: Any = None
         self.family = object()
         self.slots: dict[tuple[int, Any], Slot] = {}
-        self.attributes: dict[str, Any] = {}  # for which what is below was processed
+        self.attributes: dict[Any, Any] = {}  # for which what is below was processed
         self.processed: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def slot(self, n: int, aval: Any) -> Slot:

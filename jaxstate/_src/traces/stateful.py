@@ -214,13 +214,16 @@ class StatefulTrace(_jax.TransparentTrace, Generic[S]):
         return done
 
     def _forget_if_changed(self) -> None:
-        """What was processed holds what the attributes were then.
+        """What was processed holds what the attributes were then, of the trace and of its classes.
 
         A list or dict is the same as long as it is the same object: tables of an author grow while
         a jaxpr is processed, and would each time make it be processed again.
         """
         before = self._shared.attributes
-        now = {k: v for k, v in self.__dict__.items() if k not in _NOT_OF_AUTHORS}
+        now: dict[Any, Any] = {k: v for k, v in self.__dict__.items() if k not in _NOT_OF_AUTHORS}
+        for cls in type(self).__mro__:
+            if cls not in StatefulTrace.__mro__:
+                now.update(((cls, name), value) for name, value in vars(cls).items())
         if now.keys() != before.keys() or any(now[k] is not before[k] for k in now):
             self._shared.processed.clear()
             self._shared.attributes = now

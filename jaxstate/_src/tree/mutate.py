@@ -37,7 +37,7 @@ from jaxstate._src.tree.graph import LEAF, mentions, statics, value_of
 from jaxstate._src.tree.objects import NODE, STATIC, kind_of, parts_of
 from jaxstate._src.tree.session import Session, writable
 from jaxstate._src.tree.walk import Walk, fitted
-from jaxstate.errors import check_runs_when_called
+from jaxstate.errors import called_as, check_runs_when_called
 
 __all__ = ["mutate"]
 
@@ -45,6 +45,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@called_as("out, tree = jaxstate.mutate(fn)(tree)")
 def mutate(fn: Callable[P, R], *, deep: bool = True) -> Callable[P, tuple[R, Any]]:
     """Makes a pure function out of one that assigns to its first argument.
 

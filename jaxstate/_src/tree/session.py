@@ -69,8 +69,6 @@ class Session(Holder):
         self._pending: _PendingChange | None = None
         self._walk: Walk | None = walk
 
-    # -- As a holder -------------------------------------------------------------------------
-
     @property
     def anchor(self) -> Any:
         return _jax.current_trace() if self.is_open else None
@@ -155,8 +153,6 @@ class Session(Holder):
         if self._graph is not None or self._walk is None:
             return self._graph
         return self._walk.graph
-
-    # -- The objects -------------------------------------------------------------------------
 
     @property
     def walk(self) -> Walk:
@@ -260,8 +256,6 @@ class Session(Holder):
         walk.roots = walk.values_of(walk.graph.roots)
         self.roots[:] = walk.roots[: len(self.roots)]
         self.detached = walk.roots[len(self.roots) :]
-
-    # -- Changes of the structure --------------------------------------------------------------
 
     def begin_change(self, change: Change) -> None:
         self._pending = _PendingChange(change, self.walk)
