@@ -535,6 +535,15 @@ def test_parameters_of_another_dtype(key):
     np.testing.assert_array_equal(f.apply(numpy, jnp.ones(3)), p["w"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_a_parameter_of_another_shape_is_refused_with_the_type_that_is_wanted(dtype):
+    ones = jax.nn.initializers.ones
+    net = jaxstate.parametrized(lambda: jaxstate.param("w", ones, (3,), jnp.dtype(dtype)))
+    for how in (lambda f: f, jax.jit):
+        with pytest.raises(jaxstate.StateError, match=rf"wants {dtype}\[3\]"):
+            how(net.apply)({"w": jnp.zeros(4, dtype)})
+
+
 def test_a_parameter_that_is_a_tree(key):
     def init(key, n):
         return {"kernel": normal(key, (n,)), "scales": (jnp.ones(()), jnp.zeros(2))}
@@ -926,8 +935,12 @@ def test_classes_with_parametrized_methods_are_made_as_ever():
         def f(self, x):
             return x
 
+    class PairAsItIs(PairWithMethod):
+        pass
+
     shown = {Scale: "()", SlottedScale: "(size: int = 1) -> None", WithInit: "(n: int, *, m=3)"}
     shown |= {Further: "(z)", PairWithMethod: "(a: int)", ScaleWithNew: "(*sizes)"}
+    shown |= {PairAsItIs: "(a: int)"}
     for cls, signature in shown.items():
         assert str(inspect.signature(cls)) == signature
     assert str(inspect.signature(WithInit(1))) == "(x)"
