@@ -948,6 +948,19 @@ def test_explicit_arrays_outside():
     np.testing.assert_array_equal(inside(jnp.arange(4.0)), [0, 2, 4, 3])
 
 
+@leaks_of_errors
+def test_the_error_of_lanes_says_where_an_array_was_written_before():
+    @inplace
+    def f(x):
+        y = jnp.zeros(3)
+        y[0] = 1.0
+        return jax.vmap(lambda a: y.__setitem__(1, a))(x)
+
+    line = f.__wrapped__.__code__.co_firstlineno + 3
+    with pytest.raises(jaxstate.LaneWriteError, match=rf"made: .*test_inplace\.py:{line} "):
+        f(jnp.arange(3.0))
+
+
 SOURCES = {
     "NumPy": lambda: np.arange(3.0, dtype=np.float32),
     "JAX": lambda: jnp.arange(3.0),
