@@ -38,6 +38,7 @@ def test_a_seed_names_the_same_faults(area):
     chosen = mutants.choose(5, 1, [area])
     assert chosen == mutants.choose(5, 1, [area]) != mutants.choose(5, 2, [area])
     assert mutants.tests_of(area)
+    assert all((mutants.ROOT / name).exists() for name in mutants.tests_of(area))
     for mutant in chosen:
         assert ast.dump(ast.parse(mutant.before)) != ast.dump(ast.parse(mutant.after))
         assert mutant.area == area

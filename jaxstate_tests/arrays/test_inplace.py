@@ -118,6 +118,24 @@ def test_values_are_cast(dtype):
     assert_like_numpy(jax.jit, program, np.zeros(5, dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, bool])
+def test_a_complex_number_leaves_its_real_part_or_whether_it_is_zero(dtype):
+    values = np.complex64([2.75 + 1j, 1j, 0])
+    wanted = np.ones(5, dtype)
+    wanted[1:4] = values if dtype is bool else values.real
+
+    @inplace
+    def f(x, values):
+        x[1:4] = values
+        return x
+
+    for given in (values, jnp.asarray(values)):
+        found = f(np.ones(5, dtype), given)
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == dtype
+    np.testing.assert_array_equal(jax.jit(lambda x: f(x, values))(np.ones(5, dtype)), wanted)
+
+
 @leaks_of_errors
 def test_what_numpy_refuses():
     cases = [
@@ -546,6 +564,48 @@ def test_explicit_arrays_outside():
         return y
 
     np.testing.assert_array_equal(inside(jnp.arange(4.0)), [0, 2, 4, 3])
+
+
+@leaks_of_errors
+def test_the_error_of_lanes_says_where_an_array_was_written_before():
+    @inplace
+    def f(x):
+        y = jnp.zeros(3)
+        y[0] = 1.0
+        return jax.vmap(lambda a: y.__setitem__(1, a))(x)
+
+    line = f.__wrapped__.__code__.co_firstlineno + 3
+    with pytest.raises(jaxstate.LaneWriteError, match=rf"made: .*test_inplace\.py:{line} "):
+        f(jnp.arange(3.0))
+
+
+SOURCES = {
+    "NumPy": lambda: np.arange(3.0, dtype=np.float32),
+    "JAX": lambda: jnp.arange(3.0),
+    "writable": lambda: jaxstate.array(jnp.arange(3.0)),
+    "list": lambda: [0.0, 1.0, 2.0],
+    "number": lambda: 2.0,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_array_is_a_copy_of_what_it_is_made_of(source):
+    x = SOURCES[source]()
+    wanted = np.array(x, np.float32)
+
+    @jax.jit
+    def doubled():
+        y = jaxstate.array(x)
+        y *= 2
+        return y + 0
+
+    np.testing.assert_array_equal(doubled(), wanted * 2)
+    np.testing.assert_array_equal(x, wanted)
+    y = jaxstate.array(x)
+    assert y.dtype == wanted.dtype and y.shape == wanted.shape
+    if source in ("NumPy", "writable", "list"):
+        x[1] = 9.0
+    np.testing.assert_array_equal(y, wanted)
 
 
 def test_other_state_in_inplace_functions():

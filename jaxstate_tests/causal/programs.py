@@ -252,6 +252,16 @@ def moved(x):
     return jnp.sin(put) + jnp.cos(rolled) + (added + row) * 0.1 + looked_up * 0.3
 
 
+def parts_at_known_places(x):
+    """Parts that are taken and put at places that are known; what would be put beyond the end is
+    left out."""
+    h = embedded(x)
+    part = jax.lax.dynamic_slice(h, (0, 1), (len(x), 2))
+    numbers = jax.lax.ScatterDimensionNumbers((0, 1), (), (1,))
+    inside, beyond = (jax.lax.scatter(h, jnp.array([i]), part, numbers) for i in (2, 3))
+    return read_out(jnp.cos(inside) + beyond * h)
+
+
 def beside_time(x):
     """Sorting, lookups, updates, Fourier transforms and matrices, all along the other axis."""
     h = embedded(x)
@@ -357,8 +367,8 @@ CAUSAL = {
         softmax_attention, added_mask, multiplied_mask, library_attention, library_options,
         padded_attention, attention_to_a_prefix, attention_in_blocks, rotated_attention,
         loop_over_layers, loop_over_heads, recurrent, loops_without_time, branches, calls, dilated,
-        strided, each_channel, unpadded, pooled, lagging, moved, beside_time, second_axis, table,
-        products, masked_sums, running, running_from_the_end,
+        strided, each_channel, unpadded, pooled, lagging, moved, parts_at_known_places,
+        beside_time, second_axis, table, products, masked_sums, running, running_from_the_end,
         running_in_pairs, without_elements, solved, associative, special, random_numbers,
     )
 }  # fmt: skip

@@ -44,7 +44,10 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-QUICK = {"added_mask", "multiplied_mask", "recurrent", "branches", "pooled", "moved", "associative"}
+QUICK = {
+    "added_mask", "multiplied_mask", "recurrent", "branches", "pooled", "moved", "associative",
+    "parts_at_known_places",
+}  # fmt: skip
 EACH = [
     pytest.param(name, n, marks=() if name in QUICK and n == 8 else pytest.mark.slow)
     for name in CAUSAL

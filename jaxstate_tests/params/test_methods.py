@@ -96,8 +96,12 @@ def test_classes_with_parametrized_methods_are_made_as_ever():
         def f(self, x):
             return x
 
+    class PairAsItIs(PairWithMethod):
+        pass
+
     shown = {Scale: "()", SlottedScale: "(size: int = 1) -> None", WithInit: "(n: int, *, m=3)"}
     shown |= {Further: "(z)", PairWithMethod: "(a: int)", ScaleWithNew: "(*sizes)"}
+    shown |= {PairAsItIs: "(a: int)"}
     for cls, signature in shown.items():
         assert str(inspect.signature(cls)) == signature
     assert str(inspect.signature(WithInit(1))) == "(x)"

@@ -321,6 +321,15 @@ def test_parameters_of_another_dtype(key):
     np.testing.assert_array_equal(f.apply(numpy, jnp.ones(3)), p["w"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_a_parameter_of_another_shape_is_refused_with_the_type_that_is_wanted(dtype):
+    ones = jax.nn.initializers.ones
+    net = jaxstate.parametrized(lambda: jaxstate.param("w", ones, (3,), jnp.dtype(dtype)))
+    for how in (lambda f: f, jax.jit):
+        with pytest.raises(jaxstate.StateError, match=rf"wants {dtype}\[3\]"):
+            how(net.apply)({"w": jnp.zeros(4, dtype)})
+
+
 def test_a_parameter_that_is_a_tree(key):
     def init(key, n):
         return {"kernel": normal(key, (n,)), "scales": (jnp.ones(()), jnp.zeros(2))}

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jaxstate
+from jaxstate.extend import new_slot, read, write
 
 MODES = {"eagerly": lambda f: f, "jit": jax.jit}
 X = jnp.float32(0.7)
@@ -77,3 +78,41 @@ def test_a_value_of_a_mesh_into_an_array_of_none_and_the_other_way_round(inside,
 
     found = MODES[mode](write)(jnp.zeros(3), X)
     np.testing.assert_array_equal(found, jnp.zeros(3).at[index].set(X))
+
+
+def of_each_device(f):
+    """What it is given varies over the devices."""
+    mesh = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("d")
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slot_varies_over_devices_from_the_write_on_that_does(mode):
+    """A derivative sums over devices where a value that did not vary becomes one that does."""
+
+    def f(x):
+        slot = new_slot(jnp.float32(1))
+
+        def written_and_read(w):
+            write(slot, read(slot) * x[0] * w)
+            return jax.jit(lambda: read(slot) * x[0] * w)()
+
+        return x + jax.grad(jax.jit(written_and_read))(jnp.float32(2))
+
+    x = np.float32([3])
+    wanted = x + jax.grad(lambda w: (1 * x[0] * w) * x[0] * w)(2.0)
+    np.testing.assert_allclose(MODES[mode](of_each_device(f))(x), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_traced_with_a_slot_that_did_not_vary_is_not_used_again_when_it_does(mode):
+    def f(x):
+        slot = new_slot(jnp.float32(1))
+        g = jax.jit(lambda y: read(slot) * y)
+        y = g(2.0)
+        write(slot, x[0])
+        return x + y + g(2.0)
+
+    with pytest.raises(jaxstate.DeviceWriteError, match="varies over the mesh axes d here"):
+        MODES[mode](of_each_device(f))(np.ones(1, np.float32))

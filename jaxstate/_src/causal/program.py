@@ -131,8 +131,6 @@ class Program:
 
     def constant(self, array: Any) -> Value:
         aval: Any = _jax.typeof(array)
-        if not hasattr(array, "shape"):
-            array = np.asarray(array, aval.dtype)
         return Value(aval, np.zeros((1,) * len(aval.shape), np.int32), array)
 
     def trace(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
