@@ -252,9 +252,16 @@ def read_as_stored(addresses: Iterable[Address]) -> list[Any]:
     """`read_all`, for a caller who sees to the types."""
     use = current_use()
     here = [address.renewed(use) for address in addresses]
-    if binds.seen is not None:
-        binds.seen.update((a, read_stored(a)) for a in here if not a.in_objects)
+    seen = _seen_here()
+    if seen is not None:
+        seen.update((a, read_stored(a)) for a in here if not a.in_objects)
     return read_each(here)
+
+
+def _seen_here() -> dict[Address, Any] | None:
+    """What was read for the compiled program that is run here. (JAX may trace a function when that
+    has begun, and what is read in there is no matter of it.)"""
+    return binds.seen if _jax.current_trace() is _jax.eval_trace else None
 
 
 def check_type(address: Address, wanted: Any, value: Any) -> None:
@@ -272,7 +279,7 @@ def write_all(addresses: Iterable[Address], values: Iterable[Any]) -> None:
     """
     use = current_use()
     here = [address.renewed(use) for address in addresses]
-    seen = binds.seen or {}
+    seen = _seen_here() or {}
     for address in here if seen else ():
         if address in seen and read_stored(address) is not seen[address]:
             raise written_meanwhile(address)
@@ -317,7 +324,8 @@ class _Binds(threading.local):
 
     Attributes:
       depth: how many. What is traced meanwhile are jaxprs, and no functions of a program.
-      seen: what was read of slots, where the innermost one runs a compiled program; else None.
+      seen: what was read of slots at top level, where the innermost one runs a compiled program;
+        else None.
     """
 
     depth = 0
