@@ -408,3 +408,13 @@ def test_a_store_that_another_thread_has_closed_is_not_found():
     thread.join()
     with pytest.raises(jaxstate.MissingStreamError):
         draw()
+    total = new_slot(0.0)
+
+    @jax.custom_jvp
+    def add(x):
+        write(total, read(total) + x)
+        return x
+
+    add.defjvps(lambda dot, out, x: dot)
+    jax.jit(lambda x: add(x))(1.0)
+    assert read(total) == 1

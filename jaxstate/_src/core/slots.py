@@ -396,7 +396,7 @@ class _Stack(list):
     """The open holders of a thread; another thread may close one of them."""
 
     def __init__(self) -> None:
-        self.here = OpenHere(None)
+        self.here: Any = OpenHere(None)  # None if another thread has closed one
 
 
 class _ThreadState(threading.local):
@@ -512,13 +512,15 @@ class open_holder:  # a class: generators take longer
         if self._stack is _thread.stack:
             _publish_signature(self._stack)
         else:  # a generator may be closed by another thread
-            self._stack.here = OpenHere(self._stack.here.signature)
+            self._stack.here = None
         self._holder.anchor = None
 
 
 def open_here() -> OpenHere:
     """What is known of the holders that are open on this thread."""
-    return _thread.stack.here
+    if _thread.stack.here is None:
+        _publish_signature(_thread.stack)
+    return _thread.stack.here  # type: ignore[return-value]
 
 
 def function_inside(holder: Holder) -> ExitStack:
@@ -587,7 +589,7 @@ def _publish_signature(stack: _Stack) -> None:
     for part in signature_parts:
         if (signature := part()) is not None:
             signatures += (signature,)
-    if signatures == _thread.published:
+    if signatures == _thread.published and stack.here is not None:
         stack.here = OpenHere(stack.here.signature)
         return
     token = None
