@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,6 +66,8 @@ class Node:
     def changed_part(self) -> str | None:
         """How a program writes a part of the object that is another one by now, or is gone."""
         names, keys, values = parts_of(self.object)
+        if isinstance(keys, objects.Content) and keys != self.keys:
+            return "[:]" if isinstance(self.object, (array, bytearray)) else ""
         before = {objects.label(self.names, self.keys, i): x for i, x in enumerate(self.values)}
         after = {objects.label(names, keys, i): x for i, x in enumerate(values)}
         parts = [p for p in {**before, **after} if before.get(p, self) is not after.get(p, self)]

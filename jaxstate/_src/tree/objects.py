@@ -16,6 +16,7 @@ import operator
 import pickle
 import random
 import sys
+import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -81,13 +82,14 @@ def _kind(x: Any) -> str:
         return MADE
     package = cls.__module__.partition(".")[0]
     layout = layout_of(cls)
-    is_object = layout.base in (object, types.SimpleNamespace)
+    is_object = layout.base in (object, types.SimpleNamespace, threading.local)
     has_parts = is_object and (layout.has_dict or layout.slots)
     if _jax.children_of(x) is not None:
         return NODE if has_parts and package not in LIBRARIES else MADE
     if not has_parts or package in LIBRARIES or _is_value(cls) or _is_its_own_copy(x):
         return STATIC
-    _unknown.put(cls, True)
+    if layout.base is not threading.local:  # an empty one with a name is there to be assigned to
+        _unknown.put(cls, True)
     return NODE
 
 
@@ -97,7 +99,9 @@ LIBRARIES = ("jax", "jaxlib", "jaxstate", "numpy")
 def _is_value(cls: type) -> bool:
     """Whether objects of a class of Python's library are values, or no business of the state."""
     package = cls.__module__.partition(".")[0]
-    if cls is types.SimpleNamespace or package in ("collections", "argparse", "queue", "__main__"):
+    if cls in (types.SimpleNamespace, threading.local):
+        return False
+    if package in ("collections", "argparse", "queue", "__main__"):
         return False
     return package in sys.stdlib_module_names
 
@@ -158,6 +162,11 @@ class Content:
 
 
 def _set_bytes(x: Any, value: bytes) -> None:
+    if x.tobytes() == value:
+        return
+    if len(value) == len(x) * x.itemsize:  # in place: a view of NumPy forbids another length
+        np.frombuffer(x, np.uint8)[:] = np.frombuffer(value, np.uint8)
+        return
     del x[:]
     x.frombytes(value)
 
@@ -231,7 +240,7 @@ def _layout(cls: type) -> Layout:
         or isinstance(c.__dict__.get("__new__"), types.BuiltinFunctionType)
     )  # fmt: skip
     items = next((c for c in _CONTAINERS if issubclass(cls, c)), None)
-    has_dict = bool(cls.__dictoffset__)
+    has_dict = bool(cls.__dictoffset__) or issubclass(cls, threading.local)
     contents = next((how for c, how in _CONTENTS.items() if issubclass(cls, c)), None)
     return Layout(base, has_dict, tuple(_slots_of(cls)), items, contents)
 
@@ -252,7 +261,13 @@ def _slots_of(cls: type) -> list[str]:
 
 
 def dict_of(x: Any) -> dict[str, Any]:
-    """The ``__dict__`` of an object whose class has one, whatever the class says it is."""
+    """The ``__dict__`` of an object whose class has one, whatever the class says it is.
+
+    That of a `threading.local` is the one of this thread (and none of `object`, which finds another
+    or nothing): what other threads have assigned is no part.
+    """
+    if issubclass(type(x), threading.local):
+        return threading.local.__getattribute__(x, "__dict__")
     return object.__getattribute__(x, "__dict__")
 
 
@@ -358,7 +373,8 @@ class Blank(NamedTuple):
 
     Attributes:
       argument: what one cannot be made without: the longest that a deque gets, the type of an array
-        of Python, or the kind of bits of a generator.
+        of Python, the kind of bits of a generator, or what the constructor of a `threading.local`
+        is called with again in each other thread.
     """
 
     cls: type
@@ -369,16 +385,29 @@ class Blank(NamedTuple):
         contents = layout_of(type(x)).contents
         if contents is not None:
             return Blank(type(x), contents.argument(x))
+        if issubclass(type(x), threading.local):
+            return Blank(type(x), _arguments_of_local(x))
         return Blank(type(x), x.maxlen if isinstance(x, deque) else None)
 
     def make(self) -> Any:
         layout = layout_of(self.cls)
         if layout.contents is not None:
             return layout.contents.make(self.cls, self.argument)
+        if layout.base is threading.local:
+            args, keywords = self.argument
+            return threading.local.__new__(self.cls, *args, **keywords)
         made = layout.base.__new__(self.cls)
         if self.argument is not None:
             deque.__init__(made, (), self.argument)
         return made
+
+
+def _arguments_of_local(x: Any) -> tuple[Any, Any]:
+    """What a `threading.local` was made with, which only Python's memory manager sees."""
+    seen = gc.get_referents(x)
+    args = next((y for y in seen if type(y) is tuple), ())
+    keywords = next((y for y in seen if type(y) is dict and any(type(k) is str for k in y)), {})
+    return args, keywords
 
 
 def made_of(cls: type, names: Any, values: list[Any]) -> Any:
