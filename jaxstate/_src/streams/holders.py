@@ -22,6 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.core.boundaries import holders_outside
+from jaxstate._src.core.resolve import read_at, write_at
+from jaxstate._src.core.slots import Address, Cell, Holder, Lane, holders
 from jaxstate.errors import (
     ClosedStateError,
     LaneWriteError,
@@ -30,16 +33,6 @@ from jaxstate.errors import (
     message,
     nearest,
     thread_that_has_nothing,
-)
-from jaxstate.extend import (
-    Address,
-    Cell,
-    Holder,
-    Lane,
-    holders,
-    holders_outside,
-    read_at,
-    write_at,
 )
 
 __all__ = ["Count", "StreamAddress", "StreamHolder", "Streams", "draw", "not_opened"]

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstate._src import _jax
+from jaxstate._src.core.resolve import read_at
+from jaxstate._src.core.slots import holders, open_holder
 from jaxstate._src.handles import Handle
 from jaxstate._src.streams.holders import (
     StreamAddress,
@@ -35,7 +37,6 @@ from jaxstate.errors import (
     message,
     warn_of_unopened,
 )
-from jaxstate.extend import holders, open_holder, read_at
 
 __all__ = ["Stream", "next_key", "no_key_wanted", "rng_stream"]
 
