@@ -45,7 +45,9 @@ class Mlp:
 @jaxstate.parametrized
 def block(x: jax.Array, scale: float = 1.0) -> jax.Array:
     with jaxstate.scope("inner"):
-        return x * scale * jaxstate.param("s", jax.nn.initializers.ones, ())
+        shift = jaxstate.param("shift", lambda key: jax.random.normal(key, x.shape))
+        assert_type(shift, jax.Array)
+        return x * scale * jaxstate.param("s", jax.nn.initializers.ones, ()) + shift
 
 
 def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:

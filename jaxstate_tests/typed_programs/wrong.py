@@ -47,7 +47,7 @@ jaxstate.reap(halved)(x)  # type: ignore[call-arg]  # pyright: ignore[reportCall
 jaxstate.plant(halved)(x, 2)  # type: ignore[arg-type, call-arg]  # pyright: ignore[reportCallIssue]
 jaxstate.mutate(halved)(x, tmes=2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 jaxstate.inplace(noisy)(x, skale=2.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-jaxstate.param("w", jnp.ones((3,)))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+jaxstate.param("w", jnp.ones((3,)))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
 jaxstate.variable("w", jnp.ones((3,)))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 # Results.

@@ -57,7 +57,7 @@ class Address:
 
     # What makes one value of several slots together, of what lanes or devices wrote to each:
     # they are written as one (`resolve.write_each`).
-    joint: Joint | None = None
+    joint: Any = None  # a `Joint`
 
     # Whether its type says over which mesh axes of a shard_map it varies, as that of a value does.
     # (What it holds may vary sooner or later than it was made.)

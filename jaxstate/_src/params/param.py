@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
+
+import jax
 
 from jaxstate._src import _jax
 from jaxstate._src.params.entries import EntryAddress, innermost_store, level_entered
@@ -56,6 +58,14 @@ class ParamAddress(EntryAddress):
     fix_by_init = """
         params = net.init(key, x)      # with inputs of the shapes that apply is given
         """
+
+
+@overload
+def param(name: str, init: Callable[[jax.Array], T], *, metadata: Any = None) -> T: ...
+
+
+@overload
+def param(name: str, init: Callable[..., T], *init_args: Any, metadata: Any = None) -> T: ...
 
 
 @called_as('w = jaxstate.param("w", init, shape, dtype)      # init(key, shape, dtype)')
