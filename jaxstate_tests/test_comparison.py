@@ -27,15 +27,10 @@ def test_the_page_says_what_comes_out(kind):
     assert table in PAGE
 
 
-QUICK = "run the model without `jit`"
-
-
 @plain
+@pytest.mark.slow
 @pytest.mark.skipif(comparison.versions() not in PAGE, reason="the page is about other versions")
-@pytest.mark.parametrize(
-    "work",
-    [QUICK, *(pytest.param(w, marks=pytest.mark.slow) for w in comparison.SPEED if w != QUICK)],
-)
+@pytest.mark.parametrize("work", comparison.SPEED)
 def test_the_page_says_what_libraries_cost(work):
     """Up to a tenth: what JAX keeps of earlier tests counts too."""
     model = comparison.MODELS[0]

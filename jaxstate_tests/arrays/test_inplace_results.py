@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxstate
 from jaxstate import inplace
+from jaxstate_tests.sampling import part_of_product
 
 X = np.arange(4, dtype=np.float32)
 
@@ -78,8 +79,7 @@ def returned(x):
     return x, x, x[1:], x.reshape(2, 2).T
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(("body", "mode"), part_of_product(2, BODIES, MODES))
 def test_what_was_written(body, mode):
     def run(x):
         def write():
@@ -104,8 +104,7 @@ def test_what_was_written(body, mode):
     jax.tree.map(np.testing.assert_array_equal, found, in_numpy(X.copy()))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(("body", "mode"), part_of_product(2, BODIES, MODES))
 def test_what_was_only_read(body, mode):
     def run(x):
         x[2] = 30

@@ -41,7 +41,7 @@ COUNT = jnp.int32(0)
 def is_quick(*names):
     """Whether `make test` runs a pair: more of those that are used most."""
     often = all(name in ("vmap", "grad", "jit", "custom_vjp") for name in names[1:])
-    return in_sample(3 if often else 400, *names)
+    return in_sample(4 if often else 400, *names)
 
 
 def cells():

@@ -17,7 +17,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "jaxstate_tests/rules/eight_devices"
 HELPERS = ("__init__", "by_hand", "common")
 # Run by `make matrix`.
-LONG = ("batch_norm", "devices", "jit_options", "model", "pieces", "policies", "regions")
+LONG = (
+    "batch_norm", "devices", "jit_options", "model", "pieces", "policies", "regions", "transformer",
+)  # fmt: skip
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 
 

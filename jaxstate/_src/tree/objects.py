@@ -329,7 +329,7 @@ def put(x: Any, names: Any, keys: Any, i: int, value: Any) -> None:
 def put_attribute(x: Any, name: str, value: Any) -> None:
     layout = layout_of(type(x))
     if name in layout.slots:
-        object.__setattr__(x, name, value)
+        layout.base.__setattr__(x, name, value)
     else:
         dict_of(x)[name] = value
 
@@ -346,7 +346,7 @@ def fill(x: Any, names: Any, keys: Any, values: list[Any]) -> None:
         for name in layout.slots:
             if name not in kept:
                 with contextlib.suppress(*_NOT_THERE):
-                    object.__delattr__(x, name)
+                    layout.base.__delattr__(x, name)
         for name, value in zip(names, values, strict=False):
             put_attribute(x, name, value)
     contents = values[len(names) :]
