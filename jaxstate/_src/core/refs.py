@@ -166,10 +166,10 @@ class _OwnLane(Lane):
         self._slot, self._trace, self._before, self._kept = slot, trace, before, kept
 
     def write(self, value: Any, batch_dim: int | None) -> None:
-        super().write(value, batch_dim)
-        self._kept.write(value, batch_dim)
         with _jax.set_current_trace(_jax.parent_of(self._trace)):
             resolve.write_at(self._slot.address, self._of_all(value, batch_dim))
+        super().write(value, batch_dim)  # if that has not failed
+        self._kept.write(value, batch_dim)
 
     def _of_all(self, value: Any, batch_dim: int | None) -> Any:
         if _jax.lanes_are_directions(self._trace):  # all the same: the function runs once
